@@ -1,0 +1,1097 @@
+"""Data: from files to batches. Knows no model.
+
+    scenes (drawn, the embedded default) or JSONL -> region features on disk (FeatureStore)
+      -> Dataset (texts, answers, picture rows) -> collate -> Batch -> mismatch, mask_words, mask_regions
+
+What stands in for what: drawn scenes for COCO / Visual Genome, a jittered imitation for the Faster R-CNN
+detector (bottom-up attention, Anderson 2018), raw 12x12 crops for its 2048-wide features.
+
+Letters: B batch rows, T text positions, N regions, F region-feature width, K object classes with background
+(class 0), A answers, V vocabulary, E examples, I pictures of a store, R regions of a store.
+Masks: text_mask and region_mask True = real (not padding); masked_regions True = predict this.
+Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a Batch. Every random draw comes from a seed or a Generator handed in.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import textwrap
+import time
+import zipfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+CACHE = Path(".cache")
+VERSION = 1  # raise it whenever scenes, detector or region features change: it is part of every cache key
+SPLITS = ("train", "val", "test", "compose")
+SCENES = {"train": 10_000, "val": 500, "test": 1_000, "compose": 500}  # pictures a split
+TASKS = ("pretrain", "vqa", "ve", "nlvr2", "vcr", "retrieval", "refer", "caption")
+
+
+class DataError(ValueError):
+    """Something is wrong with the user's files. The message is one line: where, what is wrong, how to mend it."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.split()))  # some messages of numpy and Pillow, quoted in ours, have more
+
+
+@dataclass
+class Batch:
+    """Everything a model, an objective or a task head reads, as one flat container. None: the source has none."""
+
+    text: torch.Tensor  # (B,T) int64 word pieces, 0 = padding
+    text_mask: torch.Tensor  # (B,T) bool, True = real piece
+    segments: torch.Tensor  # (B,T) int64 token types
+    features: torch.Tensor  # (B,N,F) float32
+    boxes: torch.Tensor  # (B,N,4) float32, 0..1
+    region_mask: torch.Tensor  # (B,N) bool, True = real region
+    region_types: torch.Tensor | None = None  # (B,N) int64, which picture of a pair
+    masked_regions: torch.Tensor | None = None  # (B,N) bool, True = predict this
+    # Index lists are made on the CPU: a boolean gather would make the GPU wait for its own count of True.
+    word_index: torch.Tensor | None = None  # (M,) int64 into B*T, the pieces to predict
+    word_labels: torch.Tensor | None = None  # (M,) int64, their original ids
+    region_index: torch.Tensor | None = None  # (M,) int64 into B*N, the regions to predict
+    clean_features: torch.Tensor | None = None  # (B,N,F) float32 before masking
+    object_probs: torch.Tensor | None = None  # (B,N,K) float32, class 0 = background
+    objects: torch.Tensor | None = None  # (B,N) int64 in 0..K-2: hard class, background left out
+    object_conf: torch.Tensor | None = None  # (B,N) float32
+    attributes: torch.Tensor | None = None  # (B,N) int64
+    attribute_conf: torch.Tensor | None = None  # (B,N) float32
+    matched: torch.Tensor | None = None  # (B,) int64, 1 = text and picture belong together
+    answers: torch.Tensor | None = None  # (B,A) float32 soft targets
+    ids: list | None = None  # B example ids, for error messages
+
+    def _map(self, function):
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{k: function(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+
+    def to(self, device, non_blocking=True):
+        """The same batch on `device`; copies overlap with computation only from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin(self):
+        """The same batch in page-locked memory. RuntimeError on a machine without an accelerator."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def rows(self, index):
+        """Rows `index` (LongTensor). The flat lists word_index, word_labels, region_index become None: they count
+        positions of the whole batch, so mask after selecting."""
+        flat = dataclasses.replace(self, word_index=None, word_labels=None, region_index=None)
+        part = flat._map(lambda tensor: tensor[index])
+        part.ids = None if self.ids is None else [self.ids[i] for i in index.tolist()]
+        return part
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes: pictures and an imitated detector
+
+SIDE = 128  # pixels
+SIZES = {"small": (8.0, 10.0), "large": (15.0, 18.0)}  # half-widths in pixels, clearly apart
+COLORS = {
+    "red": (214, 38, 38),
+    "green": (40, 160, 60),
+    "blue": (40, 75, 220),
+    "yellow": (242, 224, 50),
+    "purple": (135, 45, 175),
+    "orange": (250, 140, 20),
+    "cyan": (45, 215, 225),
+    "pink": (250, 160, 200),
+}
+SHAPES = ("circle", "square", "triangle", "ring", "cross", "star")  # number i looks like number i + 3 (mod 6)
+# Pairs that may stand in any picture, but that only the texts of split "compose" speak of: what a model says of them
+# it has composed from colours and shapes that it knows apart.
+HELD_OUT = tuple(zip(("cyan", "orange", "purple", "green", "yellow", "blue"), SHAPES))
+
+
+class Thing(NamedTuple):
+    size: str
+    color: str
+    shape: str
+    x: float  # centre, pixels
+    y: float
+    half: float  # half-width, pixels
+
+
+@dataclass
+class Scene:
+    """The scene graph. An expression is a tuple (size, color, shape) with None for what is not said."""
+
+    seed: int
+    split: str
+    index: int
+    things: list[Thing]
+    fits: dict = field(default_factory=dict)  # expression -> the things it fits, absent if there are none
+
+    def count(self, expression):
+        return len(self.fits.get(expression, ()))
+
+    def key(self, purpose):
+        """A seed for each purpose, so that a change of the texts leaves the pictures as they were."""
+        return f"{self.seed}/{self.split}/{self.index}/{purpose}"
+
+
+def make_scene(seed, split, index):
+    """Scene graph number `index` of a split: 3 to 8 things. A pure function of its arguments.
+
+    Colours and shapes are uniform; one thing in four repeats an earlier one's, so that there is something to count.
+    Two boxes share at most a quarter of the smaller one's area, so that nothing is hidden.
+    """
+    scene = Scene(seed, split, index, [])
+    rng, things = random.Random(scene.key("graph")), scene.things
+    goal = rng.randint(3, 8)
+    for _ in range(200):
+        if len(things) == goal:
+            break
+        color, shape, size = rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(list(SIZES))
+        if things and rng.random() < 0.25:
+            color = rng.choice(things).color
+        if things and rng.random() < 0.25:
+            shape = rng.choice(things).shape
+        if split == "compose" and len(things) < 2:
+            color, shape = rng.choice(HELD_OUT)
+        half = rng.uniform(*SIZES[size])
+        thing = Thing(size, color, shape, rng.uniform(half, SIDE - half), rng.uniform(half, SIDE - half), half)
+        for other in things:
+            least = 2 * min(half, other.half)
+            shared = [half + other.half - abs(d) for d in (thing.x - other.x, thing.y - other.y)]
+            if min(shared) > 0 and min(shared[0], least) * min(shared[1], least) > 0.25 * least**2:
+                break
+        else:
+            things.append(thing)
+    rng.shuffle(things)  # paint order says nothing about how a thing came to be
+    for thing in things:
+        for expression in itertools.product(*((None, word) for word in thing[:3])):
+            scene.fits.setdefault(expression, []).append(thing)
+    return scene
+
+
+def draw_scene(scene):
+    """(SIDE, SIDE) RGB picture: grey ground, things, a soft gradient of light, gaussian noise of 6 levels of 255."""
+    rng = np.random.default_rng(list(scene.key("drawing").encode()))
+    canvas = Image.new("RGB", (2 * SIDE, 2 * SIDE), (int(rng.integers(70, 186)),) * 3)  # reduce() then smooths edges
+    pen = ImageDraw.Draw(canvas)
+    for thing in scene.things:
+        color = tuple(np.clip(COLORS[thing.color] + rng.integers(-8, 9, 3), 0, 255).tolist())
+        x, y, h = 2 * thing.x, 2 * thing.y, 2 * thing.half
+        if thing.shape == "circle":
+            pen.ellipse((x - h, y - h, x + h, y + h), fill=color)
+        elif thing.shape == "ring":
+            pen.ellipse((x - h, y - h, x + h, y + h), outline=color, width=round(0.45 * h))
+        elif thing.shape == "square":
+            pen.rectangle((x - h, y - h, x + h, y + h), fill=color)
+        elif thing.shape == "triangle":
+            pen.polygon([(x, y - h), (x + h, y + h), (x - h, y + h)], fill=color)
+        elif thing.shape == "cross":
+            pen.rectangle((x - h, y - 0.33 * h, x + h, y + 0.33 * h), fill=color)
+            pen.rectangle((x - 0.33 * h, y - h, x + 0.33 * h, y + h), fill=color)
+        else:  # star: ten corners, alternately on the rim and at 0.4 of it
+            turns = [(math.pi * i / 5, h if i % 2 == 0 else 0.4 * h) for i in range(10)]
+            pen.polygon([(x + r * math.sin(a), y - r * math.cos(a)) for a, r in turns], fill=color)
+    down, across = rng.uniform(-12, 12, (2, 1)).astype(np.float32) * np.linspace(-1, 1, SIDE, dtype=np.float32)
+    noise = rng.standard_normal((SIDE, SIDE, 3), dtype=np.float32) * 6
+    pixels = np.asarray(canvas.reduce(2)) + noise + down[:, None, None] + across[:, None]
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def detect(scene):
+    """What a detector would say of the scene: jittered boxes, 0 to 2 false ones, soft classes; in random order.
+
+    Each side of a box moves by up to 8% of its width. Look-alike shapes (circle and ring, square and cross, triangle
+    and star) get most of the doubt; 3% of the things are taken for another class. False boxes are half background.
+    Returns a dict: boxes (N,4) pixels, object_probs (N,7), objects, object_conf, attributes, attribute_conf (N,).
+    """
+    rng = np.random.default_rng(list(scene.key("detector").encode()))
+    x, y, half = np.array([thing[3:] for thing in scene.things]).T
+    boxes = np.stack([x - half, y - half, x + half, y + half], 1)
+    boxes += rng.uniform(-0.16, 0.16, boxes.shape) * half[:, None]
+    false = int(rng.integers(0, 3))
+    corner = rng.uniform(0, SIDE - 40, (false, 2))
+    boxes = np.concatenate([boxes, np.concatenate([corner, corner + rng.uniform(14, 40, (false, 2))], 1)])
+
+    def soften(truth, alike, classes):
+        """(n,classes): 0.75..0.97 on the class taken for true, the rest at random with a bias to the likely error."""
+        rows = np.arange(len(truth))
+        wrong = rng.random(len(truth)) < 0.03
+        top, second = np.where(wrong, alike, truth), np.where(wrong, truth, alike)
+        rest = rng.random((len(truth), classes)) * 0.3
+        rest[rows, second] += 1
+        rest[rows, top] = 0
+        mass = rng.uniform(0.75, 0.97, len(truth))
+        probs = rest * ((1 - mass) / rest.sum(1))[:, None]
+        probs[rows, top] = mass
+        return probs
+
+    shape = np.array([SHAPES.index(thing.shape) for thing in scene.things])
+    color = np.array([list(COLORS).index(thing.color) for thing in scene.things])
+    objects = soften(1 + shape, 1 + (shape + 3) % 6, 7)
+    colors = soften(color, (color + rng.integers(1, 8, len(color))) % 8, 8)
+    objects = np.concatenate([objects, rng.dirichlet((7, 1, 1, 1, 1, 1, 1), false)])
+    colors = np.concatenate([colors, rng.dirichlet(np.full(8, 2.0), false)])
+    order = rng.permutation(len(boxes))
+    return {
+        "boxes": np.clip(boxes, 0, SIDE)[order],
+        "object_probs": objects[order],
+        "objects": objects[order, 1:].argmax(1),
+        "object_conf": objects[order, 1:].max(1),
+        "attributes": colors[order].argmax(1),
+        "attribute_conf": colors[order].max(1),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes: captions and questions
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
+DIRECTIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+PLURAL = {shape: shape + "s" for shape in SHAPES} | {"cross": "crosses", None: "things"}
+CONTENT_WORDS = {*SIZES, *COLORS, *PLURAL.values(), *SHAPES, *NUMBERS[1:], *DIRECTIONS} - {"things"}
+# Every expression of a form; a form tells which of size, colour and shape are said.
+EXPRESSIONS = {
+    form: list(itertools.product(*(tuple(w) if said else (None,) for w, said in zip((SIZES, COLORS, SHAPES), form))))
+    for form in itertools.product((0, 1), repeat=3)
+}
+C, S, CS, ZC, ZS, ZCS = (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 1), (1, 1, 1)  # Z size, C colour, S shape
+QUESTIONS = {  # kind: forms of expression, phrases
+    "exists": ((ZCS, CS, ZS, ZC), ("is there {a}?", "can you see {a}?")),
+    "count": ((C, S, C, S, CS), ("how many {many} are there?", "what is the number of {many}?")),
+    "color": ((S, ZS), ("what color is the {one}?", "what is the color of the {one}?")),
+    "shape": ((C, ZC), ("what shape is the {one}?", "what is the shape of the {one}?")),
+    "size": ((C, S, CS), ("what size is the {one}?", "is the {one} small or large?")),
+    "compare": (((C, C), (S, S), (C, S), (CS, CS)), ("are there {word} {many} than {other}?",)),
+    "relation": ((CS, ZCS, C, S), ("is the {one} {word} the {other}?",)),
+}
+
+
+def say(expression, plural=False, article=False):
+    """("small", "red", None) -> "small red thing"."""
+    size, color, shape = expression
+    words = " ".join(word for word in (size, color, PLURAL[shape] if plural else shape or "thing") if word)
+    return ("an " if words[0] == "o" else "a ") + words if article else words
+
+
+def direction(a, b):
+    """Where a lies as seen from b: a key of DIRECTIONS, or None unless one axis has 12 px and 1.5 times the other."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if max(abs(dx), abs(dy)) < max(12, 1.5 * min(abs(dx), abs(dy))):
+        return None
+    if abs(dx) > abs(dy):
+        return "left" if dx < 0 else "right"
+    return "above" if dy < 0 else "below"
+
+
+def may_say(scene, *expressions):
+    """True if the split may have a text of these expressions: "compose" only with a held-out pair among them, named
+    or meant; the others only without any."""
+    pairs = {e[1:] for e in expressions} | {t[1:3] for e in expressions for t in scene.fits.get(e, ())}
+    return (scene.split == "compose") == any(pair in HELD_OUT for pair in pairs)
+
+
+def captions(scene, count=4):
+    """Up to `count` true captions of which every content word can be found from the picture and the other words.
+
+    A single thing is named by size, colour and shape, and only where no rival (a thing that shares two of the three)
+    fits the clause; counted things by (colour and) shape, only where no other colour or shape has the same count. A
+    lone adjective is always a colour.
+    """
+    rng, found = random.Random(scene.key("captions")), {}
+    rivals = {
+        thing: [t for t in scene.things if t is not thing and sum(map(str.__eq__, t[:3], thing[:3])) == 2]
+        for thing in scene.things
+        if scene.count(thing[:3]) == 1
+    }
+    relations, others = [], []  # (phrases, expressions) of a clause
+    for one, other in itertools.permutations(rivals, 2):
+        where, (e, f) = direction(one, other), (one[:3], other[:3])
+        sides = [direction(t, other) for t in rivals[one] if t is not other]
+        sides += [direction(one, t) for t in rivals[other] if t is not one]
+        if where and where not in sides and None not in sides:  # None: a reader might see it either way
+            words = f"{say(e, article=True)} {{}}{DIRECTIONS[where]} {say(f, article=True)}"
+            relations.append(((words.format("is "), "there is " + words.format("")), (e, f)))
+    for thing, alike in rivals.items():
+        words = say(thing[:3], article=True)
+        if not alike:
+            others.append(((f"there is {words}", f"the picture shows {words}"), (thing[:3],)))
+    for e in scene.fits:
+        same = [(None, e[1], s) for s in SHAPES if s != e[2]]
+        same += [(None, c, e[2]) for c in COLORS if e[1] and c != e[1]]
+        if e[0] is None and e[2] and all(scene.count(rival) != scene.count(e) for rival in same):
+            words, number = say(e, plural=True), NUMBERS[scene.count(e)]
+            phrases = (f"there are {number} {words}", f"the picture shows {number} {words}") if number != "one" else ()
+            others.append(((*phrases, f"the number of {words} is {number}"), (e,)))
+    if scene.split != "compose":
+        relations, others = ([c for c in clauses if may_say(scene, *c[1])] for clauses in (relations, others))
+    for _ in range(8 * count if relations or others else 0):
+        clauses = [rng.choice(relations or others)]
+        for clause in rng.sample(relations + others, len(relations + others)):
+            told = {thing for _, expressions in clauses for e in expressions for thing in scene.fits[e]}
+            if len(clauses) < (2 if relations else 3) and not told.issuperset(scene.fits[clause[1][0]]):
+                clauses.append(clause)
+        allowed = may_say(scene, *(e for _, expressions in clauses for e in expressions))
+        if len(found) < count and allowed and (relations or clauses[1:]):  # a count alone would fit many pictures
+            rng.shuffle(clauses)
+            found[", and ".join(rng.choice(phrases) for phrases, _ in clauses)] = None
+    return list(found)
+
+
+def questions(scene, count=8):
+    """Up to `count` different (kind, question, answer).
+
+    Drawn in this order, so that a question's words say little about its answer: the kind, the form of expression, the
+    answer among those that the scene offers, and only then the words.
+    """
+    rng, found = random.Random(scene.key("questions")), {}
+    for _ in range(20 * count):
+        if len(found) == count:
+            break
+        kind = rng.choice(list(QUESTIONS))
+        forms, phrases = QUESTIONS[kind]
+        if scene.split == "compose":  # name the pair where the form allows: a "no" then names one as a "yes" does
+            forms = [form for form in forms if form in (CS, ZCS, (CS, CS))] or forms
+        form, offers, word = rng.choice(forms), {}, None  # offers: answer -> [(expression, the other one)]
+        if kind == "compare":
+            word = rng.choice(("more", "fewer"))
+            for _ in range(30):
+                e, f = (rng.choice(EXPRESSIONS[part]) for part in rng.sample(form, 2))
+                n, m = scene.count(e), scene.count(f)
+                if e != f and n + m > 0 and may_say(scene, e, f):
+                    offers.setdefault("yes" if (n > m if word == "more" else n < m) else "no", []).append((e, f))
+        elif kind == "relation":
+            word = rng.choice(list(DIRECTIONS))
+            for pair in itertools.permutations(scene.things, 2):
+                e, f = (tuple(w if said else None for w, said in zip(thing, form)) for thing in pair)
+                if direction(*pair) and scene.count(e) == scene.count(f) == 1 and may_say(scene, e, f):
+                    offers.setdefault("yes" if direction(*pair) == word else "no", []).append((e, f))
+        else:
+            for e in EXPRESSIONS[form]:
+                n = scene.count(e)
+                answer = {"exists": "yes" if n else "no", "count": str(n)}.get(kind)
+                if answer is None and n == 1:
+                    answer = getattr(scene.fits[e][0], kind)
+                if answer and may_say(scene, e):
+                    offers.setdefault(answer, []).append((e, e))
+        if offers and (len(offers) > 1 or kind not in ("exists", "compare", "relation")):
+            # large counts are rare in pictures, so they are taken more often where they are on offer
+            answer = rng.choices(list(offers), [max(1, int(a)) if kind == "count" else 1 for a in offers])[0]
+            e, f = rng.choice(offers[answer])
+            words = {"a": say(e, article=True), "one": say(e), "many": say(e, plural=True)}
+            other = say(f, plural=kind == "compare")
+            text = rng.choice(phrases).format(**words, other=other, word=DIRECTIONS.get(word, word))
+            found.setdefault(text, (kind, text, answer))
+    return list(found.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Region features and their store on disk
+
+
+def grid_boxes(width, height, cells=6):
+    """(1 + cells^2, 4) float32 pixels: the whole picture, then cells x cells equal parts row by row."""
+    x, y = np.linspace(0, width, cells + 1), np.linspace(0, height, cells + 1)
+    parts = [(x[i], y[j], x[i + 1], y[j + 1]) for j in range(cells) for i in range(cells)]
+    return np.array([(0, 0, width, height), *parts], np.float32)
+
+
+def region_features(image, boxes, patch=12):
+    """(N, 3*patch*patch) float32: each box resized to patch x patch by bicubic filtering, rows of RGB pixels,
+    standardised as (value/255 - 0.5) / 0.25, hence in -2..2.
+
+    image: PIL picture of any mode.   boxes: (N,4) pixels inside it (ValueError by Pillow otherwise).
+    """
+    image, size = image.convert("RGB"), (patch, patch)
+    crops = [np.asarray(image.resize(size, Image.Resampling.BICUBIC, tuple(box))) for box in np.array(boxes).tolist()]
+    pixels = np.array(crops, np.float32).reshape(len(crops), 3 * patch * patch)  # (N,patch,patch,3) -> (N,F)
+    return (pixels / 255 - 0.5) / 0.25
+
+
+def ragged(offsets, index, pad_to=1):
+    """Rows `index` (B,) of a flat array in which row i is offsets[i]:offsets[i+1].
+    Returns a mask (B,L), True = inside the row, L the longest rounded up to a multiple of pad_to, and the positions of
+    its True entries in the flat array."""
+    start, length = offsets[index], np.diff(offsets)[index]
+    steps = np.arange(-(-length.max(initial=0) // pad_to) * pad_to)
+    mask = steps < length[:, None]
+    return mask, (start[:, None] + steps)[mask]
+
+
+STORED = {
+    "features": np.float16,
+    "boxes": np.float32,
+    "object_probs": np.float16,
+    "objects": np.int64,
+    "object_conf": np.float32,
+    "attributes": np.int64,
+    "attribute_conf": np.float32,
+}
+
+
+class FeatureStore:
+    """Regions of I pictures in a folder, memory-mapped: a .npy of R rows for each field of STORED that the source has
+    (`features` and `boxes`, 0..1, always); picture i has rows offsets[i]:offsets[i+1]. extra.json holds what belongs
+    to the pictures and is no array: the texts of scenes, warnings."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.offsets = np.load(self.folder / "offsets.npy")
+        files = {name: self.folder / f"{name}.npy" for name in STORED}
+        self.fields = {name: np.load(file, mmap_mode="r") for name, file in files.items() if file.exists()}
+        self.width = self.fields["features"].shape[1]  # F
+        self.classes = self.fields["object_probs"].shape[1] if "object_probs" in self.fields else None  # K
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def extra(self):
+        return json.loads((self.folder / "extra.json").read_text())
+
+    def gather(self, images, pad_to=1):
+        """images: (B,) int64. Returns Batch's region fields as a dict of (B,N,...) tensors, N a multiple of pad_to;
+        float16 becomes float32, and where region_mask is False all is zero."""
+        mask, rows = ragged(self.offsets, images, pad_to)  # (B,N)
+        out = {"region_mask": torch.from_numpy(mask)}
+        for name, array in self.fields.items():
+            padded = np.zeros(mask.shape + array.shape[1:], np.int64 if array.dtype == np.int64 else np.float32)
+            padded[mask] = array[rows]
+            out[name] = torch.from_numpy(padded)
+        return out
+
+
+def write_store(folder, parts):
+    """parts: iterable of (pictures, extra): a list of {field: (n,...) array}, all with the same fields, and a list of
+    anything for extra.json. Rows go straight to disk, so a store may be larger than memory."""
+    files, shapes, offsets, extras = {}, {}, [0], []
+    with contextlib.ExitStack() as stack:
+
+        def header(name):  # numpy pads a header so that it can be written again once the rows are counted
+            files[name].seek(0)
+            layout = {"descr": np.dtype(STORED[name]).str, "fortran_order": False}
+            np.lib.format.write_array_header_1_0(files[name], layout | {"shape": (offsets[-1], *shapes[name])})
+
+        for pictures, extra in parts:
+            extras += extra
+            for picture in pictures:
+                for name, array in picture.items():
+                    if name not in files:
+                        files[name] = stack.enter_context(open(folder / f"{name}.npy", "wb"))
+                        shapes[name] = array.shape[1:]
+                        header(name)
+                    files[name].write(array.astype(STORED[name]).tobytes())
+                offsets.append(offsets[-1] + len(array))
+        for name in files:
+            header(name)
+    np.save(folder / "offsets.npy", np.array(offsets))
+    (folder / "extra.json").write_text(json.dumps(extras))
+
+
+def cached_store(cache, name, key, parts):
+    """The store of `key` in folder `cache`, made by write_store(parts()) if it is not there yet. It is written aside
+    and renamed: a store is whole or absent, and of two processes that race both read the first one's."""
+    folder = Path(cache) / f"{name}-{hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()[:16]}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+        try:
+            write_store(aside, parts())
+            aside.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return FeatureStore(folder)
+
+
+def parallel(work, jobs, label):
+    """Yields work(job) in order, from a process per CPU; progress on stderr once it has taken a second."""
+    workers, terminal = min(os.cpu_count() or 1, len(jobs)), sys.stderr.isatty()
+    # fork on Linux: a fresh interpreter would spend longer importing torch than on the work
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    start, shown = time.monotonic(), 0.0
+    with ProcessPoolExecutor(workers, context) if workers > 1 else contextlib.nullcontext() as pool:
+        for done, result in enumerate(pool.map(work, jobs) if pool else map(work, jobs), 1):
+            yield result
+            spent = time.monotonic() - start
+            if spent > 1 and (spent - shown > (0.2 if terminal else 10) or shown and done == len(jobs)):
+                shown, end = spent, "\r" if terminal and done < len(jobs) else "\n"
+                print(f"{label}: {100 * done // len(jobs)}%, {spent:.0f} s", end=end, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets
+
+
+@dataclass
+class Dataset:
+    """Examples: texts, answers and the store's row of each one's picture. After encode() also their word pieces."""
+
+    name: str
+    split: str
+    store: FeatureStore
+    image: np.ndarray  # (E,) int64 row in store
+    text: list[str]
+    answer: list[dict]  # {answer: score}, empty where there is none
+    kind: list[str]  # "caption", or what is asked for
+    ids: list[str]
+    tokens: np.ndarray | None = None  # flat int64 pieces, example i at offsets[i]:offsets[i+1]
+    offsets: np.ndarray | None = None
+
+    def __len__(self):
+        return len(self.text)
+
+    def encode(self, tokenizer, max_length=64):
+        """Fills tokens and offsets with [CLS] pieces [SEP], at most max_length of them, [SEP] kept. Returns self."""
+        first, last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+        encoded = tokenizer.encode_batch(self.text, add_special_tokens=False)
+        rows = [[first, *e.ids[: max_length - 2], last] for e in encoded]
+        self.tokens = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
+        self.offsets = np.cumsum([0, *map(len, rows)])
+        return self
+
+    def lengths(self):
+        """(E,) int64: word pieces and regions of each example."""
+        return np.diff(self.offsets) + np.diff(self.store.offsets)[self.image]
+
+    def subset(self, index):
+        """Examples `index` (integers); a single number takes that many at random, always the same ones."""
+        if np.ndim(index) == 0:
+            index = np.sort(np.random.default_rng(0).permutation(len(self))[:index])  # evenly spaced could hit one kind
+        lists = {name: [getattr(self, name)[i] for i in index] for name in ("text", "answer", "kind", "ids")}
+        part = dataclasses.replace(self, image=self.image[index], **lists)
+        if self.tokens is not None:
+            mask, positions = ragged(self.offsets, index)
+            part.tokens, part.offsets = self.tokens[positions], np.cumsum([0, *mask.sum(1)])
+        return part
+
+
+def normalize_answer(text):
+    return text.lower().strip()
+
+
+def answer_list(dataset):
+    """Every answer of the dataset, the most frequent first, equals by text."""
+    counts = Counter(answer for answers in dataset.answer for answer in answers)
+    return sorted(counts, key=lambda answer: (-counts[answer], answer))
+
+
+def scene_chunk(job):
+    """Regions and texts of scenes start..stop-1. Every scene's extra: a list of (kind, text, answer or None)."""
+    seed, split, start, stop = job
+    pictures, texts = [], []
+    for scene in (make_scene(seed, split, index) for index in range(start, stop)):
+        regions = detect(scene)
+        features = region_features(draw_scene(scene), regions["boxes"])
+        pictures.append({**regions, "features": features, "boxes": regions["boxes"] / SIDE})
+        texts.append([("caption", caption, None) for caption in captions(scene)] + questions(scene))
+    return pictures, texts
+
+
+def scenes(split, task, count=None, seed=0, cache=CACHE):
+    """The first `count` drawn scenes of a split (default SCENES[split]) with the texts that the task needs: all for
+    "pretrain", questions for "vqa", captions for "caption" and "retrieval". DataError for anything else."""
+    if split not in SPLITS:
+        raise DataError(f"scenes have no split {split!r}; choose from {', '.join(SPLITS)}")
+    if task not in ("pretrain", "vqa", "caption", "retrieval"):
+        raise DataError(f"scenes have no task {task!r}; choose from pretrain, vqa, caption, retrieval")
+    count = SCENES[split] if count is None else count
+    jobs = [(seed, split, start, min(start + 50, count)) for start in range(0, count, 50)]
+    label = f"drawing {count} {split} scenes"
+    store = cached_store(cache, f"scenes-{split}", [split, count, seed], lambda: parallel(scene_chunk, jobs, label))
+    dataset = Dataset("scenes", split, store, None, [], [], [], [])
+    image = []
+    for index, texts in enumerate(store.extra()):
+        for number, (kind, text, answer) in enumerate(texts):
+            if task == "pretrain" or (kind == "caption") == (task != "vqa"):
+                image.append(index)
+                dataset.text.append(text)
+                dataset.answer.append({} if answer is None else {answer: 1.0})
+                dataset.kind.append(kind)
+                dataset.ids.append(f"{split}/{index}/{number}")
+    dataset.image = np.array(image, np.int64)
+    return dataset
+
+
+def load(data, task, split, limit=None, patch=12, grid=6, cache=CACHE):
+    """Dataset from data = "scenes" or the path of a .jsonl file. A split that the file lacks is an empty Dataset.
+    limit: at most that many examples, drawn at random. DataError for whatever is wrong with the request or the files."""
+    if data == "scenes":
+        count = None if limit is None else min(limit, SCENES.get(split, 0))
+        dataset = scenes(split, task, count, cache=cache)
+    elif task in ("nlvr2", "vcr", "refer"):
+        raise DataError(f"{data}: its lines can be checked for {task}, but batches of {task} are not built yet")
+    else:
+        dataset = load_jsonl(data, task, split, patch, grid, cache)
+    return dataset if limit is None else dataset.subset(limit)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Own data: JSONL
+
+
+def is_text(value):
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_texts(value, least=1):
+    return isinstance(value, list) and len(value) >= least and all(map(is_text, value))
+
+
+def is_box(value):
+    numbers = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
+    return numbers and all(map(math.isfinite, value))
+
+
+def is_answer(value):
+    soft = isinstance(value, dict) and value and all(map(is_text, value))
+    return is_text(value) or soft and all(type(v) in (int, float) and 0 <= v <= 1 for v in value.values())
+
+
+KEYS = {  # key: test of its value, what to write
+    "image": (is_text, "a file name"),
+    "images": (lambda v: is_texts(v) and len(v) == 2, "a list of two file names"),
+    "features": (lambda v: is_text(v) or is_texts(v) and len(v) == 2, "a file name (nlvr2: a list of two)"),
+    "boxes": (lambda v: isinstance(v, list) and v and all(map(is_box, v)), "[[x1,y1,x2,y2],...] in pixels"),
+    "text": (is_text, "a string that is not empty"),
+    "answer": (is_answer, "a string, or {string: score in 0..1}"),
+    "label": (lambda v: type(v) in (bool, int), "true or false (nlvr2), or the index of the right choice (vcr)"),
+    "choices": (lambda v: is_texts(v, 2), "a list of at least two strings"),
+    "target": (is_box, "[x1,y1,x2,y2] in pixels"),
+    "split": (lambda v: v in SPLITS[:3], "train, val or test"),
+}
+NEEDED = {"vqa": ("answer",), "ve": ("answer",), "nlvr2": ("label",), "vcr": ("choices", "label"), "refer": ("target",)}
+
+
+def require(ok, where, what):
+    if not ok:
+        raise DataError(f"{where}: {what}")
+
+
+def read_jsonl(path, task):
+    """Checks every line of a JSONL file; opens no picture. Returns a list of dicts: the line's keys with split filled
+    in and answer as {text: score}, `paths` to its one or two files, `where` = "<file>:<line number>"."""
+    path, records = Path(path), []
+    require(task in TASKS, path, f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    require(path.is_file(), path, "no such file; give 'scenes' or the path of a .jsonl file")
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON ({error}); write one object a line") from None
+        require(isinstance(record, dict), where, 'not an object; write {"image": ..., "text": ...}')
+        for key, value in record.items():
+            near = difflib.get_close_matches(key, KEYS, 1, 0.5) or [", ".join(KEYS)]
+            require(key in KEYS, where, f"unknown key {key!r}; did you mean {near[0]}?")
+            require(KEYS[key][0](value), where, f"{key!r} is {str(value)[:60]!r}; write {KEYS[key][1]}")
+        for key in ("text", *NEEDED.get(task, ())):
+            require(key in record, where, f"key {key!r} is missing; task {task} needs it: {KEYS[key][1]}")
+        sources = [key for key in ("image", "images", "features") if key in record]
+        require(len(sources) == 1, where, "give one of 'image', 'images' and 'features', and only one")
+        source = sources[0]
+        names = record[source] if isinstance(record[source], list) else [record[source]]
+        wanted = "two files: 'images' or 'features' as a list" if task == "nlvr2" else "one file: 'image' or 'features'"
+        require(len(names) == (2 if task == "nlvr2" else 1), where, f"{source!r} does not fit; {task} takes {wanted}")
+        require(source == "image" or "boxes" not in record, where, f"'boxes' goes with 'image' only, not {source!r}")
+        label, most = record.get("label", 0), len(record.get("choices", ())) - 1
+        require(task != "nlvr2" or type(label) is bool, where, f"'label' is {label}; write true or false")
+        right = type(label) is int and 0 <= label <= most
+        require(task != "vcr" or right, where, f"'label' is {label}; write the index of the right choice, 0 to {most}")
+        record["paths"] = [path.parent / name for name in names]
+        for file in record["paths"]:
+            require(file.is_file(), where, f"{source!r}: no file {file}; paths are relative to the .jsonl file")
+        if "answer" in record:
+            answer = record["answer"] if isinstance(record["answer"], dict) else {record["answer"]: 1.0}
+            record["answer"] = {normalize_answer(text): float(score) for text, score in answer.items()}
+        records.append({"split": "train", **record, "where": where})
+    require(records, path, "holds no examples; write one JSON object a line")
+    return records
+
+
+def check_boxes(boxes, width, height, where, key):
+    """(N,4) float32 pixels, cut to the picture: an overshoot of up to 1 px is a detector's rounding, not a mistake."""
+    boxes, limit = np.array(boxes, np.float32), np.array([width, height, width, height], np.float32)
+    size = f"{width:g} x {height:g} pixels"
+    for box in boxes:
+        text = f"{key!r}: {box.tolist()}"
+        require(box[0] < box[2] and box[1] < box[3], where, f"{text} has x2 <= x1 or y2 <= y1; write [x1,y1,x2,y2]")
+        inside = (box >= -1).all() and (box <= limit + 1).all()
+        require(inside, where, f"{text} is outside its picture of {size}; cut it to the picture")
+    return np.clip(boxes, 0, limit)
+
+
+def picture_regions(job):
+    """One picture or feature file -> ([{field: array}], [warning]); DataError if anything is wrong with it."""
+    where, path, own_boxes, targets, patch, grid = job
+    if path.suffix == ".npz":
+        regions, (width, height) = read_features(where, path)
+    else:
+        image = open_picture(where, path)
+        width, height = image.size
+        boxes = grid_boxes(width, height, grid) if own_boxes is None else own_boxes
+        boxes = check_boxes(boxes, width, height, where, "boxes")
+        regions = {"features": region_features(image, boxes, patch), "boxes": boxes}
+    for target_where, target in targets:
+        check_boxes([target], width, height, target_where, "target")
+    features, boxes = regions["features"], regions["boxes"]
+    suspicions = {
+        "all features are equal": np.ptp(features) == 0,
+        "more than 95% of the features are zero": (features == 0).mean() > 0.95,
+        "all boxes are alike": len(boxes) > 2 and (boxes == boxes[0]).all(),
+        "boxes look normalised to 0..1; multiply them by width and height": boxes.max() <= 1 < min(width, height),
+    }
+    regions["boxes"] = boxes / np.array([width, height, width, height], np.float32)
+    return [regions], [f"{where}: {path.name}: {text}" for text, true in suspicions.items() if true]
+
+
+def open_picture(where, path):
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: cannot read picture {path} ({error}); save it again as PNG or JPEG") from None
+
+
+def read_features(where, path):
+    """A feature file of own data -> {field: array} with boxes in pixels, (width, height). DataError if it is wrong."""
+    where = f"{where}: {path}"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{where}: cannot read features ({error}); write the file with numpy.savez") from None
+    for key in ("features", "boxes", "size"):
+        require(key in arrays, where, f"has no array {key!r}; it needs features (N,F), boxes (N,4) and size (2,)")
+    features, boxes, size = arrays["features"], arrays["boxes"], arrays["size"]
+    n = len(features) if features.ndim else 0
+    shapes = {"features": (n, features.shape[-1] if n else 1), "boxes": (n, 4), "size": (2,), "labels": (n,)}
+    shapes["probs"] = (n, arrays["probs"].shape[-1]) if "probs" in arrays and arrays["probs"].ndim else None
+    for key, array in arrays.items():
+        right = key not in shapes or array.shape == shapes[key] and array.size
+        require(right, where, f"{key!r} has shape {array.shape}; it must be {shapes.get(key) or '(N,K)'}, N > 0")
+        require(array.dtype.kind in "iuf", where, f"{key!r} holds {array.dtype}; save floats or integers")
+        finite = np.isfinite(array).all() and np.abs(array).max() < 65504  # float16's largest
+        require(finite, where, f"{key!r} has NaN, infinity or values beyond 65504; extract this picture again")
+    require((size > 0).all(), where, "'size' must be (width, height) in pixels")
+    regions = {"features": features, "boxes": check_boxes(boxes, *size.tolist(), where, "boxes")}
+    if "probs" in arrays:
+        probs = arrays["probs"]
+        soft = probs.shape[1] > 1 and (probs >= 0).all() and np.allclose(probs.sum(1), 1, atol=0.02)
+        require(soft, where, "rows of 'probs' must sum to 1; apply a softmax over K > 1 classes, class 0 = background")
+        regions |= {"object_probs": probs, "objects": probs[:, 1:].argmax(1), "object_conf": probs[:, 1:].max(1)}
+    if "labels" in arrays:
+        labels, most = arrays["labels"], arrays["probs"].shape[1] - 2 if "probs" in arrays else 65504
+        whole = labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() <= most
+        require(whole, where, f"'labels' must be integers 0 to {most}: classes without background")
+        sure = arrays["probs"][np.arange(n), labels + 1] if "probs" in arrays else np.ones(n)
+        regions |= {"objects": labels, "object_conf": sure}
+    return regions, size.tolist()
+
+
+def load_jsonl(path, task, split, patch=12, grid=6, cache=CACHE):
+    """Dataset of a split of a JSONL file. One store serves all its splits; the key holds each file's size and time."""
+    records, rows, jobs, key = read_jsonl(path, task), {}, [], []
+    for record in records:
+        for file in record["paths"]:
+            picture = (file, json.dumps(record.get("boxes")))
+            if picture not in rows:
+                rows[picture] = len(rows)
+                jobs.append((record["where"], file, record.get("boxes"), [], patch, grid))
+            if "target" in record:
+                jobs[rows[picture]][3].append((record["where"], record["target"]))
+    for _, file, *options in jobs:
+        state = file.stat()
+        key.append([str(file.resolve()), state.st_size, state.st_mtime_ns, options])
+
+    def parts():
+        first = None
+        for (where, file, *_), part in zip(jobs, parallel(picture_regions, jobs, f"reading {path}")):
+            shapes = {name: array.shape[1:] for name, array in part[0][0].items()}
+            first = first or (shapes, file)
+            wide, wanted = shapes["features"][0], first[0]["features"][0]
+            require(wide == wanted, where, f"{file} has features {wide} wide, {first[1]} {wanted}; extract all alike")
+            require(shapes == first[0], where, f"{file}: 'labels' or 'probs' unlike {first[1]}; all or none have them")
+            yield part
+
+    store = cached_store(cache, "own", key, parts)
+    if warnings := store.extra():
+        print(f"warning: {warnings[0]} ({len(warnings)} such in {path})", file=sys.stderr)
+    records = [record for record in records if record["split"] == split]
+    image = [rows[record["paths"][0], json.dumps(record.get("boxes"))] for record in records]
+    answer = [record.get("answer", {}) if task in ("pretrain", "vqa", "ve") else {} for record in records]
+    kind = ["caption" if not a else "question" if task == "pretrain" else task for a in answer]
+    text, ids = ([record[name] for record in records] for name in ("text", "where"))
+    return Dataset(Path(path).stem, split, store, np.array(image, np.int64), text, answer, kind, ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Word pieces
+
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def wordpiece(vocab, lowercase):
+    """A BERT tokenizer of vocab {piece: id}: clean, split at blanks and punctuation, greedy longest match first."""
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def train_tokenizer(texts, vocab_size=8000):
+    """Lower-case WordPiece learnt from a list of texts; ids 0..4 are SPECIALS. Equal texts give equal vocabularies.
+
+    The trainer numbers characters in the order of a randomly seeded hash map and breaks ties by number. Handing them
+    over in sorted order fixes the numbers; as they would count as special tokens, the vocabulary gets a new tokenizer.
+    """
+    tokenizer = wordpiece({"[UNK]": 0}, lowercase=True)
+    counts = Counter(itertools.chain.from_iterable(map(tokenizer.normalizer.normalize_str, texts)))
+    letters = sorted(
+        c for c, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:1000] if not c.isspace()
+    )
+    fixed = [*SPECIALS, *letters, *("##" + c for c in letters)]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=fixed, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return wordpiece(tokenizer.get_vocab(), lowercase=True)
+
+
+def read_tokenizer(path):
+    """Tokenizer from a BERT vocab.txt (cased if any piece has a capital letter) or a tokenizer.json. DataError if the
+    file is missing, unreadable, lacks one of SPECIALS or does not give [PAD] id 0, which pads a Batch."""
+    path = Path(path)
+    require(path.is_file(), path, "no such file; give a BERT vocab.txt or a tokenizer.json")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            tokenizer = tokenizer_from_json(text)
+        else:
+            pieces = text.rstrip("\n").split("\n")
+            cased = any(piece != piece.lower() for piece in pieces if not piece.startswith("["))
+            tokenizer = wordpiece({piece.strip(): i for i, piece in enumerate(pieces)}, lowercase=not cased)
+    except Exception as error:  # noqa: BLE001 (tokenizers raises plain Exception)
+        raise DataError(f"{path}: not a tokenizer ({error}); give a BERT vocab.txt or a tokenizer.json") from None
+    right = all(tokenizer.token_to_id(name) is not None for name in SPECIALS) and tokenizer.token_to_id("[PAD]") == 0
+    require(right, path, f"needs {', '.join(SPECIALS)}, [PAD] first; is it a BERT vocabulary?")
+    return tokenizer
+
+
+def tokenizer_from_json(text):
+    return Tokenizer.from_str(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def collate(dataset, index, images=None, answers=None, pad_to=1):
+    """Batch of the texts of examples `index` (B,) beside the pictures in store rows `images` (B,) (None: their own).
+
+    answers: {answer: column} for the soft targets (B,A); answers that it lacks are left out, so a row may be all zero.
+    pad_to: T and N are rounded up to a multiple, fewer shapes for a compiled model. Encode the dataset first.
+    """
+    images = dataset.image[index] if images is None else images
+    mask, positions = ragged(dataset.offsets, index, pad_to)  # (B,T)
+    text = np.zeros(mask.shape, np.int64)
+    text[mask] = dataset.tokens[positions]
+    targets = None if answers is None else torch.zeros(len(index), len(answers))
+    for row, example in enumerate(index if answers is not None else ()):
+        for answer, score in dataset.answer[example].items():
+            if answer in answers:
+                targets[row, answers[answer]] = score
+    return Batch(
+        text=torch.from_numpy(text),
+        text_mask=torch.from_numpy(mask),
+        segments=torch.zeros(mask.shape, dtype=torch.int64),
+        matched=torch.from_numpy((images == dataset.image[index]).astype(np.int64)),
+        answers=targets,
+        ids=[dataset.ids[i] for i in index],
+        **dataset.store.gather(images, pad_to),
+    )
+
+
+def mismatch(dataset, index, rng, p=0.5, replace="image"):
+    """Pairs for image-text matching: with probability p the picture (replace="text": the sentence) becomes that of a
+    uniformly drawn example with another picture. Returns examples (B,) and store rows (B,), for collate, and matched
+    (B,) int64 tensor, 1 = they belong together. ValueError if the dataset has a single picture."""
+    if replace not in ("image", "text"):
+        raise ValueError(f"replace is 'image' or 'text', not {replace!r}")
+    images, other = dataset.image[index], np.array(index)
+    wrong = rng.random(len(other)) < p
+    if wrong.any() and (dataset.image == dataset.image[0]).all():
+        raise ValueError("a mismatch needs at least two pictures")
+    while (same := wrong & (dataset.image[other] == images)).any():
+        other[same] = rng.integers(len(dataset), size=same.sum())
+    matched = torch.from_numpy(1 - wrong.astype(np.int64))
+    return (other, images, matched) if replace == "text" else (np.array(index), dataset.image[other], matched)
+
+
+def mask_words(batch, tokenizer, rng, p=0.15, mask=0.8, random=0.1, only=None, force_one=True):
+    """BERT's masking: each piece is selected with probability p; a selected one becomes [MASK] with probability
+    `mask`, a random piece with probability `random`, and stays itself otherwise. Special pieces are never selected.
+
+    rng: numpy Generator.   only: (V,) bool, True = may be selected.   force_one: in a row where none was drawn the
+    first piece that may be becomes [MASK] (UNITER's rule: no row without a loss).
+    Returns a new Batch with text, word_index and word_labels set; the given one keeps its tensors.
+    """
+    ordinary = torch.ones(tokenizer.get_vocab_size(), dtype=torch.bool)  # (V,)
+    ordinary[[tokenizer.token_to_id(name) for name in SPECIALS]] = False
+    may = batch.text_mask & (ordinary if only is None else ordinary & only)[batch.text]  # (B,T)
+    draw, fate = torch.from_numpy(rng.random((2, *batch.text.shape)))
+    selected = may & (draw < p)
+    if force_one:
+        first = may & (may.cumsum(1) == 1) & ~selected.any(1, keepdim=True)
+        selected, fate = selected | first, fate.masked_fill(first, -1.0)
+    text = batch.text.masked_fill(selected & (fate < mask), tokenizer.token_to_id("[MASK]"))
+    swapped = selected & (fate >= mask) & (fate < mask + random)
+    pieces = ordinary.nonzero()[:, 0]
+    text[swapped] = pieces[torch.from_numpy(rng.integers(len(pieces), size=int(swapped.sum())))]
+    word_index = selected.flatten().nonzero()[:, 0]  # (M,) into B*T
+    word_labels = batch.text.flatten()[word_index]
+    return dataclasses.replace(batch, text=text, word_index=word_index, word_labels=word_labels)
+
+
+def mask_regions(batch, rng, p=0.15, zero=1.0, random=0.0, force_one=True):
+    """Each real region is selected with probability p; a selected one's feature becomes 0 with probability `zero`, that
+    of a random real region of the batch with probability `random`, and stays itself otherwise. Boxes stay.
+
+    rng: numpy Generator.   force_one: in a row where none was drawn one random region is selected and set to 0.
+    Returns a new Batch with features, clean_features, masked_regions and region_index set.
+    """
+    draw, fate = torch.from_numpy(rng.random((2, *batch.region_mask.shape)))
+    selected = batch.region_mask & (draw < p)  # (B,N)
+    if force_one:
+        draw = draw.masked_fill(~batch.region_mask, 2.0)
+        lowest = draw == draw.min(1, keepdim=True).values  # a uniform choice, as the draws are
+        first = lowest & batch.region_mask & ~selected.any(1, keepdim=True)
+        selected, fate = selected | first, fate.masked_fill(first, -1.0)
+    features = batch.features.masked_fill((selected & (fate < zero))[..., None], 0)  # (B,N,1) -> (B,N,F)
+    swapped = selected & (fate >= zero) & (fate < zero + random)
+    donors = batch.features[batch.region_mask]  # (real regions, F)
+    features[swapped] = donors[torch.from_numpy(rng.integers(len(donors), size=int(swapped.sum())))]
+    masked = {"features": features, "clean_features": batch.features, "masked_regions": selected}
+    return dataclasses.replace(batch, **masked, region_index=selected.flatten().nonzero()[:, 0])  # (M,) into B*N
+
+
+def batches(lengths, rng=None, size=None, tokens=None, rank=0, world=1):
+    """List of index arrays with examples of similar length together: `size` examples each, or as many as fit in
+    `tokens` padded positions (rows x longest).
+
+    rng: shuffles, by sorting within chunks of about 50 batches and shuffling the batches; None: all in order of length.
+    rank r of `world` takes batches r::world. Training (rng) drops up to world-1 batches, so that every rank has the
+    same number, and needs the same rng state on every rank; evaluation keeps every example exactly once.
+    ValueError unless exactly one of size and tokens is given, or if an example alone is longer than `tokens`.
+    """
+    lengths = np.asarray(lengths)
+    if (size is None) == (tokens is None):
+        raise ValueError("give either size or tokens")
+    if tokens is not None and lengths.max(initial=0) > tokens:
+        raise ValueError(f"an example of {lengths.max()} positions does not fit in {tokens}")
+    order, chunk = np.arange(len(lengths)), max(1, len(lengths))
+    if rng is not None:
+        order, chunk = rng.permutation(len(lengths)), 50 * (size or int(tokens / max(1, lengths.mean())))
+    groups, longest = [], 0
+    for start in range(0, len(order), chunk):
+        part = order[start : start + chunk]
+        for example in part[np.argsort(lengths[part], kind="stable")].tolist():
+            longest = max(longest, lengths[example])
+            if not groups or (len(groups[-1]) == size if size else (len(groups[-1]) + 1) * longest > tokens):
+                groups.append([])
+                longest = lengths[example]
+            groups[-1].append(example)
+    if rng is not None:
+        groups = [groups[i] for i in rng.permutation(len(groups))[: len(groups) // world * world]]
+    return [np.array(group) for group in groups[rank::world]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def preview(out, seed=0, scale=3):
+    """A sheet of six scenes of split train: picture with the detector's boxes, two captions, three questions."""
+    width, height = SIDE * scale, SIDE * scale + 156
+    sheet = Image.new("RGB", (3 * width + 64, 2 * height + 32), "white")
+    font, pen = ImageFont.load_default(13), ImageDraw.Draw(sheet)
+    drawn = (make_scene(seed, "train", index) for index in itertools.count())
+    told = (scene for scene in drawn if len(captions(scene)) > 1)  # a scene of look-alikes may leave nothing to tell
+    for index, scene in enumerate(itertools.islice(told, 6)):
+        image = draw_scene(scene).resize((width, width), Image.Resampling.LANCZOS)
+        marks, found = ImageDraw.Draw(image), detect(scene)
+        labels = zip(*(found[name] for name in ("boxes", "objects", "attributes", "object_conf")))
+        for box, shape, color, sure in labels:
+            ink = "white" if sure > 0.5 else "black"
+            marks.rectangle((box * scale).tolist(), outline=ink, width=2)
+            text, (x, y) = f"{list(COLORS)[color]} {SHAPES[shape]} {sure:.2f}", box[:2] * scale
+            x = min(x, width - 4 - marks.textlength(text, font))
+            marks.text((x + 3, max(0, y - 16)), text, "white", font, stroke_width=2, stroke_fill="black")
+        left, top = 16 + index % 3 * (width + 16), 16 + index // 3 * height
+        sheet.paste(image, (left, top))
+        lines = captions(scene)[:2] + [f"{text}  {answer}" for _, text, answer in questions(scene)[:3]]
+        lines = [textwrap.fill(line, 58, subsequent_indent="    ") for line in lines]
+        pen.multiline_text((left, top + width + 6), "\n".join(lines), "black", font)
+    sheet.save(out)
+    print(f"{out}: 6 scenes, {sheet.width} x {sheet.height} pixels; white boxes are sure, black ones are not")
+
+
+def check(file, task):
+    records, store = read_jsonl(file, task), load_jsonl(file, task, "train").store
+    splits = ", ".join(f"{n} {split}" for split, n in Counter(record["split"] for record in records).items())
+    answers = {answer for record in records for answer in record.get("answer", ())}
+    regions = f"{store.offsets[-1] / len(store):.1f} regions of width {store.width} each"
+    print(f"{file}: {len(records)} examples ({splits}), {len(store)} pictures, {regions}, {len(answers)} answers")
+
+
+def extract(image, out, patch, grid):
+    picture = open_picture("extract", image)
+    boxes = grid_boxes(*picture.size, grid)
+    features = region_features(picture, boxes, patch)
+    np.savez(out, features=features, boxes=boxes, size=np.array(picture.size))
+    print(f"{out}: features {features.shape}, boxes {boxes.shape}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print the usage as well; one line is what this project promises
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main():
+    parser = Parser(prog="data.py", description="Look at the drawn scenes, check own data, extract region features.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("preview", help="a sheet of six scenes with boxes, captions and questions")
+    command.add_argument("--out", default="scenes.png")
+    command.add_argument("--seed", type=int, default=0)
+    command = commands.add_parser("check", help="check a JSONL file and count what is in it")
+    command.add_argument("file")
+    command.add_argument("--task", choices=TASKS, default="pretrain")
+    command = commands.add_parser("extract", help="features of a picture's grid as .npz")
+    command.add_argument("image")
+    command.add_argument("--out", required=True)
+    command.add_argument("--patch", type=int, default=12, help="a region becomes patch x patch pixels")
+    command.add_argument("--grid", type=int, default=6, help="regions: the picture and grid x grid parts of it")
+    options = vars(parser.parse_args())
+    try:
+        {"preview": preview, "check": check, "extract": extract}[options.pop("command")](**options)
+    except (DataError, OSError, ValueError) as error:  # ValueError: Pillow does not know a suffix
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,516 @@
+"""LXMERT: learning cross-modality encoder representations (Tan and Bansal, EMNLP 2019, arXiv 1908.07490).
+
+What the model does, in five lines:
+1. words become vectors (word + position + segment), regions too (the mean of a feature vector and a box vector);
+2. a language encoder (9 layers) and an object-relationship encoder (5) read their own sequence only;
+3. in 5 cross-modality layers words attend to regions and regions to words, through ONE attention block for both ways;
+4. pretraining masks words AND regions of the same pair, and sums all objectives in every step: masked words, masked
+   objects (class, attribute, feature), matching, and answering the questions that are among the captions;
+5. a small head on the first word's last state, pooled, answers every downstream task.
+
+Known deviations: the official code always has 36 regions and never masks any in pretraining; here their number may
+vary, and the means over regions leave padding out. Rows without label give a loss of 0, not NaN. The official
+optimizer, BertAdam, is not copied: Adam without bias correction, eps 1e-6 outside the root, decay on every parameter,
+biases and norms included, and a first update with learning rate 0 (tests/test_golden.py replays it). Where paper and
+code differ, the code is followed: feature regression is smooth-L1, not L2; classes and attributes are learned on all
+regions, weighted by the detector's confidence, not on the masked ones alone.
+Letters: B batch, T text positions, N regions, C width, F region-feature width, V vocabulary, K classes, M masked.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import (
+    AttentionBlock,
+    Encoding,
+    HeadTransform,
+    LayerNorm,
+    MaskedLMHead,
+    Pooler,
+    TransformerLayer,
+    at,
+    attention_bias,
+    cross_entropy,
+    initialise,
+    mlp,
+    rename,
+    soft_answer_loss,
+)
+
+# ---- configuration ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Sizes of an LXMERT. The defaults are the paper's (sections 3.3 and 4); `PRESETS` gives the others."""
+
+    vocab_size: int = 30522  # BERT's uncased word pieces
+    hidden: int = 768  # C
+    language_layers: int = 9  # words alone
+    relation_layers: int = 5  # regions alone
+    cross_layers: int = 5  # both
+    attention_heads: int = 12  # C / 12 = 64 dimensions each
+    intermediate: int = 3072  # 4 C, the feed-forward's inner width
+    max_positions: int = 512  # longest text
+    types: int = 2  # segments; all words are in segment 0, regions have none
+    feature_size: int = 2048  # F, of the published detector; 3 x patch x patch for regions cut from pixels
+    classes: int = 1601  # K, the detector's classes with 0 = background; the head leaves background out
+    attributes: int = 400
+    answers: int = 9500  # A, the answer list's length: 9500 in pretraining, 3129 for VQA, 1842 for GQA
+    dropout: float = 0.1  # everywhere in the trunk; the heads have none
+    heads: tuple = ("mlm", "mrfr", "mrc", "attr", "itm", "qa")  # which of the heads below this model has
+    region_factor: float = 1 / 0.15  # of the three region losses, undoes the masking rate; Hugging Face has 6.67
+    hidden_score: float = -10000.0  # what hides a key; Hugging Face has the dtype's minimum
+
+
+PRESETS = {
+    "tiny": {
+        "hidden": 128,
+        "language_layers": 2,
+        "relation_layers": 1,
+        "cross_layers": 2,
+        "attention_heads": 4,
+        "intermediate": 512,
+        "max_positions": 128,
+        "dropout": 0.0,
+    },
+    "base": {},
+}
+
+# ---- embeddings ------------------------------------------------------------------------------------------------
+
+
+class TextEmbedding(nn.Module):
+    """BERT's: norm(word + position + segment), then dropout. ids, segments (B, T) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        # all three tables have a "padding" row 0 in the official code: position 0 and segment 0 are used as they were
+        # drawn and never learn. The released weights were trained so, and the fixtures' gradients show it.
+        self.words = nn.Embedding(config.vocab_size, config.hidden, padding_idx=0)
+        self.positions = nn.Embedding(config.max_positions, config.hidden, padding_idx=0)
+        self.types = nn.Embedding(config.types, config.hidden, padding_idx=0)
+        self.norm, self.dropout = LayerNorm(config.hidden), nn.Dropout(config.dropout)
+
+    def forward(self, ids, segments):
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        return self.dropout(self.norm(self.words(ids) + self.positions(positions) + self.types(segments)))
+
+
+class RegionEmbedding(nn.Module):
+    """( norm(W_f f) + norm(W_b box) ) / 2, then dropout (section 2.1). No order, no type, no learned mask.
+
+    features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1, which are the paper's four numbers.
+    Returns (B, N, C).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.features, self.features_norm = nn.Linear(config.feature_size, config.hidden), LayerNorm(config.hidden)
+        self.boxes, self.boxes_norm = nn.Linear(4, config.hidden), LayerNorm(config.hidden)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, features, boxes):
+        looks, place = self.features_norm(self.features(features)), self.boxes_norm(self.boxes(boxes))
+        return self.dropout((looks + place) / 2)
+
+
+# ---- model -----------------------------------------------------------------------------------------------------
+
+
+class CrossLayer(nn.Module):
+    """One cross-modality layer (section 2.2): cross-attention, then one BERT layer for each modality.
+
+        text'    = BERT_text(norm(text + attend(text, regions)))
+        regions' = BERT_regions(norm(regions + attend(regions, text)))
+
+    Both directions share one attention block and read the layer's ORIGINAL inputs, not each other's result.
+    text (B, T, C), regions (B, N, C), their biases (B, 1, 1, T) and (B, 1, 1, N). To `maps`, if given, are appended
+    text-to-regions (B, H, T, N), regions-to-text (B, H, N, T), text (B, H, T, T) and regions (B, H, N, N).
+    """
+
+    def __init__(self, *sizes):
+        super().__init__()
+        width, heads, _, dropout = sizes
+        self.cross = AttentionBlock(width, heads, dropout)
+        self.text, self.regions = TransformerLayer(*sizes), TransformerLayer(*sizes)
+
+    def forward(self, text, regions, text_bias, region_bias, maps=None):
+        seen = self.cross(text, regions, region_bias, maps)
+        read = self.cross(regions, text, text_bias, maps)
+        return self.text(seen, text_bias, maps), self.regions(read, region_bias, maps)
+
+
+class LXMERT(nn.Module):
+    """Three Transformers: over words, over regions, and across the two.
+
+    `model(batch, objectives)` returns {objective: (loss, scores)}. `encode` gives the states alone; with
+    `record=True` also `states["text.embedding"]`, `states["text.i"]`, `states["cross.i.text"]`, the same with
+    `regions`, and `maps["text.i"]`, `["regions.i"]`, `["cross.i.text_to_regions"]`, `["cross.i.regions_to_text"]`,
+    `["cross.i.text"]`, `["cross.i.regions"]`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.text_embedding = TextEmbedding(config)
+        self.region_embedding = RegionEmbedding(config)
+        sizes = config.hidden, config.attention_heads, config.intermediate, config.dropout
+        self.language_layers = nn.ModuleList(TransformerLayer(*sizes) for _ in range(config.language_layers))
+        self.relation_layers = nn.ModuleList(TransformerLayer(*sizes) for _ in range(config.relation_layers))
+        self.cross_layers = nn.ModuleList(CrossLayer(*sizes) for _ in range(config.cross_layers))
+        self.pooler = Pooler(config.hidden)
+        self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
+        if {"mrfr", "mrc", "attr"} & set(config.heads):
+            self.heads["regions"] = HeadTransform(config.hidden)  # the three region heads share it
+        self.apply(initialise)
+
+    def embed_text(self, batch):
+        """(B, T, C)"""
+        return self.text_embedding(batch.text, batch.segments)
+
+    def embed_regions(self, batch):
+        """(B, N, C)"""
+        return self.region_embedding(batch.features, batch.boxes)
+
+    def encode(self, batch, text=True, regions=True, record=False):
+        """Encoding of words and regions together, or of one of the two alone: then by its own layers, without the
+        cross-modality layers. pooled is the pooler of the first word, or of the regions' mean without words."""
+        states, maps = {}, {}
+        words, areas = None, None
+        if text:
+            words = self.embed_text(batch)
+            text_bias = attention_bias(batch.text_mask, words.dtype, self.config.hidden_score)  # (B, 1, 1, T)
+            words = self.single("text", self.language_layers, words, text_bias, record, states, maps)
+        if regions:
+            areas = self.embed_regions(batch)
+            region_bias = attention_bias(batch.region_mask, areas.dtype, self.config.hidden_score)  # (B, 1, 1, N)
+            areas = self.single("regions", self.relation_layers, areas, region_bias, record, states, maps)
+        if text and regions:
+            for i, layer in enumerate(self.cross_layers):
+                probabilities = [] if record else None
+                words, areas = layer(words, areas, text_bias, region_bias, probabilities)
+                if record:
+                    states[f"cross.{i}.text"], states[f"cross.{i}.regions"] = words, areas
+                    names = "text_to_regions", "regions_to_text", "text", "regions"
+                    maps |= {f"cross.{i}.{name}": p for name, p in zip(names, probabilities, strict=True)}
+        if text:
+            pooled = self.pooler(words)
+        else:
+            seen = batch.region_mask[:, :, None].to(areas.dtype)  # (B, N, 1)
+            mean = (areas * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1.0)  # (B, 1, C)
+            pooled = self.pooler(mean)
+        return Encoding(words, areas, pooled, states, maps)
+
+    def single(self, name, layers, x, bias, record, states, maps):
+        """One modality through its own layers. x (B, S, C), bias (B, 1, 1, S) -> (B, S, C)."""
+        if record:
+            states[f"{name}.embedding"] = x
+        for i, layer in enumerate(layers):
+            probabilities = [] if record else None
+            x = layer(x, bias, probabilities)
+            if record:
+                states[f"{name}.{i}"], maps[f"{name}.{i}"] = x, probabilities[0]
+        return x
+
+    def forward(self, batch, objectives):
+        encoding = self.encode(batch)
+        return {name: OBJECTIVES[name](self, encoding, batch) for name in objectives}
+
+
+# ---- pretraining objectives: (model, encoding, batch) -> loss, scores ------------------------------------------
+
+PRETRAINING = {
+    "objectives": {"mlm": 1, "mrfr": 1, "mrc": 1, "attr": 1, "itm": 1, "qa": 1},  # all in every step
+    "conditional": False,  # words and regions are masked at once, each on its own
+    "joined": {},
+    "weights": {},  # factors of the loss; 1 where none is named (the paper leaves qa out of the first half, 3.3)
+    "region_masking": {"zero": 0.8, "random": 0.1},  # of the masked features; the rest stays as it is (BERT's rule)
+    "mismatch": "text",  # a negative pair keeps its image and gets another sentence
+}
+
+
+def masked_lm(model, encoding, batch):
+    """Masked cross-modality language modelling (3.1.1): -log P(w_m | other words, all regions), mean over masked words.
+
+    batch.word_index (M,) flat positions of the masked words, word_labels (M,) what they were. Scores (M, V).
+    """
+    words = model.text_embedding.words.weight
+    scores = model.heads["mlm"](at(encoding.text, batch.word_index), words)
+    return cross_entropy(scores, batch.word_labels), scores
+
+
+def masked_region_features(model, encoding, batch):
+    """RoI-feature regression (3.1.2): smooth-L1 between h(v_m) and f_m, mean over F, summed over masked regions.
+
+    Divided by the number of ALL real regions, times 1/0.15. batch.region_index (M,), clean_features (B, N, F) the
+    features before masking. Scores (M, F).
+    """
+    scores = model.heads["mrfr"](model.heads["regions"](at(encoding.regions, batch.region_index)))
+    target = at(batch.clean_features, batch.region_index)
+    losses = F.smooth_l1_loss(scores, target.to(scores.dtype), reduction="none").mean(-1)  # (M, F) -> (M,)
+    return model.config.region_factor * losses.sum() / batch.region_mask.sum(), scores
+
+
+def confident_cross_entropy(model, head, encoding, batch, labels, confidence):
+    """1/0.15 times the mean over all real regions, masked or not, of confidence x cross-entropy.
+
+    labels (B, N), -1 = none; confidence (B, N). Returns the loss and the scores of the masked regions (M, K).
+    """
+    scores = model.heads[head](model.heads["regions"](encoding.regions))  # (B, N, C) -> (B, N, K)
+    losses = F.cross_entropy(scores.transpose(1, 2), labels, ignore_index=-1, reduction="none")  # (B, N)
+    total = (losses * confidence * batch.region_mask).sum()
+    return model.config.region_factor * total / batch.region_mask.sum(), at(scores, batch.region_index)
+
+
+def masked_region_class(model, encoding, batch):
+    """Detected-label classification (3.1.2): cross-entropy with the detector's class, weighted by its confidence.
+
+    batch.objects (B, N) without background, -1 = none; object_conf (B, N). Scores (M, K - 1), of masked regions.
+    """
+    return confident_cross_entropy(model, "mrc", encoding, batch, batch.objects, batch.object_conf)
+
+
+def masked_region_attribute(model, encoding, batch):
+    """The same for attributes: batch.attributes (B, N), -1 = none; attribute_conf (B, N). Scores (M, attributes)."""
+    return confident_cross_entropy(model, "attr", encoding, batch, batch.attributes, batch.attribute_conf)
+
+
+def masked_region_class_kl(model, encoding, batch):
+    """UNITER's soft labels for this head: KL(c || g), c the detector's distribution without background, rescaled.
+
+    batch.object_probs (B, N, K), class 0 = background; mean over masked regions and classes. Scores (M, K - 1).
+    """
+    scores = model.heads["mrc"](model.heads["regions"](at(encoding.regions, batch.region_index)))
+    target = at(batch.object_probs, batch.region_index)[:, 1:].to(scores.dtype)
+    if len(target) == 0:
+        return scores.sum() * 0.0, scores
+    target = target / target.sum(-1, keepdim=True).clamp(min=1e-6)
+    return F.kl_div(scores.log_softmax(-1), target, reduction="none").mean(), scores
+
+
+def image_text_matching(model, encoding, batch):
+    """Cross-modality matching (3.1.3): cross-entropy of "do they belong together?". batch.matched (B,). Scores (B, 2),
+    class 1 = match."""
+    scores = model.heads["itm"](encoding.pooled)
+    return cross_entropy(scores, batch.matched), scores
+
+
+def image_question_answering(model, encoding, batch):
+    """Image question answering (3.1.3): cross-entropy over the answers, mean over the rows that have one.
+
+    batch.answer_labels (B,), -1 = no question; where a question has several answers, one drawn in proportion to their
+    scores. Mismatched rows (batch.matched 0) have no answer. Scores (B, A).
+    """
+    scores, labels = model.heads["qa"](encoding.pooled), batch.answer_labels
+    if batch.matched is not None:
+        labels = labels.masked_fill(batch.matched == 0, -1)
+    total = F.cross_entropy(scores, labels, ignore_index=-1, reduction="sum")
+    return total / (labels >= 0).sum().clamp(min=1), scores
+
+
+# ---- task heads: the same signature ----------------------------------------------------------------------------
+
+
+HEADS = {
+    "mlm": lambda c: MaskedLMHead(c.hidden, c.vocab_size),
+    "mrfr": lambda c: nn.Linear(c.hidden, c.feature_size),
+    "mrc": lambda c: nn.Linear(c.hidden, c.classes - 1),
+    "attr": lambda c: nn.Linear(c.hidden, c.attributes),
+    "itm": lambda c: nn.Linear(c.hidden, 2),
+    "qa": lambda c: mlp(c.hidden, 2 * c.hidden, c.answers),
+    "vqa": lambda c: mlp(c.hidden, 2 * c.hidden, c.answers),
+    "ve": lambda c: mlp(c.hidden, 2 * c.hidden, 3),
+    "nlvr2": lambda c: mlp(2 * c.hidden, 2 * c.hidden, 2),
+    "vcr": lambda c: mlp(c.hidden, 2 * c.hidden, 2),
+    "rank": lambda c: nn.Linear(c.hidden, 1),
+    "refer": lambda c: nn.Linear(c.hidden, 1),
+}
+
+
+def question_answering(model, encoding, batch):
+    """VQA, GQA: binary cross-entropy over all answers against batch.answers (B, A), soft scores. Scores (B, A)."""
+    scores = model.heads["vqa"](encoding.pooled)
+    return soft_answer_loss(scores, batch.answers), scores
+
+
+def question_answering_hard(model, encoding, batch):
+    """GQA's alternative (`--mceLoss`): cross-entropy with the best answer, times A, as there. Scores (B, A)."""
+    scores = model.heads["vqa"](encoding.pooled)
+    return cross_entropy(scores, batch.answers.argmax(1)) * scores.shape[1], scores
+
+
+def visual_entailment(model, encoding, batch):
+    """SNLI-VE as VQA with three answers: contradiction, entailment, neutral. batch.answers (B, 3). Scores (B, 3)."""
+    scores = model.heads["ve"](encoding.pooled)
+    return soft_answer_loss(scores, batch.answers), scores
+
+
+def natural_language_for_visual_reasoning(model, encoding, batch):
+    """NLVR2: is the statement true of the two pictures? batch.target (B,) int64, 1 = true. Scores (B, 2).
+
+    The batch has 2B rows, the statement with each picture in turn; the two pooled vectors are joined.
+    """
+    scores = model.heads["nlvr2"](encoding.pooled.reshape(len(batch.target), -1))  # (2B, C) -> (B, 2C) -> (B, 2)
+    return cross_entropy(scores, batch.target), scores
+
+
+def visual_commonsense_reasoning(model, encoding, batch):
+    """VCR: one row a choice, batch.target (rows,) 1 = the right one; cross-entropy of right against wrong. Scores
+    (rows,): logit 1, to be ranked within a question. Not in the paper; as UNITER has it."""
+    scores = model.heads["vcr"](encoding.pooled)
+    return cross_entropy(scores, batch.target), scores[:, 1]
+
+
+def retrieval_rank(model, encoding, batch, group=3, margin=0.2):
+    """Retrieval, not in the paper; as UNITER has it: in each group of rows the first is the true pair; the mean of
+
+        max(0, margin + s(negative) - s(positive)),   s the sigmoid of a linear score.
+
+    Rows B = groups x group; 3 is one true pair with one false picture and one false text. Scores (B,), raw.
+    """
+    scores = model.heads["rank"](encoding.pooled).squeeze(-1)  # (B, 1) -> (B,)
+    chance = scores.sigmoid().view(-1, group)  # (B,) -> (groups, group)
+    return F.relu(margin + chance[:, 1:] - chance[:, :1]).mean(), scores
+
+
+def referring_expression(model, encoding, batch):
+    """Referring expressions, not in the paper; as UNITER has it: cross-entropy over the regions, batch.target (B,) the
+    one meant; SUMMED over the batch. Scores (B, N), padding at -10000."""
+    scores = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
+    scores = scores.masked_fill(~batch.region_mask, -10000.0)
+    return cross_entropy(scores, batch.target, reduction="sum"), scores
+
+
+OBJECTIVES = {
+    "mlm": masked_lm,
+    "mrfr": masked_region_features,
+    "mrc": masked_region_class,
+    "mrc_kl": masked_region_class_kl,
+    "attr": masked_region_attribute,
+    "itm": image_text_matching,
+    "qa": image_question_answering,
+    "vqa": question_answering,
+    "gqa": question_answering,
+    "gqa_hard": question_answering_hard,
+    "ve": visual_entailment,
+    "nlvr2": natural_language_for_visual_reasoning,
+    "vcr": visual_commonsense_reasoning,
+    "rank": retrieval_rank,
+    "refer": referring_expression,
+}
+
+# ---- official checkpoint names ---------------------------------------------------------------------------------
+
+OFFICIAL = [  # (ours, official), in this order
+    ("text_embedding.words", "bert.embeddings.word_embeddings"),
+    ("text_embedding.positions", "bert.embeddings.position_embeddings"),
+    ("text_embedding.types", "bert.embeddings.token_type_embeddings"),
+    ("text_embedding.norm", "bert.embeddings.LayerNorm"),
+    ("region_embedding.features_norm", "bert.encoder.visn_fc.visn_layer_norm"),
+    ("region_embedding.features", "bert.encoder.visn_fc.visn_fc"),
+    ("region_embedding.boxes_norm", "bert.encoder.visn_fc.box_layer_norm"),
+    ("region_embedding.boxes", "bert.encoder.visn_fc.box_fc"),
+    (".text.feed_forward.up", ".lang_inter.dense"),  # in a cross-modality layer
+    (".text.feed_forward.down", ".lang_output.dense"),
+    (".text.feed_forward.norm", ".lang_output.LayerNorm"),
+    (".regions.feed_forward.up", ".visn_inter.dense"),
+    (".regions.feed_forward.down", ".visn_output.dense"),
+    (".regions.feed_forward.norm", ".visn_output.LayerNorm"),
+    ("feed_forward.up", "intermediate.dense"),
+    ("feed_forward.down", "output.dense"),
+    ("feed_forward.norm", "output.LayerNorm"),
+    ("attention.query", "attention.self.query"),
+    ("attention.key", "attention.self.key"),
+    ("attention.value", "attention.self.value"),
+    ("attention.output", "attention.output.dense"),
+    ("attention.norm", "attention.output.LayerNorm"),
+    (".text.attention.", ".lang_self_att."),
+    (".regions.attention.", ".visn_self_att."),
+    (".cross.output", ".visual_attention.output.dense"),  # so called, but it serves both directions
+    (".cross.norm", ".visual_attention.output.LayerNorm"),
+    (".cross.", ".visual_attention.att."),
+    ("language_layers.", "bert.encoder.layer."),
+    ("relation_layers.", "bert.encoder.r_layers."),
+    ("cross_layers.", "bert.encoder.x_layers."),
+    ("pooler.", "bert.pooler."),
+    ("heads.mlm.transform.norm", "cls.predictions.transform.LayerNorm"),
+    ("heads.mlm.", "cls.predictions."),
+    ("heads.itm.", "cls.seq_relationship."),
+    ("heads.regions.norm", "obj_predict_head.transform.LayerNorm"),
+    ("heads.regions.", "obj_predict_head.transform."),
+    ("heads.mrc.", "obj_predict_head.decoder_dict.obj."),
+    ("heads.attr.", "obj_predict_head.decoder_dict.attr."),
+    ("heads.mrfr.", "obj_predict_head.decoder_dict.feat."),
+    ("heads.qa.", "answer_head.logit_fc."),
+]
+OFFICIAL += [(f"heads.{head}.", "logit_fc.") for head in ("vqa", "ve", "nlvr2")]  # a fine-tuned model has one of them
+
+HUGGING_FACE = [  # (official, Hugging Face), in this order, on top of the official names
+    ("lxrt_encoder.model.", ""),
+    ("bert.", "lxmert."),
+    ("answer_head.", ""),
+    ("logit_fc.", "answer_head.logit_fc."),
+]
+
+
+def to_official(state):
+    """Our state dict under the official names, tied matrices listed twice, as the official code saves them."""
+    out = {rename(name, OFFICIAL): tensor for name, tensor in state.items()}
+    if "cls.predictions.bias" in out:
+        out["cls.predictions.decoder.weight"] = out["bert.embeddings.word_embeddings.weight"]
+    if any(name.startswith("logit_fc.") for name in out):  # fine-tuned
+        out = {n.replace("bert.", "lxrt_encoder.model.bert.", 1): tensor for n, tensor in out.items()}
+    return out
+
+
+def to_hugging_face(state):
+    """Our state dict under the names of transformers' LxmertModel, ...ForPreTraining or ...ForQuestionAnswering."""
+    return {rename(name, HUGGING_FACE): tensor for name, tensor in to_official(state).items()}
+
+
+def from_official(state, names):
+    """An official or Hugging Face state dict under our names. names: those of the model that will load it,
+    `model.state_dict()`.
+
+    Accepts the prefixes `module.` and `lxrt_encoder.model.` and TF's gamma and beta. Returns (state, unexpected
+    official names); what is missing, the caller sees from the difference to `names`.
+    """
+    given = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("module.").removeprefix("lxrt_encoder.model.").removeprefix("module.")
+        if name.startswith(("lxmert.", "embeddings.", "encoder.", "pooler.")):  # Hugging Face, with heads or without
+            name = "bert." + name.removeprefix("lxmert.")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if name != "cls.predictions.decoder.weight":  # tied
+            given[name] = tensor
+    ours = {rename(name, OFFICIAL): name for name in names}
+    return {ours[n]: t for n, t in given.items() if n in ours}, [n for n in given if n not in ours]
+
+
+SPELLING = {word: str(i) for i, word in enumerate(("one", "two", "three", "four", "five", "six", "seven"), start=1)}
+SPELLING |= {"eight": "8", "nine": "9", "ten": "10", "grey": "gray"}
+
+
+def normalize_lxmert_answer(answer):
+    """An answer as the 9500-answer table spells it: lower case, no final full stop, no article, digits to ten."""
+    answer = answer.lower()
+    if answer.endswith("."):
+        answer = answer[:-1].strip()
+    for article in ("a ", "an ", "the "):  # each once, in this order: "a the dog" is "dog", "the a dog" is "a dog"
+        answer = answer.removeprefix(article)
+    return SPELLING.get(answer, answer)
+
+
+def transfer_answers(weight, bias, known, wanted):
+    """The QA head's last layer for another answer list: rows copied by normalised answer, unknown answers 0.
+
+    weight (A, 2C), bias (A,) of the A answers in `known`; returns the two for the list `wanted`.
+    """
+    place = {answer: i for i, answer in enumerate(known)}
+    rows = torch.tensor([place.get(normalize_lxmert_answer(answer), -1) for answer in wanted], device=weight.device)
+    found = rows >= 0
+    return weight[rows] * found[:, None], bias[rows] * found  # row -1 is read, then zeroed

@@ -1,0 +1,313 @@
+"""common.py against oracles that nobody here wrote: torch's own modules, closed forms, brute force, finite differences."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def randn(*shape, **options):
+    return torch.randn(*shape, dtype=torch.float64, **options)
+
+
+def lengths_mask(width, lengths):
+    """(B, width) bool, True = within the row's length."""
+    return torch.arange(width) < torch.tensor(lengths)[:, None]
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+# ---- elementary formulas ---------------------------------------------------------------------------------------
+
+
+def test_gelu():
+    x = randn(100) * 3
+    close(common.gelu(x), F.gelu(x))
+    close(common.gelu(x), torch.tensor([v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x.tolist()]).double(), 1e-6)
+    assert (common.gelu(x) - F.gelu(x, approximate="tanh")).abs().max() > 1e-5  # the exact one, not the approximation
+
+
+def test_layer_norm():
+    x, weight, bias = randn(3, 5, 8) * 4 + 2, randn(8), randn(8)
+    close(common.layer_norm(x, weight, bias), F.layer_norm(x, (8,), weight, bias, 1e-12))
+    norm = common.LayerNorm(8).double()
+    norm.load_state_dict({"weight": weight, "bias": bias})
+    close(norm(x), common.layer_norm(x, weight, bias))
+    tiny = x * 1e-5  # where another eps would show
+    close(norm(tiny), F.layer_norm(tiny, (8,), weight, bias, 1e-12))
+    assert (norm(tiny) - F.layer_norm(tiny, (8,), weight, bias, 1e-5)).abs().max() > 0.1
+
+
+def test_attention_explicit_and_fused():
+    query, key, value = randn(2, 3, 4, 5), randn(2, 3, 6, 5), randn(2, 3, 6, 5)
+    bias = common.attention_bias(lengths_mask(6, [6, 2]), torch.float64)
+    for mask in (None, bias):
+        context, probabilities = common.attention(query, key, value, mask)
+        close(context, common.fused_attention(query, key, value, mask))
+        close(probabilities.sum(-1), torch.ones(2, 3, 4).double())
+    assert (probabilities[1, :, :, 2:] == 0).all() and (probabilities[1, :, :, :2] > 0).all()
+    one = (query[1, 2, 3] @ key[1, 2, :2].T / math.sqrt(5)).exp()  # one query by hand, over the two visible keys
+    close(context[1, 2, 3], one / one.sum() @ value[1, 2, :2])
+
+
+def test_attention_with_everything_hidden():
+    """A row without a visible key attends as if nothing were hidden; no NaN."""
+    query, key, value = randn(2, 3, 4, 5), randn(2, 3, 6, 5), randn(2, 3, 6, 5)
+    bias = common.attention_bias(torch.zeros(2, 6, dtype=torch.bool), torch.float64)
+    close(common.attention(query, key, value, bias)[0], common.attention(query, key, value)[0], 1e-10)
+    close(common.fused_attention(query, key, value, bias), common.attention(query, key, value)[0], 1e-10)
+
+
+# ---- the Transformer's parts -----------------------------------------------------------------------------------
+
+
+def copy_attention(ours, theirs):
+    """Our four matrices into torch's MultiheadAttention, which stacks or names them its own way."""
+    parts = [ours.query, ours.key, ours.value]
+    state = {"in_proj_bias": torch.cat([p.bias for p in parts])}
+    if theirs.in_proj_weight is None:
+        state |= {f"{n}_proj_weight": p.weight for n, p in zip("qkv", parts, strict=True)}
+    else:
+        state["in_proj_weight"] = torch.cat([p.weight for p in parts])
+    theirs.load_state_dict(state | {"out_proj.weight": ours.output.weight, "out_proj.bias": ours.output.bias})
+
+
+@pytest.mark.parametrize("context_width", [12, 20])
+def test_multi_head_attention(context_width):
+    ours = common.MultiHeadAttention(12, 3, context_width=context_width).double()
+    theirs = nn.MultiheadAttention(12, 3, kdim=context_width, vdim=context_width, batch_first=True).double()
+    copy_attention(ours, theirs)
+    x, context, mask = randn(2, 4, 12), randn(2, 6, context_width), lengths_mask(6, [5, 1])
+    want, weights = theirs(x, context, context, key_padding_mask=~mask, average_attn_weights=False)
+    maps, bias = [], common.attention_bias(mask, torch.float64)
+    close(ours(x, context, bias), want)
+    close(ours(x, context, bias, maps), want)
+    close(maps[0], weights)
+
+
+def test_attention_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="12 is not a multiple of 5"):
+        common.MultiHeadAttention(12, 5)
+
+
+def test_transformer_layer():
+    ours = common.TransformerLayer(12, 3, 40).double().eval()
+    theirs = nn.TransformerEncoderLayer(12, 3, 40, 0.0, "gelu", 1e-12, batch_first=True).double()
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    copy_attention(ours.attention, theirs.self_attn)
+    pairs = {
+        theirs.norm1: ours.attention.norm,
+        theirs.norm2: ours.feed_forward.norm,
+        theirs.linear1: ours.feed_forward.up,
+        theirs.linear2: ours.feed_forward.down,
+    }
+    for to, source in pairs.items():
+        to.load_state_dict(source.state_dict())
+    x, mask = randn(2, 6, 12), lengths_mask(6, [6, 4])
+    got = ours(x, common.attention_bias(mask, torch.float64))
+    want = theirs(x, src_key_padding_mask=~mask)  # in training mode (without dropout), to avoid torch's fast path
+    close(got[mask], want[mask], 1e-11)
+
+
+def test_padding_changes_nothing():
+    layer = common.TransformerLayer(12, 3, 40).double()
+    x, longer = randn(2, 4, 12), randn(2, 9, 12) * 1e3
+    longer[:, :4] = x
+    bias = common.attention_bias(lengths_mask(9, [4, 4]), torch.float64)
+    close(layer(longer, bias)[:, :4], layer(x), 1e-11)
+
+
+def test_dropout_is_for_training_only():
+    layer, x = common.TransformerLayer(12, 3, 40, dropout=0.5).double(), randn(2, 4, 12)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    close(layer(x), layer(x, maps=[]))
+
+
+def test_heads():
+    """MaskedLMHead is tied: its scores are the transform times the word table itself."""
+    head, words, x = common.MaskedLMHead(6, 11).double(), randn(11, 6), randn(4, 6)
+    nn.init.normal_(head.bias)
+    hidden = F.layer_norm(F.gelu(head.transform.dense(x)), (6,), eps=1e-12)
+    close(head(x, words), torch.einsum("mc,vc->mv", hidden, words) + head.bias)
+    pooler = common.Pooler(6).double()
+    close(pooler(x[None]), torch.tanh(pooler.dense(x[:1])))
+
+
+@pytest.mark.parametrize("block", [common.FeedForward(4, 6), common.AttentionBlock(4, 2), common.HeadTransform(4)])
+def test_gradients(block):
+    """Against finite differences, also through the mask."""
+    block = block.double()
+    extra = {}
+    if isinstance(block, common.AttentionBlock):
+        extra["bias"] = common.attention_bias(lengths_mask(3, [3, 2]), torch.float64)
+    x = randn(2, 3, 4, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: block(x, **extra), x)
+
+
+def test_initialise():
+    model = nn.Sequential(nn.Linear(300, 300), nn.Embedding(300, 300, padding_idx=0), common.LayerNorm(300))
+    model.apply(common.initialise)
+    for layer in model[:2]:
+        assert abs(layer.weight.std().item() - 0.02) < 3e-4
+        assert abs(layer.weight.mean().item()) < 3e-4
+    assert (model[0].bias == 0).all() and model[1].weight[0].abs().max() > 0  # the padding row too, as in BERT
+    assert (model[2].weight == 1).all() and (model[2].bias == 0).all()
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------
+
+
+def test_at():
+    states = randn(2, 3, 4)
+    close(common.at(states, torch.tensor([5, 0, 3])), torch.stack([states[1, 2], states[0, 0], states[1, 0]]))
+
+
+def test_cross_entropy():
+    scores, labels = randn(5, 7), torch.tensor([0, 6, 2, 2, 1])
+    by_hand = [-math.log(scores[i, y].exp() / scores[i].exp().sum()) for i, y in enumerate(labels.tolist())]
+    close(common.cross_entropy(scores, labels), torch.tensor(by_hand).double().mean(), 1e-6)
+    close(common.cross_entropy(scores, labels, reduction="sum"), 5 * common.cross_entropy(scores, labels))
+    empty = scores[:0].requires_grad_()
+    loss = common.cross_entropy(empty, labels[:0])
+    loss.backward()
+    assert loss == 0 and empty.grad.shape == (0, 7)
+
+
+def test_soft_answer_loss():
+    scores, targets = randn(3, 5), torch.rand(3, 5).double()
+    total = 0.0
+    for row, target in zip(scores.tolist(), targets.tolist(), strict=True):
+        for x, t in zip(row, target, strict=True):
+            p = 1 / (1 + math.exp(-x))
+            total -= t * math.log(p) + (1 - t) * math.log(1 - p)
+    assert abs(common.soft_answer_loss(scores, targets).item() - total / 3) < 1e-12
+
+
+def ipot(cost, beta, iterations):
+    """IPOT (Xie 2018, algorithm 1) in plain Python for one pair without padding: cost n x m nested lists -> distance."""
+    n, m = len(cost), len(cost[0])
+    kernel = [[math.exp(-c / beta) for c in row] for row in cost]
+    plan, b = [[1.0] * m for _ in range(n)], [1.0 / m] * m
+    for _ in range(iterations):
+        q = [[kernel[i][j] * plan[i][j] for j in range(m)] for i in range(n)]
+        a = [1 / (n * sum(q[i][j] * b[j] for j in range(m))) for i in range(n)]
+        b = [1 / (m * sum(q[i][j] * a[i] for i in range(n))) for j in range(m)]
+        plan = [[a[i] * q[i][j] * b[j] for j in range(m)] for i in range(n)]
+    return sum(plan[i][j] * cost[i][j] for i in range(n) for j in range(m))
+
+
+@pytest.mark.parametrize("setting", [{}, {"beta": 0.1, "iterations": 7}, {"beta": 1.0, "iterations": 1}])
+def test_optimal_transport_by_the_algorithm(setting):
+    text, regions, words, areas = randn(3, 5, 8), randn(3, 6, 8), [5, 2, 1], [3, 6, 1]
+    distance, _, cost = common.optimal_transport(
+        text, regions, lengths_mask(5, words), lengths_mask(6, areas), **setting
+    )
+    for i, (n, m) in enumerate(zip(words, areas, strict=True)):
+        close(cost[i, :n, :m], 1 - F.cosine_similarity(text[i, :n, None], regions[i, None, :m], dim=-1))
+        # the algorithm starts with the side that the official code starts with: regions
+        by_hand = ipot(cost[i, :n, :m].T.tolist(), **{"beta": 0.5, "iterations": 50} | setting)
+        assert abs(distance[i].item() - by_hand) < 1e-12, i
+
+
+def test_optimal_transport_reaches_the_optimum():
+    """Between equal numbers the best plan is a permutation / n (Birkhoff): found by trying all of them."""
+    text, regions, n = randn(2, 5, 8), randn(2, 7, 8), 5
+    masks = lengths_mask(5, [5, 5]), lengths_mask(7, [5, 5])
+    distance, plan, cost = common.optimal_transport(text, regions, *masks, beta=0.05, iterations=3000)
+    for i in range(2):
+        best = min(sum(cost[i, j, p[j]].item() for j in range(n)) / n for p in itertools.permutations(range(n)))
+        assert abs(distance[i].item() - best) < 1e-6
+    even = torch.full((2, 5), 0.2, dtype=torch.float64)
+    close(plan.sum(2), even, 1e-9)
+    close(plan.sum(1)[:, :5], even, 1e-9)
+    assert (plan[:, :, 5:] == 0).all()
+
+
+def test_optimal_transport_of_padding_and_half_precision():
+    text, regions = randn(2, 4, 8), randn(2, 3, 8)
+    masks = lengths_mask(4, [4, 2]), lengths_mask(3, [3, 2])
+    distance = common.optimal_transport(text, regions, *masks)[0]
+    far = common.optimal_transport(
+        torch.cat([text, 1e3 * randn(2, 5, 8)], 1),
+        torch.cat([regions, 1e3 * randn(2, 5, 8)], 1),
+        *(torch.cat([mask, torch.zeros(2, 5, dtype=torch.bool)], 1) for mask in masks),
+    )[0]
+    close(far, distance)
+    low = common.optimal_transport(text.bfloat16(), regions.bfloat16(), *masks)[0]
+    assert low.dtype == torch.float32 and (low.double() - distance).abs().max() < 0.02
+    empty = common.optimal_transport(text, regions, torch.zeros_like(masks[0]), masks[1])[0]
+    assert (empty == 0).all()
+
+
+def test_optimal_transport_gradient_holds_the_plan_constant():
+    text, regions = randn(1, 4, 8, requires_grad=True), randn(1, 3, 8)
+    masks = lengths_mask(4, [3]), lengths_mask(3, [3])
+    distance, plan, _ = common.optimal_transport(text, regions, *masks)
+    (got,) = torch.autograd.grad(distance.sum(), text)
+    cost = 1 - F.cosine_similarity(text[:, :, None], regions[:, None], dim=-1)
+    (want,) = torch.autograd.grad((plan * cost).sum(), text)
+    close(got, want)
+    assert (got[0, 3] == 0).all() and got[0, :3].abs().max() > 1e-3
+
+
+# ---- boxes and metrics -----------------------------------------------------------------------------------------
+
+
+def test_iou_by_counting_pixels():
+    corners = torch.randint(0, 12, (60, 2, 2, 2))
+    boxes = torch.cat([corners.amin(2), corners.amax(2) + 1], -1)  # (60, 2, 4), at least one pixel each
+    got = common.iou(boxes[:, 0].double(), boxes[:, 1].double())
+    for (a, b), value in zip(boxes.tolist(), got.tolist(), strict=True):
+        pixels = [{(x, y) for x in range(c[0], c[2]) for y in range(c[1], c[3])} for c in (a, b)]
+        assert abs(value - len(pixels[0] & pixels[1]) / len(pixels[0] | pixels[1])) < 1e-12
+    assert 0 < (got > 0).sum() < 60
+
+
+def test_iou_edges():
+    boxes = torch.tensor([[0.0, 0, 2, 2], [2, 0, 4, 2], [1, 1, 3, 3], [5, 5, 5, 5]])
+    pairs = common.iou(boxes[:, None], boxes[None])  # broadcast: (4, 4)
+    want = [[1, 0, 1 / 7, 0], [0, 1, 1 / 7, 0], [1 / 7, 1 / 7, 1, 0], [0, 0, 0, 0]]
+    close(pairs, torch.tensor(want), 1e-6)
+    assert common.iou(boxes[0], boxes[2], least=1.0) == 0  # an overlap of one pixel, in the official RefCOCO code
+    assert common.iou(boxes[0], boxes[2], least=0.99) > 0
+
+
+def test_recall_at_by_a_loop():
+    scores, truth = randn(30, 12), torch.randint(0, 11, (30,))  # picture 11 has no text
+    got = common.recall_at(scores, truth, ks=(1, 3, 10))
+    for k in (1, 3, 10):
+        to_image = [i in sorted(range(12), key=lambda j: -scores[t, j])[:k] for t, i in enumerate(truth.tolist())]
+        assert got[f"text_to_image_r{k}"] == pytest.approx(sum(to_image) / 30)
+        to_text = [
+            any(truth[t] == i for t in sorted(range(30), key=lambda t: -scores[t, i])[:k])
+            for i in sorted(set(truth.tolist()))
+        ]
+        assert got[f"image_to_text_r{k}"] == pytest.approx(sum(to_text) / len(to_text))
+
+
+def test_recall_at_extremes():
+    truth = torch.arange(4)
+    assert set(common.recall_at(torch.eye(4), truth, ks=(1,)).values()) == {1.0}
+    for useless in (torch.zeros(4, 4), torch.full((4, 4), torch.nan), -torch.eye(4)):
+        assert set(common.recall_at(useless, truth, ks=(1,)).values()) == {0.0}
+
+
+# ---- names -----------------------------------------------------------------------------------------------------
+
+
+def test_rename_applies_the_rules_in_order():
+    assert common.rename("a.b.c", [("a.b", "x"), ("x.c", "y"), ("a", "z")]) == "y"

@@ -1,0 +1,560 @@
+"""data.py against oracles: a reader of English that knows only the scene graph, plain loops, counting, bad files."""
+
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from itertools import chain, pairwise, permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+
+COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"]
+SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
+THING = rf"(?:(small|large) )?(?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)}|thing)(?:e?s)?"
+A_THING, WHERE = rf"an? {THING}", "(left of|right of|above|below)"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The oracle: reads a text back and evaluates it on the scene graph
+
+
+def matching(things, size, color, shape):
+    shape = None if shape == "thing" else shape
+    words = [(size, "size"), (color, "color"), (shape, "shape")]
+    return [t for t in things if all(word in (None, getattr(t, name)) for word, name in words)]
+
+
+def lies(a, where, b):
+    """Loose truth: on the right side at all. Strict use (no other word is right) is checked by its callers."""
+    return {"left of": a.x < b.x, "right of": a.x > b.x, "above": a.y < b.y, "below": a.y > b.y}[where]
+
+
+def clear(a, b):
+    dx, dy = abs(a.x - b.x), abs(a.y - b.y)
+    return max(dx, dy) >= 12 and max(dx, dy) >= 1.5 * min(dx, dy)
+
+
+def main_direction(a, b):
+    if abs(a.x - b.x) > abs(a.y - b.y):
+        return "left of" if a.x < b.x else "right of"
+    return "above" if a.y < b.y else "below"
+
+
+def clause_holds(clause, things):
+    if m := re.fullmatch(rf"(?:there is )?{A_THING} (?:is )?{WHERE} {A_THING}", clause):
+        g = m.groups()
+        first, where, second = matching(things, *g[:3]), g[3], matching(things, *g[4:])
+        return any(a is not b and clear(a, b) and main_direction(a, b) == where for a in first for b in second)
+    if m := re.fullmatch(rf"(?:there is|the picture shows) {A_THING}", clause):
+        return bool(matching(things, *m.groups()))
+    if m := re.fullmatch(rf"(?:there are|the picture shows) ({'|'.join(NUMBERS)}) {THING}", clause):
+        return len(matching(things, *m.groups()[1:])) == NUMBERS.index(m[1])
+    if m := re.fullmatch(rf"the number of {THING} is ({'|'.join(NUMBERS)})", clause):
+        return len(matching(things, *m.groups()[:3])) == NUMBERS.index(m[4])
+    raise AssertionError(f"no such clause: {clause!r}")
+
+
+def holds(caption, things):
+    return all(clause_holds(clause, things) for clause in caption.split(", and "))
+
+
+def answer_to(question, things):
+    """The one right answer; AssertionError if the question cannot be parsed or has none."""
+    yes = {True: "yes", False: "no"}
+    if m := re.fullmatch(rf"(?:is there|can you see) {A_THING}\?", question):
+        return yes[bool(matching(things, *m.groups()))]
+    if m := re.fullmatch(rf"(?:how many {THING} are there|what is the number of {THING})\?", question):
+        return str(len(matching(things, *(m.groups()[:3] if m[3] else m.groups()[3:]))))
+    if m := re.fullmatch(rf"what (?:is the )?(color|shape|size) (?:of|is) the {THING}\?", question):
+        (thing,) = matching(things, *m.groups()[1:])
+        return getattr(thing, m[1])
+    if m := re.fullmatch(rf"is the {THING} small or large\?", question):
+        (thing,) = matching(things, *m.groups())
+        return thing.size
+    if m := re.fullmatch(rf"are there (more|fewer) {THING} than {THING}\?", question):
+        n, k = len(matching(things, *m.groups()[1:4])), len(matching(things, *m.groups()[4:]))
+        return yes[n > k if m[1] == "more" else n < k]
+    if m := re.fullmatch(rf"is the {THING} {WHERE} the {THING}\?", question):
+        (a,), (b,) = matching(things, *m.groups()[:3]), matching(things, *m.groups()[4:])
+        assert clear(a, b)
+        return yes[main_direction(a, b) == m[4]]
+    raise AssertionError(f"no such question: {question!r}")
+
+
+def pairs_touched(text, things):
+    """(color, shape) of everything that a text names or means."""
+    touched = set()
+    for m in re.finditer(rf"(?<![a-z]){THING}(?![a-z])", text):
+        touched |= {(m[2], m[3])} | {(t.color, t.shape) for t in matching(things, *m.groups())}
+    return touched
+
+
+@pytest.fixture(scope="module")
+def graphs():
+    return {split: [data.make_scene(0, split, i) for i in range(200)] for split in data.SPLITS}
+
+
+def test_scenes_are_a_function_of_seed_split_and_index(graphs):
+    for split in data.SPLITS:
+        again = data.make_scene(0, split, 7)
+        assert again.things == graphs[split][7].things
+        assert data.captions(again) == data.captions(graphs[split][7])
+        assert data.questions(again) == data.questions(graphs[split][7])
+        assert data.draw_scene(again).tobytes() == data.draw_scene(graphs[split][7]).tobytes()
+        assert all(np.array_equal(a, b) for a, b in zip(data.detect(again).values(), data.detect(again).values()))
+    first = {tuple(data.make_scene(seed, split, 0).things) for seed in (0, 1) for split in data.SPLITS}
+    assert len(first) == 8  # seeds and splits differ
+
+
+def test_scene_graphs_are_within_their_bounds(graphs):
+    for scene in chain(*graphs.values()):
+        assert 3 <= len(scene.things) <= 8
+        for a, b in permutations(scene.things, 2):
+            w = min(a.x + a.half, b.x + b.half) - max(a.x - a.half, b.x - b.half)
+            h = min(a.y + a.half, b.y + b.half) - max(a.y - a.half, b.y - b.half)
+            assert max(w, 0) * max(h, 0) <= 0.2501 * (2 * a.half) ** 2
+        for t in scene.things:
+            assert t.half <= t.x <= 128 - t.half and t.half <= t.y <= 128 - t.half
+
+
+def test_captions_and_answers_are_true(graphs):
+    kinds = Counter()
+    for scene in chain(*graphs.values()):
+        for caption in data.captions(scene):
+            assert holds(caption, scene.things), (caption, scene)
+        for kind, question, answer in data.questions(scene):
+            assert answer_to(question, scene.things) == answer, (question, scene)
+            kinds[kind] += 1
+    assert len(kinds) == 7 and min(kinds.values()) > 300, kinds
+
+
+def test_every_content_word_of_a_caption_has_one_right_answer(graphs):
+    """Put every other word of its kind in the word's place: the caption must become false."""
+    plurals = [shape + ("es" if shape == "cross" else "s") for shape in SHAPES]
+    groups = (("small", "large"), COLORS, SHAPES, plurals, NUMBERS[1:])
+    relations = (["left", "right"], ["above", "below"])
+    tried = Counter()
+    for scene in chain(*graphs.values()):
+        for caption in data.captions(scene):
+            words = re.findall(r"\w+|,", caption)
+            for i, word in enumerate(words):
+                for group in (*groups, *relations):
+                    for other in group if word in group else ():
+                        changed = " ".join([*words[:i], other, *words[i + 1 :]]).replace(" ,", ",")
+                        if other == word:
+                            assert word in data.CONTENT_WORDS and changed == caption
+                        else:
+                            assert not holds(changed, scene.things), (caption, changed)
+                            tried[word] += 1
+    assert set(tried) >= {"small", "red", "ring", "rings", "three", "left", "below"}
+
+
+def test_captions_tell_scenes_apart(graphs):
+    scenes = graphs["val"][:100]
+    extra = [sum(holds(c, other.things) for other in scenes) - 1 for scene in scenes for c in data.captions(scene)[:1]]
+    assert len(extra) > 90 and np.mean(np.array(extra) == 0) > 0.8 and np.mean(extra) < 0.3, np.mean(extra)
+
+
+def test_words_never_bind_a_held_out_pair_outside_compose(graphs):
+    assert len({c for c, _ in data.HELD_OUT}) == len({s for _, s in data.HELD_OUT}) == 6
+    for split, scenes in graphs.items():
+        for scene in scenes:
+            for text in data.captions(scene) + [q for _, q, _ in data.questions(scene)]:
+                touched = pairs_touched(text, scene.things) & set(data.HELD_OUT)
+                assert bool(touched) == (split == "compose"), (split, text)
+    shown = [(t.color, t.shape) in data.HELD_OUT for scene in graphs["train"] for t in scene.things]
+    assert 0.05 < np.mean(shown) < 0.25  # but they do stand in pictures
+
+
+def test_questions_alone_do_not_give_the_answer():
+    def drawn(split, count):
+        return [q for i in range(count) for q in data.questions(data.make_scene(0, split, i))]
+
+    by_text, by_kind = defaultdict(Counter), defaultdict(Counter)
+    for kind, text, answer in drawn("train", 3000):
+        by_text[text][answer] += 1
+        by_kind[kind][answer] += 1
+    right = [(by_text.get(t) or by_kind[k]).most_common(1)[0][0] == a for k, t, a in drawn("val", 400)]
+    assert 0.30 < np.mean(right) < 0.45, np.mean(right)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Regions, store, datasets
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def dataset(cache):
+    return data.scenes("train", "pretrain", 60, cache=cache)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(dataset):
+    tokenizer = data.train_tokenizer(dataset.text)
+    dataset.encode(tokenizer, 32)
+    return tokenizer
+
+
+def test_region_features_equal_cropping_first():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (50, 70, 4), dtype=np.uint8), "RGBA")
+    boxes = np.array([[0, 0, 70, 50], [5, 6, 65, 42], [10, 3, 46, 39]])
+    ours = data.region_features(image, boxes, patch=6).reshape(3, 6, 6, 3)
+    for i, box in enumerate(boxes.tolist()):
+        crop = image.convert("RGB").crop(box).resize((6, 6), Image.Resampling.BICUBIC)
+        plain = (np.asarray(crop).astype(np.float32) / 255 - 0.5) / 0.25
+        inner = slice(None) if i == 0 else slice(2, -2)  # at a crop's edge the filter cannot see the picture around it
+        assert np.abs(ours[i] - plain)[inner, inner].max() < 0.02  # one grey level
+    assert data.grid_boxes(60, 30, 3)[[0, 1, 9]].tolist() == [[0, 0, 60, 30], [0, 0, 20, 10], [40, 20, 60, 30]]
+
+
+def test_store_gathers_what_a_plain_loop_reads(dataset):
+    store, images = dataset.store, np.array([5, 0, 5, 59, 31])
+    got = store.gather(images, pad_to=4)
+    longest = max(store.offsets[i + 1] - store.offsets[i] for i in images)
+    assert got["region_mask"].shape[1] == 4 * ((longest + 3) // 4)
+    for row, image in enumerate(images):
+        start, stop = store.offsets[image], store.offsets[image + 1]
+        assert got["region_mask"][row].sum() == stop - start and got["region_mask"][row, : stop - start].all()
+        for name, array in store.fields.items():
+            assert np.array_equal(
+                got[name][row, : stop - start].numpy(), array[start:stop].astype(got[name].numpy().dtype)
+            )
+            assert not got[name][row, stop - start :].any()
+    scene = data.make_scene(0, "train", 5)
+    boxes = data.detect(scene)["boxes"]
+    features = data.region_features(data.draw_scene(scene), boxes)
+    assert np.abs(got["features"][0, : len(boxes)].numpy() - features).max() < 2e-3
+    assert np.abs(got["boxes"][0, : len(boxes)].numpy() * 128 - boxes).max() < 1e-4
+
+
+def test_imitated_detector_is_mostly_right():
+    right, false, seen = [], 0, 0
+    for i in range(300):
+        scene = data.make_scene(0, "test", i)
+        found = data.detect(scene)
+        assert np.allclose(found["object_probs"].sum(1), 1)
+        assert np.array_equal(found["objects"], found["object_probs"][:, 1:].argmax(1))
+        centres = (found["boxes"][:, :2] + found["boxes"][:, 2:]) / 2
+        for thing in scene.things:
+            near = [j for j in range(len(centres)) if found["object_conf"][j] > 0.7]
+            j = min(near, key=lambda j: np.abs(centres[j] - (thing.x, thing.y)).sum())
+            right.append(data.SHAPES[found["objects"][j]] == thing.shape)
+        false, seen = false + len(centres) - len(scene.things), seen + 1
+    assert 0.94 < np.mean(right) < 0.99 and 0.8 < false / seen < 1.2
+
+
+def test_two_processes_may_make_the_same_store(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    runs = [fork.Process(target=data.scenes, args=("val", "vqa", 20), kwargs={"cache": tmp_path}) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0, 0]
+    assert len(data.scenes("val", "vqa", 20, cache=tmp_path)) == 160
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_answers_are_sorted_and_subsets_keep_their_tokens(dataset, tokenizer):
+    counts = Counter(a for answer in dataset.answer for a in answer)
+    answers = data.answer_list(dataset)
+    assert sorted(answers) == sorted(counts)
+    assert all((-counts[a], a) < (-counts[b], b) for a, b in pairwise(answers))
+    index = np.array([9, 2, 40])
+    part = dataset.subset(index)
+    assert part.text == [dataset.text[i] for i in index] and len(dataset.subset(7)) == 7
+    assert part.offsets.tolist() == part.encode(tokenizer, 32).offsets.tolist()
+    again = part.tokens.copy()
+    assert again.tolist() == dataset.subset(index).tokens.tolist()
+    assert set(data.scenes("train", "vqa", 60, cache=dataset.store.folder.parent).kind) == set(data.QUESTIONS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Word pieces
+
+
+def greedy(word, vocab):
+    """Longest match first, as in the BERT paper's code."""
+    pieces, start = [], 0
+    while start < len(word):
+        for stop in range(len(word), start, -1):
+            piece = ("##" if start else "") + word[start:stop]
+            if piece in vocab:
+                pieces.append(piece)
+                start = stop
+                break
+        else:
+            return ["[UNK]"]
+    return pieces
+
+
+def test_tokenizer_is_greedy_wordpiece_and_deterministic(tmp_path):
+    words = ["unaffable", "affable", "unable", "table", "stable", "fable", "tables", "unstable"]
+    texts = [" ".join(words[i:] + words[: i // 2]) for i in range(len(words))] * 3
+    tokenizer = data.train_tokenizer(texts, vocab_size=60)
+    vocab = tokenizer.get_vocab()
+    assert [tokenizer.token_to_id(s) for s in data.SPECIALS] == [0, 1, 2, 3, 4]
+    assert vocab == data.train_tokenizer(texts, vocab_size=60).get_vocab() and len(vocab) <= 60
+    for text in [*words, "Stables, unfable!", "zebra", "aff-able tab"]:
+        expected = [piece for w in re.findall(r"\w+|[^\w\s]", text.lower()) for piece in greedy(w, vocab)]
+        assert tokenizer.encode(text, add_special_tokens=False).tokens == expected
+    lines = [piece for piece, _ in sorted(vocab.items(), key=lambda item: item[1])]
+    (tmp_path / "vocab.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    for name in ("vocab.txt", "tokenizer.json"):
+        read = data.read_tokenizer(tmp_path / name)
+        assert (
+            read.get_vocab() == vocab and read.encode("Unstable TABLES").ids == tokenizer.encode("unstable tables").ids
+        )
+    (tmp_path / "cased.txt").write_text("\n".join([*lines, "Table"]) + "\n")
+    cased = data.read_tokenizer(tmp_path / "cased.txt")
+    assert cased.encode("Table").tokens == ["Table"] and cased.encode("table").tokens == greedy("table", vocab)
+    (tmp_path / "bad.txt").write_text("\n".join(lines[1:]))
+    with pytest.raises(data.DataError, match="bad.txt"):
+        data.read_tokenizer(tmp_path / "bad.txt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_collate_against_plain_loops(dataset, tokenizer):
+    index, answers = np.array([3, 100, 17, 250]), {"yes": 0, "red": 1, "2": 2}
+    batch = data.collate(dataset, index, answers=answers, pad_to=8)
+    assert batch.text.shape[1] % 8 == 0 and batch.features.shape[1] % 8 == 0
+    for row, i in enumerate(index):
+        pieces = tokenizer.encode(dataset.text[i]).tokens[:30]
+        ids = [2, *(tokenizer.token_to_id(p) for p in pieces), 3]
+        assert batch.text[row].tolist() == ids + [0] * (batch.text.shape[1] - len(ids))
+        assert batch.text_mask[row].tolist() == [k < len(ids) for k in range(batch.text.shape[1])]
+        assert batch.answers[row].tolist() == [dataset.answer[i].get(a, 0.0) for a in answers]
+        assert batch.ids[row] == dataset.ids[i] and batch.matched[row] == 1
+    part = data.mask_words(batch, tokenizer, np.random.default_rng(0)).rows(torch.tensor([2, 0]))
+    assert part.ids == [batch.ids[2], batch.ids[0]] and part.word_index is None
+    assert torch.equal(part.features, batch.features[[2, 0]]) and part.to("cpu").answers.shape == (2, 3)
+    short = dataset.subset(index).encode(tokenizer, 6)
+    assert (np.diff(short.offsets) <= 6).all() and (short.tokens[short.offsets[1:] - 1] == 3).all()
+
+
+@pytest.mark.parametrize("replace", ["image", "text"])
+def test_mismatch_never_keeps_the_picture(dataset, replace):
+    rng, index = np.random.default_rng(0), np.arange(len(dataset))
+    examples, images, matched = data.mismatch(dataset, index, rng, 0.5, replace)
+    same = dataset.image[examples] == images
+    assert np.array_equal(same, matched.numpy() == 1)
+    assert abs(same.mean() - 0.5) < 4 * 0.5 / len(index) ** 0.5
+    kept = examples if replace == "image" else images
+    assert np.array_equal(kept, index if replace == "image" else dataset.image)
+    with pytest.raises(ValueError, match="two pictures"):
+        data.mismatch(dataset.subset(np.array([0, 1])), np.array([0, 1]), rng, 1.0)
+
+
+def test_masked_words_have_berts_rates(dataset, tokenizer):
+    batch = data.collate(dataset, np.arange(len(dataset)))
+    before = batch.text.clone()
+    masked = data.mask_words(batch, tokenizer, np.random.default_rng(0), force_one=False)
+    again = data.mask_words(batch, tokenizer, np.random.default_rng(0), force_one=False)
+    assert torch.equal(masked.text, again.text) and torch.equal(masked.word_index, again.word_index)
+    assert torch.equal(batch.text, before) and batch.word_index is None
+    ordinary, m = (before > 4).sum().item(), len(masked.word_index)
+    assert torch.equal(masked.word_labels, before.flatten()[masked.word_index]) and (masked.word_labels > 4).all()
+    untouched = torch.ones(before.numel(), dtype=torch.bool)
+    untouched[masked.word_index] = False
+    assert torch.equal(masked.text.flatten()[untouched], before.flatten()[untouched])
+    new = masked.text.flatten()[masked.word_index]
+    V = tokenizer.get_vocab_size()
+    kept = 0.1 + 0.1 / (V - 5)  # a random piece may be the same one
+    rates = [(m, ordinary, 0.15), ((new == 4).sum(), m, 0.8), ((new == masked.word_labels).sum(), m, kept)]
+    for hits, total, p in rates:
+        assert abs(hits / total - p) < 4 * (p * (1 - p) / total) ** 0.5, (hits, total, p)
+    random = new[(new != 4) & (new != masked.word_labels)]
+    assert (random > 4).all() and len(random.unique()) > 30
+    forced = data.mask_words(batch, tokenizer, np.random.default_rng(0), p=0.0)
+    T = batch.text.shape[1]
+    assert forced.word_index.tolist() == [row * T + 1 for row in range(len(dataset))] and (forced.text[:, 1] == 4).all()
+    only = torch.zeros(V, dtype=torch.bool)
+    only[tokenizer.token_to_id("red")] = True
+    reds = data.mask_words(batch, tokenizer, np.random.default_rng(0), p=1.0, mask=1.0, only=only)
+    assert len(reds.word_index) == (before == tokenizer.token_to_id("red")).sum() and (reds.text[before > 4] == 4).any()
+
+
+def test_masked_regions(dataset, tokenizer):
+    batch = data.collate(dataset, np.arange(len(dataset)))
+    before = batch.features.clone()
+    for zero, random in ((1.0, 0.0), (0.8, 0.1)):
+        out = data.mask_regions(batch, np.random.default_rng(0), 0.15, zero, random, force_one=False)
+        assert torch.equal(batch.features, before) and torch.equal(out.clean_features, before)
+        assert not (out.masked_regions & ~batch.region_mask).any()
+        assert torch.equal(out.region_index, out.masked_regions.flatten().nonzero()[:, 0])
+        assert torch.equal(out.features[~out.masked_regions], before[~out.masked_regions])
+        new, old = out.features[out.masked_regions], before[out.masked_regions]
+        m, total = len(new), batch.region_mask.sum().item()
+        same = (new == old).all(1).sum()
+        for hits, n, p in ((m, total, 0.15), ((new == 0).all(1).sum(), m, zero), (same, m, 1 - zero - random)):
+            assert abs(hits / n - p) <= 4 * (p * (1 - p) / n) ** 0.5 + 1e-9
+    one = data.mask_regions(batch, np.random.default_rng(0), p=0.0)
+    assert (one.masked_regions.sum(1) == 1).all() and not (one.masked_regions & ~batch.region_mask).any()
+    assert len(set(one.masked_regions.int().argmax(1).tolist())) > 4  # any region, not always the first
+    assert (one.features[one.masked_regions] == 0).all()
+
+
+@pytest.mark.parametrize("budget", [{"size": 16}, {"tokens": 500}])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_batches_cover_everything_once_within_budget(budget, shuffled):
+    lengths = np.random.default_rng(1).integers(5, 60, 1003)
+
+    def cut(**rank):
+        return data.batches(lengths, np.random.default_rng(2) if shuffled else None, **budget, **rank)
+
+    whole = cut()
+    assert sorted(np.concatenate(whole).tolist()) == list(range(1003))
+    for batch in whole:
+        assert len(batch) <= budget.get("size", 1003)
+        assert len(batch) * lengths[batch].max() <= budget.get("tokens", 10**9)
+    waste = sum(len(b) * lengths[b].max() for b in whole) / lengths.sum()
+    assert waste < (1.1 if shuffled else 1.05)
+    shards = [cut(rank=r, world=3) for r in range(3)]
+    seen = np.concatenate([example for shard in shards for example in shard]).tolist()
+    assert len(set(seen)) == len(seen)
+    if shuffled:
+        assert len({len(shard) for shard in shards}) == 1 and len(seen) > 1003 - 3 * max(map(len, whole))
+    else:
+        assert sorted(seen) == list(range(1003))
+    with pytest.raises(ValueError):
+        data.batches(lengths, tokens=30)
+    with pytest.raises(ValueError):
+        data.batches(lengths)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Own data
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder with a picture of 40 x 30 pixels, two feature files, and a writer of my.jsonl."""
+    Image.new("L", (40, 30), 9).save(tmp_path / "a.png")
+    rng = np.random.default_rng(0)
+    boxes = np.array([[0, 0, 20, 30], [5, 5, 39, 29.5]])
+    arrays = {"boxes": boxes, "size": np.array([40, 30])}
+    np.savez(tmp_path / "f.npz", features=rng.random((2, 7)), **arrays)
+    np.savez(tmp_path / "wide.npz", features=rng.random((2, 8)), **arrays)
+    np.savez(tmp_path / "nan.npz", features=np.full((2, 7), np.nan), **arrays)
+    np.savez(tmp_path / "three.npz", features=rng.random((3, 7)), **arrays)
+    np.savez(tmp_path / "unit.npz", features=rng.random((2, 7)), boxes=boxes / 40, size=arrays["size"])
+    (tmp_path / "text.png").write_text("no picture")
+
+    def write(*lines):
+        path = tmp_path / "my.jsonl"
+        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+        return path
+
+    return write
+
+
+GOOD = {"image": "a.png", "text": "what?", "answer": " Red "}
+F = {"features": "f.npz", "text": "what?", "answer": "red"}
+BAD = [
+    ("{", "vqa", "not JSON"),
+    ("[1]", "vqa", "object"),
+    ({**GOOD, "image": "b.png"}, "vqa", "image.*b.png"),
+    ({**GOOD, "anwser": "x"}, "vqa", "anwser.*did you mean answer"),
+    ({**GOOD, "text": 3}, "vqa", "'text'"),
+    ({**GOOD, "text": " "}, "caption", "'text'"),
+    ({"image": "a.png", "text": "x"}, "vqa", "'answer' is missing"),
+    ({**GOOD, "answer": {"red": "1"}}, "vqa", "'answer'"),
+    ({**GOOD, "answer": {"red": 3}}, "ve", "'answer'"),
+    ({**GOOD, "split": "dev"}, "vqa", "'split'.*dev"),
+    ({**GOOD, "boxes": [[0, 0, 9]]}, "vqa", "'boxes'"),
+    ({**GOOD, "boxes": [[0, 0, 9, 99]]}, "vqa", "'boxes'.*outside"),
+    ({**GOOD, "boxes": [[9, 0, 9, 20]]}, "vqa", "'boxes'.*x2 <= x1"),
+    ({**GOOD, "features": "f.npz"}, "vqa", "only one"),
+    ({**GOOD, "images": ["a.png"]}, "nlvr2", "'images'"),
+    ({**GOOD, "label": 1, "image": "a.png"}, "nlvr2", "two files"),
+    ({**GOOD, "label": 2, "choices": ["a", "b"]}, "vcr", "'label'"),
+    ({**GOOD, "target": [0, 0, 50, 20]}, "refer", "'target'.*outside"),
+    ({**GOOD, "image": "text.png"}, "vqa", "cannot read picture"),
+    ({**F, "features": "wide.npz"}, "vqa", "8 wide.*7"),
+    ({**F, "features": "nan.npz"}, "vqa", "NaN"),
+    ({**F, "features": "three.npz"}, "vqa", "'boxes' has shape"),
+    ({**F, "features": "a.png"}, "vqa", "wide"),
+]
+
+
+@pytest.mark.parametrize("line, task, message", BAD, ids=[f"{i}" for i in range(len(BAD))])
+def test_bad_lines_are_named_in_one_line(own, cache, line, task, message):
+    first = {
+        "nlvr2": {**GOOD, "label": True, "images": ["a.png", "a.png"]},
+        "vcr": {**GOOD, "label": 0, "choices": ["a", "b"]},
+    }
+    first |= {"refer": {**GOOD, "target": [0, 0, 40, 30]}}
+    good = dict(first.get(task, F if isinstance(line, dict) and line.get("features") else GOOD))
+    if task == "nlvr2":
+        del good["image"]
+    path = own(good, "", line)
+    with pytest.raises(data.DataError, match=message) as error:
+        data.load_jsonl(path, task, "train", cache=cache)
+    assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
+
+
+def test_own_data_becomes_a_dataset(own, cache, capsys):
+    box = [[1, 2, 21, 22]]
+    path = own(GOOD, {**GOOD, "boxes": box, "split": "val"}, {**GOOD, "answer": {"Blue": 0.3, "red": 1}})
+    train = data.load(str(path), "vqa", "train", cache=cache)
+    val = data.load(str(path), "vqa", "val", cache=cache)
+    assert (len(train), len(val), len(data.load(str(path), "vqa", "test", cache=cache))) == (2, 1, 0)
+    assert train.answer == [{"red": 1.0}, {"blue": 0.3, "red": 1.0}] and train.kind == ["vqa", "vqa"]
+    batch = data.collate(val.encode(data.train_tokenizer(val.text)), np.array([0]))
+    assert torch.allclose(batch.boxes, torch.tensor([[[1 / 40, 2 / 30, 21 / 40, 22 / 30]]]))
+    assert torch.allclose(batch.features, torch.full((1, 1, 432), (9 / 255 - 0.5) / 0.25), atol=1e-3)
+    assert batch.object_probs is None and train.store is not val.store and train.store.folder == val.store.folder
+    assert "all features are equal" in capsys.readouterr().err
+    data.load(str(own({**F, "features": "unit.npz"})), "vqa", "train", cache=cache)
+    assert "0..1" in capsys.readouterr().err
+    with pytest.raises(data.DataError, match="no such file"):
+        data.load("nowhere.jsonl", "vqa", "train", cache=cache)
+
+
+def test_command_line_in_a_process(tmp_path):
+    command = [sys.executable, data.__file__]
+    done = subprocess.run([*command, "preview", "--out", "sheet.png"], cwd=tmp_path, capture_output=True, check=True)
+    assert b"6 scenes" in done.stdout and Image.open(tmp_path / "sheet.png").size > (1000, 500)
+    done = subprocess.run([*command, "check", "x.jsonl"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (
+        done.returncode == 2
+        and done.stderr == "data.py: x.jsonl: no such file; give 'scenes' or the path of a .jsonl file\n"
+    )
+
+
+def test_command_line(own, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+        data.main()
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    assert "(37, 432)" in run("extract", "a.png", "--out", "grid.npz")
+    assert np.load("grid.npz")["features"].shape == (37, 432)
+    grid = {"features": "grid.npz", "text": "a"}
+    path = own({**grid, "answer": "b"}, {**grid, "split": "val"})
+    assert "2 examples (1 train, 1 val), 1 pictures" in run("check", path, "--task", "pretrain")
+    for arguments in (("check", path, "--task", "vqa"), ("frobnicate",), ("extract", "a.png"), ("check", path, "--x")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run(*arguments)
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,376 @@
+"""LXMERT against oracles that nobody here wrote: torch's own layers, transformers' LxmertForPreTraining with fresh
+weights, the official parameter names and counts, closed forms. Equality with the official code is in test_golden.py."""
+
+import json
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lxmert
+from common import attention_bias
+
+REFERENCE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[2] / "shared" / "reference")
+SMALL = {
+    "vocab_size": 50,
+    "hidden": 32,
+    "language_layers": 2,
+    "relation_layers": 1,
+    "cross_layers": 2,
+    "attention_heads": 4,
+    "intermediate": 64,
+    "max_positions": 20,
+    "feature_size": 12,
+    "classes": 9,
+    "attributes": 6,
+    "answers": 7,
+    "dropout": 0.0,
+}
+
+
+def make(dtype=torch.float64, **changes):
+    torch.manual_seed(0)
+    return lxmert.LXMERT(lxmert.Config(**{**SMALL, **changes})).to(dtype).eval()
+
+
+def make_batch(dtype=torch.float64, rows=4, words=6, regions=5):
+    """Random rows with ragged text and regions; rows 0 and 2 match and have an answer, one word and two regions a row
+    are masked."""
+    g = torch.Generator().manual_seed(1)
+    features = torch.randn(rows, regions, 12, generator=g, dtype=dtype)
+    first = torch.arange(rows)
+    region_index = torch.cat([first * regions, first * regions + 1])
+    visible = features.clone()
+    visible.view(-1, 12)[region_index] = 0.0
+    text = torch.randint(5, 50, (rows, words), generator=g)
+    return SimpleNamespace(
+        text=text,
+        text_mask=torch.arange(words) < torch.tensor([words, 4, 5, 3] * rows)[:rows, None],
+        segments=torch.zeros(rows, words, dtype=torch.long),
+        features=visible,
+        boxes=torch.rand(rows, regions, 4, generator=g, dtype=dtype),
+        region_mask=torch.arange(regions) < torch.tensor([regions, 3, 4, 2] * rows)[:rows, None],
+        masked_regions=None,
+        word_index=first * words + 1,
+        word_labels=torch.randint(5, 50, (rows,), generator=g),
+        region_index=region_index,
+        clean_features=features,
+        object_probs=torch.randn(rows, regions, 9, generator=g, dtype=dtype).softmax(-1),
+        objects=torch.randint(0, 8, (rows, regions), generator=g),
+        object_conf=torch.rand(rows, regions, generator=g, dtype=dtype) * 0.5 + 0.5,
+        attributes=torch.randint(0, 6, (rows, regions), generator=g),
+        attribute_conf=torch.rand(rows, regions, generator=g, dtype=dtype) * 0.5 + 0.5,
+        matched=torch.tensor([1, 0] * rows)[:rows],
+        answer_labels=torch.tensor([3, 2, 6, -1] * rows)[:rows],
+        answers=torch.rand(rows, 7, generator=g, dtype=dtype),
+        target=torch.zeros(rows, dtype=torch.long),
+    )
+
+
+# ---- sizes and names -------------------------------------------------------------------------------------------
+
+
+def test_base_has_the_released_number_of_parameters_and_tensors():
+    with torch.device("meta"):
+        model = lxmert.LXMERT(lxmert.Config())
+    assert sum(p.numel() for p in model.parameters()) == 228_051_752
+    assert len(lxmert.to_official(model.state_dict())) == 473
+
+
+@pytest.mark.parametrize("kind", ["official", "hf"])
+def test_base_has_the_released_names(kind):
+    path = REFERENCE / f"names_lxmert_{kind}_base.json"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    with torch.device("meta"):
+        state = lxmert.LXMERT(lxmert.Config()).state_dict()
+    there = (lxmert.to_official if kind == "official" else lxmert.to_hugging_face)(state)
+    assert {name: list(tensor.shape) for name, tensor in there.items()} == dict(json.loads(path.read_text()))
+    back, unexpected = lxmert.from_official({f"module.{name}": tensor for name, tensor in there.items()}, state)
+    assert set(back) == set(state) and not unexpected
+
+
+@pytest.mark.parametrize("head", ["vqa", "nlvr2", "ve", "rank", "vcr", "refer"])
+def test_a_fine_tuned_model_goes_to_its_official_names_and_back(head):
+    state = make(heads=(head,)).state_dict()
+    there = lxmert.to_official(state)
+    assert any(n.startswith("lxrt_encoder.model.bert.") for n in there) == (head in ("vqa", "nlvr2", "ve"))
+    back, unexpected = lxmert.from_official(there, state)
+    assert set(back) == set(state) and not unexpected
+    stray = "bert.encoder.layer.99.output.dense.weight"
+    assert lxmert.from_official({stray: torch.zeros(1)}, state) == ({}, [stray])
+
+
+def test_answers_are_normalised_as_the_official_table_is():
+    probes = {
+        "the man.": "man",
+        "a the dog": "dog",
+        "the a dog": "a dog",
+        "One": "1",
+        "Grey cat": "grey cat",
+        "..": ".",
+    }
+    probes |= {"  yes": "  yes", "a .": "a", "the Grey": "gray", "a an orange": "orange", "eleven": "eleven", "": ""}
+    path = REFERENCE / "lxmert_answer_map.json"
+    if path.exists():
+        probes |= {raw: normal for raw, normal, _ in json.loads(path.read_text())["convert"]}
+    for raw, normal in probes.items():
+        assert lxmert.normalize_lxmert_answer(raw) == normal, raw
+
+
+def test_answer_rows_move_with_their_answers_and_unknown_ones_are_zero():
+    weight, bias = torch.randn(3, 4), torch.randn(3)
+    rows, offsets = lxmert.transfer_answers(weight, bias, ["dog", "2", "yes"], ["Yes.", "cat", "two", "a dog", "yes"])
+    assert torch.equal(rows, torch.stack([weight[2], torch.zeros(4), weight[1], weight[0], weight[2]]))
+    assert offsets.tolist() == [bias[2].item(), 0.0, bias[1].item(), bias[0].item(), bias[2].item()]
+
+
+# ---- the encoder -----------------------------------------------------------------------------------------------
+
+
+def torch_attention(block, x, context, mask):
+    """norm(x + attention) by torch's MultiheadAttention with the block's weights."""
+    other = nn.MultiheadAttention(x.shape[-1], block.heads, batch_first=True, dtype=x.dtype)
+    with torch.no_grad():
+        parts = block.query, block.key, block.value
+        other.in_proj_weight.copy_(torch.cat([p.weight for p in parts]))
+        other.in_proj_bias.copy_(torch.cat([p.bias for p in parts]))
+        other.out_proj.load_state_dict(block.output.state_dict())
+    attended = other(x, context, context, key_padding_mask=~mask)[0]
+    return F.layer_norm(x + attended, x.shape[-1:], block.norm.weight, block.norm.bias, 1e-12)
+
+
+def torch_layer(layer, x, mask):
+    """One BERT layer by torch's functions."""
+    x, f = torch_attention(layer.attention, x, x, mask), layer.feed_forward
+    inner = F.linear(F.gelu(F.linear(x, f.up.weight, f.up.bias)), f.down.weight, f.down.bias)
+    return F.layer_norm(x + inner, x.shape[-1:], f.norm.weight, f.norm.bias, 1e-12)
+
+
+def test_cross_layers_read_the_original_inputs_through_one_shared_block():
+    """Both directions start from the layer's inputs: an update in sequence would give other regions."""
+    model, batch = make(), make_batch()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    layer, text, regions = model.cross_layers[0], model.embed_text(batch), model.embed_regions(batch)
+    masks = batch.text_mask, batch.region_mask
+    got = layer(text, regions, *(attention_bias(mask, torch.float64) for mask in masks))
+    words = torch_attention(layer.cross, text, regions, batch.region_mask)
+    areas = torch_attention(layer.cross, regions, text, batch.text_mask)
+    torch.testing.assert_close(got[0], torch_layer(layer.text, words, batch.text_mask))
+    torch.testing.assert_close(got[1], torch_layer(layer.regions, areas, batch.region_mask))
+    in_sequence = torch_attention(layer.cross, regions, words, batch.text_mask)
+    assert (got[1] - torch_layer(layer.regions, in_sequence, batch.region_mask)).abs().max() > 0.01
+
+
+def test_the_order_of_the_regions_means_nothing():
+    model, batch = make(), make_batch()
+    one = model.encode(batch)
+    order = torch.randperm(batch.features.shape[1])
+    for name in ("features", "boxes", "region_mask"):
+        setattr(batch, name, getattr(batch, name)[:, order])
+    two = model.encode(batch)
+    torch.testing.assert_close(two.regions, one.regions[:, order])
+    torch.testing.assert_close(two.text, one.text)
+    torch.testing.assert_close(two.pooled, one.pooled)
+
+
+def test_one_modality_alone_ends_before_the_cross_layers():
+    model, batch = make(), make_batch()
+    both = model.encode(batch, record=True)
+    text, regions = model.encode(batch, regions=False), model.encode(batch, text=False)
+    assert text.regions is None and regions.text is None
+    torch.testing.assert_close(text.text, both.states["text.1"])
+    torch.testing.assert_close(regions.regions, both.states["regions.0"])
+    torch.testing.assert_close(text.pooled, model.pooler(text.text))
+    mean = torch.stack([x[m].mean(0) for x, m in zip(regions.regions, batch.region_mask, strict=True)])
+    torch.testing.assert_close(regions.pooled, model.pooler(mean[:, None]))
+    assert set(both.maps) == {"text.0", "text.1", "regions.0"} | {
+        f"cross.{i}.{name}" for i in range(2) for name in ("text_to_regions", "regions_to_text", "text", "regions")
+    }
+    assert not text.maps and not text.states
+
+
+def test_recording_changes_nothing():
+    model, batch = make(), make_batch()
+    torch.testing.assert_close(model.encode(batch, record=True).pooled, model.encode(batch).pooled)
+
+
+def test_heads_on_the_pooled_vector_leave_the_last_visual_layer_without_gradient():
+    """The last cross layer's visual self-attention and feed-forward cannot reach the first word: all else can."""
+    model, batch = make(heads=("vqa",)), make_batch()
+    model(batch, ["vqa"])["vqa"][0].backward()
+    idle = {name for name, p in model.named_parameters() if p.grad is None}
+    assert idle == {name for name, _ in model.named_parameters() if name.startswith("cross_layers.1.regions.")}
+
+
+def test_row_0_of_every_text_table_learns_nothing_from_being_read():
+    model, batch = make(heads=("vqa",)), make_batch()
+    batch.text[0, 2] = 0
+    model(batch, ["vqa"])["vqa"][0].backward()
+    table = model.text_embedding
+    for embedding in (table.words, table.positions, table.types):
+        assert not embedding.weight.grad[0].any()
+    assert table.positions.weight.grad[1].any() and table.words.weight.grad[batch.text[0, 1]].any()
+
+
+# ---- objectives ------------------------------------------------------------------------------------------------
+
+
+def test_class_1_is_a_match():
+    model, batch = make(), make_batch()
+    batch.matched = torch.ones_like(batch.matched)
+    with torch.no_grad():
+        model.heads["itm"].bias.copy_(torch.tensor([-20.0, 20.0]))
+    assert model(batch, ["itm"])["itm"][0] < 1e-6
+
+
+def test_region_losses_are_the_formulas_and_padding_takes_no_part():
+    """Row by row without padding, by hand, weighted by how many regions each row has."""
+    model, batch = make(), make_batch()
+    got = model(batch, ["mrc", "attr", "mrfr"])
+    states, total = model.encode(batch).regions, {"mrc": 0.0, "attr": 0.0, "mrfr": 0.0}
+    masked = torch.zeros(batch.region_mask.numel(), dtype=torch.bool)
+    masked[batch.region_index] = True
+    for b in range(4):
+        for n in range(int(batch.region_mask[b].sum())):
+            x = model.heads["regions"](states[b, n])
+            for name, labels, weight in (
+                ("mrc", batch.objects, batch.object_conf),
+                ("attr", batch.attributes, batch.attribute_conf),
+            ):
+                chance = model.heads[name](x).softmax(-1)[labels[b, n]]
+                total[name] -= weight[b, n] * chance.log()
+            if masked[b * 5 + n]:
+                d = (model.heads["mrfr"](x) - batch.clean_features[b, n]).abs()
+                total["mrfr"] += torch.where(d < 1, d * d / 2, d - 0.5).mean()
+    for name, value in total.items():
+        torch.testing.assert_close(got[name][0], value / batch.region_mask.sum() / 0.15)
+        assert len(got[name][1]) == len(batch.region_index)
+
+
+def test_soft_region_labels_are_torchs_kl():
+    model, batch = make(), make_batch()
+    loss, scores = model(batch, ["mrc_kl"])["mrc_kl"]
+    target = batch.object_probs.flatten(0, 1)[batch.region_index, 1:]
+    target = torch.distributions.Categorical(probs=target)  # rescales
+    ours = torch.distributions.kl_divergence(target, torch.distributions.Categorical(logits=scores)).sum()
+    torch.testing.assert_close(loss, ours / scores.numel())
+
+
+def test_questions_count_where_there_is_an_answer_and_a_match():
+    model, batch = make(), make_batch()  # labels 3, 2, 6, -1; matched 1, 0, 1, 0
+    loss, scores = model(batch, ["qa"])["qa"]
+    torch.testing.assert_close(loss, F.cross_entropy(scores[[0, 2]], torch.tensor([3, 6])))
+    batch.matched = None
+    loss, scores = model(batch, ["qa"])["qa"]
+    torch.testing.assert_close(loss, F.cross_entropy(scores[:3], torch.tensor([3, 2, 6])))
+
+
+def test_nothing_masked_and_nothing_answered_is_zero_not_nan():
+    model, batch = make(), make_batch()
+    batch.word_index = batch.word_labels = batch.region_index = torch.zeros(0, dtype=torch.long)
+    batch.objects = batch.attributes = torch.full_like(batch.objects, -1)
+    batch.answer_labels = torch.full_like(batch.answer_labels, -1)
+    out = model(batch, ["mlm", "mrfr", "mrc", "attr", "mrc_kl", "qa"])
+    assert all(loss.item() == 0.0 for loss, _ in out.values())
+    sum(loss for loss, _ in out.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_task_heads_without_opinion_score_chance():
+    """Zero scores: binary cross-entropy is log 2 an answer, cross-entropy log K, a margin loss its margin."""
+    batch = make_batch(rows=6)
+    expected = {"vqa": 7 * math.log(2), "gqa": 7 * math.log(2), "gqa_hard": 7 * math.log(7), "ve": 3 * math.log(2)}
+    expected |= {"nlvr2": math.log(2), "vcr": math.log(2), "rank": 0.2}
+    expected["refer"] = batch.region_mask.sum(1).log().sum().item()
+    for task, value in expected.items():
+        model = make(heads=("vqa",) if task.startswith("gqa") else (task,))
+        for p in model.heads.parameters():
+            nn.init.zeros_(p)
+        batch.target = torch.zeros(3 if task == "nlvr2" else 6, dtype=torch.long)
+        batch.answers = torch.rand(6, 3 if task == "ve" else 7, dtype=torch.float64)
+        assert model(batch, [task])[task][0].item() == pytest.approx(value), task
+
+
+@pytest.mark.parametrize("objective", lxmert.PRETRAINING["objectives"])
+def test_four_examples_can_be_learned_by_heart(objective):
+    torch.manual_seed(0)
+    model, batch = make(torch.float32, hidden=64).train(), make_batch(torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(80):
+        loss, scores = model(batch, [objective])[objective]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0], (losses[0], losses[-1])
+    if objective == "itm":
+        assert scores.argmax(1).tolist() == batch.matched.tolist()
+
+
+# ---- transformers, live ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", ["to", "from"])
+def test_transformers_computes_the_same(direction):
+    """Fresh random weights through the names, one way or the other: the same states, maps and scores."""
+    transformers = pytest.importorskip("transformers")
+    model = make(hidden_score=torch.finfo(torch.float64).min, region_factor=6.67)
+    config = transformers.LxmertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=20,
+        l_layers=2,
+        r_layers=1,
+        x_layers=2,
+        visual_feat_dim=12,
+        num_object_labels=8,
+        num_attr_labels=6,
+        num_qa_labels=7,
+    )
+    torch.manual_seed(2)
+    other = transformers.LxmertForPreTraining(config).double().eval()
+    if direction == "to":
+        missing, unexpected = other.load_state_dict(lxmert.to_hugging_face(model.state_dict()), strict=False)
+        assert not missing and not unexpected
+    else:
+        for p in other.parameters():
+            nn.init.normal_(p, std=0.2)
+        state, unexpected = lxmert.from_official(other.state_dict(), model.state_dict())
+        assert not unexpected
+        model.load_state_dict(state)
+    batch = make_batch()
+    inputs = {
+        "input_ids": batch.text,
+        "attention_mask": batch.text_mask.long(),
+        "visual_feats": batch.features,
+        "visual_pos": batch.boxes,
+        "visual_attention_mask": batch.region_mask.long(),
+    }
+    with torch.no_grad():
+        theirs = other(**inputs, output_hidden_states=True, output_attentions=True)
+        objects = other.obj_predict_head(theirs.vision_hidden_states[-1])
+        ours = model.encode(batch, record=True)
+        regions = model.heads["regions"](ours.regions)
+        pairs = [
+            (ours.text, theirs.language_hidden_states[-1]),
+            (ours.regions, theirs.vision_hidden_states[-1]),
+            (ours.maps["cross.1.text_to_regions"], theirs.cross_encoder_attentions[-1]),
+            (model.heads["itm"](ours.pooled), theirs.cross_relationship_score),
+            (model.heads["qa"](ours.pooled), theirs.question_answering_score),
+            (model.heads["mlm"](ours.text, model.text_embedding.words.weight), theirs.prediction_logits),
+            (model.heads["mrc"](regions), objects["obj"]),
+            (model.heads["attr"](regions), objects["attr"]),
+            (model.heads["mrfr"](regions), objects["feat"]),
+        ]
+    for mine, reference in pairs:
+        torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,301 @@
+"""ViLBERT against what nobody here wrote: the official names, sizes and schedule, closed forms and brute force."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import uniter
+import vilbert
+
+REFERENCE = Path(__file__).parent.parent.parent / "shared" / "reference"
+TASK_HEADS = ("mlm", "mrc", "itm", "vqa", "rank", "refer", "word")
+TWELVE = {"heads": (*TASK_HEADS, "gqa", "nlvr2", "ve"), "twelve_in_one": True}
+OFFICIAL = {  # names file: config, tensors, parameters in millions (vilbert.md)
+    "beta_base6": ({}, 533, 250.04),
+    "beta_vltasks_base6": ({"heads": TASK_HEADS}, 545, 258.56),
+    "mt_base6": (TWELVE, 559, 268.01),
+    "mt_tasktokens_base6": (TWELVE | {"task_tokens": 20}, 560, 268.03),
+}
+
+
+def tiny(**changes):
+    sizes = {"vocab_size": 50, "feature_size": 6, "classes": 5, "answers": 7, "gqa_answers": 4}
+    torch.manual_seed(0)
+    return vilbert.ViLBERT(vilbert.Config(**vilbert.PRESETS["tiny"] | sizes | changes))
+
+
+def make_batch(rows=4, words=6, regions=5, seed=0):
+    """Random pairs of unequal lengths, the first two words and two regions masked in each row."""
+    g = torch.Generator().manual_seed(seed)
+    draw, dice = lambda *s: torch.rand(*s, generator=g), lambda high, *s: torch.randint(1, high, s, generator=g)
+    row = torch.arange(rows)[:, None]
+    boxes, features = draw(rows, regions, 4), draw(rows, regions, 6)
+    batch = SimpleNamespace(
+        text=dice(50, rows, words),
+        text_mask=torch.arange(words) < (words - row % 3),
+        segments=torch.zeros(rows, words, dtype=torch.long),
+        features=features,
+        boxes=torch.cat([boxes[..., :2] / 2, 0.5 + boxes[..., 2:] / 2], -1),
+        region_mask=torch.arange(regions) < (regions - row % 2),
+        word_index=(row * words + torch.arange(2)).flatten(),
+        region_index=(row * regions + torch.arange(2)).flatten(),
+        clean_features=features.clone(),
+        object_probs=draw(rows, regions, 5).softmax(-1),
+        matched=torch.arange(rows) % 2,
+        answers=(draw(rows, 7) > 0.5).float(),
+        target=torch.arange(rows) % 2,
+    )
+    batch.word_labels = dice(50, len(batch.word_index))
+    batch.features[:, :2] = 0.0
+    return batch
+
+
+# ---- the official model ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", OFFICIAL)
+def test_official_names_and_size(file):
+    config, tensors, millions = OFFICIAL[file]
+    with torch.device("meta"):
+        model = vilbert.ViLBERT(vilbert.Config(**config))
+    official = vilbert.to_official(model.state_dict())
+    assert len(official) == tensors
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
+    state, unexpected = vilbert.from_official(official, model.state_dict())
+    assert set(state) == set(model.state_dict()) and not unexpected
+    if not REFERENCE.exists():
+        pytest.skip("names and shapes are compared where shared/reference is")
+    names = json.loads((REFERENCE / f"names_vilbert_{file}.json").read_text())
+    assert {name: list(tensor.shape) for name, tensor in official.items()} == dict(names)
+
+
+def test_bert_supplies_the_text_stream():
+    model = tiny()
+    state = {"bert.encoder.layer.0.output.LayerNorm.gamma": torch.ones(128), "bert.pooler.dense.bias": torch.ones(128)}
+    loaded, unexpected = vilbert.from_official(state, model.state_dict())
+    assert list(loaded) == ["text_layers.0.feed_forward.norm.weight"] and unexpected == ["bert.pooler.dense.bias"]
+
+
+def test_two_heads_of_one_official_name():
+    with pytest.raises(ValueError, match="one region head"):
+        vilbert.to_official(tiny(heads=("mrc", "mrfr")).state_dict())
+
+
+def test_schedule_is_the_official_order():
+    """The order that the official 12-in-1 code was seen to run (vilbert_dev.npz, config.execution_order), and base-6."""
+    order = ["text.0", "text.1", "cross.0", "text.2", "regions.0", "cross.1", "regions.1", "regions.2", "text.3"]
+    config = vilbert.Config(layers=4, visual_layers=3, connections=((0, 2), (1, 3)))
+    assert [f"{kind}.{i}" for kind, i in vilbert.schedule(config)] == order
+    base = [("text", i) for i in range(6)] + [("cross", 0)]
+    for k in range(1, 6):
+        base += [("text", 5 + k), ("regions", k - 1), ("cross", k)]
+    assert vilbert.schedule(vilbert.Config()) == [*base, ("regions", 5), ("text", 11)]
+    model = tiny(visual_layers=3)
+    states = model.eval().encode(make_batch(), record=True).states
+    ran = dict.fromkeys(name.removesuffix(".text").removesuffix(".regions") for name in states)
+    assert list(ran) == ["text.embedding", "regions.embedding", *order]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"connections": ((1, 3), (0, 2))},
+        {"connections": ((0, 9),)},
+        {"connections": ((0, 2), (1, 3)), "frozen_layers": 3},
+        {"connections": ((0, 2), (1, 3)), "frozen_visual_layers": 1},
+    ],
+)
+def test_impossible_schedules(wrong):
+    with pytest.raises(ValueError, match="connection"):
+        vilbert.schedule(vilbert.Config(**{"layers": 4, "visual_layers": 2} | wrong))
+
+
+def test_tiny_is_comparable_with_uniter():
+    sizes = {"vocab_size": 2000, "feature_size": 432}
+    ours = vilbert.ViLBERT(vilbert.Config(**vilbert.PRESETS["tiny"] | sizes))
+    theirs = uniter.UNITER(uniter.Config(**uniter.PRESETS["tiny"] | sizes))
+    ratio = sum(p.numel() for p in ours.parameters()) / sum(p.numel() for p in theirs.parameters())
+    assert 1.0 < ratio < 2.5  # of the base sizes it is 2.2
+
+
+# ---- the encoder -----------------------------------------------------------------------------------------------
+
+
+def test_the_order_of_regions_does_not_matter():
+    model, batch = tiny().double().eval(), make_batch()
+    batch.features, batch.boxes = batch.features.double(), batch.boxes.double()
+    before, order = model.encode(batch), torch.tensor([3, 0, 4, 2, 1])
+    for name in ("features", "boxes", "region_mask"):
+        setattr(batch, name, getattr(batch, name)[:, order])
+    after = model.encode(batch)
+    torch.testing.assert_close(after.regions, before.regions[:, order])
+    torch.testing.assert_close(after.text, before.text)
+    torch.testing.assert_close(after.pooled, before.pooled)
+
+
+def test_the_whole_image_is_the_mean_of_its_regions():
+    model, batch, seen = tiny(), make_batch(), []
+    for layer in (model.region_embedding.features, model.region_embedding.boxes):
+        layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model.embed_regions(batch)
+    for row, mask in enumerate(batch.region_mask):
+        torch.testing.assert_close(seen[0][row, 0], batch.features[row][mask].mean(0))
+    assert torch.equal(seen[1][:, 0], torch.tensor([[0.0, 0, 1, 1, 1]]).expand(4, -1))
+    x1, y1, x2, y2 = batch.boxes.unbind(-1)
+    torch.testing.assert_close(seen[1][:, 1:, 4], (x2 - x1) * (y2 - y1))
+
+
+def test_one_stream_alone():
+    model, batch = tiny().eval(), make_batch()
+    text, regions = model.encode(batch, regions=False, record=True), model.encode(batch, text=False)
+    assert text.regions is None and regions.text is None and not any("cross" in name for name in text.maps)
+    torch.testing.assert_close(text.pooled, model.text_pooler(text.text))
+    batch.features = batch.boxes = batch.region_mask = None
+    torch.testing.assert_close(model.encode(batch, regions=False).text, text.text)
+    assert regions.regions.shape == (4, 5, 128) and regions.pooled.shape == text.pooled.shape == (4, 128)
+
+
+def test_task_tokens_and_dynamic_attention():
+    model, batch = tiny(task_tokens=20, dynamic_attention=True).eval(), make_batch()
+    without = model.encode(batch)
+    batch.task = torch.tensor([0, 1, 2, 3])
+    encoding = model.encode(batch, record=True)
+    assert encoding.text.shape == without.text.shape and encoding.states["text.0"].shape[1] == 7
+    assert not torch.allclose(encoding.text, without.text)
+    assert torch.equal(encoding.text[:, 1], encoding.states["text.3"][:, 2])  # aligned with batch.text
+    assert model.encode(batch, text=False).regions.shape == (4, 5, 128)
+
+
+def test_frozen_layers_get_no_gradient():
+    model, batch = (
+        tiny(visual_layers=3, connections=((1, 2), (2, 3)), frozen_layers=2, frozen_visual_layers=1),
+        make_batch(),
+    )
+    whole = tiny(visual_layers=3, connections=((1, 2), (2, 3)))
+    whole.load_state_dict(model.state_dict())
+    losses = [sum(loss for loss, _ in m(batch, ("mlm", "mrc_kl", "itm")).values()) for m in (model, whole)]
+    assert losses[0] == losses[1]
+    losses[0].backward()
+    learn = {name for name, p in model.named_parameters() if p.grad is not None}
+    frozen = ("text_layers.0.", "text_layers.1.", "region_layers.0.", "region_embedding.")
+    assert not [name for name in learn if name.startswith(frozen)]
+    assert "text_embedding.words.weight" in learn  # by the tied decoder
+    assert "text_embedding.positions.weight" not in learn
+    rest = {name for name, _ in model.named_parameters() if not name.startswith((*frozen, "text_embedding."))}
+    assert {name for name in rest - learn} == {name for name in rest if ".unused" in name}
+
+
+# ---- objectives ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mrc_kl", "mrc", "mrfr", "nce", "itm"])
+def test_four_examples_are_learnt(objective):
+    model, batch = tiny(heads=("mlm", "mrc", "mrfr", "itm")), make_batch()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    if objective == "mrc_kl":  # kl is 0 where the scores are the target
+        batch.object_probs = torch.eye(5)[torch.arange(20).view(4, 5) % 5]
+    if objective == "nce":
+        batch.clean_features = 3 * torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(1))
+    first = None
+    for _ in range(45):
+        loss = model(batch, (objective,))[objective][0]
+        first = loss.item() if first is None else first
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.2 * first, (first, loss.item())
+
+
+def test_class_one_means_match():
+    model, batch = tiny().eval(), make_batch()
+    batch.matched = torch.ones(4, dtype=torch.long)
+    model.heads["itm"].bias.data = torch.tensor([0.0, 20.0])
+    loss, scores = model(batch, ("itm",))["itm"]
+    assert loss < 1e-3 and (scores.argmax(1) == 1).all()
+    official = vilbert.to_official(model.state_dict())
+    assert official["cls.bi_seq_relationship.bias"].tolist() == [20.0, 0.0]  # there, class 0
+    back, _ = vilbert.from_official(official, model.state_dict())
+    assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_nothing_masked_is_zero():
+    model, batch = tiny(heads=("mlm", "mrc", "mrfr", "itm")), make_batch()
+    batch.word_index = batch.region_index = batch.word_labels = torch.zeros(0, dtype=torch.long)
+    losses = model(batch, ("mlm", "mrc_kl", "mrc", "mrfr", "nce"))
+    assert all(loss.item() == 0.0 for loss, _ in losses.values()), losses
+    sum(loss for loss, _ in losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_region_losses_by_loops():
+    model, batch = tiny(heads=("mrc", "mrfr")).double().eval(), make_batch()
+    for name in ("features", "boxes", "clean_features", "object_probs"):
+        setattr(batch, name, getattr(batch, name).double())
+    encoding = model.encode(batch)
+    g = torch.Generator().manual_seed(3)
+    negatives = torch.randint(0, 20, (8, 9), generator=g)
+    kl = regression = nce = 0.0
+    for m, position in enumerate(batch.region_index.tolist()):
+        state, target = encoding.regions[position // 5, position % 5], batch.object_probs[position // 5, position % 5]
+        log_guess = model.heads["mrc"](state).log_softmax(-1)
+        kl += sum(c * (c.log() - guess) for c, guess in zip(target, log_guess, strict=True)) / 8
+        predicted, every = model.heads["mrfr"](state), batch.clean_features.reshape(20, 6)
+        regression += (predicted - every[position]).square().sum() / 48
+        products = torch.stack([predicted @ every[j] for j in [position, *negatives[m].tolist()]])
+        nce += (products.exp().sum().log() - products[0]) / 8
+    torch.testing.assert_close(vilbert.masked_region_class_kl(model, encoding, batch)[0], kl)
+    torch.testing.assert_close(vilbert.masked_region_features(model, encoding, batch)[0], regression)
+    torch.testing.assert_close(vilbert.noise_contrastive_regions(model, encoding, batch, negatives)[0], nce)
+
+
+def test_negatives_are_real_regions():
+    batch, position = make_batch(), torch.arange(20).view(4, 5)
+    torch.manual_seed(0)
+    drawn = vilbert.draw_regions(batch, near=200, far=300)
+    assert drawn.shape == (8, 500) and batch.region_mask.flatten()[drawn].all()
+    row = batch.region_index[:, None] // 5
+    assert (drawn[:, :300] // 5 != row).all() and (drawn[:, 300:] // 5 == row).all()
+    assert (drawn != batch.region_index[:, None]).all()
+    for m, masked in enumerate(batch.region_index.tolist()):  # all that may come did come
+        allowed = set(position[batch.region_mask].tolist()) - {masked}
+        assert set(drawn[m].tolist()) == allowed
+    alone = make_batch(rows=1)
+    assert (vilbert.draw_regions(alone, near=5, far=5) < 5).all()
+    alone.region_mask[:, 1:], alone.region_index = False, torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="second region"):
+        vilbert.draw_regions(alone, near=5, far=5)
+
+
+def test_task_losses_by_closed_forms():
+    heads = ("vqa", "gqa", "ve", "nlvr2", "vcr", "rank", "refer")
+    model, batch = tiny(heads=heads, gqa_answers=7).eval(), make_batch()
+    batch.target = torch.tensor([0, 0, 1, 0])
+    scores = model(batch, ("rank", "vcr"))
+    for name, right in (("rank", 0), ("vcr", 2)):
+        loss, score = scores[name]
+        torch.testing.assert_close(loss, -score.log_softmax(0)[right])
+    for name in ("vqa", "gqa"):
+        loss, score = model(batch, (name,))[name]
+        chance = score.sigmoid()
+        expected = -(batch.answers * chance.log() + (1 - batch.answers) * (1 - chance).log()).sum(1).mean()
+        torch.testing.assert_close(loss, expected)
+    batch.answers = F.one_hot(torch.arange(4) % 3, 3).float()
+    loss, score = model(batch, ("ve",))["ve"]
+    torch.testing.assert_close(loss, -(score * (2 * batch.answers - 1)).sigmoid().log().mean())
+    batch.target = torch.tensor([0, 1])
+    loss, score = model(batch, ("nlvr2",))["nlvr2"]
+    sign = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    torch.testing.assert_close(loss, -(score * sign).sigmoid().log().mean())
+    batch.target = torch.tensor([0, 1, 2, 3])
+    batch.boxes[:, 4] = batch.boxes[0, 0]  # the last region of row 0 overlaps its target fully
+    loss, score = model(batch, ("refer",))["refer"]
+    assert (score[~batch.region_mask] < -9000).all()
+    given = vilbert.iou(batch.boxes, batch.boxes[torch.arange(4), batch.target][:, None]) * batch.region_mask
+    batch.target = given.where(given >= 0.5, 0.0)
+    assert batch.target[0, 0] == batch.target[0, 4] == 1.0
+    torch.testing.assert_close(model(batch, ("refer",))["refer"][0], loss)
+    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(score, batch.target, reduction="sum") / 4)

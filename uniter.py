@@ -1,0 +1,517 @@
+"""UNITER: universal image-text representation learning (Chen et al., ECCV 2020, arXiv 1909.11740).
+
+What the model does, in five lines:
+1. words become vectors (word + position + type), regions too (feature + box + type, from the same type table);
+2. both sequences are laid end to end and pass through one BERT: words and regions attend to each other in every layer;
+3. pretraining masks words OR regions, never both (conditional masking), and draws one objective a step;
+4. a matching objective tells true pairs from false, and optimal transport aligns words with regions;
+5. a small head on the pooled first position, or on each region, answers every downstream task.
+
+Known deviations: sequences are padded, not packed, which changes no valid position; row 0 of the official mask
+embedding, zeroed there at each use, does not exist here. Errors of the official code are listed in the README's errata.
+Letters: B batch, T text positions, N regions, C width, F region-feature width, V vocabulary, K classes, M masked.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import (
+    Encoding,
+    HeadTransform,
+    LayerNorm,
+    MaskedLMHead,
+    MultiHeadAttention,
+    Pooler,
+    TransformerLayer,
+    at,
+    attention_bias,
+    cross_entropy,
+    initialise,
+    mlp,
+    optimal_transport,
+    rename,
+    soft_answer_loss,
+)
+
+# ---- configuration ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Sizes of a UNITER. The defaults are the paper's UNITER-base (section 3.1); `preset` gives the others."""
+
+    vocab_size: int = 28996  # BERT's cased word pieces
+    hidden: int = 768  # C
+    layers: int = 12
+    attention_heads: int = 12  # C / 12 = 64 dimensions each
+    intermediate: int = 3072  # 4 C, the feed-forward's inner width
+    max_positions: int = 512  # longest text
+    types: int = 2  # 0 text, 1 picture; NLVR2 adds 2 for the second picture, VCR has 0..3
+    feature_size: int = 2048  # F, of the published detector; 3 x patch x patch for regions cut from pixels
+    classes: int = 1601  # K, the detector's classes with 0 = background
+    attributes: int = 0  # for LXMERT's attribute objective; UNITER has none
+    answers: int = 3129  # A, the answer list's length
+    dropout: float = 0.1  # everywhere in the trunk; the heads have none
+    heads: tuple = ("mlm", "mrfr", "mrc", "itm")  # which of the heads below this model has
+    nlvr2: str = "paired-attention"  # or "paired", "triplet": how two pictures meet (section 4.1)
+    refer_layers: int = 1  # 1: a linear score per region; 2: with a hidden layer (RefCOCO+)
+
+
+PRESETS = {
+    "tiny": {
+        "hidden": 128,
+        "layers": 4,
+        "attention_heads": 4,
+        "intermediate": 512,
+        "max_positions": 128,
+        "dropout": 0.0,
+    },
+    "base": {},
+    "large": {"hidden": 1024, "layers": 24, "attention_heads": 16, "intermediate": 4096},
+}
+
+# ---- embeddings ------------------------------------------------------------------------------------------------
+
+
+class TextEmbedding(nn.Module):
+    """BERT's: norm(word + position + type), then dropout. ids, segments (B, T) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.words = nn.Embedding(config.vocab_size, config.hidden, padding_idx=0)
+        self.positions = nn.Embedding(config.max_positions, config.hidden)
+        self.types = nn.Embedding(config.types, config.hidden)
+        self.norm, self.dropout = LayerNorm(config.hidden), nn.Dropout(config.dropout)
+
+    def forward(self, ids, segments):
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        return self.dropout(self.norm(self.words(ids) + self.positions(positions) + self.types(segments)))
+
+
+class RegionEmbedding(nn.Module):
+    """norm( norm(W_f f) + norm(W_b box) + type ), then dropout (section 3.1, figure 1).
+
+    features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1, which become the paper's seven numbers
+    [x1, y1, x2, y2, w, h, w h]; types (B, N, C), rows of the text's type table; masked (B, N) bool, True = the
+    feature was zeroed and is to be predicted: a learned vector is added to it before W_f. Returns (B, N, C).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.features, self.features_norm = nn.Linear(config.feature_size, config.hidden), LayerNorm(config.hidden)
+        self.boxes, self.boxes_norm = nn.Linear(7, config.hidden), LayerNorm(config.hidden)
+        self.mask = nn.Parameter(torch.randn(config.feature_size) * 0.02)
+        self.norm, self.dropout = LayerNorm(config.hidden), nn.Dropout(config.dropout)
+
+    def forward(self, features, boxes, types, masked=None):
+        if masked is not None:
+            features = features + masked[:, :, None] * self.mask  # (B, N, 1) * (F,) -> (B, N, F)
+        size = boxes[..., 2:] - boxes[..., :2]  # (B, N, 2): width, height
+        position = torch.cat([boxes, size, size.prod(-1, keepdim=True)], -1)  # (B, N, 7)
+        looks, place = self.features_norm(self.features(features)), self.boxes_norm(self.boxes(position))
+        return self.dropout(self.norm(looks + place + types))
+
+
+# ---- model -----------------------------------------------------------------------------------------------------
+
+
+class UNITER(nn.Module):
+    """One Transformer over words and regions.
+
+    `model(batch, objectives)` returns {objective: (loss, scores)}. `encode` gives the states alone; with
+    `record=True` also `states["embedding"]`, `states["layer.i"]` and `maps["layer.i"]` over text and regions together.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.text_embedding = TextEmbedding(config)
+        self.region_embedding = RegionEmbedding(config)
+        sizes = config.hidden, config.attention_heads, config.intermediate, config.dropout
+        self.layers = nn.ModuleList(TransformerLayer(*sizes) for _ in range(config.layers))
+        self.pooler = Pooler(config.hidden)
+        self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
+        self.apply(initialise)
+
+    def embed_text(self, batch):
+        """(B, T, C)"""
+        return self.text_embedding(batch.text, batch.segments)
+
+    def embed_regions(self, batch):
+        """(B, N, C). Pictures have type 1; the second picture of a pair has type 2."""
+        types = (
+            batch.region_types + 1 if batch.region_types is not None else torch.ones_like(batch.boxes[..., 0]).long()
+        )
+        types = self.text_embedding.types(types)  # (B, N) -> (B, N, C)
+        return self.region_embedding(batch.features, batch.boxes, types, batch.masked_regions)
+
+    def encode(self, batch, text=True, regions=True, record=False):
+        """Encoding of words and regions together, or of one of the two alone (text-only, image-only)."""
+        parts, masks = [], []
+        if text:
+            parts, masks = [self.embed_text(batch)], [batch.text_mask]
+        if regions:
+            parts, masks = parts + [self.embed_regions(batch)], masks + [batch.region_mask]
+        x = torch.cat(parts, 1)  # (B, T, C), (B, N, C) -> (B, T+N, C)
+        bias = attention_bias(torch.cat(masks, 1), x.dtype)  # (B, 1, 1, T+N)
+        states, maps = {"embedding": x}, {}
+        for i, layer in enumerate(self.layers):
+            probabilities = [] if record else None
+            x = layer(x, bias, probabilities)
+            if record:
+                states[f"layer.{i}"], maps[f"layer.{i}"] = x, probabilities[0]
+        words = batch.text.shape[1] if text else 0
+        return Encoding(
+            x[:, :words] if text else None,
+            x[:, words:] if regions else None,
+            self.pooler(x),
+            states if record else {},
+            maps,
+        )
+
+    def forward(self, batch, objectives):
+        encoding = self.encode(batch)
+        return {name: OBJECTIVES[name](self, encoding, batch) for name in objectives}
+
+
+# ---- pretraining objectives: (model, encoding, batch) -> loss, scores ------------------------------------------
+
+PRETRAINING = {
+    "objectives": {"mlm": 2, "mrfr": 1, "mrc_kl": 1, "itm": 2},  # ratio in which steps draw them (in-domain data)
+    "conditional": True,  # one objective a step: while words are masked no region is, and the other way round
+    "joined": {"itm": ("wra",)},  # computed in the same step, on the same pairs
+    "weights": {"wra": 0.1},  # factors of the loss; 1 where none is named
+    "region_masking": {"zero": 1.0, "random": 0.0},  # a masked region's feature is always zeroed (section 3.2)
+    "mismatch": "image",  # a negative pair keeps its sentence and gets another picture
+}
+
+
+def masked_lm(model, encoding, batch):
+    """Masked language modelling (eq. 1): -log P(w_m | other words, all regions), mean over masked words.
+
+    batch.word_index (M,) flat positions of the masked words, word_labels (M,) what they were. Scores (M, V).
+    """
+    words = model.text_embedding.words.weight
+    scores = model.heads["mlm"](at(encoding.text, batch.word_index), words)
+    return cross_entropy(scores, batch.word_labels), scores
+
+
+def masked_region_features(model, encoding, batch):
+    """Masked region feature regression: the squared error ||h(v_m) - f_m||^2, mean over masked regions and F.
+
+    Back from C to F by the transpose of the region embedding's own matrix. batch.region_index (M,), clean_features
+    (B, N, F) the features before masking. Scores (M, F).
+    """
+    weight = model.region_embedding.features.weight  # (C, F)
+    scores = model.heads["mrfr"](at(encoding.regions, batch.region_index), weight)
+    target = at(batch.clean_features, batch.region_index)
+    if len(target) == 0:
+        return scores.sum() * 0.0, scores
+    return F.mse_loss(scores, target.to(scores.dtype)), scores
+
+
+def masked_region_class(model, encoding, batch):
+    """Masked region classification: cross-entropy with the detector's most likely class, background left out.
+
+    batch.object_probs (B, N, K), class 0 = background; mean over masked regions. Scores (M, K).
+    """
+    scores = model.heads["mrc"](at(encoding.regions, batch.region_index))
+    labels = at(batch.object_probs, batch.region_index)[:, 1:].argmax(-1) + 1
+    return cross_entropy(scores, labels), scores
+
+
+def masked_region_class_kl(model, encoding, batch):
+    """The same with soft labels: KL(c || g) = sum_k c_k (log c_k - log g_k), c the detector's distribution.
+
+    The mean is over masked regions AND classes, as the official training has it (its validation divides by regions).
+    """
+    scores = model.heads["mrc"](at(encoding.regions, batch.region_index))
+    target = at(batch.object_probs, batch.region_index).to(scores.dtype)
+    return F.kl_div(scores.log_softmax(-1), target, reduction="sum") / max(1, target.numel()), scores
+
+
+def image_text_matching(model, encoding, batch):
+    """Image-text matching (eq. 4): cross-entropy of "do they belong together?". batch.matched (B,). Scores (B, 2),
+    class 1 = match."""
+    scores = model.heads["itm"](encoding.pooled)
+    return cross_entropy(scores, batch.matched), scores
+
+
+def word_region_alignment(model, encoding, batch):
+    """Optimal transport between words and regions (eq. 5): pull true pairs together, push false ones apart.
+
+    (sum of distances over matched rows - sum over mismatched rows) / B. [CLS] and [SEP] count as words.
+    Scores: the distances (B,).
+    """
+    distance, _, _ = optimal_transport(encoding.text, encoding.regions, batch.text_mask, batch.region_mask)
+    return (distance * (2 * batch.matched - 1)).mean(), distance
+
+
+# ---- task heads: the same signature ----------------------------------------------------------------------------
+
+
+class FeatureRegressionHead(nn.Module):
+    """transform(x) W + b with W (C, F) the region embedding's matrix. x (M, C) -> (M, F)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.transform = HeadTransform(config.hidden)
+        self.bias = nn.Parameter(torch.zeros(config.feature_size))
+
+    def forward(self, x, weight):
+        return self.transform(x) @ weight + self.bias  # (M, C) @ (C, F) -> (M, F)
+
+
+class PairedAttentionHead(nn.Module):
+    """NLVR2 by two encodings that then look at each other (section 4.1, "pair-biattn").
+
+        left' = relu(W [attend(left, right), left]), right' likewise with its own attention and the same W;
+        each is pooled by softmax(relu(w x)) over its positions; the two vectors are joined and classified.
+
+    x (2B, S, C) and mask (2B, S): rows 2i and 2i+1 are the two pictures of statement i. Returns (B, 2).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden
+        self.left = MultiHeadAttention(width, config.attention_heads, config.dropout)
+        self.right = MultiHeadAttention(width, config.attention_heads, config.dropout)
+        self.join, self.score, self.output = nn.Linear(2 * width, width), nn.Linear(width, 1), nn.Linear(2 * width, 2)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def pool(self, attended, own, mask):
+        x = self.dropout(F.relu(self.join(torch.cat([attended, own], -1))))  # (B, S, 2C) -> (B, S, C)
+        scores = F.relu(self.score(x)).masked_fill(~mask[:, :, None], -10000.0)  # (B, S, 1)
+        return (scores.softmax(1) * x).sum(1)  # (B, C)
+
+    def forward(self, x, mask):
+        left, right, bias = x[0::2], x[1::2], attention_bias(mask, x.dtype)
+        pooled_left = self.pool(self.left(left, right, bias[1::2]), left, mask[0::2])
+        pooled_right = self.pool(self.right(right, left, bias[0::2]), right, mask[1::2])
+        return self.output(torch.cat([pooled_left, pooled_right], -1))  # (B, 2C) -> (B, 2)
+
+
+def nlvr2_head(config):
+    """The head that `config.nlvr2` names: two sequences that attend to each other, two pooled vectors, or one."""
+    if config.nlvr2 == "paired-attention":
+        return PairedAttentionHead(config)
+    return nn.Linear(config.hidden * (2 if config.nlvr2 == "paired" else 1), 2)
+
+
+def refer_head(config):
+    """A score per region: linear, or with one hidden layer."""
+    hidden = config.hidden
+    return nn.Linear(hidden, 1) if config.refer_layers == 1 else mlp(hidden, hidden, 1)
+
+
+HEADS = {
+    "mlm": lambda c: MaskedLMHead(c.hidden, c.vocab_size),
+    "mrfr": FeatureRegressionHead,
+    "mrc": lambda c: mlp(c.hidden, c.hidden, c.classes),
+    "itm": lambda c: nn.Linear(c.hidden, 2),
+    "vqa": lambda c: mlp(c.hidden, 2 * c.hidden, c.answers),
+    "ve": lambda c: mlp(c.hidden, 2 * c.hidden, 3),
+    "nlvr2": nlvr2_head,
+    "vcr": lambda c: mlp(c.hidden, 2 * c.hidden, 2, nn.ReLU),
+    "rank": lambda c: nn.Linear(c.hidden, 1),
+    "refer": refer_head,
+}
+
+
+def question_answering(model, encoding, batch):
+    """VQA: binary cross-entropy over all answers against batch.answers (B, A), soft scores. Scores (B, A)."""
+    scores = model.heads["vqa"](encoding.pooled)
+    return soft_answer_loss(scores, batch.answers), scores
+
+
+def visual_entailment(model, encoding, batch):
+    """SNLI-VE as VQA with three answers: contradiction, entailment, neutral. batch.answers (B, 3). Scores (B, 3)."""
+    scores = model.heads["ve"](encoding.pooled)
+    return soft_answer_loss(scores, batch.answers), scores
+
+
+def natural_language_for_visual_reasoning(model, encoding, batch):
+    """NLVR2: is the statement true of the two pictures? batch.target (B,) int64, 1 = true. Scores (B, 2).
+
+    Paired: the batch has 2B rows, the statement with each picture in turn. Triplet: B rows with both pictures'
+    regions, told apart by batch.region_types.
+    """
+    if model.config.nlvr2 == "paired-attention":
+        x = torch.cat([encoding.text, encoding.regions], 1)
+        scores = model.heads["nlvr2"](x, torch.cat([batch.text_mask, batch.region_mask], 1))
+    else:
+        rows = len(batch.target)
+        scores = model.heads["nlvr2"](encoding.pooled.reshape(rows, -1))  # (2B, C) -> (B, 2C), or (B, C) as it is
+    return cross_entropy(scores, batch.target), scores
+
+
+def visual_commonsense_reasoning(model, encoding, batch):
+    """VCR: one row a choice, batch.target (rows,) 1 = the right one; cross-entropy of right against wrong. Scores
+    (rows,): logit 1, to be ranked within a question. Types: 0 question, 1 regions, 2 answer, 3 rationale."""
+    scores = model.heads["vcr"](encoding.pooled)
+    return cross_entropy(scores, batch.target), scores[:, 1]
+
+
+def retrieval_rank(model, encoding, batch, group=3, margin=0.2):
+    """Retrieval (section 4.1): in each group of rows the first is the true pair; the mean over the others of
+
+        max(0, margin + s(negative) - s(positive)),   s the sigmoid of a linear score.
+
+    Rows B = groups x group; 3 is one true pair with one false picture and one false text. Scores (B,), raw.
+    """
+    scores = model.heads["rank"](encoding.pooled).squeeze(-1)  # (B, 1) -> (B,)
+    chance = scores.sigmoid().view(-1, group)  # (B,) -> (groups, group)
+    return F.relu(margin + chance[:, 1:] - chance[:, :1]).mean(), scores
+
+
+@torch.no_grad()
+def hard_negatives(model, batch, k):
+    """Which rows fool the model most: row 0 is the true pair, the rest are candidates. Returns the row indices (k + 1,)
+    of the positive and of the k best-scored negatives, scored in eval mode (section 4.1, hard-negative mining)."""
+    training = model.training
+    model.eval()
+    scores = model.heads["rank"](model.encode(batch).pooled).squeeze(-1)  # (B, 1) -> (B,)
+    model.train(training)
+    return torch.cat([scores.new_zeros(1, dtype=torch.long), scores[1:].topk(k).indices + 1])
+
+
+def refer_scores(model, encoding, batch):
+    """A score for every region, padding at -10000. (B, N)"""
+    scores = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
+    return scores.masked_fill(~batch.region_mask, -10000.0)
+
+
+def referring_expression(model, encoding, batch):
+    """Referring expressions: cross-entropy over the regions, batch.target (B,) the one meant; SUMMED over the batch,
+    as in the official code. Scores (B, N)."""
+    scores = refer_scores(model, encoding, batch)
+    return cross_entropy(scores, batch.target, reduction="sum"), scores
+
+
+def referring_expression_rank(model, encoding, batch, negative=None, margin=0.2, hard=0.3):
+    """The same by a margin: sum over rows of max(0, margin + s(negative region) - s(target)), s the sigmoid.
+
+    negative (B,): the region to push down; None draws it, with probability `hard` the best-scored wrong region, else
+    any wrong one. ValueError for a row with a single region, where there is none (the official code loops forever).
+    """
+    scores = refer_scores(model, encoding, batch)
+    if negative is None:
+        if (batch.region_mask.sum(1) < 2).any():
+            raise ValueError("the ranking loss needs two regions in every row: use the classification loss")
+        wrong = batch.region_mask.scatter(1, batch.target[:, None], False)  # (B, N) True = a wrong region
+        hardest = scores.masked_fill(~wrong, -torch.inf).argmax(1)
+        anyone = torch.multinomial(wrong.float(), 1).squeeze(1)  # (B, 1) -> (B,)
+        negative = torch.where(torch.rand_like(scores[:, 0]) < hard, hardest, anyone)
+    chance = scores.sigmoid()
+    above = chance.gather(1, negative[:, None]) - chance.gather(1, batch.target[:, None])  # (B, 1)
+    return F.relu(margin + above).sum(), scores
+
+
+OBJECTIVES = {
+    "mlm": masked_lm,
+    "mrfr": masked_region_features,
+    "mrc": masked_region_class,
+    "mrc_kl": masked_region_class_kl,
+    "itm": image_text_matching,
+    "wra": word_region_alignment,
+    "vqa": question_answering,
+    "ve": visual_entailment,
+    "nlvr2": natural_language_for_visual_reasoning,
+    "vcr": visual_commonsense_reasoning,
+    "rank": retrieval_rank,
+    "refer": referring_expression,
+    "refer_rank": referring_expression_rank,
+}
+
+# ---- official checkpoint names ---------------------------------------------------------------------------------
+
+OFFICIAL = [  # (ours, official), in this order
+    ("text_embedding.words", "uniter.embeddings.word_embeddings"),
+    ("text_embedding.positions", "uniter.embeddings.position_embeddings"),
+    ("text_embedding.types", "uniter.embeddings.token_type_embeddings"),
+    ("text_embedding.norm", "uniter.embeddings.LayerNorm"),
+    ("region_embedding.features_norm", "uniter.img_embeddings.img_layer_norm"),
+    ("region_embedding.features", "uniter.img_embeddings.img_linear"),
+    ("region_embedding.boxes_norm", "uniter.img_embeddings.pos_layer_norm"),
+    ("region_embedding.boxes", "uniter.img_embeddings.pos_linear"),
+    ("region_embedding.norm", "uniter.img_embeddings.LayerNorm"),
+    ("region_embedding.mask", "uniter.img_embeddings.mask_embedding.weight"),
+    ("feed_forward.up", "intermediate.dense"),
+    ("feed_forward.down", "output.dense"),
+    ("feed_forward.norm", "output.LayerNorm"),
+    ("attention.query", "attention.self.query"),
+    ("attention.key", "attention.self.key"),
+    ("attention.value", "attention.self.value"),
+    ("attention.output", "attention.output.dense"),
+    ("attention.norm", "attention.output.LayerNorm"),
+    ("layers.", "uniter.encoder.layer."),
+    ("pooler.", "uniter.pooler."),
+    ("heads.mlm.transform.norm", "cls.predictions.transform.LayerNorm"),
+    ("heads.mlm.", "cls.predictions."),
+    ("heads.mrfr.transform.dense", "feat_regress.net.0"),
+    ("heads.mrfr.transform.norm", "feat_regress.net.2"),
+    ("heads.mrfr.", "feat_regress."),
+    ("heads.mrc.", "region_classifier.net."),
+    ("heads.nlvr2.left", "attn1"),
+    ("heads.nlvr2.right", "attn2"),
+    ("heads.nlvr2.join", "fc.0"),
+    ("heads.nlvr2.score", "attn_pool.fc.0"),
+    ("heads.nlvr2.output", "nlvr2_output"),
+    ("heads.ve.", "vqa_output."),  # the official entailment model is a VQA model with three answers
+    ("heads.refer.", "re_output."),
+]
+OFFICIAL += [(f"heads.{head}.", f"{head}_output.") for head in ("itm", "rank", "vqa", "vcr", "nlvr2")]
+
+
+def to_official(state):
+    """Our state dict under the official names, tied matrices listed twice, as the official code saves them."""
+    out = {rename(name, OFFICIAL): tensor for name, tensor in state.items()}
+    for side in ("attn1", "attn2"):  # torch's MultiheadAttention stacks query, key and value
+        for kind in ("weight", "bias"):
+            if f"{side}.query.{kind}" in out:
+                parts = [out.pop(f"{side}.{part}.{kind}") for part in ("query", "key", "value")]
+                out[f"{side}.in_proj_{kind}"] = torch.cat(parts)  # 3 x (C, C) -> (3C, C)
+                out[f"{side}.out_proj.{kind}"] = out.pop(f"{side}.output.{kind}")
+    mask = "uniter.img_embeddings.mask_embedding.weight"
+    out[mask] = torch.stack([torch.zeros_like(out[mask]), out[mask]])  # (F,) -> (2, F), row 0 = not masked
+    if "cls.predictions.bias" in out:
+        out["cls.predictions.decoder.weight"] = out["uniter.embeddings.word_embeddings.weight"]
+    if "feat_regress.bias" in out:
+        out["feat_regress.weight"] = out["uniter.img_embeddings.img_linear.weight"]
+    return out
+
+
+def from_official(state, names):
+    """An official state dict under our names. names: those of the model that will load it, `model.state_dict()`.
+
+    Accepts the prefixes `module.` and `bert.` and TF's gamma and beta. Returns (state, unexpected official names);
+    what is missing, the caller sees from the difference to `names`.
+    """
+    given = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("module.")
+        name = "uniter." + name.removeprefix("bert.") if name.startswith("bert.") else name
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if ".in_proj_" in name:
+            side, kind = name.split(".in_proj_")
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                given[f"{side}.{part}.{kind}"] = piece  # (3C, C) -> 3 x (C, C)
+        elif name.endswith("mask_embedding.weight"):
+            given[name] = tensor[1]
+        elif name not in ("cls.predictions.decoder.weight", "feat_regress.weight"):  # tied
+            given[name.replace(".out_proj.", ".output.")] = tensor
+    ours = {rename(name, OFFICIAL): name for name in names}
+    return {ours[n]: t for n, t in given.items() if n in ours}, [n for n in given if n not in ours]
+
+
+def widen_types(table, types, copy):
+    """The type table (types, C) with more rows, each a copy of row `copy`: NLVR2 has 3 (copy 1), VCR 4 (copy 0)."""
+    return torch.cat([table, table[copy : copy + 1].expand(types - len(table), -1)])
+
+
+def rank_from_itm(weight, bias):
+    """The rank head starts as the "match" row of the matching head: (2, C), (2,) -> (1, C), (1,)."""
+    return weight[1:], bias[1:]

@@ -1,0 +1,613 @@
+"""ViLBERT: task-agnostic visiolinguistic representations (Lu et al., NeurIPS 2019, arXiv 1908.02265), and 12-in-1
+(Lu et al., CVPR 2020, arXiv 1912.02315), the same model trained on twelve tasks.
+
+What the model does, in five lines:
+1. words become vectors (word + position + type), regions too (feature + box), each sequence in a width of its own;
+2. two BERTs, one a modality, meet in co-attention layers: words ask the regions, regions ask the words;
+3. pretraining masks words AND regions at once, in true and in false pairs, and adds up all objectives in each step;
+4. a region in front stands for the whole image, as [CLS] does for the text: the product of the two is the pair's vector;
+5. a small head on that vector, or on each region, answers every downstream task.
+
+Known deviations: the whole-image region is made here, from the batch's regions, and left out of what is returned, so
+that batches are the same for all models; class 1 of the matching head means "match" (official: class 0), its rows change
+places on the way from and to official checkpoints. Errors of the official code are listed in the README's errata.
+Letters: B batch, T text positions, N regions, C width, F region-feature width, V vocabulary, K classes, M masked.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import (
+    AttentionBlock,
+    Encoding,
+    FeedForward,
+    LayerNorm,
+    MaskedLMHead,
+    Pooler,
+    TransformerLayer,
+    at,
+    attention_bias,
+    cross_entropy,
+    initialise,
+    iou,
+    mlp,
+    rename,
+    soft_answer_loss,
+)
+
+# ---- configuration ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Sizes of a ViLBERT. The defaults are the paper's (BERT-base and six visual layers); PRESETS gives the others."""
+
+    vocab_size: int = 30522  # BERT's uncased word pieces
+    hidden: int = 768  # C of the text; the visual one follows
+    layers: int = 12
+    attention_heads: int = 12
+    intermediate: int = 3072
+    visual_hidden: int = 1024  # C of the regions
+    visual_layers: int = 6
+    visual_heads: int = 8
+    visual_intermediate: int = 1024
+    shared: int = 1024  # width of the co-attention and of the pair's vector
+    shared_heads: int = 8
+    connections: tuple = ((0, 6), (1, 7), (2, 8), (3, 9), (4, 10), (5, 11))  # co-attention before (visual, text) layers
+    fusion: str = "mul"  # or "sum": how the two pooled vectors become one
+    frozen_layers: int = 0  # the first text layers, and the embedding below them, that do not learn
+    frozen_visual_layers: int = 0  # the same for the regions
+    max_positions: int = 512  # longest text
+    types: int = 2  # VCR: 0 question, 1 choice
+    feature_size: int = 2048  # F, of the published detector; 3 x patch x patch for regions cut from pixels
+    classes: int = 1601  # K, the detector's classes with 0 = background
+    attributes: int = 0  # for LXMERT's attribute objective; ViLBERT has none
+    answers: int = 3129  # A, the answer list's length
+    gqa_answers: int = 1533  # the same for GQA
+    dropout: float = 0.1  # everywhere in the trunk, and on what the heads read
+    heads: tuple = ("mlm", "mrc", "itm")  # which of the heads below this model has
+    twelve_in_one: bool = False  # the answer heads of 12-in-1 in place of the paper's
+    task_tokens: int = 0  # 12-in-1: that many task vectors; batch.task's follows [CLS]
+    dynamic_attention: bool = False  # 12-in-1: the text scales the regions' queries and keys
+
+
+PRESETS = {
+    "tiny": {
+        "hidden": 128,
+        "layers": 4,
+        "attention_heads": 4,
+        "intermediate": 512,
+        "visual_hidden": 128,
+        "visual_layers": 2,
+        "visual_heads": 4,
+        "visual_intermediate": 256,
+        "shared": 128,
+        "shared_heads": 4,
+        "connections": ((0, 2), (1, 3)),
+        "max_positions": 128,
+        "dropout": 0.0,
+    },
+    "base": {},
+}
+
+# ---- embeddings ------------------------------------------------------------------------------------------------
+
+
+class TextEmbedding(nn.Module):
+    """BERT's: norm(word + position + type), then dropout. ids, segments (B, T) -> (B, T, C).
+
+    With task tokens (12-in-1), tasks (B,) puts a task's vector behind [CLS], without position or type: (B, T+1, C).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.words = nn.Embedding(config.vocab_size, config.hidden, padding_idx=0)
+        self.positions = nn.Embedding(config.max_positions, config.hidden)
+        self.types = nn.Embedding(config.types, config.hidden)
+        self.tasks = nn.Embedding(config.task_tokens, config.hidden) if config.task_tokens else None
+        self.norm, self.dropout = LayerNorm(config.hidden), nn.Dropout(config.dropout)
+
+    def forward(self, ids, segments, tasks=None):
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        x = self.words(ids) + self.positions(positions) + self.types(segments)
+        if tasks is not None:
+            x = torch.cat([x[:, :1], self.tasks(tasks)[:, None], x[:, 1:]], 1)  # (B, T+1, C)
+        return self.dropout(self.norm(x))
+
+
+class RegionEmbedding(nn.Module):
+    """norm(W_f f + W_b box), then dropout (section 2.2). The whole image comes first, as a region of its own: the mean
+    of the region features, masked ones (zeroed) included, and the box of the picture.
+
+    features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1, which become the paper's five numbers
+    [x1, y1, x2, y2, area]; mask (B, N) bool, True = a region, not padding. Returns (B, 1+N, C).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.visual_hidden
+        self.features, self.boxes = nn.Linear(config.feature_size, width), nn.Linear(5, width)
+        self.norm, self.dropout = LayerNorm(width), nn.Dropout(config.dropout)
+
+    def forward(self, features, boxes, mask):
+        count = mask.sum(1, keepdim=True).clamp(min=1)[:, :, None]  # (B, 1, 1)
+        mean = features.masked_fill(~mask[:, :, None], 0.0).sum(1, keepdim=True) / count  # (B, 1, F)
+        boxes = torch.cat([boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(boxes), 1, 4), boxes], 1)  # (B, 1+N, 4)
+        area = (boxes[..., 2:] - boxes[..., :2]).prod(-1, keepdim=True)  # (B, 1+N, 1)
+        looks = self.features(torch.cat([mean, features], 1))  # (B, 1+N, F) -> (B, 1+N, C)
+        return self.dropout(self.norm(looks + self.boxes(torch.cat([boxes, area], -1))))
+
+
+# ---- model -----------------------------------------------------------------------------------------------------
+
+
+class CoAttentionLayer(nn.Module):
+    """Co-attention (section 2.1, figure 2b): each stream's queries meet the other's keys and values, both computed from
+    the same inputs; then each stream has its feed-forward. Residual and norm as in BERT.
+
+    text (B, T, C), regions (B, 1+N, C'); to the list `maps` go (B, H, T, 1+N), words over regions, then (B, H, 1+N, T).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        text, visual, inner = config.hidden, config.visual_hidden, config.shared
+        self.text_reads = AttentionBlock(text, config.shared_heads, config.dropout, context_width=visual, inner=inner)
+        self.regions_read = AttentionBlock(visual, config.shared_heads, config.dropout, context_width=text, inner=inner)
+        self.text_feed_forward = FeedForward(text, config.intermediate, config.dropout)
+        self.region_feed_forward = FeedForward(visual, config.visual_intermediate, config.dropout)
+        # in every released checkpoint, and counted in the paper's size, but no output depends on them
+        self.unused1, self.unused2 = nn.Linear(inner, visual), nn.Linear(inner, text)
+        self.unused1.requires_grad_(False), self.unused2.requires_grad_(False)
+
+    def forward(self, text, regions, text_bias, region_bias, maps=None):
+        words = self.text_reads(text, regions, region_bias, maps)
+        areas = self.regions_read(regions, text, text_bias, maps)
+        return self.text_feed_forward(words), self.region_feed_forward(areas)
+
+
+class DynamicLayer(TransformerLayer):
+    """A region layer that the text steers (an option of 12-in-1's code): queries and keys times 1 + sigmoid(W t + b).
+
+    x (B, 1+N, C); t (B, 1, C') the mean of the text's states, None for a plain layer.
+    """
+
+    def __init__(self, text_width, width, heads, inner, dropout=0.0):
+        super().__init__(width, heads, inner, dropout)
+        self.gate_query, self.gate_key = nn.Linear(text_width, width), nn.Linear(text_width, width)
+
+    def forward(self, x, bias=None, maps=None, text=None):
+        if text is None:
+            return super().forward(x, bias, maps)
+        block = self.attention
+        query = block.query(x) * (1.0 + self.gate_query(text).sigmoid())  # (B, 1+N, C) * (B, 1, C)
+        key = block.key(x) * (1.0 + self.gate_key(text).sigmoid())
+        mixed = block.mix(query, key, block.value(x), bias, maps)
+        return self.feed_forward(block.norm(x + block.hidden_dropout(mixed)))
+
+
+def schedule(config):
+    """The order of execution, [("text", 0), ..., ("cross", 0), ("regions", 0), ...]: before co-attention k the text
+    and the visual layers below the two that it names have run; after the last one the rest follow.
+
+    ValueError for connections that go backwards or past the end, or that lie below the frozen layers.
+    """
+    steps, visual, text = [], 0, 0
+    for k, (next_visual, next_text) in enumerate(config.connections):
+        if not (visual <= next_visual <= config.visual_layers and text <= next_text <= config.layers):
+            raise ValueError(f"connection {k} comes before layers {next_visual}, {next_text}: out of order or of range")
+        if next_visual < config.frozen_visual_layers or next_text < config.frozen_layers:
+            raise ValueError(f"connection {k} lies below a frozen layer: freeze fewer")
+        steps += [("text", i) for i in range(text, next_text)] + [("regions", i) for i in range(visual, next_visual)]
+        steps, visual, text = steps + [("cross", k)], next_visual, next_text
+    steps += [("regions", i) for i in range(visual, config.visual_layers)]
+    return steps + [("text", i) for i in range(text, config.layers)]
+
+
+class ViLBERT(nn.Module):
+    """Two Transformers, one over words and one over regions, with co-attention between them.
+
+    `model(batch, objectives)` returns {objective: (loss, scores)}. `encode` gives the states alone; with
+    `record=True` also, in the order of execution, `states["text.embedding"]`, `states["regions.embedding"]`,
+    `states["text.i"]`, `states["regions.i"]`, `states["cross.k.text"]`, `states["cross.k.regions"]`, and `maps["text.i"]`,
+    `["regions.i"]`, `["cross.k.text_to_regions"]`, `["cross.k.regions_to_text"]`, the asking side first. Recorded
+    regions have the whole image in front, recorded text has the task token: 1+N, and T or T+1 positions.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.schedule = config, schedule(config)
+        self.text_embedding = TextEmbedding(config)
+        self.region_embedding = RegionEmbedding(config)
+        sizes = config.hidden, config.attention_heads, config.intermediate, config.dropout
+        self.text_layers = nn.ModuleList(TransformerLayer(*sizes) for _ in range(config.layers))
+        sizes = config.visual_hidden, config.visual_heads, config.visual_intermediate, config.dropout
+        layer = partial(DynamicLayer, config.hidden) if config.dynamic_attention else TransformerLayer
+        self.region_layers = nn.ModuleList(layer(*sizes) for _ in range(config.visual_layers))
+        self.connections = nn.ModuleList(CoAttentionLayer(config) for _ in config.connections)
+        self.text_pooler = Pooler(config.hidden, config.shared, torch.relu)
+        self.region_pooler = Pooler(config.visual_hidden, config.shared, torch.relu)
+        self.dropout = nn.Dropout(config.dropout)
+        self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
+        self.apply(initialise)
+
+    def task(self, batch):
+        """batch.task (B,), where the model has task tokens and the batch names tasks; else None."""
+        return getattr(batch, "task", None) if self.config.task_tokens else None
+
+    def embed_text(self, batch):
+        """(B, T, C), or (B, T+1, C) with a task token."""
+        return self.text_embedding(batch.text, batch.segments, self.task(batch))
+
+    def embed_regions(self, batch):
+        """(B, 1+N, C), the whole image first."""
+        return self.region_embedding(batch.features, batch.boxes, batch.region_mask)
+
+    def fuse(self, words, areas):
+        """The pair's vector (section 2.2): product or sum of the first positions' ReLU poolers. One alone: its own."""
+        pooled = [self.text_pooler(words)] if words is not None else []
+        pooled += [self.region_pooler(areas)] if areas is not None else []
+        if len(pooled) == 2:
+            pooled = [pooled[0] + pooled[1] if self.config.fusion == "sum" else pooled[0] * pooled[1]]
+        return self.dropout(pooled[0])
+
+    def encode(self, batch, text=True, regions=True, record=False):
+        """Encoding of words and regions, or of one of the two alone: its own stream without the co-attention layers.
+        pooled is (B, shared) in all cases."""
+        config, task = self.config, int(self.task(batch) is not None)
+        words, areas, states, maps = None, None, {}, {}
+        if text:
+            words, word_mask = self.embed_text(batch), F.pad(batch.text_mask, (task, 0), value=True)
+            word_bias, states["text.embedding"] = attention_bias(word_mask, words.dtype), words  # (B, 1, 1, T)
+        if regions:
+            areas, area_mask = self.embed_regions(batch), F.pad(batch.region_mask, (1, 0), value=True)
+            area_bias, states["regions.embedding"] = attention_bias(area_mask, areas.dtype), areas  # (B, 1, 1, 1+N)
+        for kind, i in self.schedule:
+            probabilities, name = [] if record else None, f"{kind}.{i}"
+            names = [f"{name}.text_to_regions", f"{name}.regions_to_text"] if kind == "cross" else [name]
+            if kind == "cross" and text and regions:
+                words, areas = self.connections[i](words, areas, word_bias, area_bias, probabilities)
+                new = {f"{name}.text": words, f"{name}.regions": areas}
+            elif kind == "text" and text:
+                words = self.text_layers[i](words, word_bias, probabilities)
+                words = words.detach() if i + 1 == config.frozen_layers else words
+                new = {name: words}
+            elif kind == "regions" and regions:
+                mean = ()
+                if config.dynamic_attention and text:  # over words: (B, 1, C)
+                    mean = ((words * word_mask[:, :, None]).sum(1, True) / word_mask.sum(1)[:, None, None],)
+                areas = self.region_layers[i](areas, area_bias, probabilities, *mean)
+                areas = areas.detach() if i + 1 == config.frozen_visual_layers else areas
+                new = {name: areas}
+            else:
+                continue  # a stream that was left out
+            if record:
+                states.update(new)
+                maps.update(zip(names, probabilities, strict=True))
+        pooled = self.fuse(words, areas)
+        if task and text:
+            words = torch.cat([words[:, :1], words[:, 2:]], 1)  # (B, T+1, C) -> (B, T, C)
+        return Encoding(words, areas[:, 1:] if regions else None, pooled, states if record else {}, maps)
+
+    def forward(self, batch, objectives):
+        encoding = self.encode(batch)
+        return {name: OBJECTIVES[name](self, encoding, batch) for name in objectives}
+
+
+# ---- pretraining objectives: (model, encoding, batch) -> loss, scores ------------------------------------------
+
+PRETRAINING = {
+    "objectives": {"mlm": 1, "mrc_kl": 1, "itm": 1},
+    "conditional": False,  # all in one step: words and regions are masked together, in false pairs too
+    "joined": {},
+    "weights": {},  # the losses are added up as they are
+    "region_masking": {"zero": 0.9, "random": 0.0},  # one masked region in ten keeps its feature
+    "mismatch": "text",  # a negative pair keeps its picture and gets another sentence
+}
+
+
+def masked_lm(model, encoding, batch):
+    """Masked language modelling (section 2.2): -log P(w_m | other words, regions), mean over masked words.
+
+    batch.word_index (M,) flat positions of the masked words, word_labels (M,) what they were. Scores (M, V).
+    """
+    words = model.text_embedding.words.weight
+    scores = model.heads["mlm"](at(encoding.text, batch.word_index), words)
+    return cross_entropy(scores, batch.word_labels), scores
+
+
+def masked_region_features(model, encoding, batch):
+    """Masked region feature regression (an option of the code): ||h(v_m) - f_m||^2, mean over masked regions and F.
+
+    batch.region_index (M,), clean_features (B, N, F) the features before masking. Scores (M, F).
+    """
+    scores = model.heads["mrfr"](at(encoding.regions, batch.region_index))
+    target = at(batch.clean_features, batch.region_index)
+    if len(target) == 0:
+        return scores.sum() * 0.0, scores
+    return F.mse_loss(scores, target.to(scores.dtype)), scores
+
+
+def draw_regions(batch, near, far):
+    """Negatives for each masked region: `far` from other pictures, then `near` from its own, of real regions only,
+    with replacement. Flat positions (M, far + near). Where one kind is lacking the other takes its place."""
+    row, real = batch.region_index // batch.region_mask.shape[1], batch.region_mask.flatten()  # (M,), (B*N,)
+    rows = torch.arange(len(real), device=real.device) // batch.region_mask.shape[1]  # (B*N,)
+    own = real & (row[:, None] == rows)  # (M, B*N)
+    other = real & ~own
+    own = own.scatter(1, batch.region_index[:, None], False)  # itself is the positive
+    if not (own | other).any(1).all():
+        raise ValueError("the NCE objective needs a second region in the batch")
+    other, own = torch.where(other.any(1, True), other, own), torch.where(own.any(1, True), own, other)
+    draws = [torch.multinomial(pool.float(), n, replacement=True) for pool, n in ((other, far), (own, near)) if n]
+    return torch.cat(draws, 1)
+
+
+def noise_contrastive_regions(model, encoding, batch, negatives=None, count=128):
+    """NCE on masked regions (12-in-1's code): which of 1 + n features is the masked one's own?
+
+        L = -log exp(h(v_m) f_m) / sum_{j in {m} and negatives} exp(h(v_m) f_j), mean over masked regions
+
+    negatives (M, n): flat positions in the batch; None draws int(0.7 count) from other pictures, int(0.3 count) from
+    the same. Head and clean features as in regression. Scores (M, 1 + n), the positive first.
+    """
+    predicted, index = model.heads["mrfr"](at(encoding.regions, batch.region_index)), batch.region_index
+    if len(index) == 0:
+        return predicted.sum() * 0.0, predicted[:, :1]
+    if negatives is None:
+        negatives = draw_regions(batch, near=int(0.3 * count), far=int(0.7 * count))
+    scores = predicted @ batch.clean_features.flatten(0, 1).to(predicted.dtype).T  # (M, F) @ (F, B*N) -> (M, B*N)
+    scores = scores.gather(1, torch.cat([index[:, None], negatives], 1))  # (M, 1 + n)
+    return cross_entropy(scores, torch.zeros_like(index)), scores
+
+
+def masked_region_class(model, encoding, batch):
+    """Masked region classification: cross-entropy with the detector's most likely class, background left out.
+
+    batch.object_probs (B, N, K), class 0 = background; mean over masked regions. Scores (M, K). Not in the paper.
+    """
+    scores = model.heads["mrc"](at(encoding.regions, batch.region_index))
+    labels = at(batch.object_probs, batch.region_index)[:, 1:].argmax(-1) + 1
+    return cross_entropy(scores, labels), scores
+
+
+def masked_region_class_kl(model, encoding, batch):
+    """The paper's, with soft labels: KL(c || g) = sum_k c_k (log c_k - log g_k), c the detector's distribution.
+
+    The mean is over masked regions, the sum over classes.
+    """
+    scores = model.heads["mrc"](at(encoding.regions, batch.region_index))
+    target = at(batch.object_probs, batch.region_index).to(scores.dtype)
+    if len(target) == 0:
+        return scores.sum() * 0.0, scores
+    return F.kl_div(scores.log_softmax(-1), target, reduction="batchmean"), scores
+
+
+def image_text_matching(model, encoding, batch):
+    """Multi-modal alignment: cross-entropy of "do they belong together?". batch.matched (B,). Scores (B, 2),
+    class 1 = match (class 0 in the official code)."""
+    scores = model.heads["itm"](encoding.pooled)
+    return cross_entropy(scores, batch.matched), scores
+
+
+# ---- task heads: the same signature ----------------------------------------------------------------------------
+
+
+class WeightNormLinear(nn.Module):
+    """Linear with its matrix written as g V / ||V||, one gain g for the whole matrix. x (B, C) -> (B, out)."""
+
+    def __init__(self, width, out):
+        super().__init__()
+        linear = nn.Linear(width, out)  # torch's own initialisation, which BERT's does not reach in the official code
+        self.weight_v, self.weight_g = linear.weight, nn.Parameter(linear.weight.detach().norm())
+        self.bias = nn.Parameter(torch.zeros(out))
+
+    def forward(self, x):
+        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm()), self.bias)
+
+
+class WeightNormClassifier(nn.Module):
+    """The paper's answer head: weight-normed linear, ReLU, dropout 0.5, weight-normed linear. x (B, C) -> (B, A)."""
+
+    def __init__(self, width, inner, out):
+        super().__init__()
+        layers = WeightNormLinear(width, inner), nn.ReLU(), nn.Dropout(0.5), WeightNormLinear(inner, out)
+        self.main = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.main(x)
+
+
+def answer_head(config, answers):
+    """12-in-1 changed the head: GELU and layer norm."""
+    return (mlp if config.twelve_in_one else WeightNormClassifier)(config.shared, 2 * config.shared, answers)
+
+
+HEADS = {
+    "mlm": lambda c: MaskedLMHead(c.hidden, c.vocab_size),
+    "mrfr": lambda c: mlp(c.visual_hidden, c.visual_hidden, c.feature_size),
+    "mrc": lambda c: mlp(c.visual_hidden, c.visual_hidden, c.classes),
+    "itm": lambda c: nn.Linear(c.shared, 2),
+    "vqa": lambda c: answer_head(c, c.answers),
+    "gqa": lambda c: answer_head(c, c.gqa_answers),
+    "ve": lambda c: nn.Linear(c.shared, 3),
+    "nlvr2": lambda c: mlp(2 * c.shared, 2 * c.shared, 2),
+    "vcr": lambda c: nn.Linear(c.shared, 1),
+    "rank": lambda c: nn.Linear(c.shared, 1),
+    "refer": lambda c: nn.Linear(c.visual_hidden, 1),
+    "word": lambda c: nn.Linear(c.hidden, 1),  # a score per word: in the released checkpoints, in no task
+}
+
+
+def question_answering(model, encoding, batch, head="vqa"):
+    """VQA: binary cross-entropy over all answers against batch.answers (B, A), soft scores. Scores (B, A). GQA too."""
+    scores = model.heads[head](encoding.pooled)
+    return soft_answer_loss(scores, batch.answers), scores
+
+
+def visual_entailment(model, encoding, batch):
+    """SNLI-VE (12-in-1): binary cross-entropy over the three answers, mean over them. batch.answers (B, 3). Scores
+    (B, 3)."""
+    scores = model.heads["ve"](encoding.pooled)
+    return F.binary_cross_entropy_with_logits(scores, batch.answers), scores
+
+
+def natural_language_for_visual_reasoning(model, encoding, batch):
+    """NLVR2 (12-in-1): is the statement true of the two pictures? batch.target (B,) int64, 1 = true. Scores (B, 2).
+
+    The batch has 2B rows, the statement with each picture in turn; binary cross-entropy, mean over both scores.
+    """
+    scores = model.heads["nlvr2"](encoding.pooled.reshape(len(batch.target), -1))  # (2B, C) -> (B, 2C) -> (B, 2)
+    return F.binary_cross_entropy_with_logits(scores, F.one_hot(batch.target, 2).to(scores.dtype)), scores
+
+
+def choice(model, encoding, batch, head, target, group):
+    """Cross-entropy over each `group` rows' scores; target (B,) 1 = the right row of its group. Scores (B,)."""
+    scores = model.heads[head](encoding.pooled).squeeze(-1)  # (B, 1) -> (B,)
+    return cross_entropy(scores.view(-1, group), target.view(-1, group).argmax(1)), scores  # (B,) -> (groups, group)
+
+
+def visual_commonsense_reasoning(model, encoding, batch, group=4):
+    """VCR: one row a choice, batch.target (rows,) 1 = the right one; cross-entropy within a question's `group` rows.
+    Scores (rows,). Types: 0 question, 1 choice."""
+    return choice(model, encoding, batch, "vcr", batch.target, group)
+
+
+def retrieval_rank(model, encoding, batch, group=4):
+    """Retrieval (section 3.2): in each group of rows the first is the true pair; cross-entropy within the group.
+
+    Rows B = groups x group; 4 is one true pair with a false text, a false picture and a hard false text. Scores (B,).
+    """
+    first = torch.arange(len(batch.text), device=batch.text.device) % group == 0
+    return choice(model, encoding, batch, "rank", first.long(), group)
+
+
+def refer_scores(model, encoding, batch):
+    """A score for every region, padding at -10000. (B, N)"""
+    scores = model.heads["refer"](model.dropout(encoding.regions)).squeeze(-1)  # (B, N, 1) -> (B, N)
+    return scores + (1.0 - batch.region_mask.to(scores.dtype)) * -10000.0
+
+
+def referring_expression(model, encoding, batch):
+    """Referring expressions (section 3.2): binary cross-entropy, summed over regions, mean over the batch, against the
+    regions' overlap with the one meant, 0 where it is below one half. Scores (B, N).
+
+    batch.target (B,) int64, the region meant, or (B, N) float, the overlaps themselves.
+    """
+    scores, target = refer_scores(model, encoding, batch), batch.target
+    if not target.is_floating_point():
+        meant = batch.boxes.gather(1, target[:, None, None].expand(-1, 1, 4))  # (B, N, 4) -> (B, 1, 4)
+        target = iou(batch.boxes, meant) * batch.region_mask
+        target = target.masked_fill(target < 0.5, 0.0)
+    return soft_answer_loss(scores, target.to(scores.dtype)), scores
+
+
+OBJECTIVES = {
+    "mlm": masked_lm,
+    "mrfr": masked_region_features,
+    "nce": noise_contrastive_regions,
+    "mrc": masked_region_class,
+    "mrc_kl": masked_region_class_kl,
+    "itm": image_text_matching,
+    "vqa": question_answering,
+    "gqa": partial(question_answering, head="gqa"),
+    "ve": visual_entailment,
+    "nlvr2": natural_language_for_visual_reasoning,
+    "vcr": visual_commonsense_reasoning,
+    "rank": retrieval_rank,
+    "refer": referring_expression,
+}
+
+# ---- official checkpoint names ---------------------------------------------------------------------------------
+
+OFFICIAL = [  # (ours, official), in this order
+    ("text_embedding.words", "bert.embeddings.word_embeddings"),
+    ("text_embedding.positions", "bert.embeddings.position_embeddings"),
+    ("text_embedding.types", "bert.embeddings.token_type_embeddings"),
+    ("text_embedding.tasks", "bert.embeddings.task_embeddings"),
+    ("text_embedding.norm", "bert.embeddings.LayerNorm"),
+    ("region_embedding.features", "bert.v_embeddings.image_embeddings"),
+    ("region_embedding.boxes", "bert.v_embeddings.image_location_embeddings"),
+    ("region_embedding.norm", "bert.v_embeddings.LayerNorm"),
+    ("text_feed_forward.up", "t_intermediate.dense"),
+    ("text_feed_forward.down", "t_output.dense"),
+    ("text_feed_forward.norm", "t_output.LayerNorm"),
+    ("region_feed_forward.up", "v_intermediate.dense"),
+    ("region_feed_forward.down", "v_output.dense"),
+    ("region_feed_forward.norm", "v_output.LayerNorm"),
+    ("feed_forward.up", "intermediate.dense"),
+    ("feed_forward.down", "output.dense"),
+    ("feed_forward.norm", "output.LayerNorm"),
+    ("attention.query", "attention.self.query"),
+    ("attention.key", "attention.self.key"),
+    ("attention.value", "attention.self.value"),
+    ("attention.output", "attention.output.dense"),
+    ("attention.norm", "attention.output.LayerNorm"),
+    ("gate_query", "attention.self.dyLinear_q"),
+    ("gate_key", "attention.self.dyLinear_k"),
+    ("text_reads.query", "biattention.query2"),  # 1 is the picture, 2 the text
+    ("text_reads.key", "biattention.key1"),
+    ("text_reads.value", "biattention.value1"),
+    ("text_reads.output", "biOutput.dense2"),
+    ("text_reads.norm", "biOutput.LayerNorm2"),
+    ("regions_read.query", "biattention.query1"),
+    ("regions_read.key", "biattention.key2"),
+    ("regions_read.value", "biattention.value2"),
+    ("regions_read.output", "biOutput.dense1"),
+    ("regions_read.norm", "biOutput.LayerNorm1"),
+    ("unused", "biOutput.q_dense"),
+    ("text_layers.", "bert.encoder.layer."),
+    ("region_layers.", "bert.encoder.v_layer."),
+    ("connections.", "bert.encoder.c_layer."),
+    ("text_pooler.", "bert.t_pooler."),
+    ("region_pooler.", "bert.v_pooler."),
+    ("heads.mlm.transform.norm", "cls.predictions.transform.LayerNorm"),
+    ("heads.mlm.", "cls.predictions."),
+    ("heads.mrfr.", "heads.mrc."),  # the official code has one region head, for classes or for features
+    ("heads.mrc.0", "cls.imagePredictions.transform.dense"),
+    ("heads.mrc.2", "cls.imagePredictions.transform.LayerNorm"),
+    ("heads.mrc.3", "cls.imagePredictions.decoder"),
+    ("heads.itm.", "cls.bi_seq_relationship."),
+    ("heads.vqa.main.", "vil_prediction.main."),
+    ("heads.vqa.", "vil_prediction.logit_fc."),
+    ("heads.gqa.", "vil_prediction_gqa.logit_fc."),
+    ("heads.nlvr2.", "vil_binary_prediction.logit_fc."),
+    ("heads.ve.", "vil_tri_prediction."),
+    ("heads.vcr.", "vil_logit."),  # one score for every task with choices
+    ("heads.rank.", "vil_logit."),
+    ("heads.refer.", "vision_logit."),
+    ("heads.word.", "linguisic_logit."),
+]
+
+
+def to_official(state):
+    """Our state dict under the official names, tied matrices listed twice, as the official code saves them.
+
+    ValueError where two of our heads have one official name: mrc and mrfr, vcr and rank."""
+    out = {rename(name, OFFICIAL): tensor for name, tensor in state.items()}
+    if len(out) < len(state):
+        raise ValueError("the official code has one region head (mrc or mrfr) and one choice head (vcr or rank)")
+    for name in {"cls.bi_seq_relationship.weight", "cls.bi_seq_relationship.bias"} & set(out):
+        out[name] = out[name].flip(0)  # (2, C) or (2,): the official class 0 is "match"
+    if "cls.predictions.bias" in out:
+        out["cls.predictions.decoder.weight"] = out["bert.embeddings.word_embeddings.weight"]
+    return out
+
+
+def from_official(state, names):
+    """An official state dict under our names. names: those of the model that will load it, `model.state_dict()`.
+
+    Accepts the prefix `module.`, TF's gamma and beta, and BERT's own checkpoints, for the text stream. Returns (state,
+    unexpected official names); what is missing, the caller sees from the difference to `names`.
+    """
+    given = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("module.")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if name != "cls.predictions.decoder.weight":  # tied
+            given[name] = tensor.flip(0) if name.startswith("cls.bi_seq_relationship.") else tensor
+    ours = {rename(name, OFFICIAL): name for name in names}
+    return {ours[n]: t for n, t in given.items() if n in ours}, [n for n in given if n not in ours]
