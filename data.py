@@ -41,7 +41,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CACHE = Path(".cache")
-VERSION = 1  # raise it whenever scenes, detector or region features change: it is part of every cache key
+VERSION = 7  # raise it whenever scenes, detector or region features change: it is part of every cache key
 SPLITS = ("train", "val", "test", "compose")
 SCENES = {"train": 10_000, "val": 500, "test": 1_000, "compose": 500}  # pictures a split
 TASKS = ("pretrain", "vqa", "ve", "nlvr2", "vcr", "retrieval", "refer", "caption")
@@ -78,6 +78,8 @@ class Batch:
     attribute_conf: torch.Tensor | None = None  # (B,N) float32
     matched: torch.Tensor | None = None  # (B,) int64, 1 = text and picture belong together
     answers: torch.Tensor | None = None  # (B,A) float32 soft targets
+    answer_labels: torch.Tensor | None = None  # (B,) int64, one answer of each row, -1 = none
+    target: torch.Tensor | None = None  # int64: the region meant, (B,); true or false of two pictures; the right choice
     ids: list | None = None  # B example ids, for error messages
 
     def _map(self, function):
@@ -104,8 +106,8 @@ class Batch:
 # ---------------------------------------------------------------------------------------------------------------------
 # Scenes: pictures and an imitated detector
 
-SIDE = 128  # pixels
-SIZES = {"small": (8.0, 10.0), "large": (15.0, 18.0)}  # half-widths in pixels, clearly apart
+SIDE = 112  # pixels
+SIZES = {"small": (7.0, 9.0), "large": (17.0, 20.0)}  # half-widths in pixels, clearly apart
 COLORS = {
     "red": (214, 38, 38),
     "green": (40, 160, 60),
@@ -117,8 +119,8 @@ COLORS = {
     "pink": (250, 160, 200),
 }
 SHAPES = ("circle", "square", "triangle", "ring", "cross", "star")  # number i looks like number i + 3 (mod 6)
-# Pairs that may stand in any picture, but that only the texts of split "compose" speak of: what a model says of them
-# it has composed from colours and shapes that it knows apart.
+# Pairs that may stand in any picture, but that only texts of split "compose" put into words, in one expression or as
+# question and answer: what a model says of them it has composed from colours and shapes that it knows apart.
 HELD_OUT = tuple(zip(("cyan", "orange", "purple", "green", "yellow", "blue"), SHAPES))
 
 
@@ -157,7 +159,7 @@ def make_scene(seed, split, index):
     """
     scene = Scene(seed, split, index, [])
     rng, things = random.Random(scene.key("graph")), scene.things
-    goal = rng.randint(3, 8)
+    goal = rng.choices(range(3, 9), (8, 6, 4, 2, 1, 1))[0]  # few things more often than many
     for _ in range(200):
         if len(things) == goal:
             break
@@ -185,9 +187,9 @@ def make_scene(seed, split, index):
 
 
 def draw_scene(scene):
-    """(SIDE, SIDE) RGB picture: grey ground, things, a soft gradient of light, gaussian noise of 6 levels of 255."""
+    """(SIDE, SIDE) RGB picture: dark ground, things, a soft gradient of light, gaussian noise of 8 levels of 255."""
     rng = np.random.default_rng(list(scene.key("drawing").encode()))
-    canvas = Image.new("RGB", (2 * SIDE, 2 * SIDE), (int(rng.integers(70, 186)),) * 3)  # reduce() then smooths edges
+    canvas = Image.new("RGB", (2 * SIDE, 2 * SIDE), (int(rng.integers(16, 60)),) * 3)  # reduce() then smooths edges
     pen = ImageDraw.Draw(canvas)
     for thing in scene.things:
         color = tuple(np.clip(COLORS[thing.color] + rng.integers(-8, 9, 3), 0, 255).tolist())
@@ -207,7 +209,7 @@ def draw_scene(scene):
             turns = [(math.pi * i / 5, h if i % 2 == 0 else 0.4 * h) for i in range(10)]
             pen.polygon([(x + r * math.sin(a), y - r * math.cos(a)) for a, r in turns], fill=color)
     down, across = rng.uniform(-12, 12, (2, 1)).astype(np.float32) * np.linspace(-1, 1, SIDE, dtype=np.float32)
-    noise = rng.standard_normal((SIDE, SIDE, 3), dtype=np.float32) * 6
+    noise = rng.standard_normal((SIDE, SIDE, 3), dtype=np.float32) * 8
     pixels = np.asarray(canvas.reduce(2)) + noise + down[:, None, None] + across[:, None]
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
@@ -277,7 +279,7 @@ QUESTIONS = {  # kind: forms of expression, phrases
     "shape": ((C, ZC), ("what shape is the {one}?", "what is the shape of the {one}?")),
     "size": ((C, S, CS), ("what size is the {one}?", "is the {one} small or large?")),
     "compare": (((C, C), (S, S), (C, S), (CS, CS)), ("are there {word} {many} than {other}?",)),
-    "relation": ((CS, ZCS, C, S), ("is the {one} {word} the {other}?",)),
+    "side": ((C, S, CS, ZS), ("is the {one} {word} the middle?", "does the {one} lie {word} the middle?")),
 }
 
 
@@ -289,66 +291,63 @@ def say(expression, plural=False, article=False):
 
 
 def direction(a, b):
-    """Where a lies as seen from b: a key of DIRECTIONS, or None unless one axis has 12 px and 1.5 times the other."""
+    """Where a lies as seen from b: a key of DIRECTIONS, or None unless one axis has 20 px and 1.5 times the other."""
     dx, dy = a.x - b.x, a.y - b.y
-    if max(abs(dx), abs(dy)) < max(12, 1.5 * min(abs(dx), abs(dy))):
+    if max(abs(dx), abs(dy)) < max(20, 1.5 * min(abs(dx), abs(dy))):
         return None
     if abs(dx) > abs(dy):
         return "left" if dx < 0 else "right"
     return "above" if dy < 0 else "below"
 
 
-def may_say(scene, *expressions):
-    """True if the split may have a text of these expressions: "compose" only with a held-out pair among them, named
-    or meant; the others only without any."""
-    pairs = {e[1:] for e in expressions} | {t[1:3] for e in expressions for t in scene.fits.get(e, ())}
+def may_say(scene, *expressions, asked=None):
+    """True if the split may have a text of these expressions that asks for the colour or shape of the thing `asked`:
+    "compose" only if a held-out pair is put into words, by an expression or with the answer; the others only if not."""
+    pairs = {e[1:] for e in expressions} | ({asked[1:3]} if asked else set())
     return (scene.split == "compose") == any(pair in HELD_OUT for pair in pairs)
 
 
 def captions(scene, count=4):
     """Up to `count` true captions of which every content word can be found from the picture and the other words.
 
-    A single thing is named by size, colour and shape, and only where no rival (a thing that shares two of the three)
-    fits the clause; counted things by (colour and) shape, only where no other colour or shape has the same count. A
-    lone adjective is always a colour.
+    A single thing is named by colour and shape where no other thing has either; else by size, colour and shape, if no
+    other shares two of the three. Counted things are named by (colour and) shape, only where no other colour or shape
+    has the same count. A caption has a relation and another clause, or three clauses, so that it fits few pictures.
     """
     rng, found = random.Random(scene.key("captions")), {}
-    rivals = {
-        thing: [t for t in scene.things if t is not thing and sum(map(str.__eq__, t[:3], thing[:3])) == 2]
-        for thing in scene.things
-        if scene.count(thing[:3]) == 1
-    }
+    names = {}  # thing -> expression
+    for thing in scene.things:
+        if scene.count((None, thing.color, None)) == scene.count((None, None, thing.shape)) == 1:
+            names[thing] = (None, *thing[1:3])
+        elif all(sum(map(str.__eq__, t[:3], thing[:3])) < 2 for t in scene.things if t is not thing):
+            names[thing] = thing[:3]
     relations, others = [], []  # (phrases, expressions) of a clause
-    for one, other in itertools.permutations(rivals, 2):
-        where, (e, f) = direction(one, other), (one[:3], other[:3])
-        sides = [direction(t, other) for t in rivals[one] if t is not other]
-        sides += [direction(one, t) for t in rivals[other] if t is not one]
-        if where and where not in sides and None not in sides:  # None: a reader might see it either way
-            words = f"{say(e, article=True)} {{}}{DIRECTIONS[where]} {say(f, article=True)}"
-            relations.append(((words.format("is "), "there is " + words.format("")), (e, f)))
-    for thing, alike in rivals.items():
-        words = say(thing[:3], article=True)
-        if not alike:
-            others.append(((f"there is {words}", f"the picture shows {words}"), (thing[:3],)))
+    for (one, e), (other, f) in itertools.permutations(names.items(), 2):
+        if where := direction(one, other):
+            full = f"{say(e, article=True)} is {DIRECTIONS[where]} {say(f, article=True)}"
+            relations.append(((f"{say(e)} {DIRECTIONS[where]} {say(f)}", full), (e, f)))
+    for e in names.values():
+        others.append(((say(e), f"there is {say(e, article=True)}"), (e,)))
     for e in scene.fits:
         same = [(None, e[1], s) for s in SHAPES if s != e[2]]
         same += [(None, c, e[2]) for c in COLORS if e[1] and c != e[1]]
         if e[0] is None and e[2] and all(scene.count(rival) != scene.count(e) for rival in same):
-            words, number = say(e, plural=True), NUMBERS[scene.count(e)]
-            phrases = (f"there are {number} {words}", f"the picture shows {number} {words}") if number != "one" else ()
-            others.append(((*phrases, f"the number of {words} is {number}"), (e,)))
+            number = scene.count(e)
+            words = f"{NUMBERS[number]} {say(e, plural=number > 1)}"
+            others.append(((f"exactly {words}", words)[: 1 + (number > 1)], (e,)))  # "one" alone might be an adjective
     if scene.split != "compose":
         relations, others = ([c for c in clauses if may_say(scene, *c[1])] for clauses in (relations, others))
-    for _ in range(8 * count if relations or others else 0):
-        clauses = [rng.choice(relations or others)]
-        for clause in rng.sample(relations + others, len(relations + others)):
+    for _ in range(8 * count):
+        clauses = rng.sample(relations, 1) if relations and rng.random() < 0.5 else []
+        goal = 2 if clauses else 3
+        for clause in rng.sample(others, len(others)):
             told = {thing for _, expressions in clauses for e in expressions for thing in scene.fits[e]}
-            if len(clauses) < (2 if relations else 3) and not told.issuperset(scene.fits[clause[1][0]]):
+            if len(clauses) < goal and not told.issuperset(scene.fits[clause[1][0]]):
                 clauses.append(clause)
-        allowed = may_say(scene, *(e for _, expressions in clauses for e in expressions))
-        if len(found) < count and allowed and (relations or clauses[1:]):  # a count alone would fit many pictures
+        expressions = [e for _, expressions in clauses for e in expressions]
+        if len(found) < count and len(expressions) > 1 and may_say(scene, *expressions):
             rng.shuffle(clauses)
-            found[", and ".join(rng.choice(phrases) for phrases, _ in clauses)] = None
+            found[" and ".join(rng.choice(phrases) for phrases, _ in clauses)] = None
     return list(found)
 
 
@@ -374,27 +373,29 @@ def questions(scene, count=8):
                 n, m = scene.count(e), scene.count(f)
                 if e != f and n + m > 0 and may_say(scene, e, f):
                     offers.setdefault("yes" if (n > m if word == "more" else n < m) else "no", []).append((e, f))
-        elif kind == "relation":
-            word = rng.choice(list(DIRECTIONS))
-            for pair in itertools.permutations(scene.things, 2):
-                e, f = (tuple(w if said else None for w, said in zip(thing, form)) for thing in pair)
-                if direction(*pair) and scene.count(e) == scene.count(f) == 1 and may_say(scene, e, f):
-                    offers.setdefault("yes" if direction(*pair) == word else "no", []).append((e, f))
+        elif kind == "side":
+            word = rng.choice(("left or right of", "above or below"))
+            for e in EXPRESSIONS[form]:
+                if scene.count(e) == 1 and may_say(scene, e):
+                    thing = scene.fits[e][0]
+                    off = (thing.x if word.startswith("left") else thing.y) - SIDE / 2
+                    if abs(off) >= 12:
+                        offers.setdefault(word.split()[0 if off < 0 else 2], []).append((e, e))
         else:
             for e in EXPRESSIONS[form]:
                 n = scene.count(e)
                 answer = {"exists": "yes" if n else "no", "count": str(n)}.get(kind)
-                if answer is None and n == 1:
-                    answer = getattr(scene.fits[e][0], kind)
-                if answer and may_say(scene, e):
+                thing = scene.fits[e][0] if answer is None and n == 1 else None
+                answer = getattr(thing, kind) if thing else answer
+                if answer and may_say(scene, e, asked=thing if kind in ("color", "shape") else None):
                     offers.setdefault(answer, []).append((e, e))
-        if offers and (len(offers) > 1 or kind not in ("exists", "compare", "relation")):
+        if offers and (len(offers) > 1 or kind not in ("exists", "compare")):
             # large counts are rare in pictures, so they are taken more often where they are on offer
             answer = rng.choices(list(offers), [max(1, int(a)) if kind == "count" else 1 for a in offers])[0]
             e, f = rng.choice(offers[answer])
             words = {"a": say(e, article=True), "one": say(e), "many": say(e, plural=True)}
             other = say(f, plural=kind == "compare")
-            text = rng.choice(phrases).format(**words, other=other, word=DIRECTIONS.get(word, word))
+            text = rng.choice(phrases).format(**words, other=other, word=word)
             found.setdefault(text, (kind, text, answer))
     return list(found.values())
 
@@ -566,8 +567,8 @@ class Dataset:
         return self
 
     def lengths(self):
-        """(E,) int64: word pieces and regions of each example."""
-        return np.diff(self.offsets) + np.diff(self.store.offsets)[self.image]
+        """(E, 2) int64: word pieces and regions of each example."""
+        return np.stack([np.diff(self.offsets), np.diff(self.store.offsets)[self.image]], 1)
 
     def subset(self, index):
         """Examples `index` (integers); a single number takes that many at random, always the same ones."""
@@ -674,6 +675,7 @@ KEYS = {  # key: test of its value, what to write
     "choices": (lambda v: is_texts(v, 2), "a list of at least two strings"),
     "target": (is_box, "[x1,y1,x2,y2] in pixels"),
     "split": (lambda v: v in SPLITS[:3], "train, val or test"),
+    "kind": (is_text, "a word for the sort of question; accuracy is given for each sort"),
 }
 NEEDED = {"vqa": ("answer",), "ve": ("answer",), "nlvr2": ("label",), "vcr": ("choices", "label"), "refer": ("target",)}
 
@@ -837,6 +839,7 @@ def load_jsonl(path, task, split, patch=12, grid=6, cache=CACHE):
     image = [rows[record["paths"][0], json.dumps(record.get("boxes"))] for record in records]
     answer = [record.get("answer", {}) if task in ("pretrain", "vqa", "ve") else {} for record in records]
     kind = ["caption" if not a else "question" if task == "pretrain" else task for a in answer]
+    kind = [record.get("kind", k) for record, k in zip(records, kind)]
     text, ids = ([record[name] for record in records] for name in ("text", "where"))
     return Dataset(Path(path).stem, split, store, np.array(image, np.int64), text, answer, kind, ids)
 
@@ -943,12 +946,21 @@ def mismatch(dataset, index, rng, p=0.5, replace="image"):
     return (other, images, matched) if replace == "text" else (np.array(index), dataset.image[other], matched)
 
 
-def mask_words(batch, tokenizer, rng, p=0.15, mask=0.8, random=0.1, only=None, force_one=True):
+def draw_answers(batch, rng):
+    """One answer a row, drawn in proportion to the soft scores in `answers`; -1 where all are 0. Sets answer_labels."""
+    rising = batch.answers.double().cumsum(1)  # (B,A)
+    draw = torch.from_numpy(rng.random((len(rising), 1))) * rising[:, -1:]
+    labels = (rising <= draw).sum(1).masked_fill(rising[:, -1] == 0, -1)
+    return dataclasses.replace(batch, answer_labels=labels)
+
+
+def mask_words(batch, tokenizer, rng, p=0.15, mask=0.8, random=0.1, only=None, force_one=True, one=False):
     """BERT's masking: each piece is selected with probability p; a selected one becomes [MASK] with probability
     `mask`, a random piece with probability `random`, and stays itself otherwise. Special pieces are never selected.
 
     rng: numpy Generator.   only: (V,) bool, True = may be selected.   force_one: in a row where none was drawn the
-    first piece that may be becomes [MASK] (UNITER's rule: no row without a loss).
+    first piece that may be becomes [MASK] (UNITER's rule: no row without a loss).   one: instead of all that, exactly
+    one piece of each row, uniformly drawn, becomes [MASK] (evaluation: what the picture and all other words tell).
     Returns a new Batch with text, word_index and word_labels set; the given one keeps its tensors.
     """
     ordinary = torch.ones(tokenizer.get_vocab_size(), dtype=torch.bool)  # (V,)
@@ -956,7 +968,10 @@ def mask_words(batch, tokenizer, rng, p=0.15, mask=0.8, random=0.1, only=None, f
     may = batch.text_mask & (ordinary if only is None else ordinary & only)[batch.text]  # (B,T)
     draw, fate = torch.from_numpy(rng.random((2, *batch.text.shape)))
     selected = may & (draw < p)
-    if force_one:
+    if one:
+        lowest = draw.masked_fill(~may, 2.0)
+        selected, fate = may & (lowest == lowest.min(1, keepdim=True).values), torch.full_like(fate, -1.0)
+    elif force_one:
         first = may & (may.cumsum(1) == 1) & ~selected.any(1, keepdim=True)
         selected, fate = selected | first, fate.masked_fill(first, -1.0)
     text = batch.text.masked_fill(selected & (fate < mask), tokenizer.token_to_id("[MASK]"))
@@ -991,28 +1006,30 @@ def mask_regions(batch, rng, p=0.15, zero=1.0, random=0.0, force_one=True):
 
 
 def batches(lengths, rng=None, size=None, tokens=None, rank=0, world=1):
-    """List of index arrays with examples of similar length together: `size` examples each, or as many as fit in
-    `tokens` padded positions (rows x longest).
+    """List of index arrays with examples of like lengths together: `size` examples each, or as many as fit in `tokens`
+    padded positions (rows x longest, added up over the parts).
 
-    rng: shuffles, by sorting within chunks of about 50 batches and shuffling the batches; None: all in order of length.
-    rank r of `world` takes batches r::world. Training (rng) drops up to world-1 batches, so that every rank has the
-    same number, and needs the same rng state on every rank; evaluation keeps every example exactly once.
+    lengths: (E,), or (E,P) for P parts that are padded apart, as words and regions are: sorted by the first, then by
+    the next. rng: shuffles, by sorting within chunks of about 50 batches and shuffling the batches; None: all in order
+    of length. rank r of `world` takes batches r::world. Training (rng) drops up to world-1 batches, so that every rank
+    has the same number, and needs the same rng state on every rank; evaluation keeps every example exactly once.
     ValueError unless exactly one of size and tokens is given, or if an example alone is longer than `tokens`.
     """
-    lengths = np.asarray(lengths)
+    lengths = np.asarray(lengths).reshape(len(lengths), -1)  # (E,P)
+    totals = lengths.sum(1)
     if (size is None) == (tokens is None):
         raise ValueError("give either size or tokens")
-    if tokens is not None and lengths.max(initial=0) > tokens:
-        raise ValueError(f"an example of {lengths.max()} positions does not fit in {tokens}")
+    if tokens is not None and totals.max(initial=0) > tokens:
+        raise ValueError(f"an example of {totals.max()} positions does not fit in {tokens}")
     order, chunk = np.arange(len(lengths)), max(1, len(lengths))
     if rng is not None:
-        order, chunk = rng.permutation(len(lengths)), 50 * (size or int(tokens / max(1, lengths.mean())))
-    groups, longest = [], 0
+        order, chunk = rng.permutation(len(lengths)), 50 * (size or int(tokens / max(1, totals.mean())))
+    groups, longest = [], lengths[:1]
     for start in range(0, len(order), chunk):
         part = order[start : start + chunk]
-        for example in part[np.argsort(lengths[part], kind="stable")].tolist():
-            longest = max(longest, lengths[example])
-            if not groups or (len(groups[-1]) == size if size else (len(groups[-1]) + 1) * longest > tokens):
+        for example in part[np.lexsort(lengths[part].T[::-1])].tolist():
+            longest = np.maximum(longest, lengths[example])
+            if not groups or (len(groups[-1]) == size if size else (len(groups[-1]) + 1) * longest.sum() > tokens):
                 groups.append([])
                 longest = lengths[example]
             groups[-1].append(example)

@@ -166,7 +166,7 @@ class LXMERT(nn.Module):
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
         if {"mrfr", "mrc", "attr"} & set(config.heads):
             self.heads["regions"] = HeadTransform(config.hidden)  # the three region heads share it
-        self.apply(initialise)
+        initialise(self, config.hidden)
 
     def embed_text(self, batch):
         """(B, T, C)"""

@@ -13,14 +13,16 @@ masked regions or rows.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +31,15 @@ import torch.distributed as dist
 
 import common
 import data
+import lxmert
 import uniter
+import vilbert
 
-PAPERS = {"uniter": (uniter, uniter.UNITER)}
+PAPERS = {
+    "uniter": (uniter, "UNITER"),
+    "vilbert": (vilbert, "ViLBERT"),
+    "lxmert": (lxmert, "LXMERT"),
+}
 TASKS = ("pretrain", "vqa")
 MASKED_WORDS, MASKED_REGIONS, PAIRS = {"mlm"}, {"mrfr", "mrc", "mrc_kl", "attr", "nce"}, {"itm", "wra"}
 
@@ -42,9 +50,16 @@ class Stop(Exception):
     """Ends the program with one line on stderr and exit code 2."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line: what is wrong, without the whole usage."""
+
+    def error(self, message):
+        raise Stop(f"{message}; see --help")
+
+
 def parse(argv=None):
     """The command line. Where a default depends on the task or the size, it is None here and set by `settle`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Pretrain, fine-tune and compare UNITER, ViLBERT and LXMERT.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -58,7 +73,7 @@ def parse(argv=None):
     add("--resume", action="store_true", help="go on from DIR/checkpoint.pt, exactly where it stopped")
     add("--out", metavar="DIR", help="folder for checkpoint, log and result (default: out/MODEL-TASK)")
     add("--steps", type=int, help="optimizer steps (default: about five minutes on two CPU cores)")
-    add("--batch-size", type=int, default=128, help="examples in one forward pass of one process")
+    add("--batch-size", type=int, help="examples in one forward pass of one process (default: 64 over all processes)")
     add("--accumulate", type=int, default=1, help="forward passes of one process in an optimizer step")
     add("--lr", type=float, help="peak learning rate (default: by size and task)")
     add("--warmup", type=float, default=0.1, help="part of the steps in which the rate rises")
@@ -66,6 +81,7 @@ def parse(argv=None):
     add("--clip", type=float, default=5.0, help="largest gradient norm")
     add("--dropout", type=float, help="dropout of the trunk (default: by size)")
     add("--objectives", help="pretraining objectives, a,b,c (default: the paper's own)")
+    add("--mask", type=float, help="share of the words that pretraining masks (default: 0.15; on scenes 0.3)")
     add("--ablate", choices=["text", "image"], help="take the words or the picture away, to see what the rest is worth")
     add("--limit", type=int, help="use only the first N training examples")
     add("--patch", type=int, default=12, help="side of the square that a region of your own pictures is resized to")
@@ -78,9 +94,9 @@ def parse(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=["auto", "f32", "bf16"], help="arithmetic of the trunk")
     options = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "accumulate", "seeds", "limit", "eval_every", "log_every", "patch", "grid"):
-        if getattr(options, name) is not None and getattr(options, name) < (0 if name == "steps" else 1):
-            raise Stop(f"--{name.replace('_', '-')} must be positive, not {getattr(options, name)}")
+    for name, value in vars(options).items():
+        if type(value) is int and value < (0 if name in ("steps", "seed") else 1):
+            raise Stop(f"--{name.replace('_', '-')} is {value}; it must be positive")
     return options
 
 
@@ -93,8 +109,11 @@ def settle(options, model_name, seed):
         base = base / model_name
     o.out = base / f"seed{seed}" if options.seeds > 1 else base
     if o.steps is None:
-        o.steps = {"pretrain": 3000, "vqa": 3000}[o.task] if o.data == "scenes" else 1000
+        o.steps = 9000 if o.data == "scenes" else 1000
+    # scenes' captions have a dozen words, not thirty: with 0.15 the model learns to bind words to regions half as fast
+    o.mask = o.mask or (0.3 if o.data == "scenes" else 0.15)
     o.lr = o.lr or {"tiny": 1e-3, "base": 5e-5, "large": 3e-5}[o.size]
+    o.batch_size = o.batch_size or max(1, 64 // processes()[1])
     o.eval_every = o.eval_every or max(1, math.ceil(o.steps / 5))
     o.init = o.init.format(model=model_name, seed=seed) if o.init else None
     return o
@@ -112,7 +131,7 @@ def processes():
     return dist.get_rank(), dist.get_world_size()
 
 
-def pick_device(name, rank=0):
+def pick_device(name):
     """The torch device. `auto`: the GPU if there is one, else Apple's, else the CPU."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
@@ -129,20 +148,15 @@ def pick_device(name, rank=0):
     return device
 
 
-def pick_dtype(name, device, size):
-    """float32 or bfloat16. `auto`: bfloat16 on a GPU that has it, and on a CPU that multiplies it natively if the
-    matrices are large enough to gain: at the tiny size the casts cost more than the products save."""
+def pick_dtype(name, device):
+    """float32 or bfloat16. `auto`: bfloat16 where the processor multiplies it natively, GPU or CPU."""
     if name != "auto":
         return {"f32": torch.float32, "bf16": torch.bfloat16}[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if (
-        device.type == "cpu"
-        and size != "tiny"
-        and any("bf16" in k and v for k, v in torch.cpu.get_capabilities().items())
-    ):
-        return torch.bfloat16
-    return torch.float32
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and any("bf16" in k and v for k, v in torch.cpu.get_capabilities().items())
+    return torch.bfloat16 if native else torch.float32
 
 
 def total(values, device):
@@ -157,17 +171,44 @@ def total(values, device):
 # ---- data ------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Run:
+    """What one run is made of, so that functions need not take it apart."""
+
+    o: argparse.Namespace
+    paper: object  # the model's module: HEADS, OBJECTIVES, PRETRAINING
+    objectives: dict  # name -> ratio, in pretraining; {task: 1} in fine-tuning
+    splits: dict  # name -> data.Dataset
+    tokenizer: object
+    answers: list  # column -> answer, most frequent first
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    world: int
+    model: torch.nn.Module = None
+    optimizer: torch.optim.Optimizer = None
+    progress: dict = field(default_factory=lambda: {"step": 0, "seconds": 0.0, "examples": 0, "best": -math.inf})
+
+    def autocast(self):
+        """Matrix products in bfloat16, if the run is; the weights stay float32."""
+        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+
+    def columns(self):
+        return {answer: column for column, answer in enumerate(self.answers)}
+
+
 def objectives_of(o, paper):
-    """The pretraining objectives of this run, {name: ratio}, with those joined to another one counted in."""
-    known = {**dict.fromkeys(paper.OBJECTIVES, 1), **paper.PRETRAINING["objectives"]}
-    if o.objectives is None:
-        joined = [name for names in paper.PRETRAINING["joined"].values() for name in names]
-        return {**paper.PRETRAINING["objectives"], **dict.fromkeys(joined, 0)}
-    names = o.objectives.split(",")
-    allowed = sorted((MASKED_WORDS | MASKED_REGIONS | PAIRS | {"qa"}) & set(known))
+    """The pretraining objectives asked for, {name: ratio}; those joined to another one have ratio 0."""
+    default, joined = paper.PRETRAINING["objectives"], [n for ns in paper.PRETRAINING["joined"].values() for n in ns]
+    known = {
+        **{n: 1 for n in sorted((MASKED_WORDS | MASKED_REGIONS | PAIRS | {"qa"}) & set(paper.OBJECTIVES))},
+        **default,
+    }
+    known |= dict.fromkeys(joined, 0)
+    names = o.objectives.split(",") if o.objectives else [*default, *joined]
     for name in names:
-        if name not in allowed:
-            raise Stop(f"--objectives: {o.model} has no pretraining objective {name!r}; it has {', '.join(allowed)}")
+        if name not in known:
+            raise Stop(f"--objectives: {o.model} has no pretraining objective {name!r}; it has {', '.join(known)}")
     if "wra" in names and "itm" not in names:
         raise Stop("--objectives: wra needs the pairs of itm; write itm,wra")
     return {name: known[name] for name in names}
@@ -175,16 +216,33 @@ def objectives_of(o, paper):
 
 def read_data(o, objectives):
     """The splits of the task: {"train": Dataset, "val": ..., "test": ...}, scenes with "compose" besides."""
-    task = o.task
-    if task == "pretrain" and "qa" not in objectives:
-        task = "caption"  # questions join pretraining only where answering them is an objective
-    names = ["train", "val", "test", "compose"] if o.data == "scenes" else ["train", "val", "test"]
-    splits = {
-        name: data.load(o.data, task, name, o.limit if name == "train" else None, o.patch, o.grid) for name in names
-    }
+    task = "caption" if o.task == "pretrain" and "qa" not in objectives else o.task  # questions only to be answered
+    names = ["train", "val", "test"] + ["compose"] * (o.data == "scenes" and o.task != "pretrain")
+    limits = {"train": o.limit}
+    if dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0":
+        dist.barrier()  # the first process of a machine draws and extracts, the others read what it cached
+    splits = {name: data.load(o.data, task, name, limits.get(name), o.patch, o.grid) for name in names}
+    if dist.is_initialized() and os.environ.get("LOCAL_RANK") == "0":
+        dist.barrier()
     if not len(splits["train"]):
         raise Stop(f"{o.data}: no example of split train for --task {o.task}")
     return {name: split for name, split in splits.items() if len(split)}
+
+
+def drop_unfounded(objectives, dataset):
+    """Without the objectives that the data have nothing for: region classes need a detector, qa needs answers."""
+    fields, why = dataset.store.fields, {}
+    lacking = {"mrc": "object_probs", "mrc_kl": "object_probs", "attr": "attributes"}
+    for name in objectives:
+        if name in lacking and (lacking[name] not in fields or dataset.store.classes is None):
+            why[name] = "the regions have no classes"
+        if name == "qa" and not any(dataset.answer):
+            why[name] = "no text has an answer"
+    for name, reason in why.items():
+        say(f"data     objective {name} is left out: {reason}")
+    if len(why) == len(objectives):
+        raise Stop("the data have nothing for any of the objectives; see the README's table of objectives")
+    return {name: ratio for name, ratio in objectives.items() if name not in why}
 
 
 def encode_texts(o, splits, checkpoint):
@@ -192,7 +250,9 @@ def encode_texts(o, splits, checkpoint):
     if checkpoint:
         tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
     else:
-        tokenizer = data.read_tokenizer(o.vocab) if o.vocab else data.train_tokenizer(splits["train"].text)
+        # scenes: from captions and questions, whatever the task, so that a pretrained model can be asked later
+        text = data.load("scenes", "pretrain", "train", o.limit).text if o.data == "scenes" else splits["train"].text
+        tokenizer = data.read_tokenizer(o.vocab) if o.vocab else data.train_tokenizer(text)
     for split in splits.values():
         split.encode(tokenizer, max_length=60)
     return tokenizer
@@ -207,18 +267,22 @@ def step_objectives(paper, objectives, rng):
     return [str(name), *(n for n in paper.PRETRAINING["joined"].get(name, ()) if n in objectives)]
 
 
-def pretraining_batch(dataset, index, names, paper, tokenizer, rng, **masking):
-    """Examples `index` as the objectives `names` need them: pairs mismatched, words masked, regions masked."""
+def make_batch(run, dataset, index, names, rng, **words):
+    """Examples `index` as the objectives `names` need them: pairs mismatched, words masked, regions masked.
+    `words`: arguments of data.mask_words in place of the run's."""
     images, matched = None, None
     if PAIRS & set(names):
-        index, images, matched = data.mismatch(dataset, index, rng, replace=paper.PRETRAINING["mismatch"])
-    batch = data.collate(dataset, index, images)
-    batch.matched = batch.matched if matched is None else matched
+        index, images, matched = data.mismatch(dataset, index, rng, replace=run.paper.PRETRAINING["mismatch"])
+    batch = data.collate(dataset, index, images, answers=run.columns() if run.answers else None)
+    if matched is not None:
+        batch.matched = matched
+    if "qa" in names:
+        batch = data.draw_answers(batch, rng)
     if MASKED_WORDS & set(names):
-        batch = data.mask_words(batch, tokenizer, rng, **masking)
+        batch = data.mask_words(batch, run.tokenizer, rng, **(words or {"p": run.o.mask}))
     if MASKED_REGIONS & set(names):
-        batch = data.mask_regions(batch, rng, **paper.PRETRAINING["region_masking"])
-    return batch
+        batch = data.mask_regions(batch, rng, **run.paper.PRETRAINING["region_masking"])
+    return ablate(batch, run.o.ablate)
 
 
 def ablate(batch, what):
@@ -234,12 +298,14 @@ def ablate(batch, what):
 
 
 def stream(o, dataset, slots, skip):
-    """Endless batches of example indices, in an order that depends on seed and epoch alone. `skip`: how many were
-    used before a resume; whole epochs are passed over without being read."""
-    for epoch in range(10**9):
-        order = data.batches(dataset.lengths(), np.random.default_rng((o.seed, epoch)), size=o.batch_size)
-        if not order:  # fewer examples than one batch
-            order = [np.arange(len(dataset))]
+    """Endless index arrays, one a step, in an order that depends on seed and epoch alone. Each holds `slots` forward
+    passes, of like lengths, so that no process waits for another's longer sentences; pass s takes every slots-th row.
+    `skip`: how many were used before a resume. Stop if there are fewer examples than passes."""
+    if len(dataset) < slots:
+        raise Stop(f"{len(dataset)} examples are too few for {slots} forward passes in a step")
+    for epoch in itertools.count():
+        order = data.batches(dataset.lengths(), np.random.default_rng((o.seed, epoch)), size=o.batch_size * slots)
+        order = [index for index in order if len(index) >= slots]
         if skip >= len(order):
             skip -= len(order)
             continue
@@ -251,61 +317,63 @@ def stream(o, dataset, slots, skip):
 
 
 def heads_of(paper, objectives):
-    """The heads that these objectives use: mrc_kl shares mrc's, wra needs none."""
-    names = [{"mrc_kl": "mrc"}.get(name, name) for name in objectives]
+    """The heads that these objectives use: mrc_kl shares mrc's, nce mrfr's, wra needs none."""
+    names = [{"mrc_kl": "mrc", "nce": "mrfr"}.get(name, name) for name in objectives]
     return tuple(dict.fromkeys(name for name in names if name in paper.HEADS))
 
 
-def build(o, paper, heads, checkpoint, tokenizer, dataset, answers):
-    """The model: from a checkpoint's config with this task's heads, or from the preset and the data's own sizes."""
-    module, cls = paper
-    store = dataset.store
-    sizes = {
-        **module.PRESETS[o.size],
-        "vocab_size": tokenizer.get_vocab_size(),
-        "feature_size": store.width,
-        "classes": store.classes or 2,
-    }
-    if checkpoint:
-        if checkpoint["model"] != o.model:
-            raise Stop(f"--init: a {checkpoint['model']} checkpoint does not fit --model {o.model}")
+def build(run, checkpoint):
+    """The model: from a checkpoint's config with this run's heads, or from the preset and the data's own sizes."""
+    o, paper, store = run.o, run.paper, run.splits["train"].store
+    if checkpoint is None:
+        sizes = {**paper.PRESETS[o.size], "vocab_size": run.tokenizer.get_vocab_size(), "feature_size": store.width}
+        sizes["classes"] = store.classes or 2
+        sizes["attributes"] = 1 + int(store.fields["attributes"].max()) if "attributes" in store.fields else 1
+    elif checkpoint["model"] != o.model:
+        raise Stop(f"{o.init}: a checkpoint of {checkpoint['model']} does not fit --model {o.model}")
+    else:
         sizes = dict(checkpoint["config"])
         if sizes["feature_size"] != store.width:
             raise Stop(
-                f"--init: trained on features of width {sizes['feature_size']}, {o.data} has {store.width}; "
-                "use the same kind of features, or for pixels the same --patch"
+                f"{o.init}: trained on features of width {sizes['feature_size']}, {o.data} has {store.width}; "
+                "use the same kind of features, for pixels the same --patch"
             )
-    sizes.update(heads=tuple(heads), answers=max(1, len(answers)))
+    sizes |= {"heads": heads_of(paper, run.objectives), "answers": max(1, len(run.answers))}
     if o.dropout is not None:
         sizes["dropout"] = o.dropout
     torch.manual_seed(o.seed)
-    model = cls(module.Config(**sizes))
+    model = getattr(paper, PAPERS[o.model][1])(paper.Config(**sizes))
     if checkpoint:
-        model.load_state_dict(fitting(model, checkpoint["state"], same_answers=checkpoint["answers"] == answers))
+        model.load_state_dict(fitting(o, model.state_dict(), checkpoint, run.answers))
     return model
 
 
-def fitting(model, state, same_answers):
-    """A full state for `model`: the checkpoint's tensors where the name and shape agree, its own initial ones for new
-    heads. Says what was loaded; Stop if anything but a head would stay at random. An answer head is only kept for the
-    same list of answers: its rows mean nothing under another one."""
-    own, heads = model.state_dict(), ("heads.vqa", "heads.qa")
-    state = {k: v for k, v in state.items() if same_answers or not k.startswith(heads)}
-    loaded = [k for k in own if k in state and state[k].shape == own[k].shape]
-    fresh, ignored = [k for k in own if k not in loaded], [k for k in state if k not in loaded]
-    lost = [k for k in fresh if not k.startswith("heads.")]
+def fitting(o, own, checkpoint, answers):
+    """A full state for a model whose initial one is `own`: the checkpoint's tensors where name and shape agree.
+
+    Says what was loaded; Stop if anything but a head would stay at random. An answer head is kept only for the same
+    list of answers: its rows mean nothing under another one.
+    """
+    state = checkpoint["state"]
+    if checkpoint["answers"] != answers:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(("heads.vqa", "heads.qa"))}
+    loaded = {name for name in own if name in state and state[name].shape == own[name].shape}
+    fresh, unused = sorted(set(own) - loaded), sorted(set(checkpoint["state"]) - loaded)
+    lost = [name for name in fresh if not name.startswith("heads.")]
     if lost:
-        raise Stop(f"--init: {len(lost)} tensors of the trunk are missing or of another shape, first {lost[0]}")
-    heads_of = lambda names: ", ".join(sorted({".".join(n.split(".")[:2]) for n in names})) or "none"
-    say(f"init     {len(loaded)} tensors loaded; at random: {heads_of(fresh)}; ignored: {heads_of(ignored)}")
-    return {k: state[k] if k in loaded else own[k] for k in own}
+        raise Stop(
+            f"{o.init}: {len(lost)} tensors of the trunk are missing or of another shape, the first is {lost[0]}"
+        )
+    short = [", ".join(dict.fromkeys(".".join(n.split(".")[:2]) for n in names)) or "none" for names in (fresh, unused)]
+    say(f"init     {len(loaded)} tensors from {o.init}; at random: {short[0]}; not used: {short[1]}")
+    return {name: state[name] if name in loaded else own[name] for name in own}
 
 
 # ---- optimizer -------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(model, weight_decay, head_scale=1.0):
-    """AdamW as the papers set it: betas .9 and .98, decay on matrices, none on biases and norms.
+    """AdamW as UNITER sets it: betas .9 and .98; decay on matrices, none on biases and norms.
 
     Each group has a `scale` of the learning rate: fresh task heads may learn `head_scale` times faster.
     """
@@ -313,54 +381,62 @@ def make_optimizer(model, weight_decay, head_scale=1.0):
     for name, parameter in model.named_parameters():
         scale = head_scale if name.startswith("heads.") else 1.0
         groups.setdefault((parameter.ndim > 1, scale), []).append(parameter)
-    groups = [{"params": p, "weight_decay": weight_decay * decays, "scale": s} for (decays, s), p in groups.items()]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    groups = [{"params": p, "decay": weight_decay * matrix, "scale": s} for (matrix, s), p in groups.items()]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
 
 def learning_rate(step, peak, warmup, steps):
-    """Linear warm-up, then linear decay: the rate of optimizer step 1, 2, ..., `steps`; never under 1e-8.
+    """Linear warm-up, then linear decay: the rate of optimizer step 1, 2, ..., `steps`; 1e-8 where that meets 0.
 
     warmup: in steps. peak x step / warmup, then peak x (steps - step) / (steps - warmup).
     """
     if step < warmup:
         return peak * step / warmup
-    return max(1e-8, peak * (steps - step) / max(1, steps - warmup))
+    return peak * (steps - step) / (steps - warmup) if step < steps else 1e-8
 
 
 def set_rate(optimizer, step, rate):
-    """The rate of step 1, 2, ... for every group. The official AdamW adds eps before it corrects the second moment's
-    bias, torch's after; dividing eps by that correction makes the two equal."""
+    """The rate of step 1, 2, ... for every group, so that torch's AdamW takes the official step to the last digit.
+
+    The official one adds eps before it corrects the second moment's bias, torch after: eps is divided by that
+    correction. It decays after the step, p <- (p - r u)(1 - r d), torch before: p <- p (1 - r' d') - r' u, which is the
+    same for r' = r (1 - r d), d' = d / (1 - r d).
+    """
     for group in optimizer.param_groups:
-        group["lr"], group["eps"] = rate * group["scale"], 1e-6 / math.sqrt(1 - group["betas"][1] ** step)
+        r, d = rate * group["scale"], group["decay"]
+        group["lr"], group["weight_decay"] = r * (1 - r * d), d / (1 - r * d)
+        group["eps"] = 1e-6 / math.sqrt(1 - group["betas"][1] ** step)
 
 
 def items(name, batch):
     """How many items the mean of an objective's loss runs over."""
     if name in MASKED_WORDS:
         return len(batch.word_index)
+    if name == "qa":
+        return int(((batch.answer_labels >= 0) & (batch.matched == 1)).sum())
     return len(batch.region_index) if name in MASKED_REGIONS else len(batch.text)
 
 
-def backward(model, batches, names, weights, device, autocast):
+def backward(run, batches, names):
     """Gradients of one step's loss, mean over ALL its parts: micro-batches here and in the other processes.
 
     Each part's mean counts by its share of the items, so that the sum of the parts is the mean of the whole; the
     gradients of the processes are then added up, once. Returns {name: loss of the step}, 0-d tensors.
     """
     counts = [[items(name, batch) for name in names] for batch in batches]
-    totals = total([sum(column) for column in zip(*counts, strict=True)], device)
-    losses = {name: torch.zeros((), device=device) for name in names}
+    totals = total([sum(column) for column in zip(*counts, strict=True)], run.device)
+    losses = {name: torch.zeros((), device=run.device) for name in names}
     for batch, count in zip(batches, counts, strict=True):
-        with autocast():
-            parts = model(batch.to(device), names)
+        with run.autocast():
+            parts = run.model(batch.to(run.device), names)
         shares = {name: n / max(1.0, t) for name, n, t in zip(names, count, totals, strict=True)}
-        loss = sum(weights.get(name, 1.0) * shares[name] * parts[name][0] for name in names)
-        loss.backward()
+        weights = run.paper.PRETRAINING["weights"]
+        sum(weights.get(name, 1.0) * shares[name] * parts[name][0] for name in names).backward()
         for name in names:
             losses[name] += parts[name][0].detach() * shares[name]
     if dist.is_initialized():
         # one flat vector, one reduction; a head without a gradient is unused in every process alike
-        tensors = [p.grad for p in model.parameters() if p.grad is not None] + list(losses.values())
+        tensors = [p.grad for p in run.model.parameters() if p.grad is not None] + list(losses.values())
         flat = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(flat)
         for tensor, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
@@ -371,111 +447,229 @@ def backward(model, batches, names, weights, device, autocast):
 # ---- evaluation ------------------------------------------------------------------------------------------------
 
 
-class Evaluation:
-    """Model, data and arithmetic for the metrics of one split; `pretrain` and `vqa` return (metrics, chance)."""
+def evaluate(run, dataset):
+    """(metrics, chance) of the run's task on a split, the model in eval mode. Accuracies and recalls are in 0..1."""
+    run.model.eval()
+    with torch.inference_mode():
+        return evaluate_vqa(run, dataset) if run.o.task == "vqa" else evaluate_pretraining(run, dataset)
 
-    def __init__(self, o, paper, model, tokenizer, answers, device, autocast):
-        self.o, self.paper, self.model, self.tokenizer, self.answers = o, paper, model, tokenizer, answers
-        self.device, self.autocast = device, autocast
-        self.rank, self.world = processes()
 
-    def run(self, batch, names):
-        with torch.no_grad(), self.autocast():
-            return self.model(ablate(batch, self.o.ablate).to(self.device), names)
+def scores_of(run, batch, name):
+    """(loss, scores) of one objective on a batch."""
+    with run.autocast():
+        loss, scores = run.model(batch.to(run.device), [name])[name]
+    return loss.float(), scores.float().cpu()
 
-    def parts(self, dataset, index):
-        """The examples `index` in batches of like lengths; each process takes its own batches."""
-        lengths = dataset.lengths()[index]
-        for part in data.batches(lengths, size=256, rank=self.rank, world=self.world):
-            yield index[part]
 
-    def pretrain(self, dataset, objectives, examples=1000, candidates=100):
-        """Each objective on held-out captions, under a fixed seed, and zero-shot retrieval among `candidates` pictures.
+def parts(run, dataset, index):
+    """The examples `index` in batches of like lengths; each process takes its own batches."""
+    for part in data.batches(dataset.lengths()[index], size=256, rank=run.rank, world=run.world):
+        yield index[part]
 
-        Losses are means over parts; accuracies are over masked words, regions or pairs. Content words are those that
-        only the picture tells (colour, shape, size, number, relation). Beside each: what a blind guess gets.
-        """
-        sums, names = {}, [n for n in objectives if n != "qa"]
-        captions = np.flatnonzero(np.array(dataset.kind) == "caption")
-        first = captions[np.unique(dataset.image[captions], return_index=True)[1]]  # one caption a picture
-        content = torch.zeros(self.tokenizer.get_vocab_size(), dtype=torch.bool)
-        content[[i for w in data.CONTENT_WORDS if (i := self.tokenizer.token_to_id(w)) is not None]] = True
-        for index in self.parts(dataset, first[:examples]):
+
+def evaluate_pretraining(run, dataset, examples=1000, candidates=100):
+    """Each objective on held-out captions, under a fixed seed, and zero-shot retrieval among `candidates` pictures.
+
+    Accuracies are over masked words, masked regions or pairs. mlm_content masks one word a caption that only the
+    picture tells: a colour, shape, size, number or direction. Beside each: what the most frequent label would get.
+    """
+    kinds, names = np.array(dataset.kind), list(run.objectives)
+    captions = np.flatnonzero(kinds == "caption") if "caption" in kinds else np.arange(len(dataset))
+    captions = captions[np.unique(dataset.image[captions], return_index=True)[1]][:examples]  # one a picture
+    questions = np.flatnonzero(kinds != "caption")[:examples]
+    content = torch.zeros(run.tokenizer.get_vocab_size(), dtype=torch.bool)
+    content[[i for w in data.CONTENT_WORDS if (i := run.tokenizer.token_to_id(w)) is not None]] = True
+    sums = {}
+    for name in [*names, *["mlm_content"] * ("mlm" in names and run.o.data == "scenes")]:
+        for index in parts(run, dataset, questions if name == "qa" else captions):
             rng = np.random.default_rng((1, int(index[0])))
-            for name in names:
-                batch = pretraining_batch(dataset, index, [name], self.paper, self.tokenizer, rng)
-                self.count(sums, name, batch, self.run(batch, [name])[name])
-            if "mlm" in names and content.any():
-                batch = pretraining_batch(dataset, index, ["mlm"], self.paper, self.tokenizer, rng, only=content)
-                self.count(sums, "mlm_content", batch, self.run(batch, ["mlm"])["mlm"])
-        metrics, chance = self.finish(sums)
-        if "itm" in names:
-            recall, guess = self.retrieval(dataset, first[:candidates])
-            metrics, chance = {**metrics, **recall}, {**chance, **guess}
-        return metrics, chance
+            if name == "mlm_content":
+                batch = make_batch(run, dataset, index, ["mlm"], rng, only=content, one=True)
+            else:
+                batch = make_batch(run, dataset, index, [name], rng)
+            count(sums, name, batch, *scores_of(run, batch, name.removesuffix("_content")))
+    metrics, chance = {}, {}
+    for name, (loss, n, hits, *labels) in sums.items():
+        loss, n, hits, *labels = total([loss, n, hits, *labels], run.device)
+        metrics[f"{name}_loss"] = loss / max(1, n)
+        if labels:
+            metrics[f"{name}_accuracy"], chance[f"{name}_accuracy"] = hits / max(1, n), max(labels) / max(1, n)
+    if "itm" in names:
+        recalls = retrieval(run, dataset, captions[:candidates])
+        metrics |= recalls
+        chance |= {name: min(1.0, int(name.rsplit("r", 1)[1]) / len(captions[:candidates])) for name in recalls}
+    return metrics, chance
 
-    def count(self, sums, name, batch, result):
-        """Adds a batch's loss, hits and the labels' frequencies to `sums[name]`."""
-        loss, scores = result
-        objective = name.removesuffix("_content")
-        n = items(objective, batch)
-        entry = sums.setdefault(name, {"loss": 0.0, "n": 0, "hits": 0, "labels": np.zeros(1)})
-        entry["loss"], entry["n"] = entry["loss"] + float(loss) * n, entry["n"] + n
-        labels = None
-        if objective == "mlm":
-            labels = batch.word_labels
-        elif objective in ("mrc", "mrc_kl"):
-            labels = common.at(batch.object_probs, batch.region_index)[:, 1:].argmax(-1) + 1
-        elif objective == "itm":
-            labels = batch.matched
-        if labels is not None:
-            entry["hits"] += int((scores.argmax(-1).cpu() == labels).sum())
-            entry["labels"] = entry["labels"] + np.bincount(labels.numpy(), minlength=scores.shape[-1])
 
-    def finish(self, sums):
-        """Sums over the processes to metrics; chance is the share of the most frequent label."""
-        metrics, chance = {}, {}
-        for name, entry in sums.items():
-            loss, n, hits, *labels = total([entry["loss"], entry["n"], entry["hits"], *entry["labels"]], self.device)
-            metrics[f"{name}_loss"] = loss / max(1, n)
-            if len(labels) > 1:
-                metrics[f"{name}_accuracy"], chance[f"{name}_accuracy"] = hits / max(1, n), max(labels) / max(1, n)
-        return metrics, chance
+def count(sums, name, batch, loss, scores):
+    """Adds a batch to sums[name]: [loss x items, items, hits, frequency of each label ...]."""
+    objective = name.removesuffix("_content")
+    labels, n = None, items(objective, batch)
+    if objective == "mlm":
+        labels = batch.word_labels
+    elif objective in ("mrc", "mrc_kl"):
+        labels = common.at(batch.object_probs, batch.region_index)[:, 1:].argmax(-1)
+        labels = labels + scores.shape[-1] - batch.object_probs.shape[-1] + 1  # LXMERT's head has no background class
+    elif objective == "attr":
+        labels = batch.attributes.flatten()[batch.region_index]
+    elif objective == "itm":
+        labels = batch.matched
+    elif objective == "qa":
+        labels, scores = batch.answer_labels[batch.answer_labels >= 0], scores[batch.answer_labels >= 0]
+    values = [float(loss) * n, n, 0]
+    if labels is not None:
+        values[2:] = [
+            int((scores.argmax(-1) == labels).sum()),
+            *np.bincount(labels.numpy(), minlength=scores.shape[-1]),
+        ]
+    sums[name] = [a + b for a, b in itertools.zip_longest(sums.get(name, []), values, fillvalue=0)]
 
-    def retrieval(self, dataset, index):
-        """Zero-shot: every caption with every picture through the matching head, ranked by log odds of a match."""
-        n = len(index)
-        scores = torch.zeros(n, n, dtype=torch.float64)
-        for row in range(self.rank, n, self.world):
-            batch = data.collate(dataset, np.full(n, index[row]), dataset.image[index])
-            logits = self.run(batch, ["itm"])["itm"][1].float().cpu()
-            scores[row] = logits[:, 1] - logits[:, 0]
-        if dist.is_initialized():
-            dist.all_reduce(scores)
-        recalls = common.recall_at(scores, torch.arange(n))
-        return recalls, {name: int(name.rsplit("r", 1)[1]) / n for name in recalls}
 
-    def vqa(self, dataset, frequent):
-        """Accuracy: the soft score of the answer with the highest logit, mean over questions, also for each kind.
+def retrieval(run, dataset, index):
+    """Zero-shot: every caption with every picture through the matching head, ranked by log odds of a match."""
+    n = len(index)
+    scores = torch.zeros(n, n, dtype=torch.float64)
+    for row in range(run.rank, n, run.world):
+        batch = ablate(data.collate(dataset, np.full(n, index[row]), dataset.image[index]), run.o.ablate)
+        logits = scores_of(run, batch, "itm")[1]  # (n, 2)
+        scores[row] = logits[:, 1] - logits[:, 0]
+    scores = torch.tensor(total(scores.flatten().tolist(), run.device)).view(n, n)
+    return common.recall_at(scores, torch.arange(n))
 
-        Chance: always the training split's most frequent answer, `frequent`.
-        """
-        hits, kinds = np.zeros(len(dataset)), np.array(dataset.kind)
-        for index in self.parts(dataset, np.arange(len(dataset))):
-            batch = data.collate(dataset, index, answers=self.columns())
-            best = self.run(batch, ["vqa"])["vqa"][1].argmax(-1).cpu().tolist()
-            hits[index] = [dataset.answer[i].get(self.answers[b], 0.0) for i, b in zip(index, best, strict=True)]
-        hits = np.array(total(hits, self.device))
-        guess = np.array([answer.get(frequent, 0.0) for answer in dataset.answer])
-        groups = {"accuracy": np.ones(len(dataset), bool)}
-        groups |= {f"accuracy_{kind}": kinds == kind for kind in sorted(set(kinds)) if len(set(kinds)) > 1}
-        return {k: hits[g].mean() for k, g in groups.items()}, {k: guess[g].mean() for k, g in groups.items()}
 
-    def columns(self):
-        return {answer: column for column, answer in enumerate(self.answers)}
+def evaluate_vqa(run, dataset):
+    """Accuracy: the soft score of the answer with the highest logit, mean over questions, also for each kind.
+
+    Chance: always the training split's most frequent answer.
+    """
+    hits, kinds = np.zeros(len(dataset)), np.array(dataset.kind)
+    for index in parts(run, dataset, np.arange(len(dataset))):
+        best = scores_of(run, make_batch(run, dataset, index, ["vqa"], None), "vqa")[1].argmax(-1).tolist()
+        hits[index] = [dataset.answer[i].get(run.answers[b], 0.0) for i, b in zip(index, best, strict=True)]
+    hits = np.array(total(hits, run.device))
+    guess = np.array([answer.get(run.answers[0], 0.0) for answer in dataset.answer])
+    groups = {"accuracy": np.ones(len(dataset), bool)}
+    groups |= {f"accuracy_{kind}": kinds == kind for kind in sorted(set(kinds)) if len(set(kinds)) > 1}
+    return {k: hits[g].mean() for k, g in groups.items()}, {k: guess[g].mean() for k, g in groups.items()}
 
 
 # ---- loop ------------------------------------------------------------------------------------------------------
+
+
+def train(o):
+    """One run: reads the data, builds or restores the model, trains, evaluates. Returns what goes to result.json."""
+    paper, (rank, world), last = PAPERS[o.model][0], processes(), o.out / "checkpoint.pt"
+    device = pick_device(o.device)
+    if o.resume and not last.is_file():
+        raise Stop(f"--resume: there is no {last}; start without --resume, or give the --out of the stopped run")
+    o.init = last if o.resume else o.init
+    checkpoint = load_checkpoint(o.init) if o.init else None
+    objectives = objectives_of(o, paper) if o.task == "pretrain" else {o.task: 1}
+    splits = read_data(o, objectives)
+    objectives = drop_unfounded(objectives, splits["train"])
+    tokenizer = encode_texts(o, splits, checkpoint)
+    answers = data.answer_list(splits["train"]) if {"vqa", "qa"} & set(objectives) else []
+    dtype = pick_dtype(o.dtype, device)
+    run = Run(o, paper, objectives, splits, tokenizer, answers, device, dtype, rank, world)
+    run.model = build(run, checkpoint).to(device)
+    run.optimizer = make_optimizer(run.model, o.weight_decay)
+    if o.resume:
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])
+        run.progress = checkpoint["progress"]
+    describe(run)
+    loop(run)
+    return finish(run)
+
+
+def loop(run):
+    """The steps: batches, gradients, clipping, update; a line every `log_every`, an evaluation every `eval_every`."""
+    o, model, progress, log = run.o, run.model, run.progress, Log(run)
+    slots = run.world * o.accumulate  # forward passes in a step; this process does `accumulate` of them
+    order = stream(o, run.splits["train"], slots, skip=progress["step"])
+    if progress["step"] == 0:
+        validate(run, log)
+    with interruptible() as interrupted:
+        while progress["step"] < o.steps:
+            start, step = time.perf_counter(), progress["step"] + 1
+            drawn = np.random.default_rng((o.seed, step))  # the same in every process
+            names = step_objectives(run.paper, run.objectives, drawn) if o.task == "pretrain" else [o.task]
+            index, batches = next(order), []
+            for slot in range(run.rank * o.accumulate, (run.rank + 1) * o.accumulate):
+                rng = np.random.default_rng((o.seed, step, slot))
+                batches.append(make_batch(run, run.splits["train"], index[slot::slots], names, rng))
+            ready = time.perf_counter()
+            model.train()
+            losses = backward(run, batches, names)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+            set_rate(run.optimizer, step, learning_rate(step, o.lr, o.warmup * o.steps, o.steps))
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+            progress["step"] = step
+            log.add(step, losses, norm, batches, ready - start, time.perf_counter() - start)
+            if step % o.log_every == 0 or step == o.steps:
+                log.line()
+            if step % o.eval_every == 0 or step == o.steps:
+                validate(run, log)
+            # together, or one process would wait for the other for ever; on a GPU not at every step, since it waits
+            if (run.device.type == "cpu" or step % o.log_every == 0) and total([interrupted()], run.device)[0]:
+                log.check()
+                save_checkpoint(run, "checkpoint.pt")
+                raise Stop(f"interrupted after step {step}, which is saved; go on with --resume")
+    say(f"data     {100 * log.waited / max(1e-9, log.worked):.1f}% of the training time was spent waiting for it")
+
+
+@contextmanager
+def interruptible():
+    """Inside the block Ctrl-C and SIGTERM only set a flag, so that the step in progress ends and is saved."""
+    flag = []
+    before = {s: signal.signal(s, lambda *_: flag.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(flag)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def validate(run, log):
+    """Evaluates the val split, keeps the best weights, and writes the checkpoint to go on from."""
+    log.check()
+    if "val" in run.splits:
+        start = time.perf_counter()
+        metrics, chance = evaluate(run, run.splits["val"])
+        log.metrics(metrics, chance, time.perf_counter() - start)
+        score = float(sum(value for name, value in metrics.items() if name.endswith("accuracy")))
+        if score > run.progress["best"]:
+            run.progress["best"] = score
+            save_checkpoint(run, "best.pt")
+    if run.progress["step"]:
+        save_checkpoint(run, "checkpoint.pt")
+
+
+def finish(run):
+    """Test metrics of the best weights (the last ones where there is no val split), as result.json has them."""
+    o, progress, best = run.o, run.progress, run.o.out / "best.pt"
+    if dist.is_initialized():
+        dist.barrier()  # the first process writes best.pt, all read it
+    if "val" in run.splits and best.is_file():
+        run.model.load_state_dict(load_checkpoint(best)["state"])
+    result = {"model": o.model, "task": o.task, "split": "test", "data": o.data, "steps": o.steps, "seed": o.seed}
+    result["parameters"] = sum(p.numel() for p in run.model.parameters())
+    result["seconds"] = round(progress["seconds"], 1)
+    result["examples_per_second"] = round(progress["examples"] / max(1e-9, progress["seconds"]), 1)
+    result["chance"] = {}
+    for split in sorted(set(run.splits) & {"test", "compose"}, reverse=True):
+        metrics, chance = evaluate(run, run.splits[split])
+        say(table(f"{o.model} {o.task}, split {split}, {len(run.splits[split])} examples", metrics, chance))
+        prefix = "" if split == "test" else f"{split}_"
+        result |= {prefix + name: round(float(value), 5) for name, value in metrics.items()}
+        result["chance"] |= {prefix + name: round(float(value), 5) for name, value in chance.items()}
+    if run.rank == 0:
+        write(o.out / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+# ---- printing --------------------------------------------------------------------------------------------------
 
 
 def say(text):
@@ -484,298 +678,109 @@ def say(text):
         print(text, flush=True)
 
 
-def train(o):
-    """One run: reads the data, builds or restores the model, trains, evaluates. Returns what goes to result.json."""
-    module, _ = paper = PAPERS[o.model]
-    rank, world = processes()
-    device = pick_device(o.device, rank)
-    dtype = pick_dtype(o.dtype, device, o.size)
-    autocast = (lambda: torch.autocast(device.type, dtype)) if dtype != torch.float32 else nullcontext
-    last = o.out / "checkpoint.pt"
-    if o.resume and not last.is_file():
-        raise Stop(f"--resume: there is no {last}; start without --resume, or give the --out of the stopped run")
-    checkpoint = load_checkpoint(last if o.resume else o.init) if o.resume or o.init else None
-
-    objectives = objectives_of(o, module) if o.task == "pretrain" else {}
-    heads = heads_of(module, objectives or {o.task: 1})
-    splits = read_data(o, objectives)
-    tokenizer = encode_texts(o, splits, checkpoint)
-    answers = checkpoint["answers"] if o.resume else data.answer_list(splits["train"]) if o.task == "vqa" else []
-    frequent = answers[0] if answers else ""
-    model = build(o, paper, heads, checkpoint, tokenizer, splits["train"], answers).to(device)
-    optimizer = make_optimizer(model, o.weight_decay)
-    evaluation = Evaluation(o, module, model, tokenizer, answers, device, autocast)
-    evaluate = (
-        (lambda d: evaluation.vqa(d, frequent)) if o.task == "vqa" else lambda d: evaluation.pretrain(d, objectives)
-    )
-    state = {"step": 0, "seconds": 0.0, "best": -math.inf}
-    if o.resume:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"])
-        state = checkpoint["progress"]
-    describe(o, model, splits, device, dtype, world)
-    save = lambda name: save_checkpoint(o, name, model, optimizer, tokenizer, answers, state)
-    loop(o, module, model, optimizer, splits, tokenizer, answers, objectives, evaluate, state, save, device, autocast)
-    return finish(o, model, splits, evaluate, state, device)
-
-
-def loop(o, paper, model, optimizer, splits, tokenizer, answers, objectives, evaluate, state, save, device, autocast):
-    """The steps: batches, gradients, clipping, update; a line every `log_every`, an evaluation every `eval_every`."""
-    rank, world = processes()
-    slots, columns = world * o.accumulate, {answer: column for column, answer in enumerate(answers)}
-    order = stream(o, splits["train"], slots, skip=state["step"] * slots)
-    log = Log(o, state, world)
-    if state["step"] == 0:
-        validate(o, splits, evaluate, state, save, log)
-    with interruptible() as interrupted:
-        while state["step"] < o.steps:
-            start, step = time.perf_counter(), state["step"] + 1
-            step_rng = np.random.default_rng((o.seed, step))  # the same in every process
-            names = step_objectives(paper, objectives, step_rng) if o.task == "pretrain" else [o.task]
-            batches = []
-            for slot, index in enumerate([next(order) for _ in range(slots)]):
-                if slot // o.accumulate != rank:
-                    continue
-                rng = np.random.default_rng((o.seed, step, slot))
-                if o.task == "pretrain":
-                    batch = pretraining_batch(splits["train"], index, names, paper, tokenizer, rng)
-                else:
-                    batch = data.collate(splits["train"], index, answers=columns)
-                batches.append(ablate(batch, o.ablate))
-            ready = time.perf_counter()
-            model.train()
-            losses = backward(model, batches, names, paper.PRETRAINING["weights"], device, autocast)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
-            rate = learning_rate(step, o.lr, o.warmup * o.steps, o.steps)
-            set_rate(optimizer, step, rate)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            state["step"] = step
-            log.add(step, losses, norm, batches, ready - start, time.perf_counter() - start)
-            if step % o.log_every == 0 or step == o.steps:
-                log.line(rate)
-            if step % o.eval_every == 0 or step == o.steps:
-                log.check()
-                validate(o, splits, evaluate, state, save, log)
-            if interrupted():
-                log.check()
-                save("checkpoint.pt")
-                raise Stop(f"interrupted after step {step}; go on with --resume")
-    say(f"data     {100 * log.waited / max(1e-9, log.worked):.1f}% of the training time spent waiting for it")
-
-
-class interruptible:
-    """Inside the block, Ctrl-C and SIGTERM only set a flag, so that the step in progress ends and is saved."""
-
-    def __enter__(self):
-        self.flag = False
-        self.before = {s: signal.signal(s, self.set) for s in (signal.SIGINT, signal.SIGTERM)}
-        return lambda: self.flag
-
-    def set(self, *_):
-        self.flag = True
-
-    def __exit__(self, *_):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-
-def validate(o, splits, evaluate, state, save, log):
-    """Evaluates the val split, keeps the best weights, and writes the checkpoint to go on from."""
-    if "val" in splits:
-        start = time.perf_counter()
-        metrics, chance = evaluate(splits["val"])
-        score = sum(value for name, value in metrics.items() if name.endswith("accuracy"))
-        state["best"], better = max(state["best"], score), score > state["best"]
-        log.metrics("val", metrics, chance, time.perf_counter() - start)
-        if better:
-            save("best.pt")
-    if state["step"]:
-        save("checkpoint.pt")
-
-
-def finish(o, model, splits, evaluate, state, device):
-    """Test metrics of the best weights (the last ones where there is no val split), as result.json has them."""
-    best = o.out / "best.pt"
-    if "val" in splits and best.is_file():
-        model.load_state_dict(load_checkpoint(best)["state"])
-    result = {"model": o.model, "task": o.task, "split": "test", "data": o.data, "steps": o.steps, "seed": o.seed}
-    result["parameters"] = sum(p.numel() for p in model.parameters())
-    result |= {"seconds": round(state["seconds"], 1), "examples_per_second": round(state.get("rate", 0.0), 1)}
-    chance_of = {}
-    for split in ("test", "compose"):
-        if split not in splits or (split == "compose" and o.task == "pretrain"):
-            continue
-        metrics, chance = evaluate(splits[split])
-        prefix = "" if split == "test" else f"{split}_"
-        say(table(f"{o.model} {o.task}, split {split}, {len(splits[split])} examples", metrics, chance))
-        result |= {prefix + name: round(float(value), 5) for name, value in metrics.items()}
-        chance_of |= {prefix + name: round(float(value), 5) for name, value in chance.items()}
-    result["chance"] = chance_of
-    if processes()[0] == 0:
-        write(o.out / "result.json", json.dumps(result, indent=1) + "\n")
-    return result
-
-
-# ---- files and printing ----------------------------------------------------------------------------------------
-
-
 class Log:
     """Progress lines and log.jsonl. Losses stay on the device until a line is due, so that no step waits for them."""
 
-    def __init__(self, o, state, world):
-        self.o, self.state, self.world, self.pending = o, state, world, []
-        self.waited = self.worked = 0.0
-        self.first = processes()[0] == 0
-        self.file = o.out / "log.jsonl"
-        if self.first:
-            o.out.mkdir(parents=True, exist_ok=True)
-            kept = self.file.read_text().splitlines() if o.resume and self.file.is_file() else []
-            kept = [line for line in kept if json.loads(line)["step"] <= state["step"]]
-            write(self.file, "".join(line + "\n" for line in kept))
+    def __init__(self, run):
+        self.run, self.pending, self.waited, self.worked, self.seen = run, [], 0.0, 0.0, 0
+        self.file, step = run.o.out / "log.jsonl", run.progress["step"]
+        if run.rank == 0:
+            kept = self.file.read_text().splitlines() if run.o.resume and self.file.is_file() else []
+            write(self.file, "".join(line + "\n" for line in kept if json.loads(line)["step"] <= step))
 
     def add(self, step, losses, norm, batches, waited, worked):
         ids = [i for batch in batches for i in batch.ids]
         self.pending.append((step, losses, norm, ids))
-        self.waited, self.worked = self.waited + waited, self.worked + worked
-        self.state["seconds"] += worked
-        self.seen = getattr(self, "seen", 0) + len(ids) * self.world
+        self.waited, self.worked, self.seen = self.waited + waited, self.worked + worked, self.seen + len(ids)
+        self.run.progress["seconds"] += worked
+        self.run.progress["examples"] += len(ids) * self.run.world
 
     def check(self):
         """Stop at the first loss or gradient norm that is not finite, naming step, objective and examples."""
         for step, losses, norm, ids in self.pending:
             bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
             if bad or not math.isfinite(norm):
-                what = f"loss of {bad[0]}" if bad else f"gradient norm ({', '.join(losses)})"
-                raise Stop(f"step {step}: the {what} is not finite; lower --lr? Examples: {', '.join(ids[:8])} ...")
+                what = f"the loss of {bad[0]}" if bad else f"the gradient of {', '.join(losses)}"
+                raise Stop(f"step {step}: {what} is not finite; try a lower --lr. Examples: {', '.join(ids[:8])} ...")
 
-    def line(self, rate):
+    def line(self):
         """Mean loss of each objective since the last line, rate, speed and time left; the same to log.jsonl."""
         self.check()
-        o, step, values = self.o, self.state["step"], {}
+        o, step, values = self.run.o, self.run.progress["step"], {}
         for _, losses, _, _ in self.pending:
             for name, loss in losses.items():
                 values.setdefault(name, []).append(float(loss))
         values = {name: sum(v) / len(v) for name, v in values.items()}
-        norm = float(self.pending[-1][2])
-        self.pending = []
-        self.state["rate"] = speed = self.seen / max(1e-9, self.worked)
-        left = (o.steps - step) * self.worked / max(1, self.seen / (o.batch_size * o.accumulate * self.world))
+        norm, self.pending = float(self.pending[-1][2]), []
+        rate = learning_rate(step, o.lr, o.warmup * o.steps, o.steps)
+        speed = self.seen * self.run.world / max(1e-9, self.worked)
+        left = int((o.steps - step) * self.worked * o.batch_size * o.accumulate / max(1, self.seen))
         text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        say(f"step {step:5d}/{o.steps}  {text}  lr {rate:.1e}  {speed:.0f} examples/s  {clock(left)} left")
+        say(
+            f"step {step:5d}/{o.steps}  {text}  lr {rate:.1e}  {speed:.0f} examples/s  {left // 60}:{left % 60:02d} left"
+        )
         self.write({"step": step, "lr": rate, "grad_norm": norm, "examples_per_second": round(speed, 1), **values})
 
-    def metrics(self, split, metrics, chance, seconds):
-        step = self.state["step"]
-        text = "  ".join(
-            shown(n, v, chance.get(n)) for n, v in metrics.items() if "_" not in n or not n.startswith("accuracy_")
-        )
-        say(f"step {step:5d}/{self.o.steps}  {split}: {text}  ({seconds:.0f} s)")
-        self.write(
-            {"step": step, "split": split, **{n: round(float(v), 5) for n, v in metrics.items()}, "chance": chance}
-        )
+    def metrics(self, metrics, chance, seconds):
+        """The val split's metrics, chance in brackets."""
+        step, shown = self.run.progress["step"], []
+        for name, value in metrics.items():
+            beside = f" ({percent(chance[name])})" if name in chance else ""
+            if not name.startswith("accuracy_"):
+                shown.append(f"{name} {value:.3f}" if name.endswith("_loss") else f"{name} {percent(value)}{beside}")
+        say(f"step {step:5d}/{self.run.o.steps}  val: {', '.join(shown)}; {seconds:.0f} s")
+        self.write({"step": step, "split": "val", **metrics, "chance": chance})
 
     def write(self, record):
-        if self.first:
-            with self.file.open("a") as f:
-                f.write(json.dumps(record, default=float) + "\n")
+        if self.run.rank == 0:
+            with self.file.open("a") as file:
+                file.write(json.dumps(record, default=float) + "\n")
 
 
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def shown(name, value, chance=None):
-    """A metric for people: shares in percent, with chance beside; losses as they are."""
-    if name.endswith("_loss"):
-        return f"{name} {value:.3f}"
-    return f"{name} {100 * value:.1f}%" + ("" if chance is None else f" (chance {100 * chance:.1f}%)")
+def percent(share):
+    return f"{100 * share:.1f}%"
 
 
 def table(title, metrics, chance):
     """Metrics in a column, chance beside each."""
-    lines = [f"{title}", f"  {'':28s} {'value':>8s} {'chance':>8s}"]
+    lines = [f"\n{title}", f"  {'':24s} {'':>8s} {'chance':>8s}"]
     for name, value in metrics.items():
-        percent = not name.endswith("_loss")
-        a = f"{100 * value:.1f}%" if percent else f"{value:.4f}"
-        b = f"{100 * chance[name]:.1f}%" if name in chance else ""
-        lines.append(f"  {name:28s} {a:>8s} {b:>8s}")
+        shown = f"{value:.4f}" if name.endswith("_loss") else percent(value)
+        lines.append(f"  {name:24s} {shown:>8s} {percent(chance[name]) if name in chance else '':>8s}".rstrip())
     return "\n".join(lines)
 
 
-def describe(o, model, splits, device, dtype, world):
+def describe(run):
     """The final configuration, once."""
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"model    {o.model} {o.size}, {parameters / 1e6:.2f} M parameters: {model.config}")
-    counts = ", ".join(f"{name} {len(split)}" for name, split in splits.items())
-    say(f"data     {o.data}: {counts} examples; {splits['train'].lengths().mean():.1f} words and regions each")
-    say(
-        f"run      {o.steps} steps of {o.batch_size} x {o.accumulate} x {world} examples, seed {o.seed}, lr {o.lr:g}, {device}, {dtype}, to {o.out}"
-    )
-
-
-def write(path, text):
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def save_checkpoint(o, name, model, optimizer, tokenizer, answers, state):
-    """All that is needed to go on or to predict, written to a temporary name, then renamed."""
-    if processes()[0]:
-        return
-    o.out.mkdir(parents=True, exist_ok=True)
-    config = asdict(model.config)
-    content = {
-        "model": o.model,
-        "task": o.task,
-        "config": {**config, "heads": list(config["heads"])},
-        "state": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "progress": dict(state),
-        "tokenizer": tokenizer.to_str(),
-        "answers": answers,
-        "options": {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in vars(o).items()},
-    }
-    temporary = o.out / (name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, o.out / name)
-
-
-def load_checkpoint(path):
-    """A checkpoint of `save_checkpoint`, on the CPU. Stop if it is missing, damaged or something else."""
-    path = Path(path)
-    if not path.is_file():
-        raise Stop(f"{path}: no such checkpoint file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise Stop(f"{path}: not a checkpoint of train.py ({type(error).__name__})") from None
-    if not isinstance(content, dict) or not {"model", "config", "state", "tokenizer", "answers"} <= set(content):
-        raise Stop(f"{path}: not a checkpoint of train.py (no model, config, state, tokenizer and answers in it)")
-    return content
+    o, size = run.o, sum(p.numel() for p in run.model.parameters())
+    counts = ", ".join(f"{name} {len(split)}" for name, split in run.splits.items())
+    each = run.splits["train"].lengths().mean(0)
+    say(f"model    {o.model} {o.size}, {size / 1e6:.2f} M parameters: {run.model.config}")
+    say(f"data     {o.data}: {counts} examples; {each[0]:.1f} words and {each[1]:.1f} regions each")
+    say(f"run      {o.steps} steps of {o.batch_size} x {o.accumulate} x {run.world} examples, lr {o.lr:g}, seed {o.seed}, "
+        f"{', '.join(run.objectives)}; {run.device}, {str(run.dtype).removeprefix('torch.')}; to {o.out}")  # fmt: skip
 
 
 def compare(results, out):
-    """Mean and spread over seeds of each metric, a column a model; "tie" where the spread covers the difference."""
+    """Mean and spread over seeds of each metric, a column a model; "tie" where the spread covers the difference.
+    Printed, and written as comparison.json and comparison.md."""
     models = list(dict.fromkeys(r["model"] for r in results))
-    names = [n for n in results[0]["chance"] if not n.startswith("accuracy_")]
-    names = ["parameters", "examples_per_second", *names]
+    shares = dict.fromkeys(
+        n for r in results for n in r["chance"] if not n.startswith(("accuracy_", "compose_accuracy_"))
+    )
     rows = {}
-    for name in names:
+    for name in ["parameters", "examples_per_second", *shares]:
         values = {m: [r[name] for r in results if r["model"] == m and name in r] for m in models}
         rows[name] = {
-            m: {"mean": float(np.mean(v)), "spread": float(np.std(v, ddof=1)) if len(v) > 1 else None}
+            m: {"mean": float(np.mean(v)), "spread": float(np.std(v, ddof=1)) if len(v) > 1 else 0.0}
             for m, v in values.items()
             if v
         }
-    lines = ["| | " + " | ".join(models) + " | best |", "|---|" + "---|" * (len(models) + 1)]
+    lines = [f"| | {' | '.join(models)} | best | chance |", "|---" * (len(models) + 3) + "|"]
     for name, row in rows.items():
-        cells = [cell(name, row.get(m)) for m in models]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {winner(name, row)} |")
+        chance = percent(np.mean([r["chance"][name] for r in results if name in r["chance"]])) if name in shares else ""
+        best = winner(row) if name in shares else ""
+        lines.append(f"| {name} | {' | '.join(cell(name, row.get(m)) for m in models)} | {best} | {chance} |")
     text = "\n".join(lines) + "\n"
     say("\n" + text)
     if processes()[0] == 0:
@@ -789,16 +794,64 @@ def cell(name, entry):
         return ""
     if name in ("parameters", "examples_per_second"):
         return f"{entry['mean']:,.0f}"
-    spread = "" if entry["spread"] is None else f" ± {100 * entry['spread']:.1f}"
-    return f"{100 * entry['mean']:.1f}{spread}"
+    return f"{100 * entry['mean']:.1f} ± {100 * entry['spread']:.1f}"
 
 
-def winner(name, row):
+def winner(row):
     """The best model, or "tie" where its lead over the second is no larger than their two spreads together."""
-    if len(row) < 2 or name in ("parameters", "examples_per_second"):
+    if len(row) < 2:
         return ""
     (first, a), (_, b) = sorted(row.items(), key=lambda item: -item[1]["mean"])[:2]
-    return "tie" if a["mean"] - b["mean"] <= (a["spread"] or 0.0) + (b["spread"] or 0.0) else first
+    return "tie" if a["mean"] - b["mean"] <= a["spread"] + b["spread"] else first
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def write(path, text):
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(run, name):
+    """All that is needed to go on or to predict, written to a temporary name, then renamed."""
+    if run.rank:
+        return
+    config = asdict(run.model.config)
+    content = {
+        "model": run.o.model,
+        "task": run.o.task,
+        "config": {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()},
+        "state": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "progress": dict(run.progress),
+        "tokenizer": run.tokenizer.to_str(),
+        "answers": run.answers,
+    }
+    run.o.out.mkdir(parents=True, exist_ok=True)
+    torch.save(content, run.o.out / (name + ".tmp"))
+    os.replace(run.o.out / (name + ".tmp"), run.o.out / name)
+
+
+def load_checkpoint(path):
+    """A checkpoint of `save_checkpoint`, on the CPU. Stop if it is missing, damaged or something else."""
+    path = Path(path)
+    if not path.is_file():
+        raise Stop(f"{path}: no such checkpoint file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise Stop(f"{path}: not a checkpoint of train.py ({type(error).__name__})") from None
+    if not isinstance(content, dict) or not {"model", "config", "state", "tokenizer", "answers"} <= set(content):
+        raise Stop(f"{path}: not a checkpoint of train.py (it lacks model, config, state, tokenizer or answers)")
+    return content
+
+
+# ---- main ------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):

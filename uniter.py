@@ -63,7 +63,7 @@ class Config:
 PRESETS = {
     "tiny": {
         "hidden": 128,
-        "layers": 4,
+        "layers": 3,
         "attention_heads": 4,
         "intermediate": 512,
         "max_positions": 128,
@@ -134,7 +134,7 @@ class UNITER(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(*sizes) for _ in range(config.layers))
         self.pooler = Pooler(config.hidden)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
-        self.apply(initialise)
+        initialise(self, config.hidden)
 
     def embed_text(self, batch):
         """(B, T, C)"""
@@ -180,7 +180,8 @@ class UNITER(nn.Module):
 # ---- pretraining objectives: (model, encoding, batch) -> loss, scores ------------------------------------------
 
 PRETRAINING = {
-    "objectives": {"mlm": 2, "mrfr": 1, "mrc_kl": 1, "itm": 2},  # ratio in which steps draw them (in-domain data)
+    # ratio in which steps draw them; the official in-domain runs have 2 for mlm, on captions by the million
+    "objectives": {"mlm": 4, "mrfr": 1, "mrc_kl": 1, "itm": 2},
     "conditional": True,  # one objective a step: while words are masked no region is, and the other way round
     "joined": {"itm": ("wra",)},  # computed in the same step, on the same pairs
     "weights": {"wra": 0.1},  # factors of the loss; 1 where none is named

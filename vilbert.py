@@ -232,7 +232,7 @@ class ViLBERT(nn.Module):
         self.region_pooler = Pooler(config.visual_hidden, config.shared, torch.relu)
         self.dropout = nn.Dropout(config.dropout)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
-        self.apply(initialise)
+        initialise(self, config.hidden)
 
     def task(self, batch):
         """batch.task (B,), where the model has task tokens and the batch names tasks; else None."""

@@ -41,7 +41,7 @@ def lies(a, where, b):
 
 def clear(a, b):
     dx, dy = abs(a.x - b.x), abs(a.y - b.y)
-    return max(dx, dy) >= 12 and max(dx, dy) >= 1.5 * min(dx, dy)
+    return max(dx, dy) >= 20 and max(dx, dy) >= 1.5 * min(dx, dy)
 
 
 def main_direction(a, b):
@@ -51,21 +51,19 @@ def main_direction(a, b):
 
 
 def clause_holds(clause, things):
-    if m := re.fullmatch(rf"(?:there is )?{A_THING} (?:is )?{WHERE} {A_THING}", clause):
+    if m := re.fullmatch(rf"(?:an? )?{THING} (?:is )?{WHERE} (?:an? )?{THING}", clause):
         g = m.groups()
         first, where, second = matching(things, *g[:3]), g[3], matching(things, *g[4:])
         return any(a is not b and clear(a, b) and main_direction(a, b) == where for a in first for b in second)
-    if m := re.fullmatch(rf"(?:there is|the picture shows) {A_THING}", clause):
-        return bool(matching(things, *m.groups()))
-    if m := re.fullmatch(rf"(?:there are|the picture shows) ({'|'.join(NUMBERS)}) {THING}", clause):
+    if m := re.fullmatch(rf"(?:exactly )?({'|'.join(NUMBERS)}) {THING}", clause):
         return len(matching(things, *m.groups()[1:])) == NUMBERS.index(m[1])
-    if m := re.fullmatch(rf"the number of {THING} is ({'|'.join(NUMBERS)})", clause):
-        return len(matching(things, *m.groups()[:3])) == NUMBERS.index(m[4])
+    if m := re.fullmatch(rf"(?:there is an? )?{THING}", clause):
+        return bool(matching(things, *m.groups()))
     raise AssertionError(f"no such clause: {clause!r}")
 
 
 def holds(caption, things):
-    return all(clause_holds(clause, things) for clause in caption.split(", and "))
+    return all(clause_holds(clause, things) for clause in caption.split(" and "))
 
 
 def answer_to(question, things):
@@ -84,19 +82,22 @@ def answer_to(question, things):
     if m := re.fullmatch(rf"are there (more|fewer) {THING} than {THING}\?", question):
         n, k = len(matching(things, *m.groups()[1:4])), len(matching(things, *m.groups()[4:]))
         return yes[n > k if m[1] == "more" else n < k]
-    if m := re.fullmatch(rf"is the {THING} {WHERE} the {THING}\?", question):
-        (a,), (b,) = matching(things, *m.groups()[:3]), matching(things, *m.groups()[4:])
-        assert clear(a, b)
-        return yes[main_direction(a, b) == m[4]]
+    if m := re.fullmatch(rf"(?:is|does) the {THING} (?:lie )?(left or right of|above or below) the middle\?", question):
+        (thing,) = matching(things, *m.groups()[:3])
+        off = (thing.x if m[4].startswith("left") else thing.y) - data.SIDE / 2
+        assert abs(off) >= 12
+        return m[4].split()[0 if off < 0 else 2]
     raise AssertionError(f"no such question: {question!r}")
 
 
-def pairs_touched(text, things):
-    """(color, shape) of everything that a text names or means."""
-    touched = set()
-    for m in re.finditer(rf"(?<![a-z]){THING}(?![a-z])", text):
-        touched |= {(m[2], m[3])} | {(t.color, t.shape) for t in matching(things, *m.groups())}
-    return touched
+def pairs_bound(text, things, answer=None):
+    """(color, shape) of everything that a text names by both words, or by one with the other as its answer."""
+    bound = {(m[2], m[3]) for m in re.finditer(rf"(?<![a-z]){THING}(?![a-z])", text)}
+    if m := re.fullmatch(rf"what (?:is the )?(color|shape) (?:of|is) the {THING}\?", text):
+        (thing,) = matching(things, *m.groups()[1:])
+        assert answer in (thing.color, thing.shape)
+        bound.add((thing.color, thing.shape))
+    return bound
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_scene_graphs_are_within_their_bounds(graphs):
             h = min(a.y + a.half, b.y + b.half) - max(a.y - a.half, b.y - b.half)
             assert max(w, 0) * max(h, 0) <= 0.2501 * (2 * a.half) ** 2
         for t in scene.things:
-            assert t.half <= t.x <= 128 - t.half and t.half <= t.y <= 128 - t.half
+            assert t.half <= t.x <= data.SIDE - t.half and t.half <= t.y <= data.SIDE - t.half
 
 
 def test_captions_and_answers_are_true(graphs):
@@ -162,16 +163,16 @@ def test_every_content_word_of_a_caption_has_one_right_answer(graphs):
 def test_captions_tell_scenes_apart(graphs):
     scenes = graphs["val"][:100]
     extra = [sum(holds(c, other.things) for other in scenes) - 1 for scene in scenes for c in data.captions(scene)[:1]]
-    assert len(extra) > 90 and np.mean(np.array(extra) == 0) > 0.8 and np.mean(extra) < 0.3, np.mean(extra)
+    assert len(extra) > 80 and np.mean(np.array(extra) == 0) > 0.75 and np.mean(extra) < 0.5, np.mean(extra)
 
 
 def test_words_never_bind_a_held_out_pair_outside_compose(graphs):
     assert len({c for c, _ in data.HELD_OUT}) == len({s for _, s in data.HELD_OUT}) == 6
     for split, scenes in graphs.items():
         for scene in scenes:
-            for text in data.captions(scene) + [q for _, q, _ in data.questions(scene)]:
-                touched = pairs_touched(text, scene.things) & set(data.HELD_OUT)
-                assert bool(touched) == (split == "compose"), (split, text)
+            for text, answer in [(c, None) for c in data.captions(scene)] + [q[1:] for q in data.questions(scene)]:
+                bound = pairs_bound(text, scene.things, answer) & set(data.HELD_OUT)
+                assert bool(bound) == (split == "compose"), (split, text)
     shown = [(t.color, t.shape) in data.HELD_OUT for scene in graphs["train"] for t in scene.things]
     assert 0.05 < np.mean(shown) < 0.25  # but they do stand in pictures
 
@@ -239,7 +240,7 @@ def test_store_gathers_what_a_plain_loop_reads(dataset):
     boxes = data.detect(scene)["boxes"]
     features = data.region_features(data.draw_scene(scene), boxes)
     assert np.abs(got["features"][0, : len(boxes)].numpy() - features).max() < 2e-3
-    assert np.abs(got["boxes"][0, : len(boxes)].numpy() * 128 - boxes).max() < 1e-4
+    assert np.abs(got["boxes"][0, : len(boxes)].numpy() * data.SIDE - boxes).max() < 1e-4
 
 
 def test_imitated_detector_is_mostly_right():
