@@ -230,6 +230,7 @@ PRETRAINING = {
     "weights": {},  # factors of the loss; 1 where none is named (the paper leaves qa out of the first half, 3.3)
     "region_masking": {"zero": 0.8, "random": 0.1},  # of the masked features; the rest stays as it is (BERT's rule)
     "mismatch": "text",  # a negative pair keeps its image and gets another sentence
+    "over_all_regions": ("mrfr", "mrc", "attr"),  # means over all regions, not over the masked ones
 }
 
 

@@ -123,11 +123,11 @@ def settle(options, model_name, seed):
 
 
 def processes():
-    """(rank, world) under torchrun, (0, 1) without. NCCL between GPUs, gloo between CPUs."""
+    """(rank, world) under torchrun, (0, 1) without. Tensors on GPUs go by NCCL, those on CPUs by gloo."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group()
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -159,11 +159,11 @@ def pick_dtype(name, device):
     return torch.bfloat16 if native else torch.float32
 
 
-def total(values, device):
-    """The sum over all processes of a list of numbers, as a list."""
+def total(values):
+    """The sum over all processes of a list of numbers, as a list. On the CPU, so that no GPU is waited for."""
     if not dist.is_initialized():
         return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
+    tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
     return tensor.tolist()
 
@@ -408,10 +408,12 @@ def set_rate(optimizer, step, rate):
         group["eps"] = 1e-6 / math.sqrt(1 - group["betas"][1] ** step)
 
 
-def items(name, batch):
+def items(paper, name, batch):
     """How many items the mean of an objective's loss runs over."""
     if name in MASKED_WORDS:
         return len(batch.word_index)
+    if name in paper.PRETRAINING.get("over_all_regions", ()):
+        return int(batch.region_mask.sum())
     if name == "qa":
         return int(((batch.answer_labels >= 0) & (batch.matched == 1)).sum())
     return len(batch.region_index) if name in MASKED_REGIONS else len(batch.text)
@@ -423,8 +425,8 @@ def backward(run, batches, names):
     Each part's mean counts by its share of the items, so that the sum of the parts is the mean of the whole; the
     gradients of the processes are then added up, once. Returns {name: loss of the step}, 0-d tensors.
     """
-    counts = [[items(name, batch) for name in names] for batch in batches]
-    totals = total([sum(column) for column in zip(*counts, strict=True)], run.device)
+    counts = [[items(run.paper, name, batch) for name in names] for batch in batches]
+    totals = total([sum(column) for column in zip(*counts, strict=True)])
     losses = {name: torch.zeros((), device=run.device) for name in names}
     for batch, count in zip(batches, counts, strict=True):
         with run.autocast():
@@ -487,13 +489,16 @@ def evaluate_pretraining(run, dataset, examples=1000, candidates=100):
                 batch = make_batch(run, dataset, index, ["mlm"], rng, only=content, one=True)
             else:
                 batch = make_batch(run, dataset, index, [name], rng)
-            count(sums, name, batch, *scores_of(run, batch, name.removesuffix("_content")))
+            count(run.paper, sums, name, batch, *scores_of(run, batch, name.removesuffix("_content")))
     metrics, chance = {}, {}
-    for name, (loss, n, hits, *labels) in sums.items():
-        loss, n, hits, *labels = total([loss, n, hits, *labels], run.device)
+    gathered = [sums] * run.world
+    if dist.is_initialized():
+        dist.all_gather_object(gathered, sums)  # a process may have had no batch of a small split
+    for name in dict.fromkeys(name for sums in gathered for name in sums):
+        loss, n, hits, *labels = map(sum, itertools.zip_longest(*(s.get(name, []) for s in gathered), fillvalue=0))
         metrics[f"{name}_loss"] = loss / max(1, n)
-        if labels:
-            metrics[f"{name}_accuracy"], chance[f"{name}_accuracy"] = hits / max(1, n), max(labels) / max(1, n)
+        if seen := sum(labels):
+            metrics[f"{name}_accuracy"], chance[f"{name}_accuracy"] = hits / seen, max(labels) / seen
     if "itm" in names:
         recalls = retrieval(run, dataset, captions[:candidates])
         metrics |= recalls
@@ -501,10 +506,10 @@ def evaluate_pretraining(run, dataset, examples=1000, candidates=100):
     return metrics, chance
 
 
-def count(sums, name, batch, loss, scores):
+def count(paper, sums, name, batch, loss, scores):
     """Adds a batch to sums[name]: [loss x items, items, hits, frequency of each label ...]."""
     objective = name.removesuffix("_content")
-    labels, n = None, items(objective, batch)
+    labels, n = None, items(paper, objective, batch)
     if objective == "mlm":
         labels = batch.word_labels
     elif objective in ("mrc", "mrc_kl"):
@@ -533,7 +538,7 @@ def retrieval(run, dataset, index):
         batch = ablate(data.collate(dataset, np.full(n, index[row]), dataset.image[index]), run.o.ablate)
         logits = scores_of(run, batch, "itm")[1]  # (n, 2)
         scores[row] = logits[:, 1] - logits[:, 0]
-    scores = torch.tensor(total(scores.flatten().tolist(), run.device)).view(n, n)
+    scores = torch.tensor(total(scores.flatten().tolist())).view(n, n)
     return common.recall_at(scores, torch.arange(n))
 
 
@@ -546,7 +551,7 @@ def evaluate_vqa(run, dataset):
     for index in parts(run, dataset, np.arange(len(dataset))):
         best = scores_of(run, make_batch(run, dataset, index, ["vqa"], None), "vqa")[1].argmax(-1).tolist()
         hits[index] = [dataset.answer[i].get(run.answers[b], 0.0) for i, b in zip(index, best, strict=True)]
-    hits = np.array(total(hits, run.device))
+    hits = np.array(total(hits))
     guess = np.array([answer.get(run.answers[0], 0.0) for answer in dataset.answer])
     groups = {"accuracy": np.ones(len(dataset), bool)}
     groups |= {f"accuracy_{kind}": kinds == kind for kind in sorted(set(kinds)) if len(set(kinds)) > 1}
@@ -611,8 +616,7 @@ def loop(run):
                 log.line()
             if step % o.eval_every == 0 or step == o.steps:
                 validate(run, log)
-            # together, or one process would wait for the other for ever; on a GPU not at every step, since it waits
-            if (run.device.type == "cpu" or step % o.log_every == 0) and total([interrupted()], run.device)[0]:
+            if total([interrupted()])[0]:  # all stop at the same step, or one would wait for another for ever
                 log.check()
                 save_checkpoint(run, "checkpoint.pt")
                 raise Stop(f"interrupted after step {step}, which is saved; go on with --resume")
@@ -863,6 +867,8 @@ def main(argv=None):
         results = [train(o) for o in runs]
         if len(results) > 1:
             compare(results, Path(options.out or f"out/{options.model}-{options.task}"))
+        if dist.is_initialized():
+            dist.barrier()  # a process that leaves early breaks the others' last reduction
     except (Stop, data.DataError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
