@@ -41,7 +41,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CACHE = Path(".cache")
-VERSION = 7  # raise it whenever scenes, detector or region features change: it is part of every cache key
+VERSION = 8  # raise it whenever scenes, detector or region features change: it is part of every cache key
 SPLITS = ("train", "val", "test", "compose")
 SCENES = {"train": 10_000, "val": 500, "test": 1_000, "compose": 500}  # pictures a split
 TASKS = ("pretrain", "vqa", "ve", "nlvr2", "vcr", "retrieval", "refer", "caption")
@@ -312,7 +312,8 @@ def captions(scene, count=4):
 
     A single thing is named by colour and shape where no other thing has either; else by size, colour and shape, if no
     other shares two of the three. Counted things are named by (colour and) shape, only where no other colour or shape
-    has the same count. A caption has a relation and another clause, or three clauses, so that it fits few pictures.
+    has the same count. A thing is just named, or placed in a half of the picture, or its size is told. A caption has a
+    relation of two things and another clause, or three clauses, so that it fits few pictures.
     """
     rng, found = random.Random(scene.key("captions")), {}
     names = {}  # thing -> expression
@@ -326,8 +327,13 @@ def captions(scene, count=4):
         if where := direction(one, other):
             full = f"{say(e, article=True)} is {DIRECTIONS[where]} {say(f, article=True)}"
             relations.append(((f"{say(e)} {DIRECTIONS[where]} {say(f)}", full), (e, f)))
-    for e in names.values():
+    for thing, e in names.items():
         others.append(((say(e), f"there is {say(e, article=True)}"), (e,)))
+        for off, words in ((thing.x - SIDE / 2, ("left of", "right of")), (thing.y - SIDE / 2, ("above", "below"))):
+            if abs(off) >= 12:
+                others.append(((f"{say(e)} {words[off > 0]} the middle",), (e,)))
+        if e[0] is None:
+            others += 2 * [((f"{say(e)} is {thing.size}",), (e,))]  # as often as its sides
     for e in scene.fits:
         same = [(None, e[1], s) for s in SHAPES if s != e[2]]
         same += [(None, c, e[2]) for c in COLORS if e[1] and c != e[1]]
@@ -338,7 +344,7 @@ def captions(scene, count=4):
     if scene.split != "compose":
         relations, others = ([c for c in clauses if may_say(scene, *c[1])] for clauses in (relations, others))
     for _ in range(8 * count):
-        clauses = rng.sample(relations, 1) if relations and rng.random() < 0.5 else []
+        clauses = rng.sample(relations, 1) if relations and rng.random() < 0.3 else []
         goal = 2 if clauses else 3
         for clause in rng.sample(others, len(others)):
             told = {thing for _, expressions in clauses for e in expressions for thing in scene.fits[e]}

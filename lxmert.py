@@ -33,6 +33,7 @@ from common import (
     TransformerLayer,
     at,
     attention_bias,
+    centre_boxes,
     cross_entropy,
     initialise,
     mlp,
@@ -167,6 +168,7 @@ class LXMERT(nn.Module):
         if {"mrfr", "mrc", "attr"} & set(config.heads):
             self.heads["regions"] = HeadTransform(config.hidden)  # the three region heads share it
         initialise(self, config.hidden)
+        centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6])
 
     def embed_text(self, batch):
         """(B, T, C)"""

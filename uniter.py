@@ -8,7 +8,9 @@ What the model does, in five lines:
 5. a small head on the pooled first position, or on each region, answers every downstream task.
 
 Known deviations: sequences are padded, not packed, which changes no valid position; row 0 of the official mask
-embedding, zeroed there at each use, does not exist here. Errors of the official code are listed in the README's errata.
+embedding, zeroed there at each use, does not exist here; widths and heights are computed, official files hold them in
+float16; a model from scratch starts with centred boxes and, if narrow, wider weights (`common.initialise`,
+`centre_boxes`). Errors of the official code are listed in the README's errata.
 Letters: B batch, T text positions, N regions, C width, F region-feature width, V vocabulary, K classes, M masked.
 """
 
@@ -28,6 +30,7 @@ from common import (
     TransformerLayer,
     at,
     attention_bias,
+    centre_boxes,
     cross_entropy,
     initialise,
     mlp,
@@ -135,6 +138,7 @@ class UNITER(nn.Module):
         self.pooler = Pooler(config.hidden)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
         initialise(self, config.hidden)
+        centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6, 0.2, 0.2, 0.04])
 
     def embed_text(self, batch):
         """(B, T, C)"""

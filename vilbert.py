@@ -31,6 +31,7 @@ from common import (
     TransformerLayer,
     at,
     attention_bias,
+    centre_boxes,
     cross_entropy,
     initialise,
     iou,
@@ -233,6 +234,7 @@ class ViLBERT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
         initialise(self, config.hidden)
+        centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6, 0.04])
 
     def task(self, batch):
         """batch.task (B,), where the model has task tokens and the batch names tasks; else None."""
