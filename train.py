@@ -59,12 +59,12 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv=None):
     """The command line. Where a default depends on the task or the size, it is None here and set by `settle`."""
-    parser = Parser(
-        description="Pretrain, fine-tune and compare UNITER, ViLBERT and LXMERT.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
+    parser = Parser(description="Pretrain, fine-tune and compare UNITER, ViLBERT and LXMERT.", allow_abbrev=False)
+
+    def add(name, **settings):
+        settings["help"] += " (default: %(default)s)" if settings.get("default") is not None else ""
+        parser.add_argument(name, **settings)
+
     add("--model", default="uniter", choices=[*PAPERS, "all"], help="which paper; all: one after the other, compared")
     add("--task", default="pretrain", choices=TASKS, help="what to train for")
     add("--data", default="scenes", help="scenes (built in) or a .jsonl file of your own")

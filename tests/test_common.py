@@ -158,14 +158,21 @@ def test_gradients(block):
     assert torch.autograd.gradcheck(lambda x: block(x, **extra), x)
 
 
-def test_initialise():
+@pytest.mark.parametrize(("width", "std"), [(768, 0.02), (1024, 0.02), (192, 0.04)])
+def test_initialise(width, std):
     model = nn.Sequential(nn.Linear(300, 300), nn.Embedding(300, 300, padding_idx=0), common.LayerNorm(300))
-    model.apply(common.initialise)
+    common.initialise(model, width)
     for layer in model[:2]:
-        assert abs(layer.weight.std().item() - 0.02) < 3e-4
-        assert abs(layer.weight.mean().item()) < 3e-4
+        assert abs(layer.weight.std().item() - std) < 0.015 * std
+        assert abs(layer.weight.mean().item()) < 0.015 * std
     assert (model[0].bias == 0).all() and model[1].weight[0].abs().max() > 0  # the padding row too, as in BERT
     assert (model[2].weight == 1).all() and (model[2].bias == 0).all()
+
+
+def test_centred_boxes_map_the_middle_to_nothing():
+    linear, middle = nn.Linear(4, 8), [0.4, 0.4, 0.6, 0.6]
+    common.centre_boxes(linear, middle)
+    close(linear(torch.tensor(middle)), torch.zeros(8), 1e-6)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------
