@@ -125,6 +125,8 @@ HELD_OUT = tuple(zip(("cyan", "orange", "purple", "green", "yellow", "blue"), SH
 
 
 class Thing(NamedTuple):
+    """One thing in a scene: its words, which are what an expression says of it, and its place."""
+
     size: str
     color: str
     shape: str
@@ -589,6 +591,7 @@ class Dataset:
 
 
 def normalize_answer(text):
+    """Answers are compared without case and outer spaces."""
     return text.lower().strip()
 
 
@@ -653,19 +656,23 @@ def load(data, task, split, limit=None, patch=12, grid=6, cache=CACHE):
 
 
 def is_text(value):
+    """A string that says something."""
     return isinstance(value, str) and bool(value.strip())
 
 
 def is_texts(value, least=1):
+    """A list of at least `least` such strings."""
     return isinstance(value, list) and len(value) >= least and all(map(is_text, value))
 
 
 def is_box(value):
+    """Four finite numbers; their order is checked where the picture is known."""
     numbers = isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
     return numbers and all(map(math.isfinite, value))
 
 
 def is_answer(value):
+    """One answer, or soft scores {answer: 0..1}."""
     soft = isinstance(value, dict) and value and all(map(is_text, value))
     return is_text(value) or soft and all(type(v) in (int, float) and 0 <= v <= 1 for v in value.values())
 
@@ -687,6 +694,7 @@ NEEDED = {"vqa": ("answer",), "ve": ("answer",), "nlvr2": ("label",), "vcr": ("c
 
 
 def require(ok, where, what):
+    """DataError "where: what" unless ok."""
     if not ok:
         raise DataError(f"{where}: {what}")
 
@@ -771,6 +779,7 @@ def picture_regions(job):
 
 
 def open_picture(where, path):
+    """The picture as RGB; DataError if Pillow cannot read it."""
     try:
         return Image.open(path).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

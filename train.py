@@ -742,6 +742,7 @@ class Log:
 
 
 def percent(share):
+    """0.123 -> 12.3%."""
     return f"{100 * share:.1f}%"
 
 

@@ -472,7 +472,12 @@ OFFICIAL += [(f"heads.{head}.", f"{head}_output.") for head in ("itm", "rank", "
 
 
 def to_official(state):
-    """Our state dict under the official names, tied matrices listed twice, as the official code saves them."""
+    """Our state dict under the official names, tied matrices listed twice, as the official code saves them.
+
+    ValueError for a model with heads for both VQA and entailment: officially they have one name.
+    """
+    if any(name.startswith("heads.vqa.") for name in state) and any(name.startswith("heads.ve.") for name in state):
+        raise ValueError("heads vqa and ve share one official name: export them from two models")
     out = {rename(name, OFFICIAL): tensor for name, tensor in state.items()}
     for side in ("attn1", "attn2"):  # torch's MultiheadAttention stacks query, key and value
         for kind in ("weight", "bias"):

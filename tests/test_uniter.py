@@ -128,7 +128,7 @@ def test_transfer():
 def test_text_only_is_bert():
     """The same weights in Hugging Face's BertModel, which nobody here wrote."""
     transformers = pytest.importorskip("transformers")
-    model, batch = tiny(torch.float32).eval(), batch_of()
+    model, batch = tiny(torch.float32, heads=NAMED).eval(), batch_of()
     config = transformers.BertConfig(
         vocab_size=V,
         hidden_size=16,
@@ -449,3 +449,8 @@ def test_every_pretraining_objective_exists():
     joined = {name for names in paper["joined"].values() for name in names}
     assert set(paper["objectives"]) | joined | set(paper["weights"]) <= set(uniter.OBJECTIVES)
     assert set(paper["joined"]) <= set(paper["objectives"]) and paper["weights"] == {"wra": 0.1}
+
+
+def test_two_heads_with_one_official_name_are_refused():
+    with pytest.raises(ValueError, match="vqa and ve"):
+        uniter.to_official(tiny(heads=("vqa", "ve")).state_dict())
