@@ -213,7 +213,7 @@ def initialise(model, width):
     """BERT's initialisation: weights N(0, s^2), padding rows too; biases 0. Norms start at 1 and 0.
 
     s = 0.02, BERT's, at its width of 768 and above; a narrower model gets 0.02 sqrt(768 / width), so that the sum of
-    `width` products starts as large as BERT's. With 0.02 a model of width 128 learns to see about twice as slowly.
+    `width` products starts as large as BERT's; the README's decisions have the number.
     """
     std = 0.02 * max(1.0, math.sqrt(768 / width))
     for module in model.modules():
@@ -227,7 +227,7 @@ def initialise(model, width):
 def centre_boxes(linear, box):
     """Starts the bias of a box projection at -W box, box (P,) a box in the middle of the picture: W b + bias is then
     W (b - box). With bias 0 all boxes, being positive numbers, start with much the same direction, which the norm that
-    follows keeps: a model then takes ten times as long to tell left from right. Any trained bias replaces this one."""
+    follows keeps. Any trained bias replaces this one; the README's decisions have what it is worth."""
     linear.bias.copy_(-linear.weight @ linear.weight.new_tensor(box))
 
 

@@ -912,6 +912,7 @@ def read_tokenizer(path):
 
 
 def tokenizer_from_json(text):
+    """The tokenizer of a checkpoint, as `tokenizer.to_str()` wrote it."""
     return Tokenizer.from_str(text)
 
 
@@ -1084,6 +1085,7 @@ def preview(out, seed=0, scale=3):
 
 
 def check(file, task):
+    """Reads a JSONL file with all its pictures and prints a line of statistics; DataError at the first mistake."""
     records, store = read_jsonl(file, task), load_jsonl(file, task, "train").store
     splits = ", ".join(f"{n} {split}" for split, n in Counter(record["split"] for record in records).items())
     answers = {answer for record in records for answer in record.get("answer", ())}
@@ -1092,6 +1094,7 @@ def check(file, task):
 
 
 def extract(image, out, patch, grid):
+    """Writes the features of a picture's grid of regions as an .npz that own data can name."""
     picture = open_picture("extract", image)
     boxes = grid_boxes(*picture.size, grid)
     features = region_features(picture, boxes, patch)
@@ -1100,11 +1103,14 @@ def extract(image, out, patch, grid):
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line, without the usage."""
+
     def error(self, message):  # argparse would print the usage as well; one line is what this project promises
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main():
+    """preview, check or extract. Exit code 0, or 2 with one line on stderr."""
     parser = Parser(prog="data.py", description="Look at the drawn scenes, check own data, extract region features.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("preview", help="a sheet of six scenes with boxes, captions and questions")

@@ -110,7 +110,7 @@ def settle(options, model_name, seed):
     o.out = base / f"seed{seed}" if options.seeds > 1 else base
     if o.steps is None:
         o.steps = 9000 if o.data == "scenes" else 1000
-    # scenes' captions have a dozen words, not thirty: with 0.15 the model learns to bind words to regions half as fast
+    # scenes' captions have a dozen words, not thirty: with 0.15 too few are left to learn from in five minutes
     o.mask = o.mask or (0.3 if o.data == "scenes" else 0.15)
     o.lr = o.lr or {"tiny": 1e-3, "base": 5e-5, "large": 3e-5}[o.size]
     o.batch_size = o.batch_size or max(1, 64 // processes()[1])

@@ -184,7 +184,7 @@ class UNITER(nn.Module):
 # ---- pretraining objectives: (model, encoding, batch) -> loss, scores ------------------------------------------
 
 PRETRAINING = {
-    # ratio in which steps draw them; the official in-domain runs have 2 for mlm, on captions by the million
+    # ratio in which steps draw them; the official in-domain runs have 2 for mlm, here the short runs need more words
     "objectives": {"mlm": 4, "mrfr": 1, "mrc_kl": 1, "itm": 2},
     "conditional": True,  # one objective a step: while words are masked no region is, and the other way round
     "joined": {"itm": ("wra",)},  # computed in the same step, on the same pairs

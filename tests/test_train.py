@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -288,8 +287,6 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_scenes_by_default(tmp_path):
-    start = time.time()
     run("--limit", "40", "--steps", 1, cwd=tmp_path)
     result = json.loads((tmp_path / "out/uniter-pretrain/result.json").read_text())
     assert result["data"] == "scenes" and result["chance"]["text_to_image_r1"] == 0.01
-    assert time.time() - start < 100
