@@ -409,6 +409,160 @@ def questions(scene, count=8):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Scenes: the tasks of more than a caption or a question. Each function takes the scene graphs of a split and draws from
+# its own seed. Statements are drawn once and then put to pictures of every answer, so that words alone tell nothing.
+
+ENTAILMENT = ("contradiction", "entailment", "neutral")  # in the papers' order
+
+
+class Example(NamedTuple):
+    """One example: its rows are what a model reads, equally many in every example of a task."""
+
+    id: str
+    kind: str
+    rows: list  # [(text, or a tuple of its segments; number of the picture)]
+    answer: dict | None = None  # {answer: score}
+    target: object = -1  # what the task asks for: see Dataset
+
+
+def entailments(graphs):
+    """Visual entailment: "the circle is red" of three pictures. It follows where the only circle is red, is
+    contradicted where that has another colour, and is neutral where there is no circle to speak of: such a picture
+    leaves it open. Every statement comes once with each answer, in pictures with equally many things."""
+    rng, single, alike = random.Random(graphs[0].key("entailments")), {}, {}
+    for number, scene in enumerate(graphs):
+        alike.setdefault(len(scene.things), []).append(number)
+        for e, things in scene.fits.items():
+            if len(things) == 1:
+                single.setdefault((e, len(scene.things)), []).append(number)
+    for number, scene in enumerate(graphs):
+        kind = rng.choice(("color", "shape", "size"))
+        forms = {"color": (S,), "shape": (C,), "size": (C, S, CS)}[kind]
+        about = [e for e in EXPRESSIONS[rng.choice(forms)] if scene.count(e) == 1]
+        if not about:
+            continue
+        e = rng.choice(about)
+        value = getattr(scene.fits[e][0], kind)
+        full = {"color": (None, value, e[2]), "shape": (None, e[1], value), "size": e}[kind]
+        if not may_say(scene, full):
+            continue
+        text = f"the {say(e)} is {say((None, None, value), article=True) if kind == 'shape' else value}"
+        rivals, strangers = single[e, len(scene.things)], alike[len(scene.things)]
+        other = draw(rng, rivals, lambda i, e=e, kind=kind, value=value: getattr(graphs[i].fits[e][0], kind) != value)
+        absent = draw(rng, strangers, lambda i, e=e: not graphs[i].count(e))
+        if other is not None and absent is not None:
+            for answer, picture in zip(ENTAILMENT, (other, number, absent)):
+                yield Example(f"{scene.split}/{number}/{answer}", kind, [(text, picture)], {answer: 1.0})
+
+
+def draw(rng, pool, fits, tries=50):
+    """A random member of `pool` that fits, or None if none of `tries` draws does."""
+    for _ in range(tries):
+        if pool and fits(member := rng.choice(pool)):
+            return member
+    return None
+
+
+def statements_of_two(graphs):
+    """NLVR2-like statements of two pictures, in fours of which two are true; target 1 = true.
+
+    "exactly one picture shows a red circle", or "both pictures or neither": two left pictures, with one and without,
+    meet two right ones, so neither picture alone says anything. "more circles on the left than on the right", and
+    "fewer": of two pictures with n and n + 1 circles, in both orders, so one picture alone seldom decides.
+    """
+    rng, counts = random.Random(graphs[0].key("statements of two")), {}
+    for number, scene in enumerate(graphs):
+        for e, things in scene.fits.items():
+            counts.setdefault((e, len(things)), []).append(number)
+    for k in range(len(graphs)):
+        form = rng.choice((C, S, CS))
+        e = rng.choice([e for e in EXPRESSIONS[form] if may_say(graphs[0], e)] or [(None, *rng.choice(HELD_OUT))])
+        if rng.random() < 0.5:
+            text, same = rng.choice((("exactly one picture shows {}", 0), ("both pictures or neither show {}", 1)))
+            text = text.format(say(e, article=True))
+            fits = [lambda i, e=e: graphs[i].count(e), lambda i, e=e: not graphs[i].count(e)]
+            left, right = ([draw(rng, range(len(graphs)), fit, 200) for fit in fits] for _ in range(2))
+            four = [(text, a, b, int((i == j) == same)) for i, a in enumerate(left) for j, b in enumerate(right)]
+            kind = "one"
+        else:
+            n = rng.choice((0, 1, 2))
+            pools = range(len(graphs)) if n == 0 else counts.get((e, n), ()), counts.get((e, n + 1), ())
+            a, b = (draw(rng, pool, lambda i, e=e, m=m: graphs[i].count(e) == m) for pool, m in zip(pools, (n, n + 1)))
+            text = f"{{}} {say(e, plural=True)} on the left than on the right"
+            four = [(text.format(w), *p, int((w == "more") == (p == (b, a)))) for w in ("more", "fewer")
+                    for p in ((a, b), (b, a))]  # fmt: skip
+            kind = "more"
+        if all(a is not None and b is not None and a != b for _, a, b, _ in four):
+            for number, (text, a, b, true) in enumerate(four):
+                yield Example(f"{graphs[0].split}/{k}/{number}", kind, [(text, a), (text, b)], target=true)
+
+
+def choices_with_reasons(graphs):
+    """VCR-like: a question of a thing's colour or shape with four answers, then the right answer with four reasons:
+    which thing is in the picture as well? Answers are, where they can be, colours or shapes of the picture. The
+    reasons cross two colours with two shapes, of which one pair is there. target: the right choice, 0 to 3."""
+    for number, scene in enumerate(graphs):
+        rng = random.Random(scene.key("choices"))
+        kind, form = rng.choice((("color", S), ("shape", C)))
+        about = [e for e in EXPRESSIONS[form] if scene.count(e) == 1 and may_say(scene, e, asked=scene.fits[e][0])]
+        pairs = [e for e in EXPRESSIONS[CS] if e[1:] not in HELD_OUT]
+        there = [e for e in pairs if scene.count(e)]
+        if not about or not there:
+            continue
+        e = rng.choice(about)
+        thing = scene.fits[e][0]
+        right, words = getattr(thing, kind), COLORS if kind == "color" else SHAPES
+        answers = [w for w in words if w != right and ((w, e[2]) if kind == "color" else (e[1], w)) not in HELD_OUT]
+        rng.shuffle(answers)
+        answers = [right, *sorted(answers, key=lambda w: all(getattr(t, kind) != w for t in scene.things))[:3]]
+        _, color, shape = rng.choice(there)
+        away = [e[1:] for e in pairs if not scene.count(e)]
+        crossed = [(c, s) for c, s in away if (c, shape) in away and (color, s) in away]
+        if (color, shape) == thing[1:3] or not crossed:
+            continue
+        c, s = rng.choice(crossed)
+        reasons = [(None, a, b) for a in (color, c) for b in (shape, s)]
+        question, where = f"what {kind} is the {say(e)}?", f"{scene.split}/{number}"
+        orders = rng.sample(range(4), 4), rng.sample(range(4), 4)
+        rows = [((question, answers[i]), number) for i in orders[0]]
+        yield Example(where, "answer", rows, target=orders[0].index(0))
+        rows = [((question, right, f"it is with {say(reasons[i], article=True)}"), number) for i in orders[1]]
+        yield Example(where, "reason", rows, target=orders[1].index(0))
+
+
+def referring_expressions(graphs):
+    """Referring expressions that fit exactly one thing and of which no word can be left out: every word is shared with
+    a distractor. Or a half of the picture tells things apart that the words do not. target: the thing's box, 0..1."""
+    for number, scene in enumerate(graphs):
+        rng, found = random.Random(scene.key("expressions")), {"words": {}, "side": {}}
+        for e, things in scene.fits.items():
+            if not may_say(scene, e):
+                continue
+            shorter = [tuple(w if i != left else None for i, w in enumerate(e)) for left in range(3) if e[left]]
+            if len(things) == 1 and len(shorter) > 1 and all(scene.count(f) > 1 for f in shorter):
+                found["words"][say(e)] = things[0]
+            for axis, words in (("x", ("left of", "right of")), ("y", ("above", "below"))):
+                offs = sorted((getattr(t, axis) - SIDE / 2, t) for t in things) if sum(map(bool, e)) > 1 else []
+                if len(offs) > 1 and offs[0][0] <= -12 and offs[1][0] >= 12:
+                    found["side"][f"{say(e)} {words[0]} the middle"] = offs[0][1]
+                if len(offs) > 1 and offs[-1][0] >= 12 and offs[-2][0] <= -12:
+                    found["side"][f"{say(e)} {words[1]} the middle"] = offs[-1][1]
+        for kind, most in (("words", 3), ("side", 1)):
+            for k, text in enumerate(rng.sample(sorted(found[kind]), min(most, len(found[kind])))):
+                t = found[kind][text]
+                box = [v / SIDE for v in (t.x - t.half, t.y - t.half, t.x + t.half, t.y + t.half)]
+                yield Example(f"{scene.split}/{number}/{kind}/{k}", kind, [(text, number)], target=box)
+
+
+SCENE_TASKS = {
+    "ve": entailments,
+    "nlvr2": statements_of_two,
+    "vcr": choices_with_reasons,
+    "refer": referring_expressions,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Region features and their store on disk
 
 
@@ -549,45 +703,87 @@ def parallel(work, jobs, label):
 
 @dataclass
 class Dataset:
-    """Examples: texts, answers and the store's row of each one's picture. After encode() also their word pieces."""
+    """Examples: texts, answers and the store's row of each one's picture. After encode() also their word pieces.
+
+    An example has `group` rows, side by side in `image`, `text` and what encode() makes of it: two pictures with one
+    statement (nlvr2), a question with each choice (vcr), else one. Everything else has one entry an example. E
+    examples have R rows.
+    """
 
     name: str
     split: str
     store: FeatureStore
-    image: np.ndarray  # (E,) int64 row in store
-    text: list[str]
+    image: np.ndarray  # (R,) int64 row in store
+    text: list[str]  # R; where a text has segments (vcr), a tuple of them
     answer: list[dict]  # {answer: score}, empty where there is none
     kind: list[str]  # "caption", or what is asked for
     ids: list[str]
-    tokens: np.ndarray | None = None  # flat int64 pieces, example i at offsets[i]:offsets[i+1]
+    tokens: np.ndarray | None = None  # flat int64 pieces, row i at offsets[i]:offsets[i+1]
     offsets: np.ndarray | None = None
+    target: np.ndarray | None = None  # nlvr2 (E,) 1 = true; vcr (E,) the right choice; refer (E,4) the box, 0..1
+    group: int = 1  # rows of an example
+    segment: np.ndarray | None = None  # flat int64 like tokens: the number of each piece's segment, 0 for a plain text
 
     def __len__(self):
-        return len(self.text)
+        return len(self.ids)
+
+    def rows(self, index):
+        """The rows of examples `index` (B,) -> (B * group,)."""
+        return (np.asarray(index)[:, None] * self.group + np.arange(self.group)).ravel()
 
     def encode(self, tokenizer, max_length=64):
-        """Fills tokens and offsets with [CLS] pieces [SEP], at most max_length of them, [SEP] kept. Returns self."""
+        """Fills tokens and offsets with [CLS] pieces [SEP], at most max_length of them, [SEP] kept. Returns self.
+
+        Segments are each followed by [SEP]. A separator counts to the segment after it, the last one to its own, as in
+        UNITER's VCR. Of texts that are too long the first segment loses its end first: the choices differ in the last.
+        """
         first, last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-        encoded = tokenizer.encode_batch(self.text, add_special_tokens=False)
-        rows = [[first, *e.ids[: max_length - 2], last] for e in encoded]
+        texts = [text if isinstance(text, tuple) else (text,) for text in self.text]
+        encoded = iter(tokenizer.encode_batch([*itertools.chain(*texts)], add_special_tokens=False))
+        rows, segments = [], []
+        for text in texts:
+            parts = [next(encoded).ids for _ in text]
+            left = max_length - 1 - len(parts)
+            for i in reversed(range(len(parts))):
+                parts[i] = parts[i][:left]
+                left -= len(parts[i])
+            rows.append([first, *itertools.chain.from_iterable([*part, last] for part in parts)])
+            segments.append([0, *(min(i + (k == len(part)), len(parts) - 1) for i, part in enumerate(parts)
+                                  for k in range(len(part) + 1))])  # fmt: skip
         self.tokens = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
+        self.segment = np.fromiter(itertools.chain.from_iterable(segments), np.int64)
         self.offsets = np.cumsum([0, *map(len, rows)])
         return self
 
     def lengths(self):
-        """(E, 2) int64: word pieces and regions of each example."""
-        return np.stack([np.diff(self.offsets), np.diff(self.store.offsets)[self.image]], 1)
+        """(E, 2) int64: word pieces and regions of each example, of the longest of its rows."""
+        rows = np.stack([np.diff(self.offsets), np.diff(self.store.offsets)[self.image]], 1)  # (R, 2)
+        return rows.reshape(-1, self.group, 2).max(1)  # (R, 2) -> (E, group, 2) -> (E, 2)
 
     def subset(self, index):
         """Examples `index` (integers); a single number takes that many at random, always the same ones."""
         if np.ndim(index) == 0:
             index = np.sort(np.random.default_rng(0).permutation(len(self))[:index])  # evenly spaced could hit one kind
-        lists = {name: [getattr(self, name)[i] for i in index] for name in ("text", "answer", "kind", "ids")}
-        part = dataclasses.replace(self, image=self.image[index], **lists)
+        lists = {name: [getattr(self, name)[i] for i in index] for name in ("answer", "kind", "ids")}
+        rows = self.rows(index)
+        part = dataclasses.replace(self, image=self.image[rows], text=[self.text[i] for i in rows], **lists)
+        part.target = None if self.target is None else self.target[index]
         if self.tokens is not None:
-            mask, positions = ragged(self.offsets, index)
-            part.tokens, part.offsets = self.tokens[positions], np.cumsum([0, *mask.sum(1)])
+            mask, positions = ragged(self.offsets, rows)
+            part.tokens, part.segment = self.tokens[positions], self.segment[positions]
+            part.offsets = np.cumsum([0, *mask.sum(1)])
         return part
+
+
+def make_dataset(name, split, store, examples, images=None):
+    """Dataset of Examples. images: the store's row of each picture number; None: they are the same."""
+    examples = list(examples)
+    rows = [row for example in examples for row in example.rows]
+    image = np.array([number if images is None else images[number] for _, number in rows], np.int64)
+    lists = [[e.answer or {} for e in examples], [e.kind for e in examples], [e.id for e in examples]]
+    group = len(examples[0].rows) if examples else 1
+    target = np.array([example.target for example in examples])
+    return Dataset(name, split, store, image, [text for text, _ in rows], *lists, target=target, group=group)
 
 
 def normalize_answer(text):
@@ -613,17 +809,36 @@ def scene_chunk(job):
     return pictures, texts
 
 
+def true_chunk(job):
+    """Regions cut along the true boxes of scenes start..stop-1, in no telling order; no classes, no texts."""
+    seed, split, start, stop = job
+    pictures = []
+    for scene in (make_scene(seed, split, index) for index in range(start, stop)):
+        x, y, half = np.array([thing[3:] for thing in scene.things]).T
+        boxes = np.stack([x - half, y - half, x + half, y + half], 1)
+        pictures.append({"features": region_features(draw_scene(scene), boxes), "boxes": boxes / SIDE})
+    return pictures, []
+
+
 def scenes(split, task, count=None, seed=0, cache=CACHE):
     """The first `count` drawn scenes of a split (default SCENES[split]) with the texts that the task needs: all for
-    "pretrain", questions for "vqa", captions for "caption" and "retrieval". DataError for anything else."""
+    "pretrain", questions for "vqa", captions for "caption" and "retrieval", those of SCENE_TASKS for the others.
+    Task "refer" has the things' true boxes for regions; its split "detected" is "test" with the detector's. DataError
+    for anything else."""
+    true = task == "refer" and split != "detected"
+    split, shown = "test" if split == "detected" and task == "refer" else split, split
     if split not in SPLITS:
         raise DataError(f"scenes have no split {split!r}; choose from {', '.join(SPLITS)}")
-    if task not in ("pretrain", "vqa", "caption", "retrieval"):
-        raise DataError(f"scenes have no task {task!r}; choose from pretrain, vqa, caption, retrieval")
+    if task not in TASKS:
+        raise DataError(f"scenes have no task {task!r}; choose from {', '.join(TASKS)}")
     count = SCENES[split] if count is None else count
     jobs = [(seed, split, start, min(start + 50, count)) for start in range(0, count, 50)]
     label = f"drawing {count} {split} scenes"
-    store = cached_store(cache, f"scenes-{split}", [split, count, seed], lambda: parallel(scene_chunk, jobs, label))
+    name, chunk, key = ("boxes-", true_chunk, ["true boxes"]) if true else ("scenes-", scene_chunk, [])
+    store = cached_store(cache, name + split, [split, count, seed, *key], lambda: parallel(chunk, jobs, label))
+    if task in SCENE_TASKS:
+        graphs = [make_scene(seed, split, index) for index in range(count)]
+        return make_dataset("scenes", shown, store, SCENE_TASKS[task](graphs))
     dataset = Dataset("scenes", split, store, None, [], [], [], [])
     image = []
     for index, texts in enumerate(store.extra()):
@@ -644,8 +859,6 @@ def load(data, task, split, limit=None, patch=12, grid=6, cache=CACHE):
     if data == "scenes":
         count = None if limit is None else min(limit, SCENES.get(split, 0))
         dataset = scenes(split, task, count, cache=cache)
-    elif task in ("nlvr2", "vcr", "refer"):
-        raise DataError(f"{data}: its lines can be checked for {task}, but batches of {task} are not built yet")
     else:
         dataset = load_jsonl(data, task, split, patch, grid, cache)
     return dataset if limit is None else dataset.subset(limit)
@@ -686,6 +899,8 @@ KEYS = {  # key: test of its value, what to write
     "answer": (is_answer, "a string, or {string: score in 0..1}"),
     "label": (lambda v: type(v) in (bool, int), "true or false (nlvr2), or the index of the right choice (vcr)"),
     "choices": (lambda v: is_texts(v, 2), "a list of at least two strings"),
+    "reasons": (lambda v: is_texts(v, 2), "a list of at least two strings"),
+    "reason": (lambda v: type(v) is int, "the index of the right one of 'reasons'"),
     "target": (is_box, "[x1,y1,x2,y2] in pixels"),
     "split": (lambda v: v in SPLITS[:3], "train, val or test"),
     "kind": (is_text, "a word for the sort of question; accuracy is given for each sort"),
@@ -731,12 +946,16 @@ def read_jsonl(path, task):
         require(task != "nlvr2" or type(label) is bool, where, f"'label' is {label}; write true or false")
         right = type(label) is int and 0 <= label <= most
         require(task != "vcr" or right, where, f"'label' is {label}; write the index of the right choice, 0 to {most}")
+        right = "reasons" not in record or 0 <= record.get("reason", -1) < len(record["reasons"])
+        require(right, where, "'reasons' needs 'reason', the index of the right one, from 0")
         record["paths"] = [path.parent / name for name in names]
         for file in record["paths"]:
             require(file.is_file(), where, f"{source!r}: no file {file}; paths are relative to the .jsonl file")
         if "answer" in record:
             answer = record["answer"] if isinstance(record["answer"], dict) else {record["answer"]: 1.0}
             record["answer"] = {normalize_answer(text): float(score) for text, score in answer.items()}
+            known = task != "ve" or set(record["answer"]) <= set(ENTAILMENT)
+            require(known, where, f"'answer' is {str(record['answer'])[:60]}; task ve takes {', '.join(ENTAILMENT)}")
         records.append({"split": "train", **record, "where": where})
     require(records, path, "holds no examples; write one JSON object a line")
     return records
@@ -851,12 +1070,41 @@ def load_jsonl(path, task, split, patch=12, grid=6, cache=CACHE):
     if warnings := store.extra():
         print(f"warning: {warnings[0]} ({len(warnings)} such in {path})", file=sys.stderr)
     records = [record for record in records if record["split"] == split]
+    if task in ("nlvr2", "vcr", "refer"):
+        examples = [example for record in records for example in task_examples(task, record)]
+        for example in examples:
+            n, first = len(example.rows), len(examples[0].rows)
+            require(n == first, example.id, f"{n} choices, the first line has {first}; give all equally many")
+        return make_dataset(Path(path).stem, split, store, examples, rows)
     image = [rows[record["paths"][0], json.dumps(record.get("boxes"))] for record in records]
     answer = [record.get("answer", {}) if task in ("pretrain", "vqa", "ve") else {} for record in records]
     kind = ["caption" if not a else "question" if task == "pretrain" else task for a in answer]
     kind = [record.get("kind", k) for record, k in zip(records, kind)]
     text, ids = ([record[name] for record in records] for name in ("text", "where"))
     return Dataset(Path(path).stem, split, store, np.array(image, np.int64), text, answer, kind, ids)
+
+
+def task_examples(task, record):
+    """The Examples of a line for nlvr2, vcr (one for the answer, one for the reason if it has any) or refer. Pictures are
+    numbered by their file and boxes, as load_jsonl has them."""
+    pictures = [(file, json.dumps(record.get("boxes"))) for file in record["paths"]]
+    where, text, kind = record["where"], record["text"], record.get("kind", task)
+    if task == "nlvr2":
+        return [Example(where, kind, [(text, picture) for picture in pictures], target=int(record["label"]))]
+    if task == "refer":
+        file = record["paths"][0]
+        if file.suffix == ".npz":
+            width, height = np.load(file)["size"].tolist()
+        else:
+            width, height = Image.open(file).size
+        box = [value / side for value, side in zip(record["target"], (width, height) * 2)]
+        return [Example(where, kind, [(text, pictures[0])], target=box)]
+    answers, right = record["choices"], record["label"]
+    out = [Example(where, "answer", [((text, a), pictures[0]) for a in answers], target=right)]
+    if "reasons" in record:
+        rows = [((text, answers[right], reason), pictures[0]) for reason in record["reasons"]]
+        out.append(Example(where, "reason", rows, target=record["reason"]))
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -922,14 +1170,16 @@ def tokenizer_from_json(text):
 
 def collate(dataset, index, images=None, answers=None, pad_to=1):
     """Batch of the texts of examples `index` (B,) beside the pictures in store rows `images` (B,) (None: their own).
+    Where an example has several rows (`dataset.group`), so has the batch: B below is then their number.
 
     answers: {answer: column} for the soft targets (B,A); answers that it lacks are left out, so a row may be all zero.
     pad_to: T and N are rounded up to a multiple, fewer shapes for a compiled model. Encode the dataset first.
     """
-    images = dataset.image[index] if images is None else images
-    mask, positions = ragged(dataset.offsets, index, pad_to)  # (B,T)
-    text = np.zeros(mask.shape, np.int64)
-    text[mask] = dataset.tokens[positions]
+    rows = dataset.rows(index)
+    images = dataset.image[rows] if images is None else images
+    mask, positions = ragged(dataset.offsets, rows, pad_to)  # (B,T)
+    text, segments = np.zeros((2, *mask.shape), np.int64)
+    text[mask], segments[mask] = dataset.tokens[positions], dataset.segment[positions]
     targets = None if answers is None else torch.zeros(len(index), len(answers))
     for row, example in enumerate(index if answers is not None else ()):
         for answer, score in dataset.answer[example].items():
@@ -938,8 +1188,8 @@ def collate(dataset, index, images=None, answers=None, pad_to=1):
     return Batch(
         text=torch.from_numpy(text),
         text_mask=torch.from_numpy(mask),
-        segments=torch.zeros(mask.shape, dtype=torch.int64),
-        matched=torch.from_numpy((images == dataset.image[index]).astype(np.int64)),
+        segments=torch.from_numpy(segments),
+        matched=torch.from_numpy((images == dataset.image[rows]).astype(np.int64)),
         answers=targets,
         ids=[dataset.ids[i] for i in index],
         **dataset.store.gather(images, pad_to),
