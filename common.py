@@ -10,7 +10,8 @@ F region-feature width, V vocabulary, A answers, K region classes, M masked posi
 """
 
 import math
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +37,21 @@ def layer_norm(x, weight, bias, eps=1e-12):
 def attention_bias(mask, dtype, hidden=-10000.0):
     """Additive attention mask, as BERT has it: 0 where a key is seen, `hidden` where it is not.
 
-    mask (B, S) bool, True = key may be seen. Returns (B, 1, 1, S), to be added to the scores (B, H, T, S).
-    A row without any visible key attends as if nothing were hidden: the constant shifts all its scores alike.
+    mask (B, S) bool, True = key may be seen; (B, T, S) where each of T queries sees keys of its own. Returns
+    (B, 1, 1, S), or (B, 1, T, S), to be added to the scores (B, H, T, S). A row without any visible key attends as if nothing were hidden: the constant shifts all its scores alike.
     """
-    return (1.0 - mask[:, None, None, :].to(dtype)) * hidden  # (B, S) -> (B, 1, 1, S)
+    mask = mask[:, None] if mask.ndim == 2 else mask  # (B, S) -> (B, 1, S)
+    return (1.0 - mask[:, None].to(dtype)) * hidden  # (B, 1 or T, S) -> (B, 1, 1 or T, S)
+
+
+def prefix_mask(region_mask, words, before=0):
+    """Who sees what when words are read from left to right beside a picture: every word sees all regions, the words
+    before it and itself. region_mask (B, N) bool. Returns (B, T, N + before + T) bool, True = seen, T = `words`, for
+    the keys [regions; `before` words read earlier; these words]."""
+    rows = torch.ones(words, before + words, dtype=torch.bool, device=region_mask.device).tril(
+        before
+    )  # (T, before + T)
+    return torch.cat([region_mask[:, None].expand(-1, words, -1), rows.expand(len(region_mask), -1, -1)], 2)
 
 
 def attention(query, key, value, bias=None, dropout=0.0):
@@ -113,11 +125,23 @@ class MultiHeadAttention(nn.Module):
         self.query, self.key = nn.Linear(width, inner), nn.Linear(context_width, inner)
         self.value, self.output = nn.Linear(context_width, inner), nn.Linear(inner, width)
 
-    def attend(self, x, context=None, bias=None, maps=None):
+    def attend(self, x, context=None, bias=None, maps=None, cache=None):
         """Returns (B, T, C). bias (B, 1, 1, S) from `attention_bias`; to the list `maps`, if given, the probabilities
-        (B, H, T, S) are appended: only then is the explicit formula used."""
-        context = x if context is None else context
-        return self.mix(self.query(x), self.key(context), self.value(context), bias, maps)
+        (B, H, T, S) are appended: only then is the explicit formula used.
+
+        cache: for reading from left to right, a dict {block: (keys, values)}. In self-attention x is the newest part of
+        a sequence: its keys and values are appended to those so far, (B, S, inner), and it sees them all. In
+        cross-attention the context is the same at every call: it is projected once.
+        """
+        if context is not None and cache is not None and self in cache:
+            return self.mix(self.query(x), *cache[self], bias, maps)
+        source = x if context is None else context
+        key, value = self.key(source), self.value(source)
+        if cache is not None:
+            if self in cache:
+                key, value = (torch.cat(pair, 1) for pair in zip(cache[self], (key, value), strict=True))
+            cache[self] = key, value
+        return self.mix(self.query(x), key, value, bias, maps)
 
     def mix(self, query, key, value, bias=None, maps=None):
         """What `attend` does with the projections: query (B, T, inner), key and value (B, S, inner) -> (B, T, C)."""
@@ -142,8 +166,8 @@ class AttentionBlock(MultiHeadAttention):
         self.norm = LayerNorm(width)
         self.hidden_dropout = nn.Dropout(dropout if hidden_dropout is None else hidden_dropout)
 
-    def forward(self, x, context=None, bias=None, maps=None):
-        return self.norm(x + self.hidden_dropout(self.attend(x, context, bias, maps)))
+    def forward(self, x, context=None, bias=None, maps=None, cache=None):
+        return self.norm(x + self.hidden_dropout(self.attend(x, context, bias, maps, cache)))
 
 
 class FeedForward(nn.Module):
@@ -167,8 +191,8 @@ class TransformerLayer(nn.Module):
         self.attention = AttentionBlock(width, heads, attention_dropout, hidden_dropout=dropout)
         self.feed_forward = FeedForward(width, inner, dropout)
 
-    def forward(self, x, bias=None, maps=None):
-        return self.feed_forward(self.attention(x, bias=bias, maps=maps))
+    def forward(self, x, bias=None, maps=None, cache=None):
+        return self.feed_forward(self.attention(x, bias=bias, maps=maps, cache=cache))
 
 
 class Pooler(nn.Module):
@@ -317,6 +341,74 @@ def recall_at(scores, truth, ks=(1, 5, 10)):
     to_text = torch.full((scores.shape[1],), len(scores) + 1).scatter_reduce(0, truth, rank, "amin")[truth.unique()]
     ways = {"text_to_image": to_image, "image_to_text": to_text}
     return {f"{way}_r{k}": (ranks <= k).double().mean().item() for k in ks for way, ranks in ways.items()}
+
+
+def bleu(candidates, references, longest=4):
+    """Corpus BLEU (Papineni 2002, section 2.3), in 0..1, without smoothing.
+
+        BLEU = min(1, exp(1 - r / c)) * (p_1 p_2 ... p_longest)^(1 / longest)
+
+    p_n: n-grams of all candidates that a reference of theirs has, each counted at most as often as in the reference
+    that has it most often, divided by all n-grams of the candidates. c: the candidates' words; r: the words of the
+    reference nearest in length to each, the shorter of two equally near.
+    candidates: a list of word lists; references: for each a list of word lists, at least one. 0 if some p_n is 0.
+    """
+    hits, totals, c, r = [0] * longest, [0] * longest, 0, 0
+    for words, true in zip(candidates, references, strict=True):
+        c, r = c + len(words), r + min((abs(len(t) - len(words)), len(t)) for t in true)[1]
+        for n in range(1, longest + 1):
+            grams, *theirs = (Counter(zip(*(w[i:] for i in range(n)), strict=False)) for w in (words, *true))
+            most = Counter()
+            for their in theirs:
+                most |= their  # the larger count of each
+            hits[n - 1] += (grams & most).total()
+            totals[n - 1] += grams.total()
+    if not all(hits):
+        return 0.0
+    precision = math.exp(sum(math.log(h / t) for h, t in zip(hits, totals, strict=True)) / longest)
+    return precision * min(1.0, math.exp(1 - r / c))
+
+
+# ---- generation ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model, batch, first, last, beams=1, most=40, cached=True):
+    """Captions of a batch's pictures, word piece by word piece; beams=1 is greedy.
+
+    Beam search: of all ways to lengthen the `beams` likeliest beginnings by one piece the `beams` likeliest are kept; one
+    that ends with `last` keeps its log probability. The likeliest of the last beams is returned, by the plain sum
+    of log probabilities, so that enough beams find the likeliest caption of all.
+
+    model.decode(batch, cache) -> (B, T, C) and model.word_scores(states) -> (B, T, V); batch: its text is not read.
+    first, last: piece ids that begin and end a text. cached=False reads every beginning anew, for tests. Returns a list
+    of B lists of piece ids without first and last, at most `most` long.
+    """
+    rows = torch.arange(len(batch.features), device=batch.features.device)
+    batch = replace(batch, ids=None).rows(rows.repeat_interleave(beams))
+    text = torch.full((len(rows) * beams, 1), first, device=rows.device)  # (B*beams, 1)
+    scores = torch.full((len(rows), beams), -math.inf, device=rows.device)
+    scores[:, 0] = 0.0  # all beams begin alike: only one of them counts
+    ended, cache = torch.zeros_like(text[:, 0], dtype=torch.bool), {}
+    for _ in range(most):
+        new = text[:, -1:] if cached else text
+        batch.text, batch.text_mask = new, torch.ones_like(new, dtype=torch.bool)
+        batch.segments = torch.zeros_like(new)
+        states = model.decode(batch, cache if cached else None)[:, -1]  # (B*beams, T, C) -> (B*beams, C)
+        chances = model.word_scores(states).float().log_softmax(-1)  # (B*beams, V)
+        chances[ended] = -math.inf
+        chances[ended, last] = 0.0
+        V = chances.shape[-1]
+        total = scores[:, :, None] + chances.view(len(rows), beams, V)  # (B, beams, V)
+        scores, best = total.flatten(1).topk(beams)  # (B, beams*V) -> (B, beams)
+        parent = (rows[:, None] * beams + best // V).flatten()  # (B, beams) -> (B*beams,)
+        text = torch.cat([text[parent], (best % V).view(-1, 1)], 1)
+        ended = ended[parent] | (text[:, -1] == last)
+        cache = {k: tuple(x[parent] for x in v) if isinstance(v, tuple) else v for k, v in cache.items()}
+        if ended.all():
+            break
+    found = text.view(len(rows), beams, -1)[:, 0, 1:].tolist()  # topk sorts: beam 0 is the likeliest
+    return [pieces[: pieces.index(last)] if last in pieces else pieces for pieces in found]
 
 
 # ---- names -----------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from common import (
     cross_entropy,
     initialise,
     mlp,
+    prefix_mask,
     rename,
     soft_answer_loss,
 )
@@ -96,8 +97,8 @@ class TextEmbedding(nn.Module):
         self.types = nn.Embedding(config.types, config.hidden, padding_idx=0)
         self.norm, self.dropout = LayerNorm(config.hidden), nn.Dropout(config.dropout)
 
-    def forward(self, ids, segments):
-        positions = torch.arange(ids.shape[1], device=ids.device)
+    def forward(self, ids, segments, before=0):
+        positions = torch.arange(before, before + ids.shape[1], device=ids.device)
         return self.dropout(self.norm(self.words(ids) + self.positions(positions) + self.types(segments)))
 
 
@@ -139,6 +140,10 @@ class CrossLayer(nn.Module):
         self.cross = AttentionBlock(width, heads, dropout)
         self.text, self.regions = TransformerLayer(*sizes), TransformerLayer(*sizes)
 
+    def read(self, text, regions, text_bias, region_bias, cache):
+        """The same for `decode`: the words' half alone, since regions that read the words would tell what comes."""
+        return self.text(self.cross(text, regions, region_bias, cache=cache), text_bias, cache=cache)
+
     def forward(self, text, regions, text_bias, region_bias, maps=None):
         seen = self.cross(text, regions, region_bias, maps)
         read = self.cross(regions, text, text_bias, maps)
@@ -178,16 +183,54 @@ class LXMERT(nn.Module):
         """(B, N, C)"""
         return self.region_embedding(batch.features, batch.boxes)
 
-    def encode(self, batch, text=True, regions=True, record=False):
+    def unimodal(self, batch):
+        """What each modality computes alone, for `encode(given=)`: its own layers. (B, T, C), (B, N, C)"""
+        return self.encode(batch, regions=False).text, self.encode(batch, text=False).regions
+
+    def decode(self, batch, cache=None):
+        """The text read from left to right, as a prefix language model has it (UniLM, Dong 2019; not in the paper):
+        every word sees the regions and the words up to itself, regions see regions only. Returns (B, T, C).
+        In a cross-modality layer the regions keep to themselves: theirs is the self-attention alone.
+
+        cache: a dict, empty at the first call; batch.text then holds only the pieces that follow those of the calls
+        before. None: the whole text at once.
+        """
+        cache = {} if cache is None else cache
+        hidden = self.config.hidden_score
+        region_bias = attention_bias(batch.region_mask, batch.boxes.dtype, hidden)  # (B, 1, 1, N)
+        if not cache:
+            areas = self.embed_regions(batch)
+            for layer in self.relation_layers:
+                areas = layer(areas, region_bias)
+            cache["areas"] = [areas]
+            for layer in self.cross_layers[:-1]:
+                cache["areas"].append(layer.regions(cache["areas"][-1], region_bias))
+        before, T = cache.get("words", 0), batch.text.shape[1]
+        cache["words"] = before + T
+        words = self.text_embedding(batch.text, batch.segments, before)
+        bias = attention_bias(prefix_mask(batch.region_mask[:, :0], T, before), words.dtype, hidden)  # (B,1,T,before+T)
+        for layer in self.language_layers:
+            words = layer(words, bias, cache=cache)
+        for layer, areas in zip(self.cross_layers, cache["areas"], strict=True):
+            words = layer.read(words, areas, bias, region_bias, cache)
+        return words
+
+    def encode(self, batch, text=True, regions=True, record=False, given=None):
         """Encoding of words and regions together, or of one of the two alone: then by its own layers, without the
-        cross-modality layers. pooled is the pooler of the first word, or of the regions' mean without words."""
+        cross-modality layers. pooled is the pooler of the first word, or of the regions' mean without words.
+        given: what `unimodal` returned for both, not computed again."""
         states, maps = {}, {}
-        words, areas = None, None
-        if text:
+        words, areas = given or (None, None)
+        if given:
+            text_bias, region_bias = (
+                attention_bias(mask, words.dtype, self.config.hidden_score)
+                for mask in (batch.text_mask, batch.region_mask)
+            )
+        elif text:
             words = self.embed_text(batch)
             text_bias = attention_bias(batch.text_mask, words.dtype, self.config.hidden_score)  # (B, 1, 1, T)
             words = self.single("text", self.language_layers, words, text_bias, record, states, maps)
-        if regions:
+        if regions and not given:
             areas = self.embed_regions(batch)
             region_bias = attention_bias(batch.region_mask, areas.dtype, self.config.hidden_score)  # (B, 1, 1, N)
             areas = self.single("regions", self.relation_layers, areas, region_bias, record, states, maps)
@@ -218,8 +261,12 @@ class LXMERT(nn.Module):
                 states[f"{name}.{i}"], maps[f"{name}.{i}"] = x, probabilities[0]
         return x
 
+    def word_scores(self, states):
+        """Scores of the vocabulary by the masked-word head: states (..., C) -> (..., V)."""
+        return self.heads["mlm"](states, self.text_embedding.words.weight)
+
     def forward(self, batch, objectives):
-        encoding = self.encode(batch)
+        encoding = None if list(objectives) == ["caption"] else self.encode(batch)
         return {name: OBJECTIVES[name](self, encoding, batch) for name in objectives}
 
 
@@ -388,6 +435,16 @@ def referring_expression(model, encoding, batch):
     return cross_entropy(scores, batch.target, reduction="sum"), scores
 
 
+def captioning(model, encoding, batch):
+    """Captioning, not in the paper: a prefix language model, -log P(next word | regions, words so far), mean over words.
+
+    batch.word_index (M,) flat positions of the words that another follows, word_labels (M,) the followers. `encoding`
+    is not used: in `model.decode` no word sees those after it. Scores (M, V).
+    """
+    scores = model.word_scores(at(model.decode(batch), batch.word_index))
+    return cross_entropy(scores, batch.word_labels), scores
+
+
 OBJECTIVES = {
     "mlm": masked_lm,
     "mrfr": masked_region_features,
@@ -404,7 +461,14 @@ OBJECTIVES = {
     "vcr": visual_commonsense_reasoning,
     "rank": retrieval_rank,
     "refer": referring_expression,
+    "caption": captioning,
 }
+
+# Text types of VCR: a question and its answer; a question, its answer and the reason
+VCR_TYPES = ((0, 1), (0, 0, 1))
+# False partners of a true pair in retrieval, in the order of the rows
+NEGATIVES = ("image", "text")
+SUMMED = ("refer",)  # losses that are sums over the batch, not means
 
 # ---- official checkpoint names ---------------------------------------------------------------------------------
 

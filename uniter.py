@@ -35,6 +35,7 @@ from common import (
     initialise,
     mlp,
     optimal_transport,
+    prefix_mask,
     rename,
     soft_answer_loss,
 )
@@ -89,8 +90,8 @@ class TextEmbedding(nn.Module):
         self.types = nn.Embedding(config.types, config.hidden)
         self.norm, self.dropout = LayerNorm(config.hidden), nn.Dropout(config.dropout)
 
-    def forward(self, ids, segments):
-        positions = torch.arange(ids.shape[1], device=ids.device)
+    def forward(self, ids, segments, before=0):
+        positions = torch.arange(before, before + ids.shape[1], device=ids.device)
         return self.dropout(self.norm(self.words(ids) + self.positions(positions) + self.types(segments)))
 
 
@@ -152,13 +153,40 @@ class UNITER(nn.Module):
         types = self.text_embedding.types(types)  # (B, N) -> (B, N, C)
         return self.region_embedding(batch.features, batch.boxes, types, batch.masked_regions)
 
-    def encode(self, batch, text=True, regions=True, record=False):
-        """Encoding of words and regions together, or of one of the two alone (text-only, image-only)."""
+    def unimodal(self, batch):
+        """What each modality can compute alone, for `encode(given=)`: here the embeddings. (B, T, C), (B, N, C)"""
+        return self.embed_text(batch), self.embed_regions(batch)
+
+    def decode(self, batch, cache=None):
+        """The text read from left to right, as a prefix language model has it (UniLM, Dong 2019; not in the paper):
+        every word sees the regions and the words up to itself, regions see regions only. Returns (B, T, C).
+
+        cache: a dict, empty at the first call; batch.text then holds only the pieces that follow those of the calls
+        before. None: the whole text at once.
+        """
+        cache = {} if cache is None else cache
+        if not cache:
+            x, bias = self.embed_regions(batch), attention_bias(batch.region_mask, batch.boxes.dtype)
+            for layer in self.layers:
+                x = layer(x, bias, cache=cache)
+        before, T = cache.get("words", 0), batch.text.shape[1]
+        cache["words"] = before + T
+        x = self.text_embedding(batch.text, batch.segments, before)
+        bias = attention_bias(prefix_mask(batch.region_mask, T, before), x.dtype)  # (B, 1, T, N + before + T)
+        for layer in self.layers:
+            x = layer(x, bias, cache=cache)
+        return x
+
+    def encode(self, batch, text=True, regions=True, record=False, given=None):
+        """Encoding of words and regions together, or of one of the two alone (text-only, image-only). given: what
+        `unimodal` returned for both, not computed again."""
+        words, areas = given or (None, None)
         parts, masks = [], []
         if text:
-            parts, masks = [self.embed_text(batch)], [batch.text_mask]
+            parts, masks = [self.embed_text(batch) if words is None else words], [batch.text_mask]
         if regions:
-            parts, masks = parts + [self.embed_regions(batch)], masks + [batch.region_mask]
+            areas = self.embed_regions(batch) if areas is None else areas
+            parts, masks = parts + [areas], masks + [batch.region_mask]
         x = torch.cat(parts, 1)  # (B, T, C), (B, N, C) -> (B, T+N, C)
         bias = attention_bias(torch.cat(masks, 1), x.dtype)  # (B, 1, 1, T+N)
         states, maps = {"embedding": x}, {}
@@ -176,8 +204,12 @@ class UNITER(nn.Module):
             maps,
         )
 
+    def word_scores(self, states):
+        """Scores of the vocabulary by the masked-word head: states (..., C) -> (..., V)."""
+        return self.heads["mlm"](states, self.text_embedding.words.weight)
+
     def forward(self, batch, objectives):
-        encoding = self.encode(batch)
+        encoding = None if list(objectives) == ["caption"] else self.encode(batch)
         return {name: OBJECTIVES[name](self, encoding, batch) for name in objectives}
 
 
@@ -415,6 +447,16 @@ def referring_expression_rank(model, encoding, batch, negative=None, margin=0.2,
     return F.relu(margin + above).sum(), scores
 
 
+def captioning(model, encoding, batch):
+    """Captioning, not in the paper: a prefix language model, -log P(next word | regions, words so far), mean over words.
+
+    batch.word_index (M,) flat positions of the words that another follows, word_labels (M,) the followers. `encoding`
+    is not used: in `model.decode` no word sees those after it. Scores (M, V).
+    """
+    scores = model.word_scores(at(model.decode(batch), batch.word_index))
+    return cross_entropy(scores, batch.word_labels), scores
+
+
 OBJECTIVES = {
     "mlm": masked_lm,
     "mrfr": masked_region_features,
@@ -429,7 +471,14 @@ OBJECTIVES = {
     "rank": retrieval_rank,
     "refer": referring_expression,
     "refer_rank": referring_expression_rank,
+    "caption": captioning,
 }
+
+# Text types of VCR: a question and its answer; a question, its answer and the reason
+VCR_TYPES = ((0, 2), (0, 2, 3))
+# False partners of a true pair in retrieval, in the order of the rows
+NEGATIVES = ("image", "text")
+SUMMED = ("refer", "refer_rank")  # losses that are sums over the batch, not means
 
 # ---- official checkpoint names ---------------------------------------------------------------------------------
 

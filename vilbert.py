@@ -16,6 +16,7 @@ Letters: B batch, T text positions, N regions, C width, F region-feature width, 
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from common import (
     initialise,
     iou,
     mlp,
+    prefix_mask,
     rename,
     soft_answer_loss,
 )
@@ -112,8 +114,8 @@ class TextEmbedding(nn.Module):
         self.tasks = nn.Embedding(config.task_tokens, config.hidden) if config.task_tokens else None
         self.norm, self.dropout = LayerNorm(config.hidden), nn.Dropout(config.dropout)
 
-    def forward(self, ids, segments, tasks=None):
-        positions = torch.arange(ids.shape[1], device=ids.device)
+    def forward(self, ids, segments, tasks=None, before=0):
+        positions = torch.arange(before, before + ids.shape[1], device=ids.device)
         x = self.words(ids) + self.positions(positions) + self.types(segments)
         if tasks is not None:
             x = torch.cat([x[:, :1], self.tasks(tasks)[:, None], x[:, 1:]], 1)  # (B, T+1, C)
@@ -256,18 +258,69 @@ class ViLBERT(nn.Module):
             pooled = [pooled[0] + pooled[1] if self.config.fusion == "sum" else pooled[0] * pooled[1]]
         return self.dropout(pooled[0])
 
-    def encode(self, batch, text=True, regions=True, record=False):
+    def unimodal(self, batch):
+        """What each modality computes alone, for `encode(given=)`: its layers before the first co-attention. (B, T, C),
+        (B, 1+N, C)"""
+        words, areas = self.embed_text(batch), self.embed_regions(batch)
+        task = words.shape[1] - batch.text.shape[1]
+        word_bias = attention_bias(F.pad(batch.text_mask, (task, 0), value=True), words.dtype)
+        area_bias = attention_bias(F.pad(batch.region_mask, (1, 0), value=True), areas.dtype)
+        for kind, i in takewhile(lambda step: step[0] != "cross", self.schedule):
+            if kind == "text":
+                words = self.text_layers[i](words, word_bias)
+            else:
+                areas = self.region_layers[i](areas, area_bias)
+        return words, areas
+
+    def decode(self, batch, cache=None):
+        """The text read from left to right, as a prefix language model has it (UniLM, Dong 2019; not in the paper):
+        every word sees the regions and the words up to itself, regions see regions only. Returns (B, T, C).
+        In a co-attention layer the regions keep to themselves: theirs is the feed-forward alone. Options of 12-in-1
+        (task tokens, dynamic attention) and frozen layers are not looked at.
+
+        cache: a dict, empty at the first call; batch.text then holds only the pieces that follow those of the calls
+        before. None: the whole text at once.
+        """
+        cache = {} if cache is None else cache
+        area_bias = attention_bias(F.pad(batch.region_mask, (1, 0), value=True), batch.boxes.dtype)  # (B, 1, 1, 1+N)
+        if not cache:
+            areas, cache["areas"] = self.embed_regions(batch), []
+            for kind, i in self.schedule:
+                if kind == "regions":
+                    areas = self.region_layers[i](areas, area_bias)
+                elif kind == "cross":
+                    cache["areas"].append(areas)
+                    areas = self.connections[i].region_feed_forward(areas)
+        before, T = cache.get("words", 0), batch.text.shape[1]
+        cache["words"] = before + T
+        words = self.text_embedding(batch.text, batch.segments, before=before)
+        bias = attention_bias(prefix_mask(batch.region_mask[:, :0], T, before), words.dtype)  # (B, 1, T, before + T)
+        for kind, i in self.schedule:
+            if kind == "text":
+                words = self.text_layers[i](words, bias, cache=cache)
+            elif kind == "cross":
+                layer = self.connections[i]
+                words = layer.text_reads(words, cache["areas"][i], area_bias, cache=cache)
+                words = layer.text_feed_forward(words)
+        return words
+
+    def encode(self, batch, text=True, regions=True, record=False, given=None):
         """Encoding of words and regions, or of one of the two alone: its own stream without the co-attention layers.
-        pooled is (B, shared) in all cases."""
+        pooled is (B, shared) in all cases. given: what `unimodal` returned for both, not computed again."""
         config, task = self.config, int(self.task(batch) is not None)
         words, areas, states, maps = None, None, {}, {}
         if text:
-            words, word_mask = self.embed_text(batch), F.pad(batch.text_mask, (task, 0), value=True)
+            words, word_mask = (
+                given[0] if given else self.embed_text(batch),
+                F.pad(batch.text_mask, (task, 0), value=True),
+            )
             word_bias, states["text.embedding"] = attention_bias(word_mask, words.dtype), words  # (B, 1, 1, T)
         if regions:
-            areas, area_mask = self.embed_regions(batch), F.pad(batch.region_mask, (1, 0), value=True)
+            areas = given[1] if given else self.embed_regions(batch)
+            area_mask = F.pad(batch.region_mask, (1, 0), value=True)
             area_bias, states["regions.embedding"] = attention_bias(area_mask, areas.dtype), areas  # (B, 1, 1, 1+N)
-        for kind, i in self.schedule:
+        done = len([*takewhile(lambda step: step[0] != "cross", self.schedule)]) if given else 0
+        for kind, i in self.schedule[done:]:
             probabilities, name = [] if record else None, f"{kind}.{i}"
             names = [f"{name}.text_to_regions", f"{name}.regions_to_text"] if kind == "cross" else [name]
             if kind == "cross" and text and regions:
@@ -294,8 +347,12 @@ class ViLBERT(nn.Module):
             words = torch.cat([words[:, :1], words[:, 2:]], 1)  # (B, T+1, C) -> (B, T, C)
         return Encoding(words, areas[:, 1:] if regions else None, pooled, states if record else {}, maps)
 
+    def word_scores(self, states):
+        """Scores of the vocabulary by the masked-word head: states (..., C) -> (..., V)."""
+        return self.heads["mlm"](states, self.text_embedding.words.weight)
+
     def forward(self, batch, objectives):
-        encoding = self.encode(batch)
+        encoding = None if list(objectives) == ["caption"] else self.encode(batch)
         return {name: OBJECTIVES[name](self, encoding, batch) for name in objectives}
 
 
@@ -472,9 +529,10 @@ def choice(model, encoding, batch, head, target, group):
     return cross_entropy(scores.view(-1, group), target.view(-1, group).argmax(1)), scores  # (B,) -> (groups, group)
 
 
-def visual_commonsense_reasoning(model, encoding, batch, group=4):
-    """VCR: one row a choice, batch.target (rows,) 1 = the right one; cross-entropy within a question's `group` rows.
-    Scores (rows,). Types: 0 question, 1 choice."""
+def visual_commonsense_reasoning(model, encoding, batch, group=None):
+    """VCR: one row a choice, batch.target (rows,) 1 = the right one; cross-entropy within a question's `group` rows, by
+    default as many as there are for each right one. Scores (rows,). Types: 0 question, 1 choice."""
+    group = group or len(batch.target) // int(batch.target.sum())
     return choice(model, encoding, batch, "vcr", batch.target, group)
 
 
@@ -507,6 +565,16 @@ def referring_expression(model, encoding, batch):
     return soft_answer_loss(scores, target.to(scores.dtype)), scores
 
 
+def captioning(model, encoding, batch):
+    """Captioning, not in the paper: a prefix language model, -log P(next word | regions, words so far), mean over words.
+
+    batch.word_index (M,) flat positions of the words that another follows, word_labels (M,) the followers. `encoding`
+    is not used: in `model.decode` no word sees those after it. Scores (M, V).
+    """
+    scores = model.word_scores(at(model.decode(batch), batch.word_index))
+    return cross_entropy(scores, batch.word_labels), scores
+
+
 OBJECTIVES = {
     "mlm": masked_lm,
     "mrfr": masked_region_features,
@@ -521,7 +589,14 @@ OBJECTIVES = {
     "vcr": visual_commonsense_reasoning,
     "rank": retrieval_rank,
     "refer": referring_expression,
+    "caption": captioning,
 }
+
+# Text types of VCR: a question and its answer; a question, its answer and the reason
+VCR_TYPES = ((0, 1), (0, 0, 1))
+# False partners of a true pair in retrieval, in the order of the rows
+NEGATIVES = ("text", "image", "text")
+SUMMED = ()  # losses that are sums over the batch, not means
 
 # ---- official checkpoint names ---------------------------------------------------------------------------------
 
