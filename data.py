@@ -727,6 +727,10 @@ class Dataset:
     def __len__(self):
         return len(self.ids)
 
+    def parts(self):
+        """All texts, those of segments apart."""
+        return [part for text in self.text for part in (text if isinstance(text, tuple) else (text,))]
+
     def rows(self, index):
         """The rows of examples `index` (B,) -> (B * group,)."""
         return (np.asarray(index)[:, None] * self.group + np.arange(self.group)).ravel()
@@ -851,6 +855,14 @@ def scenes(split, task, count=None, seed=0, cache=CACHE):
                 dataset.ids.append(f"{split}/{index}/{number}")
     dataset.image = np.array(image, np.int64)
     return dataset
+
+
+def scene_texts(count=300):
+    """The texts of all SCENE_TASKS on a few training scenes: enough to know their words."""
+    graphs = [make_scene(0, "train", index) for index in range(count)]
+    examples = (example for task in SCENE_TASKS.values() for example in task(graphs))
+    texts = (text for example in examples for text, _ in example.rows)
+    return [part for text in texts for part in (text if isinstance(text, tuple) else (text,))]
 
 
 def load(data, task, split, limit=None, patch=12, grid=6, cache=CACHE):
@@ -1247,6 +1259,25 @@ def mask_words(batch, tokenizer, rng, p=0.15, mask=0.8, random=0.1, only=None, f
     word_index = selected.flatten().nonzero()[:, 0]  # (M,) into B*T
     word_labels = batch.text.flatten()[word_index]
     return dataclasses.replace(batch, text=text, word_index=word_index, word_labels=word_labels)
+
+
+def next_words(batch):
+    """For captioning: word_index (M,), flat positions of the pieces that another one follows, and word_labels (M,), the
+    ones that follow. Returns a new Batch."""
+    followed = torch.nn.functional.pad(batch.text_mask[:, 1:], (0, 1))  # (B,T)
+    word_index = followed.flatten().nonzero()[:, 0]  # (M,) into B*T
+    return dataclasses.replace(batch, word_index=word_index, word_labels=batch.text.flatten()[word_index + 1])
+
+
+def join_pictures(batch):
+    """Rows 2i and 2i+1, the same text with two pictures, as one row with the regions of both: (2B,N,...) -> (B,2N,...).
+    What belongs to pieces or rows is that of row 2i; target and ids, which are the examples', stay."""
+    left, right = (
+        dataclasses.replace(batch, ids=None, target=None).rows(torch.arange(i, len(batch.text), 2)) for i in (0, 1)
+    )
+    regions = ("features", "boxes", "region_mask", "region_types", *STORED)
+    both = {n: torch.cat([getattr(left, n), getattr(right, n)], 1) for n in regions if getattr(left, n) is not None}
+    return dataclasses.replace(left, **both, target=batch.target, ids=batch.ids)
 
 
 def mask_regions(batch, rng, p=0.15, zero=1.0, random=0.0, force_one=True):

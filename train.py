@@ -3,6 +3,7 @@
     python train.py --model uniter                                    pretrain on the built-in scenes
     python train.py --model uniter --task vqa --init out/uniter-pretrain/checkpoint.pt
     python train.py --model uniter --task vqa --data my.jsonl         your own pictures and questions
+    python train.py --model uniter --task vqa,refer,nlvr2             several tasks at once: one trunk, a head each
     python train.py --model all --task vqa --seeds 3                  compare the models, with the spread over seeds
     torchrun --nproc_per_node=2 train.py --model uniter               several processes, the same gradients
 
@@ -13,6 +14,7 @@ masked regions or rows.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -21,6 +23,7 @@ import pickle
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,7 +43,8 @@ PAPERS = {
     "vilbert": (vilbert, "ViLBERT"),
     "lxmert": (lxmert, "LXMERT"),
 }
-TASKS = ("pretrain", "vqa")
+OBJECTIVE = {"retrieval": "rank"}  # of the tasks whose objective has another name
+DOWNSTREAM = {OBJECTIVE.get(task, task) for task in data.TASKS} - {"pretrain", "vqa"}
 MASKED_WORDS, MASKED_REGIONS, PAIRS = {"mlm"}, {"mrfr", "mrc", "mrc_kl", "attr", "nce"}, {"itm", "wra"}
 
 # ---- options ---------------------------------------------------------------------------------------------------
@@ -66,8 +70,8 @@ def parse(argv=None):
         parser.add_argument(name, **settings)
 
     add("--model", default="uniter", choices=[*PAPERS, "all"], help="which paper; all: one after the other, compared")
-    add("--task", default="pretrain", choices=TASKS, help="what to train for")
-    add("--data", default="scenes", help="scenes (built in) or a .jsonl file of your own")
+    add("--task", default="pretrain", help=f"{', '.join(data.TASKS)}; several, a,b,c, train together")
+    add("--data", default="scenes", help="scenes (built in) or a .jsonl file of your own; one for each task: a,b,c")
     add("--size", default="tiny", choices=["tiny", "base", "large"], help="preset of layer sizes")
     add("--init", metavar="CKPT", help="start from this checkpoint; {model} and {seed} in the name are filled in")
     add("--resume", action="store_true", help="go on from DIR/checkpoint.pt, exactly where it stopped")
@@ -84,6 +88,11 @@ def parse(argv=None):
     add("--mask", type=float, help="share of the words that pretraining masks (default: 0.15; on scenes 0.3)")
     add("--ablate", choices=["text", "image"], help="take the words or the picture away, to see what the rest is worth")
     add("--limit", type=int, help="use only the first N training examples")
+    add("--nlvr2", default="paired-attention", choices=["paired-attention", "paired", "triplet"],
+        help="how UNITER joins two pictures")  # fmt: skip
+    add("--mine", type=int, default=4, help="retrieval: false partners to choose the hardest of, in the second half")
+    add("--pool", type=int, default=200, help="retrieval, captions: pictures of the test")
+    add("--beams", type=int, default=1, help="beam width for the test's captions; 1 is greedy")
     add("--patch", type=int, default=12, help="side of the square that a region of your own pictures is resized to")
     add("--grid", type=int, default=6, help="cells a side where your own pictures come without boxes")
     add("--vocab", metavar="FILE", help="a BERT vocab.txt or tokenizer.json (default: trained on the training texts)")
@@ -97,6 +106,16 @@ def parse(argv=None):
     for name, value in vars(options).items():
         if type(value) is int and value < (0 if name in ("steps", "seed") else 1):
             raise Stop(f"--{name.replace('_', '-')} is {value}; it must be positive")
+    tasks = options.task.split(",")
+    for task in tasks:
+        if task not in data.TASKS:
+            raise Stop(f"--task: there is no task {task!r}; choose from {', '.join(data.TASKS)}")
+    if len(set(tasks)) < len(tasks) or "pretrain" in tasks[1:] or tasks[0] == "pretrain" != options.task:
+        raise Stop("--task: name each task once, and pretrain alone")
+    if len(options.data.split(",")) not in (1, len(tasks)):
+        raise Stop(f"--data: give one source for all tasks or one each; --task has {len(tasks)}")
+    if options.ablate == "text" and "caption" in tasks:
+        raise Stop("--ablate text leaves captions nothing to learn; use --ablate image")
     return options
 
 
@@ -104,7 +123,8 @@ def settle(options, model_name, seed):
     """One run's own options: model and seed fixed, defaults that depend on them filled in. Returns a new namespace."""
     o = argparse.Namespace(**vars(options))
     o.model, o.seed = model_name, seed
-    base = Path(o.out or f"out/{model_name}-{o.task}")
+    o.tasks = o.task.split(",")
+    base = Path(o.out or f"out/{model_name}-{'+'.join(o.tasks)}")
     if o.out and options.model == "all":
         base = base / model_name
     o.out = base / f"seed{seed}" if options.seeds > 1 else base
@@ -113,7 +133,8 @@ def settle(options, model_name, seed):
     # scenes' captions have a dozen words, not thirty: with 0.15 too few are left to learn from in five minutes
     o.mask = o.mask or (0.3 if o.data == "scenes" else 0.15)
     o.lr = o.lr or {"tiny": 1e-3, "base": 5e-5, "large": 3e-5}[o.size]
-    o.batch_size = o.batch_size or max(1, 64 // processes()[1])
+    rows = max({"nlvr2": 2, "vcr": 4, "retrieval": 3}.get(task, 1) for task in o.tasks)  # about 64 of them in a step
+    o.batch_size = o.batch_size or max(1, 64 // rows // processes()[1])
     o.eval_every = o.eval_every or max(1, math.ceil(o.steps / 5))
     o.init = o.init.format(model=model_name, seed=seed) if o.init else None
     return o
@@ -178,7 +199,7 @@ class Run:
     o: argparse.Namespace
     paper: object  # the model's module: HEADS, OBJECTIVES, PRETRAINING
     objectives: dict  # name -> ratio, in pretraining; {task: 1} in fine-tuning
-    splits: dict  # name -> data.Dataset
+    splits: dict  # name -> data.Dataset, of the first task
     tokenizer: object
     answers: list  # column -> answer, most frequent first
     device: torch.device
@@ -188,13 +209,15 @@ class Run:
     model: torch.nn.Module = None
     optimizer: torch.optim.Optimizer = None
     progress: dict = field(default_factory=lambda: {"step": 0, "seconds": 0.0, "examples": 0, "best": -math.inf})
+    sets: dict = field(default_factory=dict)  # task -> its splits
 
     def autocast(self):
         """Matrix products in bfloat16, if the run is; the weights stay float32."""
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
 
-    def columns(self):
-        return {answer: column for column, answer in enumerate(self.answers)}
+    def columns(self, name="vqa"):
+        """{answer: column} of an objective's answers; entailment has three of its own."""
+        return {answer: column for column, answer in enumerate(data.ENTAILMENT if name == "ve" else self.answers)}
 
 
 def objectives_of(o, paper):
@@ -214,18 +237,20 @@ def objectives_of(o, paper):
     return {name: known[name] for name in names}
 
 
-def read_data(o, objectives):
-    """The splits of the task: {"train": Dataset, "val": ..., "test": ...}, scenes with "compose" besides."""
-    task = "caption" if o.task == "pretrain" and "qa" not in objectives else o.task  # questions only to be answered
-    names = ["train", "val", "test"] + ["compose"] * (o.data == "scenes" and o.task != "pretrain")
+def read_data(o, objectives, task, source):
+    """The splits of a task: {"train": Dataset, "val": ..., "test": ...}, scenes with "compose" besides, and for
+    referring expressions, which have true boxes, with "detected"."""
+    names = ["train", "val", "test"] + ["compose"] * (source == "scenes" and task != "pretrain")
+    names += ["detected"] * (source == "scenes" and task == "refer")
+    task = "caption" if task == "pretrain" and "qa" not in objectives else task  # questions only to be answered
     limits = {"train": o.limit}
     if dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0":
         dist.barrier()  # the first process of a machine draws and extracts, the others read what it cached
-    splits = {name: data.load(o.data, task, name, limits.get(name), o.patch, o.grid) for name in names}
+    splits = {name: data.load(source, task, name, limits.get(name), o.patch, o.grid) for name in names}
     if dist.is_initialized() and os.environ.get("LOCAL_RANK") == "0":
         dist.barrier()
     if not len(splits["train"]):
-        raise Stop(f"{o.data}: no example of split train for --task {o.task}")
+        raise Stop(f"{source}: no example of split train for --task {task}")
     return {name: split for name, split in splits.items() if len(split)}
 
 
@@ -245,15 +270,17 @@ def drop_unfounded(objectives, dataset):
     return {name: ratio for name, ratio in objectives.items() if name not in why}
 
 
-def encode_texts(o, splits, checkpoint):
+def encode_texts(o, sets, checkpoint):
     """The tokenizer (the checkpoint's, a file's, or trained on the training texts); gives every split its tokens."""
+    every = [split for splits in sets.values() for split in splits.values()]
     if checkpoint:
         tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
     else:
-        # scenes: from captions and questions, whatever the task, so that a pretrained model can be asked later
-        text = data.load("scenes", "pretrain", "train", o.limit).text if o.data == "scenes" else splits["train"].text
+        # scenes: from the texts of all tasks, whatever the task, so that a pretrained model can be given any later
+        text = data.load("scenes", "pretrain", "train", o.limit).text + data.scene_texts() if "scenes" in o.data else []
+        text += [part for split in every if split.split == "train" and split.name != "scenes" for part in split.parts()]
         tokenizer = data.read_tokenizer(o.vocab) if o.vocab else data.train_tokenizer(text)
-    for split in splits.values():
+    for split in every:
         split.encode(tokenizer, max_length=60)
     return tokenizer
 
@@ -270,6 +297,8 @@ def step_objectives(paper, objectives, rng):
 def make_batch(run, dataset, index, names, rng, **words):
     """Examples `index` as the objectives `names` need them: pairs mismatched, words masked, regions masked.
     `words`: arguments of data.mask_words in place of the run's."""
+    if names[0] in DOWNSTREAM:
+        return ablate(task_batch(run, dataset, index, names[0], rng), run.o.ablate)
     images, matched = None, None
     if PAIRS & set(names):
         index, images, matched = data.mismatch(dataset, index, rng, replace=run.paper.PRETRAINING["mismatch"])
@@ -283,6 +312,73 @@ def make_batch(run, dataset, index, names, rng, **words):
     if MASKED_REGIONS & set(names):
         batch = data.mask_regions(batch, rng, **run.paper.PRETRAINING["region_masking"])
     return ablate(batch, run.o.ablate)
+
+
+def task_batch(run, dataset, index, name, rng):
+    """Examples `index` as the objective of a downstream task needs them."""
+    if name == "rank":
+        index, images = partners(run, dataset, index, rng)
+        return data.collate(dataset, index.ravel(), images.ravel())  # (B, 1 + negatives) -> rows
+    batch = data.collate(dataset, index, answers=run.columns("ve") if name == "ve" else None)
+    if name == "nlvr2":
+        batch.target = torch.from_numpy(dataset.target[index])
+        side = torch.arange(len(batch.text))[:, None] % 2  # 0 the left picture, 1 the right one
+        batch.region_types = side.expand(batch.region_mask.shape)
+        if run.o.model == "uniter" and run.o.nlvr2 == "triplet":
+            batch = data.join_pictures(batch)
+    elif name == "vcr":
+        batch.segments = text_types(run.paper, batch.segments)
+        right = torch.from_numpy(dataset.target[index])
+        batch.target = torch.nn.functional.one_hot(right, dataset.group).flatten()  # (B, choices) -> (rows,)
+    elif name == "refer":
+        batch.target = overlaps(dataset, index, batch).argmax(1)
+    elif name == "caption":
+        batch = data.next_words(batch)
+    return batch
+
+
+def text_types(paper, segments):
+    """The paper's text types of question, answer and reason, which depend on how many segments a row has: (B, T)."""
+    table = torch.tensor([[*types, 0, 0][:3] for types in ((0,), *paper.VCR_TYPES)])  # (segments - 1, segment)
+    return table[segments.amax(1, keepdim=True), segments]  # (B, 1), (B, T) -> (B, T)
+
+
+def overlaps(dataset, index, batch):
+    """(B, N) overlap (IoU) of each region with the box that is meant; -1 for padding."""
+    meant = torch.from_numpy(dataset.target[index]).float()[:, None]  # (B, 4) -> (B, 1, 4)
+    return common.iou(batch.boxes, meant).masked_fill(~batch.region_mask, -1.0)
+
+
+def partners(run, dataset, index, rng):
+    """True pairs and false ones for retrieval: texts (B, 1 + K) and pictures (B, 1 + K), the true pair first, then one
+    for each of the paper's NEGATIVES, with another picture or another text.
+
+    In the first half of the steps they are drawn at random; in the second half `--mine` are drawn for each and the one
+    that the model takes for the best match is kept (UNITER 4.1; ViLBERT mines one of its two texts, from a fixed pool).
+    """
+    kinds, mine = run.paper.NEGATIVES, run.o.mine if 2 * run.progress["step"] >= run.o.steps else 1
+    if (dataset.image == dataset.image[0]).all():
+        raise Stop("retrieval needs at least two pictures")
+    texts = np.broadcast_to(index[:, None, None], (len(index), len(kinds), mine)).copy()
+    other = rng.integers(len(dataset), size=texts.shape)
+    while (same := dataset.image[other] == dataset.image[texts]).any():
+        other[same] = rng.integers(len(dataset), size=same.sum())
+    images = dataset.image[texts]
+    for k, kind in enumerate(kinds):
+        if kind == "image":
+            images[:, k] = dataset.image[other[:, k]]
+        else:
+            texts[:, k] = other[:, k]
+    best = np.zeros(texts.shape[:2], np.int64)  # (B, K)
+    if mine > 1:
+        run.model.eval()
+        with torch.no_grad(), run.autocast():
+            batch = ablate(data.collate(dataset, texts.ravel(), images.ravel()), run.o.ablate).to(run.device)
+            scores = run.model.heads["rank"](run.model.encode(batch).pooled)  # (B*K*mine, 1)
+        run.model.train()
+        best = scores.float().cpu().view(texts.shape).argmax(2).numpy()
+    texts, images = (np.take_along_axis(x, best[:, :, None], 2)[:, :, 0] for x in (texts, images))
+    return np.column_stack([index, texts]), np.column_stack([dataset.image[index], images])
 
 
 def ablate(batch, what):
@@ -317,8 +413,8 @@ def stream(o, dataset, slots, skip):
 
 
 def heads_of(paper, objectives):
-    """The heads that these objectives use: mrc_kl shares mrc's, nce mrfr's, wra needs none."""
-    names = [{"mrc_kl": "mrc", "nce": "mrfr"}.get(name, name) for name in objectives]
+    """The heads that these objectives use: mrc_kl shares mrc's, nce mrfr's, caption mlm's, wra needs none."""
+    names = [{"mrc_kl": "mrc", "nce": "mrfr", "caption": "mlm"}.get(name, name) for name in objectives]
     return tuple(dict.fromkeys(name for name in names if name in paper.HEADS))
 
 
@@ -338,6 +434,9 @@ def build(run, checkpoint):
                 f"{o.init}: trained on features of width {sizes['feature_size']}, {o.data} has {store.width}; "
                 "use the same kind of features, for pixels the same --patch"
             )
+    if o.model == "uniter":
+        types = 4 if "vcr" in o.tasks else 3 if "nlvr2" in o.tasks else 2
+        sizes |= {"types": max(types, sizes.get("types", 2)), "nlvr2": o.nlvr2}
     sizes |= {"heads": heads_of(paper, run.objectives), "answers": max(1, len(run.answers))}
     if o.dropout is not None:
         sizes["dropout"] = o.dropout
@@ -354,7 +453,18 @@ def fitting(o, own, checkpoint, answers):
     Says what was loaded; Stop if anything but a head would stay at random. An answer head is kept only for the same
     list of answers: its rows mean nothing under another one.
     """
-    state = checkpoint["state"]
+    state, table, head = dict(checkpoint["state"]), "text_embedding.types.weight", "heads.{}.{}".format
+    if len(own[table]) > len(
+        state[table]
+    ):  # UNITER: the second picture's type starts as the picture's, VCR's as the text's
+        if "nlvr2" in o.tasks and len(state[table]) == 2:
+            state[table] = uniter.widen_types(state[table], 3, copy=1)
+        state[table] = uniter.widen_types(state[table], len(own[table]), copy=0)
+    for kind in ("weight", "bias"):
+        if head("rank", kind) not in state and head("itm", kind) in state:
+            # the log odds of a match; official UNITER takes row 1 alone (`rank_from_itm`), which ranks a bit otherwise
+            match = state[head("itm", kind)]
+            state[head("rank", kind)] = match[1:] - match[:1]  # (2, C) -> (1, C), (2,) -> (1,)
     if checkpoint["answers"] != answers:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(("heads.vqa", "heads.qa"))}
     loaded = {name for name in own if name in state and state[name].shape == own[name].shape}
@@ -416,6 +526,8 @@ def items(paper, name, batch):
         return int(batch.region_mask.sum())
     if name == "qa":
         return int(((batch.answer_labels >= 0) & (batch.matched == 1)).sum())
+    if name == "caption":
+        return len(batch.word_index)
     return len(batch.region_index) if name in MASKED_REGIONS else len(batch.text)
 
 
@@ -431,7 +543,8 @@ def backward(run, batches, names):
     for batch, count in zip(batches, counts, strict=True):
         with run.autocast():
             parts = run.model(batch.to(run.device), names)
-        shares = {name: n / max(1.0, t) for name, n, t in zip(names, count, totals, strict=True)}
+        counted = zip(names, count, totals, strict=True)
+        shares = {name: (1 if name in run.paper.SUMMED else n) / max(1.0, t) for name, n, t in counted}
         weights = run.paper.PRETRAINING["weights"]
         sum(weights.get(name, 1.0) * shares[name] * parts[name][0] for name in names).backward()
         for name in names:
@@ -449,11 +562,37 @@ def backward(run, batches, names):
 # ---- evaluation ------------------------------------------------------------------------------------------------
 
 
-def evaluate(run, dataset):
-    """(metrics, chance) of the run's task on a split, the model in eval mode. Accuracies and recalls are in 0..1."""
+def evaluate(run, split):
+    """(metrics, chance) of the run's tasks on a split, the model in eval mode. Accuracies and recalls are in 0..1; of
+    several tasks each metric's name begins with its task's."""
     run.model.eval()
-    with torch.inference_mode():
-        return evaluate_vqa(run, dataset) if run.o.task == "vqa" else evaluate_pretraining(run, dataset)
+    metrics, chance = {}, {}
+    for task, splits in run.sets.items():
+        if split in splits:
+            with torch.inference_mode():
+                found = evaluate_task(run, task, splits[split])
+            for all_of, some in zip((metrics, chance), found, strict=True):
+                all_of |= {(f"{task}_" if len(run.sets) > 1 else "") + name: value for name, value in some.items()}
+    return metrics, chance
+
+
+def evaluate_task(run, task, dataset):
+    """(metrics, chance) of one task on one of its splits."""
+    if task == "vqa":
+        return evaluate_vqa(run, dataset)
+    if task == "ve":
+        return evaluate_vqa(run, dataset, "ve", list(data.ENTAILMENT))
+    if task in ("nlvr2", "vcr", "refer"):
+        return evaluate_choice(run, task, dataset)
+    if task == "pretrain":
+        return evaluate_pretraining(run, dataset)
+    index = np.unique(dataset.image, return_index=True)[1][: run.o.pool if dataset.split != "val" else 100]
+    if task == "caption":
+        return evaluate_captions(run, dataset, index)
+    metrics = retrieval(run, dataset, index, "rank")
+    chance = {name: min(1.0, int(name.rsplit("r", 1)[1]) / len(index)) for name in metrics}
+    metrics["mean_recall"], chance["mean_recall"] = (float(np.mean([*m.values()])) for m in (metrics, chance))
+    return metrics, chance
 
 
 def scores_of(run, batch, name):
@@ -530,32 +669,119 @@ def count(paper, sums, name, batch, loss, scores):
     sums[name] = [a + b for a, b in itertools.zip_longest(sums.get(name, []), values, fillvalue=0)]
 
 
-def retrieval(run, dataset, index):
-    """Zero-shot: every caption with every picture through the matching head, ranked by log odds of a match."""
-    n = len(index)
+def retrieval(run, dataset, index, head="itm"):
+    """Recall at 1, 5 and 10, both ways: every text of `index` with every picture, ranked by the matching head's log odds
+    or by the rank head. What the model computes of each text and each picture alone is computed once."""
+    n, batch = len(index), ablate(data.collate(dataset, index), run.o.ablate).to(run.device)
     scores = torch.zeros(n, n, dtype=torch.float64)
-    for row in range(run.rank, n, run.world):
-        batch = ablate(data.collate(dataset, np.full(n, index[row]), dataset.image[index]), run.o.ablate)
-        logits = scores_of(run, batch, "itm")[1]  # (n, 2)
-        scores[row] = logits[:, 1] - logits[:, 0]
+    with run.autocast():
+        words, areas = run.model.unimodal(batch)
+        for row in range(run.rank, n, run.world):
+            text = {name: getattr(batch, name)[row].expand(n, -1) for name in ("text", "text_mask", "segments")}
+            pairs = dataclasses.replace(batch, **text)
+            pooled = run.model.encode(pairs, given=(words[row].expand(n, -1, -1), areas)).pooled  # (n, C)
+            logits = run.model.heads[head](pooled).double().cpu()  # (n, 2) or (n, 1)
+            scores[row] = logits[:, 1] - logits[:, 0] if head == "itm" else logits[:, 0]
     scores = torch.tensor(total(scores.flatten().tolist())).view(n, n)
     return common.recall_at(scores, torch.arange(n))
 
 
-def evaluate_vqa(run, dataset):
-    """Accuracy: the soft score of the answer with the highest logit, mean over questions, also for each kind.
+def evaluate_vqa(run, dataset, name="vqa", answers=None):
+    """Accuracy: the soft score of the answer with the highest logit, mean over questions, also for each kind. Entailment
+    is the same with its own three answers.
 
-    Chance: always the training split's most frequent answer.
+    Chance: always the training split's most frequent answer; of `answers`, if given, the most frequent here.
     """
     hits, kinds = np.zeros(len(dataset)), np.array(dataset.kind)
     for index in parts(run, dataset, np.arange(len(dataset))):
-        best = scores_of(run, make_batch(run, dataset, index, ["vqa"], None), "vqa")[1].argmax(-1).tolist()
-        hits[index] = [dataset.answer[i].get(run.answers[b], 0.0) for i, b in zip(index, best, strict=True)]
-    hits = np.array(total(hits))
-    guess = np.array([answer.get(run.answers[0], 0.0) for answer in dataset.answer])
-    groups = {"accuracy": np.ones(len(dataset), bool)}
-    groups |= {f"accuracy_{kind}": kinds == kind for kind in sorted(set(kinds)) if len(set(kinds)) > 1}
+        best = scores_of(run, make_batch(run, dataset, index, [name], None), name)[1].argmax(-1).tolist()
+        known = answers or run.answers
+        hits[index] = [dataset.answer[i].get(known[b], 0.0) for i, b in zip(index, best, strict=True)]
+    guesses = [[answer.get(a, 0.0) for answer in dataset.answer] for a in answers or run.answers[:1]]
+    return by_kind(np.array(total(hits)), np.array(max(guesses, key=sum)), kinds)
+
+
+def by_kind(hits, guess, kinds, name="accuracy"):
+    """Means of `hits` and of `guess`, what guessing would get, (E,) each: over all, and over each of several kinds."""
+    groups = {name: np.ones(len(kinds), bool)}
+    groups |= {f"{name}_{kind}": kinds == kind for kind in sorted(set(kinds)) if len(set(kinds)) > 1}
     return {k: hits[g].mean() for k, g in groups.items()}, {k: guess[g].mean() for k, g in groups.items()}
+
+
+def evaluate_choice(run, task, dataset):
+    """Accuracies of the tasks that choose: of true and false (nlvr2), of several texts (vcr), of regions (refer).
+
+    vcr: the answer (Q-A), the reason given the right answer (QA-R), and both (Q-AR). refer: the best-scored region
+    overlaps the box meant by more than one half; `reachable` is the share where some region does.
+    Chance: the more frequent truth; one choice of all; the share of the regions that would be right.
+    """
+    right, guess, reachable = np.zeros((3, len(dataset)))
+    for index in parts(run, dataset, np.arange(len(dataset))):
+        scores = scores_of(run, make_batch(run, dataset, index, [task], None), task)[1]
+        if task == "refer":
+            clean = data.collate(dataset, index)  # with the boxes that --ablate takes away
+            hit = overlaps(dataset, index, clean) > 0.5  # (B, N)
+            right[index] = hit.gather(1, scores.argmax(1, keepdim=True))[:, 0]
+            guess[index], reachable[index] = hit.sum(1) / clean.region_mask.sum(1), hit.any(1)
+        else:
+            scores = scores.view(len(index), -1)  # (B, 2), or (B * choices,) -> (B, choices)
+            right[index] = scores.argmax(1).numpy() == dataset.target[index]
+    right, guess, reachable = (np.array(total(x)) for x in (right, guess, reachable))
+    kinds = np.array(dataset.kind)
+    if task == "refer":
+        metrics, chance = by_kind(right, guess, kinds)
+        return metrics | {"reachable": reachable.mean()}, chance
+    if task == "nlvr2":
+        return by_kind(right, np.full(len(dataset), max(dataset.target.mean(), 1 - dataset.target.mean())), kinds)
+    metrics, chance = {}, {}
+    for kind, name in (("answer", "q_a"), ("reason", "qa_r")):
+        if (kinds == kind).any():
+            metrics[f"{name}_accuracy"], chance[f"{name}_accuracy"] = right[kinds == kind].mean(), 1 / dataset.group
+    answered = {i: hit for i, hit, kind in zip(dataset.ids, right, kinds, strict=True) if kind == "answer"}
+    both = [hit * answered[i] for i, hit, kind in zip(dataset.ids, right, kinds, strict=True) if kind == "reason"]
+    if both:
+        metrics["q_ar_accuracy"], chance["q_ar_accuracy"] = float(np.mean(both)), 1 / dataset.group**2
+    return metrics, chance
+
+
+def evaluate_captions(run, dataset, index):
+    """Perplexity of the captions, exp of their mean loss a piece, and BLEU-4 of the generated ones, `index` naming one
+    example of each picture, against all captions of it; CIDEr-D too, where pycocoevalcap is installed. Chance: the
+    caption of another picture."""
+    pictures, loss, pieces, own = set(dataset.image[index].tolist()), 0.0, 0, {}
+    examples = np.array([i for i, image in enumerate(dataset.image.tolist()) if image in pictures])
+    for part in parts(run, dataset, examples):
+        batch = make_batch(run, dataset, part, ["caption"], None)
+        loss += float(scores_of(run, batch, "caption")[0]) * len(batch.word_index)
+        pieces += len(batch.word_index)
+    loss, pieces = total([loss, pieces])
+    first, last = (run.tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
+    beams = run.o.beams if dataset.split != "val" else 1
+    for part in parts(run, dataset, index):
+        batch = ablate(data.collate(dataset, part), run.o.ablate).to(run.device)
+        with run.autocast():
+            found = common.generate(run.model, batch, first, last, beams)
+        own |= {int(dataset.image[i]): run.tokenizer.decode(ids).split() for i, ids in zip(part, found, strict=True)}
+    gathered = [own] * run.world
+    if dist.is_initialized():
+        dist.all_gather_object(gathered, own)
+    own, true = {image: words for some in gathered for image, words in some.items()}, {}
+    for i in examples:
+        ids = dataset.tokens[dataset.offsets[i] : dataset.offsets[i + 1]].tolist()
+        true.setdefault(int(dataset.image[i]), []).append(run.tokenizer.decode(ids).split())
+    order = sorted(own)
+    said, references = [own[image] for image in order], [true[image] for image in order]
+    strangers = [true[image][0] for image in [*order[1:], order[0]]]
+    metrics = {"perplexity": math.exp(loss / max(1, pieces)), "bleu4": common.bleu(said, references)}
+    chance = {"bleu4": common.bleu(strangers, references)}
+    try:
+        from pycocoevalcap.cider.cider import Cider
+    except ImportError:
+        return metrics, chance
+    spoken = [{i: [" ".join(w) for w in ws] for i, ws in enumerate(lists)} for lists in (
+        references, [[w] for w in said], [[w] for w in strangers])]  # fmt: skip
+    metrics["cider"], chance["cider"] = (Cider().compute_score(spoken[0], s)[0] for s in spoken[1:])
+    return metrics, chance
 
 
 # ---- loop ------------------------------------------------------------------------------------------------------
@@ -569,13 +795,16 @@ def train(o):
         raise Stop(f"--resume: there is no {last}; start without --resume, or give the --out of the stopped run")
     o.init = last if o.resume else o.init
     checkpoint = load_checkpoint(o.init) if o.init else None
-    objectives = objectives_of(o, paper) if o.task == "pretrain" else {o.task: 1}
-    splits = read_data(o, objectives)
-    objectives = drop_unfounded(objectives, splits["train"])
-    tokenizer = encode_texts(o, splits, checkpoint)
-    answers = data.answer_list(splits["train"]) if {"vqa", "qa"} & set(objectives) else []
+    objectives = objectives_of(o, paper) if o.task == "pretrain" else {OBJECTIVE.get(t, t): 1 for t in o.tasks}
+    sources = o.data.split(",") * (len(o.tasks) if "," not in o.data else 1)
+    sets = {task: read_data(o, objectives, task, source) for task, source in zip(o.tasks, sources, strict=True)}
+    splits = next(iter(sets.values()))
+    objectives = drop_unfounded(objectives, splits["train"]) if o.task == "pretrain" else objectives
+    tokenizer = encode_texts(o, sets, checkpoint)
+    asked = sets.get("vqa", splits)["train"]
+    answers = data.answer_list(asked) if {"vqa", "qa"} & set(objectives) else []
     dtype = pick_dtype(o.dtype, device)
-    run = Run(o, paper, objectives, splits, tokenizer, answers, device, dtype, rank, world)
+    run = Run(o, paper, objectives, splits, tokenizer, answers, device, dtype, rank, world, sets=sets)
     run.model = build(run, checkpoint).to(device)
     run.optimizer = make_optimizer(run.model, o.weight_decay)
     if o.resume:
@@ -591,18 +820,21 @@ def loop(run):
     """The steps: batches, gradients, clipping, update; a line every `log_every`, an evaluation every `eval_every`."""
     o, model, progress, log = run.o, run.model, run.progress, Log(run)
     slots = run.world * o.accumulate  # forward passes in a step; this process does `accumulate` of them
-    order = stream(o, run.splits["train"], slots, skip=progress["step"])
+    past = Counter(draw_task(run, step) for step in range(1, progress["step"] + 1))
+    order = {task: stream(o, splits["train"], slots, skip=past[task]) for task, splits in run.sets.items()}
     if progress["step"] == 0:
         validate(run, log)
     with interruptible() as interrupted:
         while progress["step"] < o.steps:
             start, step = time.perf_counter(), progress["step"] + 1
             drawn = np.random.default_rng((o.seed, step))  # the same in every process
-            names = step_objectives(run.paper, run.objectives, drawn) if o.task == "pretrain" else [o.task]
-            index, batches = next(order), []
+            task = draw_task(run, step)
+            pretrain = o.task == "pretrain"
+            names = step_objectives(run.paper, run.objectives, drawn) if pretrain else [OBJECTIVE.get(task, task)]
+            index, batches, dataset = next(order[task]), [], run.sets[task]["train"]
             for slot in range(run.rank * o.accumulate, (run.rank + 1) * o.accumulate):
                 rng = np.random.default_rng((o.seed, step, slot))
-                batches.append(make_batch(run, run.splits["train"], index[slot::slots], names, rng))
+                batches.append(make_batch(run, dataset, index[slot::slots], names, rng))
             ready = time.perf_counter()
             model.train()
             losses = backward(run, batches, names)
@@ -623,6 +855,13 @@ def loop(run):
     say(f"data     {100 * log.waited / max(1e-9, log.worked):.1f}% of the training time was spent waiting for it")
 
 
+def draw_task(run, step):
+    """The task of step 1, 2, ..., in proportion to the tasks' training examples; a function of seed and step alone."""
+    tasks, sizes = list(run.sets), np.array([len(splits["train"]) for splits in run.sets.values()])
+    return tasks[0] if len(tasks) == 1 else tasks[np.random.default_rng((run.o.seed, step, 7)).choice(
+        len(tasks), p=sizes / sizes.sum())]  # fmt: skip
+
+
 @contextmanager
 def interruptible():
     """Inside the block Ctrl-C and SIGTERM only set a flag, so that the step in progress ends and is saved."""
@@ -638,11 +877,13 @@ def interruptible():
 def validate(run, log):
     """Evaluates the val split, keeps the best weights, and writes the checkpoint to go on from."""
     log.check()
-    if "val" in run.splits:
+    if any("val" in splits for splits in run.sets.values()):
         start = time.perf_counter()
-        metrics, chance = evaluate(run, run.splits["val"])
+        metrics, chance = evaluate(run, "val")
         log.metrics(metrics, chance, time.perf_counter() - start)
-        score = float(sum(value for name, value in metrics.items() if name.endswith("accuracy")))
+        score = float(sum(value for name, value in metrics.items() if name.endswith(("accuracy", "mean_recall"))))
+        score += sum(1 / value for name, value in metrics.items() if name.endswith("perplexity"))  # a share as well
+        at_chance(run, metrics, chance)
         if score > run.progress["best"]:
             run.progress["best"] = score
             save_checkpoint(run, "best.pt")
@@ -650,21 +891,36 @@ def validate(run, log):
         save_checkpoint(run, "checkpoint.pt")
 
 
+def at_chance(run, metrics, chance):
+    """Warns, from the middle of the run on, of each task's accuracy that two standard errors of a guess could explain."""
+    if run.o.ablate or 2 * run.progress["step"] < run.o.steps or not run.progress["step"]:
+        return
+    for name, p in chance.items():
+        task = next((t for t in run.sets if name.startswith(f"{t}_")), next(iter(run.sets)))
+        n = len(run.sets[task].get("val", ()))
+        if name.endswith("accuracy") and n and metrics[name] <= p + 2 * math.sqrt(p * (1 - p) / n):
+            say(f"warning  val {name} {percent(metrics[name])} is no better than chance, {percent(p)}: train longer, start "
+                "from a pretrained model (--init) or try another --lr")  # fmt: skip
+
+
 def finish(run):
     """Test metrics of the best weights (the last ones where there is no val split), as result.json has them."""
     o, progress, best = run.o, run.progress, run.o.out / "best.pt"
     if dist.is_initialized():
         dist.barrier()  # the first process writes best.pt, all read it
-    if "val" in run.splits and best.is_file():
+    if any("val" in splits for splits in run.sets.values()) and best.is_file():
         run.model.load_state_dict(load_checkpoint(best)["state"])
     result = {"model": o.model, "task": o.task, "split": "test", "data": o.data, "steps": o.steps, "seed": o.seed}
     result["parameters"] = sum(p.numel() for p in run.model.parameters())
     result["seconds"] = round(progress["seconds"], 1)
     result["examples_per_second"] = round(progress["examples"] / max(1e-9, progress["seconds"]), 1)
     result["chance"] = {}
-    for split in sorted(set(run.splits) & {"test", "compose"}, reverse=True):
-        metrics, chance = evaluate(run, run.splits[split])
-        say(table(f"{o.model} {o.task}, split {split}, {len(run.splits[split])} examples", metrics, chance))
+    for split in ("test", "compose", "detected"):
+        metrics, chance = evaluate(run, split)
+        if not metrics:
+            continue
+        count = sum(len(splits[split]) for splits in run.sets.values() if split in splits)
+        say(table(f"{o.model} {o.task}, split {split}, {count} examples", metrics, chance))
         prefix = "" if split == "test" else f"{split}_"
         result |= {prefix + name: round(float(value), 5) for name, value in metrics.items()}
         result["chance"] |= {prefix + name: round(float(value), 5) for name, value in chance.items()}
@@ -730,8 +986,8 @@ class Log:
         step, shown = self.run.progress["step"], []
         for name, value in metrics.items():
             beside = f" ({percent(chance[name])})" if name in chance else ""
-            if not name.startswith("accuracy_"):
-                shown.append(f"{name} {value:.3f}" if name.endswith("_loss") else f"{name} {percent(value)}{beside}")
+            if "accuracy_" not in name:
+                shown.append(f"{name} {value:.3f}" if name.endswith(PLAIN) else f"{name} {percent(value)}{beside}")
         say(f"step {step:5d}/{self.run.o.steps}  val: {', '.join(shown)}; {seconds:.0f} s")
         self.write({"step": step, "split": "val", **metrics, "chance": chance})
 
@@ -739,6 +995,9 @@ class Log:
         if self.run.rank == 0:
             with self.file.open("a") as file:
                 file.write(json.dumps(record, default=float) + "\n")
+
+
+PLAIN = ("_loss", "perplexity")  # metrics that are no share of anything
 
 
 def percent(share):
@@ -750,7 +1009,7 @@ def table(title, metrics, chance):
     """Metrics in a column, chance beside each."""
     lines = [f"\n{title}", f"  {'':24s} {'':>8s} {'chance':>8s}"]
     for name, value in metrics.items():
-        shown = f"{value:.4f}" if name.endswith("_loss") else percent(value)
+        shown = f"{value:.4f}" if name.endswith(PLAIN) else percent(value)
         lines.append(f"  {name:24s} {shown:>8s} {percent(chance[name]) if name in chance else '':>8s}".rstrip())
     return "\n".join(lines)
 
@@ -758,10 +1017,13 @@ def table(title, metrics, chance):
 def describe(run):
     """The final configuration, once."""
     o, size = run.o, sum(p.numel() for p in run.model.parameters())
-    counts = ", ".join(f"{name} {len(split)}" for name, split in run.splits.items())
-    each = run.splits["train"].lengths().mean(0)
     say(f"model    {o.model} {o.size}, {size / 1e6:.2f} M parameters: {run.model.config}")
-    say(f"data     {o.data}: {counts} examples; {each[0]:.1f} words and {each[1]:.1f} regions each")
+    for task, splits in run.sets.items():
+        counts = ", ".join(f"{name} {len(split)}" for name, split in splits.items())
+        each = splits["train"].lengths().mean(0)
+        say(
+            f"data     {task}, {splits['train'].name}: {counts} examples; {each[0]:.1f} words, {each[1]:.1f} regions each"
+        )
     say(f"run      {o.steps} steps of {o.batch_size} x {o.accumulate} x {run.world} examples, lr {o.lr:g}, seed {o.seed}, "
         f"{', '.join(run.objectives)}; {run.device}, {str(run.dtype).removeprefix('torch.')}; to {o.out}")  # fmt: skip
 
@@ -770,9 +1032,7 @@ def compare(results, out):
     """Mean and spread over seeds of each metric, a column a model; "tie" where the spread covers the difference.
     Printed, and written as comparison.json and comparison.md."""
     models = list(dict.fromkeys(r["model"] for r in results))
-    shares = dict.fromkeys(
-        n for r in results for n in r["chance"] if not n.startswith(("accuracy_", "compose_accuracy_"))
-    )
+    shares = dict.fromkeys(n for r in results for n in r["chance"] if "accuracy_" not in n)
     rows = {}
     for name in ["parameters", "examples_per_second", *shares]:
         values = {m: [r[name] for r in results if r["model"] == m and name in r] for m in models}
@@ -836,6 +1096,8 @@ def save_checkpoint(run, name):
         "progress": dict(run.progress),
         "tokenizer": run.tokenizer.to_str(),
         "answers": run.answers,
+        "patch": run.o.patch,
+        "grid": run.o.grid,
     }
     run.o.out.mkdir(parents=True, exist_ok=True)
     torch.save(content, run.o.out / (name + ".tmp"))
