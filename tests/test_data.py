@@ -486,6 +486,8 @@ BAD = [
     ({"image": "a.png", "text": "x"}, "vqa", "'answer' is missing"),
     ({**GOOD, "answer": {"red": "1"}}, "vqa", "'answer'"),
     ({**GOOD, "answer": {"red": 3}}, "ve", "'answer'"),
+    (GOOD, "ve", "'answer'.*entailment"),
+    ({**GOOD, "label": 0, "choices": ["a", "b"], "reasons": ["a", "b"]}, "vcr", "'reason'"),
     ({**GOOD, "split": "dev"}, "vqa", "'split'.*dev"),
     ({**GOOD, "boxes": [[0, 0, 9]]}, "vqa", "'boxes'"),
     ({**GOOD, "boxes": [[0, 0, 9, 99]]}, "vqa", "'boxes'.*outside"),
@@ -509,7 +511,7 @@ def test_bad_lines_are_named_in_one_line(own, cache, line, task, message):
         "nlvr2": {**GOOD, "label": True, "images": ["a.png", "a.png"]},
         "vcr": {**GOOD, "label": 0, "choices": ["a", "b"]},
     }
-    first |= {"refer": {**GOOD, "target": [0, 0, 40, 30]}}
+    first |= {"refer": {**GOOD, "target": [0, 0, 40, 30]}, "ve": {**GOOD, "answer": "neutral"}}
     good = dict(first.get(task, F if isinstance(line, dict) and line.get("features") else GOOD))
     if task == "nlvr2":
         del good["image"]
