@@ -67,6 +67,41 @@ def test_decoding_piece_by_piece_equals_decoding_at_once(name):
         torch.testing.assert_close(states, whole[:, start:stop], atol=1e-12, rtol=0)
 
 
+def test_decoding_written_out_without_a_cache():
+    batch = make_batch()
+    causal = common.attention_bias(torch.ones(3, 7, 7, dtype=torch.bool).tril(), torch.float64)
+    region_bias = common.attention_bias(batch.region_mask, torch.float64)
+    model = make("uniter")  # one sequence, words first: words see regions and earlier words, regions see regions
+    x = torch.cat([model.embed_text(batch), model.embed_regions(batch)], 1)
+    seen = torch.zeros(3, 12, 12, dtype=torch.bool)
+    seen[:, :7, :7] = torch.ones(7, 7, dtype=torch.bool).tril()
+    seen[:, :, 7:] = batch.region_mask[:, None]
+    for layer in model.layers:
+        x = layer(x, common.attention_bias(seen, torch.float64))
+    torch.testing.assert_close(model.decode(batch), x[:, :7], atol=1e-12, rtol=0)
+    model = make("lxmert")
+    words, areas = model.embed_text(batch), model.embed_regions(batch)
+    for layer in model.language_layers:
+        words = layer(words, causal)
+    for layer in model.relation_layers:
+        areas = layer(areas, region_bias)
+    for layer in model.cross_layers:
+        words, areas = layer.text(layer.cross(words, areas, region_bias), causal), layer.regions(areas, region_bias)
+    torch.testing.assert_close(model.decode(batch), words, atol=1e-12, rtol=0)
+    model = make(
+        "vilbert"
+    )  # text layers 0 and 1; then co-attention, region layer, text layer, twice (config.connections)
+    words, areas = model.embed_text(batch), model.embed_regions(batch)
+    whole = common.attention_bias(torch.nn.functional.pad(batch.region_mask, (1, 0), value=True), torch.float64)
+    for i in (0, 1):
+        words = model.text_layers[i](words, causal)
+    for i, layer in enumerate(model.connections):
+        words = layer.text_feed_forward(layer.text_reads(words, areas, whole))
+        areas = model.region_layers[i](layer.region_feed_forward(areas), whole)
+        words = model.text_layers[2 + i](words, causal)
+    torch.testing.assert_close(model.decode(batch), words, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_no_word_sees_a_later_one_but_all_see_the_regions(name):
     model, batch = make(name), make_batch()
@@ -96,7 +131,8 @@ def test_states_computed_apart_change_nothing(name):
 class Toy:
     """A language model of four pieces (0 the end, 1 the beginning) whose chances depend on all pieces so far."""
 
-    table = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
+    def __init__(self, seed):
+        self.table = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
 
     def decode(self, batch, cache):
         states = []
@@ -118,21 +154,21 @@ class Toy:
 
 def test_enough_beams_find_the_likeliest_of_all_texts_and_one_beam_is_greedy():
     batch = dataclasses.replace(make_batch(rows=2), text=torch.zeros(2, 1, dtype=torch.long))
-    toy = Toy()
     ended = [(*t, 0) for n in range(4) for t in itertools.product((1, 2, 3), repeat=n)]
-    texts = ended + list(itertools.product((1, 2, 3), repeat=4))
-    best = max(texts, key=toy.chance)
-    found = common.generate(toy, batch, first=1, last=0, beams=250, most=4, cached=False)
-    assert found == [[p for p in best if p]] * 2
-    greedy, past = [], [1]
-    for _ in range(4):
-        piece = int(toy.table[tuple(([0, 0, 0] + past)[-3:])].argmax())
-        past.append(piece)
-        if piece == 0:
-            break
-        greedy.append(piece)
-    assert common.generate(toy, batch, first=1, last=0, beams=1, most=4, cached=False) == [greedy] * 2
-    assert toy.chance(best) > toy.chance([*greedy, 0][:4])  # else the search would have nothing to find
+    texts, lengths, better = ended + list(itertools.product((1, 2, 3), repeat=4)), set(), 0
+    for toy in map(Toy, range(12)):
+        best = max(texts, key=toy.chance)
+        found = common.generate(toy, batch, first=1, last=0, beams=250, most=4, cached=False)
+        assert found == [[p for p in best if p]] * 2
+        greedy = []
+        while len(greedy) < 4 and 0 not in greedy:
+            past = ([0, 0, 0, 1] + greedy)[-3:]
+            greedy.append(int(toy.table[tuple(past)].argmax()))
+        found = common.generate(toy, batch, first=1, last=0, beams=1, most=4, cached=False)
+        assert found == [[p for p in greedy if p]] * 2
+        lengths.add(len(best))
+        better += toy.chance(best) > toy.chance(greedy) + 1e-9
+    assert len(lengths) > 2 and better  # or the search had nothing to find
 
 
 @pytest.mark.parametrize("name", PAPERS)
