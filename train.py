@@ -77,7 +77,7 @@ def parse(argv=None):
     add("--resume", action="store_true", help="go on from DIR/checkpoint.pt, exactly where it stopped")
     add("--out", metavar="DIR", help="folder for checkpoint, log and result (default: out/MODEL-TASK)")
     add("--steps", type=int, help="optimizer steps (default: about five minutes on two CPU cores)")
-    add("--batch-size", type=int, help="examples in one forward pass of one process (default: 64 over all processes)")
+    add("--batch-size", type=int, help="examples in one forward pass of one process (default: about 64 rows over all)")
     add("--accumulate", type=int, default=1, help="forward passes of one process in an optimizer step")
     add("--lr", type=float, help="peak learning rate (default: by size and task)")
     add("--warmup", type=float, default=0.1, help="part of the steps in which the rate rises")

@@ -581,6 +581,10 @@ def test_each_task_alone_from_a_pretrained_model(task, folder, monkeypatch, caps
     if task == "retrieval":  # zero-shot at step 0, before any training: what the matching head says
         first = json.loads((folder / "retrieval/log.jsonl").read_text().splitlines()[0])
         assert first["step"] == 0 and 0 <= first["text_to_image_r10"] <= 1 and first["chance"]["text_to_image_r10"] > 0
+    if task == "caption":  # the best weights are those of the lowest perplexity
+        log = [json.loads(line) for line in (folder / "caption/log.jsonl").read_text().splitlines()]
+        best = min((line for line in log if "perplexity" in line), key=lambda line: line["perplexity"])
+        assert train.load_checkpoint(folder / "caption/best.pt")["progress"]["step"] == best["step"] > 0
     if task == "vqa":
         picture = folder / "0.png"
         data.draw_scene(data.make_scene(0, "test", 0)).save(picture)
