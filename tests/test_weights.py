@@ -225,8 +225,9 @@ def test_official_files_at_full_size_load_save_and_load(file, tmp_path, capsys):
     for name in state:
         if name.endswith("mask_embedding.weight"):
             state[name] = torch.stack([torch.zeros(2048), state[name][1]])  # (F,), (F,) -> (2, F)
-    for turn, saved in enumerate([state, None]):
-        torch.save(saved or back, tmp_path / "weights.pth")
+    back = state
+    for turn in ("first", "second"):
+        torch.save(back, tmp_path / "weights.pth")
         checkpoint = checkpoint_of(tmp_path / "weights.pth", model)
         expected = paper.Config(**sizes)
         assert paper.Config(**checkpoint["config"]) == expected, turn
