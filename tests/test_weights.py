@@ -188,6 +188,34 @@ def test_bert_base_has_the_sizes_of_the_papers():
     assert uniter.sizes_of(state, {"num_attention_heads": 16})["attention_heads"] == 16
 
 
+HEADS = {"num_attention_heads": 4, "v_num_attention_heads": 4, "bi_num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ("uniter", {"heads": ("nlvr2",), "nlvr2": "paired-attention", "types": 3}),
+        ("uniter", {"heads": ("nlvr2",), "nlvr2": "paired"}),
+        ("uniter", {"heads": ("nlvr2",), "nlvr2": "triplet"}),
+        ("uniter", {"heads": ("refer",), "refer_layers": 2}),
+        ("vilbert", {"dynamic_attention": True, "task_tokens": 6, "max_positions": 40}),
+        ("vilbert", {"connections": ((0, 1), (1, 3)), "visual_layers": 2}),
+        ("lxmert", {"cross_layers": 1, "relation_layers": 2, "language_layers": 3, "types": 1}),
+    ],
+)
+def test_every_size_that_the_names_tell_is_found(model, changes):
+    """What ViLBERT's names do not tell, heads and connections, stands in its config.json."""
+    paper = train.PAPERS[model][0]
+    expected = paper.Config(**{**paper.PRESETS["tiny"], "vocab_size": 20, "feature_size": 6, **changes})
+    with torch.device("meta"):
+        state = getattr(paper, train.PAPERS[model][1])(expected).state_dict()
+    config = dict(HEADS)
+    if model == "vilbert":
+        config["v_biattention_id"], config["t_biattention_id"] = zip(*expected.connections, strict=True)
+    found = paper.sizes_of(paper.to_official(state), config)
+    assert paper.Config(**found | {"heads": expected.heads, "dropout": 0.0}) == expected
+
+
 # ---- the official checkpoints --------------------------------------------------------------------------------------
 
 TASKS = ("mlm", "mrc", "itm", "vqa", "rank", "refer", "word")
@@ -420,6 +448,13 @@ def test_the_answers_of_lxmert_keep_their_rows(capsys):
     state = make("lxmert", heads=("vqa",))
     known = ["two", "2", "yes"]  # one answer to the paper, two to us: under the same list nothing moves
     assert torch.equal(fitted("lxmert", state, state, known, known)["heads.vqa.3.weight"], state["heads.vqa.3.weight"])
+    file = {"state": lxmert.to_official(make("lxmert", heads=("qa",))), "answers": ["yes", "no", "2"], "kind": "lxmert"}
+    found = train.fitting(
+        options("x.pth", "lxmert"), own, file, ["no", "cat", "yes", "two"]
+    )  # of the official file too
+    weight = file["state"]["answer_head.logit_fc.3.weight"]
+    assert torch.equal(found["heads.vqa.3.weight"], torch.stack([weight[1], zero, weight[0], weight[2]]))
+    state = make("lxmert", heads=("qa",))
     with pytest.raises(train.Stop, match="3 rows, the list of answers 2"):
         fitted("lxmert", state, own, known=["yes", "no"], wanted=["yes"])
 
@@ -493,6 +528,17 @@ def test_safetensors_are_read_as_its_authors_write_them(tmp_path):
     assert set(read) == set(state)
     for name, tensor in state.items():
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
+
+
+def test_a_tensor_may_begin_at_an_odd_byte(tmp_path):
+    """Older writers did not sort by the size of the numbers. And what was read no longer depends on the file."""
+    entries = {"a": tensor(0, 3, [3], "U8"), "b": tensor(3, 11, [2])}
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(safetensors(entries, bytes([1, 2, 3]) + struct.pack("<2f", 0.5, -4.0)))
+    read = train.read_safetensors(path)
+    with path.open("r+b") as file:
+        file.truncate(0)
+    assert read["a"].tolist() == [1, 2, 3] and read["b"].tolist() == [0.5, -4.0]
 
 
 def safetensors(header, numbers=bytes(24)):
