@@ -831,7 +831,7 @@ def describe(run):
     o, size = run.o, sum(p.numel() for p in run.model.parameters())
     counts = ", ".join(f"{name} {len(split)}" for name, split in run.splits.items())
     each = run.splits["train"].lengths().mean(0)
-    say(f"model    {o.model} {o.size}, {size / 1e6:.2f} M parameters: {run.model.config}")
+    say(f"model    {o.model} {'as in --init' if o.init else o.size}, {size / 1e6:.2f} M parameters: {run.model.config}")
     say(f"data     {o.data}: {counts} examples; {each[0]:.1f} words and {each[1]:.1f} regions each")
     say(f"run      {o.steps} steps of {o.batch_size} x {o.accumulate} x {run.world} examples, lr {o.lr:g}, seed {o.seed}, "
         f"{', '.join(run.objectives)}; {run.device}, {str(run.dtype).removeprefix('torch.')}; to {o.out}")  # fmt: skip
