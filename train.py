@@ -65,7 +65,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv=None):
-    """The command line. Where a default depends on the task or the size, it is None here and set by `settle`."""
+    """The command line. Where a default depends on the task or the size, it is None here and set by `settle`,
+    the learning rate by `default_rate`."""
     parser = Parser(description="Pretrain, fine-tune and compare UNITER, ViLBERT and LXMERT.", allow_abbrev=False)
 
     def add(name, **settings):
