@@ -419,3 +419,53 @@ def rename(name, rules):
     for old, new in rules:
         name = name.replace(old, new)
     return name
+
+
+def bert_names(state):
+    """BERT's own state dict under the names `bert.embeddings...`, `bert.encoder...`, `bert.pooler...`, `cls...`.
+
+    Takes away `module.`; turns UNITER's `uniter.` for `bert.` back; puts `bert.` where a bare BertModel was saved.
+    KeyError if it holds no BERT: RoBERTa, DistilBERT and others have their own prefixes or layers.
+    """
+    out = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("module.").replace("uniter.", "bert.")
+        out["bert." * name.startswith(("embeddings.", "encoder.", "pooler.")) + name] = tensor
+    for name in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.self.query.weight"):
+        if name not in out:
+            raise KeyError(name)
+    return out
+
+
+def shape_of(state, ending, default=None):
+    """The shape of the one parameter whose name ends in `ending`, whatever stands before it; else `default`.
+    KeyError without either."""
+    found = next((tuple(tensor.shape) for name, tensor in state.items() if name.endswith(ending)), default)
+    if found is None:
+        raise KeyError(ending)
+    return found
+
+
+def count_layers(state, stack):
+    """How many layers a state dict has under `stack`, e.g. "encoder.layer.": the different numbers that follow it."""
+    return len({name.split(stack, 1)[1].split(".")[0] for name in state if stack in name})
+
+
+def text_sizes(state, config):
+    """The Config fields that every one of the official state dicts, and BERT's, determines: those of the text.
+
+    config: what the file's config.json says, {} without one. The number of heads is in no weight: it is taken from
+    there, else heads are 64 wide, as in every published size but MiniLM's. ValueError if the width does not allow it.
+    """
+    vocab_size, hidden = shape_of(state, "embeddings.word_embeddings.weight")
+    heads = config.get("num_attention_heads", hidden // 64 if hidden % 64 == 0 else 0)
+    if type(heads) is not int or heads < 1 or hidden % heads:
+        raise ValueError(f"{hidden} wide with {heads or 'an unknown number of'} heads; put its config.json beside it")
+    return {
+        "vocab_size": vocab_size,
+        "hidden": hidden,
+        "attention_heads": heads,
+        "intermediate": shape_of(state, "encoder.layer.0.intermediate.dense.weight")[0],
+        "max_positions": shape_of(state, "embeddings.position_embeddings.weight")[0],
+        "types": shape_of(state, "embeddings.token_type_embeddings.weight")[0],
+    }

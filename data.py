@@ -1160,10 +1160,14 @@ def read_tokenizer(path):
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             tokenizer = tokenizer_from_json(text)
+            tokenizer.no_padding(), tokenizer.no_truncation()  # which some files ask for; lengths are a batch's affair
         else:
             pieces = text.rstrip("\n").split("\n")
             cased = any(piece != piece.lower() for piece in pieces if not piece.startswith("["))
             tokenizer = wordpiece({piece.strip(): i for i, piece in enumerate(pieces)}, lowercase=not cased)
+            tokenizer.add_special_tokens(
+                [piece for piece in SPECIALS if piece in pieces]
+            )  # whole, where a text has them
     except Exception as error:  # noqa: BLE001 (tokenizers raises plain Exception)
         raise DataError(f"{path}: not a tokenizer ({error}); give a BERT vocab.txt or a tokenizer.json") from None
     right = all(tokenizer.token_to_id(name) is not None for name in SPECIALS) and tokenizer.token_to_id("[PAD]") == 0

@@ -34,12 +34,15 @@ from common import (
     at,
     attention_bias,
     centre_boxes,
+    count_layers,
     cross_entropy,
     initialise,
     mlp,
     prefix_mask,
     rename,
+    shape_of,
     soft_answer_loss,
+    text_sizes,
 )
 
 # ---- configuration ---------------------------------------------------------------------------------------------
@@ -525,8 +528,13 @@ HUGGING_FACE = [  # (official, Hugging Face), in this order, on top of the offic
 
 
 def to_official(state):
-    """Our state dict under the official names, tied matrices listed twice, as the official code saves them."""
+    """Our state dict under the official names, tied matrices listed twice, as the official code saves them.
+
+    ValueError for two of the heads vqa, ve and nlvr2: officially they have one name.
+    """
     out = {rename(name, OFFICIAL): tensor for name, tensor in state.items()}
+    if len(out) < len(state):
+        raise ValueError("heads vqa, ve and nlvr2 share one official name: export them from several models")
     if "cls.predictions.bias" in out:
         out["cls.predictions.decoder.weight"] = out["bert.embeddings.word_embeddings.weight"]
     if any(name.startswith("logit_fc.") for name in out):  # fine-tuned
@@ -558,6 +566,28 @@ def from_official(state, names):
     return {ours[n]: t for n, t in given.items() if n in ours}, [n for n in given if n not in ours]
 
 
+FROM_BERT = ("text_embedding.", "language_layers.", "pooler.")  # what BERT's weights must supply
+
+
+def sizes_of(state, config):
+    """Config fields that an official or Hugging Face state dict, or BERT's, determines. BERT's first layers become the
+    language layers (9 of 12), its pooler, masked-word and next-sentence heads their namesakes here; its other layers
+    are not used, and the rest starts at random (official `--fromScratch` off). The paper's 9, 5 and 5 layers are
+    three quarters and five twelfths of BERT-base's 12: other BERTs are divided alike.
+
+    config: as in `common.text_sizes`. KeyError names what is lacking, ValueError tells why.
+    """
+    sizes, depth = text_sizes(state, config), count_layers(state, "encoder.layer.")
+    if any("visn_fc." in name for name in state):
+        stacks = depth, count_layers(state, "encoder.r_layers."), count_layers(state, "encoder.x_layers.")
+        sizes["feature_size"] = shape_of(state, "visn_fc.visn_fc.weight")[1]  # (C, F)
+        sizes["classes"] = 1 + shape_of(state, "decoder_dict.obj.weight", (Config.classes - 1,))[0]
+        sizes["attributes"] = shape_of(state, "decoder_dict.attr.weight", (Config.attributes,))[0]
+    else:
+        stacks = max(1, depth * 3 // 4), max(1, depth * 5 // 12), max(1, depth * 5 // 12)
+    return sizes | dict(zip(("language_layers", "relation_layers", "cross_layers"), stacks, strict=True))
+
+
 SPELLING = {word: str(i) for i, word in enumerate(("one", "two", "three", "four", "five", "six", "seven"), start=1)}
 SPELLING |= {"eight": "8", "nine": "9", "ten": "10", "grey": "gray"}
 
@@ -581,3 +611,22 @@ def transfer_answers(weight, bias, known, wanted):
     rows = torch.tensor([place.get(normalize_lxmert_answer(answer), -1) for answer in wanted], device=weight.device)
     found = rows >= 0
     return weight[rows] * found[:, None], bias[rows] * found  # row -1 is read, then zeroed
+
+
+def transfer_answer_head(state, names, known, wanted):
+    """Our state dict with its answer head, vqa or qa, as the model has it whose names are `names` (the official code's
+    `load_lxmert_qa`): pretraining's head becomes that of VQA; the rows of its last layer follow `transfer_answers`.
+
+    known: the answers of the state's rows; wanted: the model's. Unchanged where there is nothing to do. ValueError if
+    the head has another number of rows than `known`.
+    """
+    kind = next((head for head in ("vqa", "qa") if f"heads.{head}.3.weight" in state), None)
+    head = next((head for head in ("vqa", "qa") if f"heads.{head}.3.weight" in names), None)
+    if None in (kind, head) or (kind, known) == (head, wanted):
+        return state
+    weight, bias = state[f"heads.{kind}.3.weight"], state[f"heads.{kind}.3.bias"]
+    if len(known) != len(weight):
+        raise ValueError(f"its answer head has {len(weight)} rows, the list of answers {len(known)}")
+    weight, bias = transfer_answers(weight, bias, [normalize_lxmert_answer(answer) for answer in known], wanted)
+    state = {n.replace(f"heads.{kind}.", f"heads.{head}."): t for n, t in state.items()}
+    return state | {f"heads.{head}.3.weight": weight, f"heads.{head}.3.bias": bias}

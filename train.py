@@ -19,10 +19,10 @@ import itertools
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -45,6 +45,12 @@ PAPERS = {
 }
 OBJECTIVE = {"retrieval": "rank"}  # of the tasks whose objective has another name
 DOWNSTREAM = {OBJECTIVE.get(task, task) for task in data.TASKS} - {"pretrain", "vqa"}
+# by this a state dict under official names is known; a BERT has none of these
+MARKS = {"uniter": "img_embeddings.", "vilbert": "v_embeddings.", "lxmert": "visn_fc."}
+ANSWER_HEADS = ("heads.vqa.", "heads.qa.")
+HUGGING_FACE = {"model_type": ("bert", "lxmert"), "hidden_act": ("gelu",)}  # what a config.json may say, if it does
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 MASKED_WORDS, MASKED_REGIONS, PAIRS = {"mlm"}, {"mrfr", "mrc", "mrc_kl", "attr", "nce"}, {"itm", "wra"}
 
 # ---- options ---------------------------------------------------------------------------------------------------
@@ -62,7 +68,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv=None):
-    """The command line. Where a default depends on the task or the size, it is None here and set by `settle`."""
+    """The command line. Where a default depends on the task or the size, it is None here and set by `settle`,
+    the learning rate by `default_rate`."""
     parser = Parser(description="Pretrain, fine-tune and compare UNITER, ViLBERT and LXMERT.", allow_abbrev=False)
 
     def add(name, **settings):
@@ -73,13 +80,17 @@ def parse(argv=None):
     add("--task", default="pretrain", help=f"{', '.join(data.TASKS)}; several, a,b,c, train together")
     add("--data", default="scenes", help="scenes (built in) or a .jsonl file of your own; one for each task: a,b,c")
     add("--size", default="tiny", choices=["tiny", "base", "large"], help="preset of layer sizes")
-    add("--init", metavar="CKPT", help="start from this checkpoint; {model} and {seed} in the name are filled in")
+    add("--init", metavar="FILE", help="start from these weights: a checkpoint, BERT's, an official file or its folder; "
+        "{model} and {seed} in the name are filled in")  # fmt: skip
+    add("--fresh", action="store_true", help="take sizes and tokenizer of --init, but leave the weights at random")
+    add("--partial", action="store_true", help="accept an --init that lacks tensors of the trunk; they stay at random")
+    add("--export-official", metavar="FILE", help="at the end write the best weights under the official names")
     add("--resume", action="store_true", help="go on from DIR/checkpoint.pt, exactly where it stopped")
     add("--out", metavar="DIR", help="folder for checkpoint, log and result (default: out/MODEL-TASK)")
     add("--steps", type=int, help="optimizer steps (default: about five minutes on two CPU cores)")
     add("--batch-size", type=int, help="examples in one forward pass of one process (default: about 64 rows over all)")
     add("--accumulate", type=int, default=1, help="forward passes of one process in an optimizer step")
-    add("--lr", type=float, help="peak learning rate (default: by size and task)")
+    add("--lr", type=float, help="peak learning rate (default: by the model's width)")
     add("--warmup", type=float, default=0.1, help="part of the steps in which the rate rises")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on weight matrices only")
     add("--clip", type=float, default=5.0, help="largest gradient norm")
@@ -116,6 +127,12 @@ def parse(argv=None):
         raise Stop(f"--data: give one source for all tasks or one each; --task has {len(tasks)}")
     if options.ablate == "text" and "caption" in tasks:
         raise Stop("--ablate text leaves captions nothing to learn; use --ablate image")
+    if (options.fresh or options.partial) and not options.init:
+        raise Stop(f"--{'fresh' if options.fresh else 'partial'} says how to use --init; give --init too")
+    if options.export_official and options.seeds > 1 and "{seed}" not in options.export_official:
+        raise Stop("--export-official: put {seed} into the name, or each seed overwrites the one before")
+    if options.export_official and options.model == "all" and "{model}" not in options.export_official:
+        raise Stop("--export-official: put {model} into the name, or each model overwrites the one before")
     return options
 
 
@@ -132,11 +149,12 @@ def settle(options, model_name, seed):
         o.steps = 9000 if o.data == "scenes" else 1000
     # scenes' captions have a dozen words, not thirty: with 0.15 too few are left to learn from in five minutes
     o.mask = o.mask or (0.3 if o.data == "scenes" else 0.15)
-    o.lr = o.lr or {"tiny": 1e-3, "base": 5e-5, "large": 3e-5}[o.size]
     rows = max({"nlvr2": 2, "vcr": 4, "retrieval": 3}.get(task, 1) for task in o.tasks)  # about 64 of them in a step
     o.batch_size = o.batch_size or max(1, 64 // rows // processes()[1])
     o.eval_every = o.eval_every or max(1, math.ceil(o.steps / 5))
-    o.init = o.init.format(model=model_name, seed=seed) if o.init else None
+    for name in ("init", "export_official"):
+        if given := getattr(o, name):
+            setattr(o, name, given.replace("{model}", model_name).replace("{seed}", str(seed)))
     return o
 
 
@@ -273,8 +291,10 @@ def drop_unfounded(objectives, dataset):
 def encode_texts(o, sets, checkpoint):
     """The tokenizer (the checkpoint's, a file's, or trained on the training texts); gives every split its tokens."""
     every = [split for splits in sets.values() for split in splits.values()]
-    if checkpoint:
+    if checkpoint and checkpoint["tokenizer"]:
         tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
+    elif checkpoint and not o.vocab:
+        raise Stop(f"{o.init}: no tokenizer.json or vocab.txt beside it; give --vocab those word pieces")
     else:
         # scenes: from the texts of all tasks, whatever the task, so that a pretrained model can be given any later
         text = data.load("scenes", "pretrain", "train", o.limit).text + data.scene_texts() if "scenes" in o.data else []
@@ -421,19 +441,23 @@ def heads_of(paper, objectives):
 def build(run, checkpoint):
     """The model: from a checkpoint's config with this run's heads, or from the preset and the data's own sizes."""
     o, paper, store = run.o, run.paper, run.splits["train"].store
+    known, words = {"feature_size": store.width}, run.tokenizer.get_vocab_size()
+    known |= {"classes": store.classes} if store.classes else {}
+    known |= {"attributes": 1 + int(store.fields["attributes"].max())} if "attributes" in store.fields else {}
     if checkpoint is None:
-        sizes = {**paper.PRESETS[o.size], "vocab_size": run.tokenizer.get_vocab_size(), "feature_size": store.width}
-        sizes["classes"] = store.classes or 2
-        sizes["attributes"] = 1 + int(store.fields["attributes"].max()) if "attributes" in store.fields else 1
+        sizes = {**paper.PRESETS[o.size], "vocab_size": words, "classes": 2, "attributes": 1, **known}
     elif checkpoint["model"] != o.model:
         raise Stop(f"{o.init}: a checkpoint of {checkpoint['model']} does not fit --model {o.model}")
     else:
-        sizes = dict(checkpoint["config"])
-        if sizes["feature_size"] != store.width:
+        sizes = {"classes": 2, "attributes": 1, **checkpoint["config"]}
+        if sizes.get("feature_size", store.width) != store.width and not (o.partial or o.fresh):
             raise Stop(
                 f"{o.init}: trained on features of width {sizes['feature_size']}, {o.data} has {store.width}; "
-                "use the same kind of features, for pixels the same --patch"
+                "use the same kind of features, for pixels the same --patch, or --partial for a new projection"
             )
+        if words > sizes["vocab_size"]:
+            raise Stop(f"{o.init}: has {sizes['vocab_size']} words, the tokenizer {words}; give --vocab its own pieces")
+        sizes |= known
     if o.model == "uniter":
         types = 4 if "vcr" in o.tasks else 3 if "nlvr2" in o.tasks else 2
         sizes |= {"types": max(types, sizes.get("types", 2)), "nlvr2": o.nlvr2}
@@ -441,42 +465,73 @@ def build(run, checkpoint):
     if o.dropout is not None:
         sizes["dropout"] = o.dropout
     torch.manual_seed(o.seed)
-    model = getattr(paper, PAPERS[o.model][1])(paper.Config(**sizes))
-    if checkpoint:
+    try:
+        model = getattr(paper, PAPERS[o.model][1])(paper.Config(**sizes))
+    except (TypeError, ValueError) as error:
+        raise Stop(f"{o.init or o.model}: no model of these sizes: {error}") from None
+    if checkpoint and o.fresh:
+        say(f"init     {o.init}: its sizes and tokenizer only; all weights at random")
+    elif checkpoint:
         model.load_state_dict(fitting(o, model.state_dict(), checkpoint, run.answers))
     return model
 
 
 def fitting(o, own, checkpoint, answers):
-    """A full state for a model whose initial one is `own`: the checkpoint's tensors where name and shape agree.
+    """A full state for a model whose initial one is `own`: the file's tensors where name and shape agree.
 
-    Says what was loaded; Stop if anything but a head would stay at random. An answer head is kept only for the same
-    list of answers: its rows mean nothing under another one.
+    Says in five lines what was loaded, resized, left at random and ignored. Stop if anything but a head would stay at
+    random, save what BERT has nothing for (all but the paper's FROM_BERT) or what --partial permits. A head is loaded
+    whole or not at all; an answer head for the same list of answers only, as its rows mean nothing under another one,
+    but LXMERT's moves row by row.
     """
-    state, table, head = dict(checkpoint["state"]), "text_embedding.types.weight", "heads.{}.{}".format
-    if len(own[table]) > len(
-        state[table]
-    ):  # UNITER: the second picture's type starts as the picture's, VCR's as the text's
-        if "nlvr2" in o.tasks and len(state[table]) == 2:
-            state[table] = uniter.widen_types(state[table], 3, copy=1)
-        state[table] = uniter.widen_types(state[table], len(own[table]), copy=0)
-    for kind in ("weight", "bias"):
-        if head("rank", kind) not in state and head("itm", kind) in state:
+    paper, state, ignored, resized = PAPERS[o.model][0], checkpoint["state"], [], []
+    types, kind = "text_embedding.types.weight", checkpoint.get("kind")
+    try:
+        if kind:
+            state, ignored = paper.from_official(state, [*own, *(n.replace("heads.vqa.", "heads.qa.") for n in own)])
+        if o.model == "lxmert" and checkpoint["answers"]:
+            before = {id(tensor) for tensor in state.values()}
+            state = lxmert.transfer_answer_head(state, own, checkpoint["answers"], answers)
+            resized = [name for name in state if id(state[name]) not in before]
+        elif checkpoint["answers"] != answers:
+            ignored += [name for name in state if name.startswith(ANSWER_HEADS)]
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(ANSWER_HEADS)}
+        if o.model == "uniter" and types in state and len(state[types]) < len(own[types]):
+            table = state[types]
+            if "nlvr2" in o.tasks and len(table) == 2:  # the second picture's type starts as the picture's
+                table = uniter.widen_types(table, 3, copy=1)
+            state = {**state, types: uniter.widen_types(table, len(own[types]), copy=0)}  # VCR's as the text's
+            resized.append(types)
+        if "heads.rank.weight" in own and "heads.rank.weight" not in state and "heads.itm.weight" in state:
             # the log odds of a match; official UNITER takes row 1 alone (`rank_from_itm`), which ranks a bit otherwise
-            match = state[head("itm", kind)]
-            state[head("rank", kind)] = match[1:] - match[:1]  # (2, C) -> (1, C), (2,) -> (1,)
-    if checkpoint["answers"] != answers:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(("heads.vqa", "heads.qa"))}
+            for name in ("weight", "bias"):
+                match = state[f"heads.itm.{name}"]
+                state = {**state, f"heads.rank.{name}": match[1:] - match[:1]}  # (2, C) -> (1, C), (2,) -> (1,)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise Stop(f"{o.init}: {str(error).splitlines()[0]}") from None
     loaded = {name for name in own if name in state and state[name].shape == own[name].shape}
-    fresh, unused = sorted(set(own) - loaded), sorted(set(checkpoint["state"]) - loaded)
-    lost = [name for name in fresh if not name.startswith("heads.")]
-    if lost:
+    torn = {part(name) for name in set(own) - loaded if name.startswith("heads.")}
+    loaded = {name for name in loaded if part(name) not in torn}
+    fresh, ignored = sorted(set(own) - loaded), ignored + [name for name in state if name not in loaded]
+    lost = [n for n in fresh if not n.startswith("heads.") and n.startswith(paper.FROM_BERT if kind == "BERT" else "")]
+    if lost and not o.partial:
         raise Stop(
-            f"{o.init}: {len(lost)} tensors of the trunk are missing or of another shape, the first is {lost[0]}"
+            f"{o.init}: {len(lost)} tensors of the trunk are missing or of another shape, the first is {lost[0]}; "
+            "--partial leaves them at random"
         )
-    short = [", ".join(dict.fromkeys(".".join(n.split(".")[:2]) for n in names)) or "none" for names in (fresh, unused)]
-    say(f"init     {len(loaded)} tensors from {o.init}; at random: {short[0]}; not used: {short[1]}")
+    say(f"init     {o.init}: {f'weights of {kind}' if kind else 'a checkpoint'}")
+    for what, names in {"loaded": loaded, "resized": resized, "at random": fresh, "ignored": ignored}.items():
+        counts = Counter(map(part, sorted(names)))
+        parts = [f"{name} ({n})" for name, n in counts.items()]
+        say(f"         {what} {len(names)}: {', '.join(parts[:8]) or 'none'}{', ...' * (len(parts) > 8)}")
     return {name: state[name] if name in loaded else own[name] for name in own}
+
+
+def part(name):
+    """What a parameter belongs to: "layers", "heads.vqa"; of official names "cls.predictions", "bert.encoder.layer.9"."""
+    pieces = name.split(".")
+    trunk = pieces[0].endswith(("embedding", "layers", "connections", "pooler"))
+    return ".".join(pieces[: 1 if trunk else 4 if ".encoder." in name else 2])
 
 
 # ---- optimizer -------------------------------------------------------------------------------------------------
@@ -503,6 +558,12 @@ def learning_rate(step, peak, warmup, steps):
     if step < warmup:
         return peak * step / warmup
     return peak * (steps - step) / (steps - warmup) if step < steps else 1e-8
+
+
+def default_rate(width):
+    """Peak learning rate of a model so wide: the papers' for base and large, more for the narrow ones of --size tiny.
+    By the width, not by --size, as --init may bring any."""
+    return 1e-3 if width <= 256 else 5e-5 if width < 1024 else 3e-5
 
 
 def set_rate(optimizer, step, rate):
@@ -793,8 +854,8 @@ def train(o):
     device = pick_device(o.device)
     if o.resume and not last.is_file():
         raise Stop(f"--resume: there is no {last}; start without --resume, or give the --out of the stopped run")
-    o.init = last if o.resume else o.init
-    checkpoint = load_checkpoint(o.init) if o.init else None
+    o.init, o.fresh = (last, False) if o.resume else (o.init, o.fresh)
+    checkpoint = load_checkpoint(last) if o.resume else load_weights(o) if o.init else None
     objectives = objectives_of(o, paper) if o.task == "pretrain" else {OBJECTIVE.get(t, t): 1 for t in o.tasks}
     sources = o.data.split(",") * (len(o.tasks) if "," not in o.data else 1)
     sets = {task: read_data(o, objectives, task, source) for task, source in zip(o.tasks, sources, strict=True)}
@@ -806,6 +867,9 @@ def train(o):
     dtype = pick_dtype(o.dtype, device)
     run = Run(o, paper, objectives, splits, tokenizer, answers, device, dtype, rank, world, sets=sets)
     run.model = build(run, checkpoint).to(device)
+    o.lr = o.lr or default_rate(run.model.config.hidden)
+    if o.export_official:
+        official_state(run)  # stops here, not after hours, if the names do not allow it
     run.optimizer = make_optimizer(run.model, o.weight_decay)
     if o.resume:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -926,6 +990,9 @@ def finish(run):
         result["chance"] |= {prefix + name: round(float(value), 5) for name, value in chance.items()}
     if run.rank == 0:
         write(o.out / "result.json", json.dumps(result, indent=1) + "\n")
+        if o.export_official:
+            save(official_state(run), Path(o.export_official))
+            say(f"export   {o.export_official}: the weights of {o.model} under its official names")
     return result
 
 
@@ -1017,7 +1084,7 @@ def table(title, metrics, chance):
 def describe(run):
     """The final configuration, once."""
     o, size = run.o, sum(p.numel() for p in run.model.parameters())
-    say(f"model    {o.model} {o.size}, {size / 1e6:.2f} M parameters: {run.model.config}")
+    say(f"model    {o.model} {'as in --init' if o.init else o.size}, {size / 1e6:.2f} M parameters: {run.model.config}")
     for task, splits in run.sets.items():
         counts = ", ".join(f"{name} {len(split)}" for name, split in splits.items())
         each = splits["train"].lengths().mean(0)
@@ -1099,22 +1166,153 @@ def save_checkpoint(run, name):
         "patch": run.o.patch,
         "grid": run.o.grid,
     }
-    run.o.out.mkdir(parents=True, exist_ok=True)
-    torch.save(content, run.o.out / (name + ".tmp"))
-    os.replace(run.o.out / (name + ".tmp"), run.o.out / name)
+    save(content, run.o.out / name)
+
+
+def save(content, path):
+    """torch.save, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def official_state(run):
+    """The model's weights under its paper's official names, on the CPU. Stop if --export-official cannot hold them."""
+    if Path(run.o.export_official).is_dir():
+        raise Stop(f"--export-official {run.o.export_official}: is a folder; give a file name")
+    try:
+        return run.paper.to_official({name: tensor.cpu() for name, tensor in run.model.state_dict().items()})
+    except ValueError as error:
+        raise Stop(f"--export-official: {error}") from None
 
 
 def load_checkpoint(path):
     """A checkpoint of `save_checkpoint`, on the CPU. Stop if it is missing, damaged or something else."""
-    path = Path(path)
-    if not path.is_file():
-        raise Stop(f"{path}: no such checkpoint file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise Stop(f"{path}: not a checkpoint of train.py ({type(error).__name__})") from None
+    content = read_torch(Path(path))
     if not isinstance(content, dict) or not {"model", "config", "state", "tokenizer", "answers"} <= set(content):
         raise Stop(f"{path}: not a checkpoint of train.py (it lacks model, config, state, tokenizer or answers)")
+    return content
+
+
+def read_torch(path):
+    """What torch.save wrote, on the CPU, without running any code that the file may hold. Stop if that cannot be."""
+    if not path.is_file():
+        raise Stop(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # a failure is one line
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 (bytes that are no weights end in nearly every kind of error)
+        raise Stop(f"{path}: no weights, damaged, or more than weights ({type(error).__name__})") from None
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file: 8 bytes, the length n of the header, little-endian; n bytes of JSON,
+    {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}}; the numbers, from which offsets count.
+
+    The file is mapped, each tensor copied out of it once. Stop unless the tensors fill the file one after another,
+    without gap or overlap, each as long as its shape says. dtypes: SAFETENSORS.
+    """
+    if not path.is_file():
+        raise Stop(f"{path}: no such file")
+    tensors, end = {}, 0
+    try:
+        with path.open("rb") as file:
+            first, size = file.read(8), path.stat().st_size
+            length = int.from_bytes(first, "little")
+            if len(first) < 8 or length > size - 8:
+                raise ValueError("its header does not fit into it; was it cut off?")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        numbers = torch.from_numpy(np.memmap(path, np.uint8, "c", offset=8 + length))
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, (begin, stop) = entry["shape"], entry["data_offsets"]
+            if entry["dtype"] not in SAFETENSORS:
+                raise ValueError(f"{name} is of dtype {entry['dtype']}; known are {', '.join(SAFETENSORS)}")
+            if not all(type(number) is int and number >= 0 for number in (*shape, begin, stop)):
+                raise ValueError(f"{name} has a shape or offsets that are no whole numbers")
+            if begin != end:
+                raise ValueError(f"{name} begins at byte {begin}, but the tensor before it ends at {end}")
+            dtype, end = SAFETENSORS[entry["dtype"]], stop
+            if end > len(numbers):
+                raise ValueError(f"{name} ends at byte {end} of {len(numbers)}; was it cut off?")
+            if end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} has {end - begin} bytes for shape {shape}")
+            tensors[name] = numbers[begin:end].clone().view(dtype).view(shape)
+        if end != len(numbers):
+            raise ValueError(f"{len(numbers) - end} bytes belong to no tensor")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Stop(f"{path}: not a safetensors file ({error or type(error).__name__})") from None
+    return tensors
+
+
+def read_state(path):
+    """(content, state) of a weights file: what it holds, and the tensors in it by name. Stop if it holds none, or NaN."""
+    content = state = (read_safetensors if path.suffix == ".safetensors" else read_torch)(path)
+    for key in ("state", "model_state", "model_state_dict", "state_dict", "model"):  # some codes put it under one
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    state = state if isinstance(state, dict) else {}
+    state = {n: t for n, t in state.items() if isinstance(n, str) and isinstance(t, torch.Tensor)}
+    if not state or any(tensor.layout != torch.strided or tensor.is_meta for tensor in state.values()):
+        raise Stop(f"{path}: holds no weights; give a checkpoint, a state dict or a safetensors file")
+    # a sum is finite only if all its numbers are, and costs no memory
+    if wrong := [n for n, t in state.items() if t.is_floating_point() and not t.sum(dtype=torch.float32).isfinite()]:
+        raise Stop(f"{path}: {len(wrong)} tensors hold NaN or infinity, the first is {wrong[0]}")
+    return content, state
+
+
+def load_weights(o):
+    """The file or folder of --init as a checkpoint: one of `save_checkpoint`; or the weights of BERT, of an official
+    code or of Hugging Face, then with `kind` (BERT, or the model's name), `state` under the names found there and
+    `config` with the sizes found. tokenizer.json or vocab.txt, config.json and the answers beside the file are used.
+
+    Stop for anything else, for another model's weights and for numbers that are not finite.
+    """
+    path, paper = Path(o.init), PAPERS[o.model][0]
+    if path.is_dir():
+        names = [name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
+        if not names:
+            raise Stop(f"{path}: a folder without model.safetensors or pytorch_model.bin; give the file")
+        path = path / names[0]
+    content, state = read_state(path)
+    if {"model", "config", "state", "tokenizer", "answers"} <= set(content):
+        return content
+    kind = next((model for model, mark in MARKS.items() if any(mark in name for name in state)), "BERT")
+    if kind not in ("BERT", o.model):
+        raise Stop(f"{path}: holds weights of {kind}, which do not fit --model {o.model}")
+    config = read_json(path.with_name("config.json"), dict) or {}
+    for key, known in HUGGING_FACE.items():
+        if config.get(key, known[0]) not in known:
+            raise Stop(f"{path.with_name('config.json')}: {key} is {config[key]!r}, must be {' or '.join(known)}")
+    try:
+        state = common.bert_names(state) if kind == "BERT" else state
+        sizes = paper.sizes_of(state, config)
+    except KeyError as error:
+        raise Stop(f"{path}: no weights of BERT, UNITER, ViLBERT or LXMERT: it lacks {error.args[0]}") from None
+    except (TypeError, ValueError) as error:
+        raise Stop(f"{path}: {error}") from None
+    pieces = [p for name in ("tokenizer.json", "vocab.txt") if (p := path.with_name(name)).is_file()]
+    answers = [p for name in ("all_ans.json", "trainval_label2ans.json") if (p := path.with_name(name)).is_file()]
+    return {
+        "kind": kind,
+        "model": o.model,
+        "config": sizes,
+        "state": state,
+        "tokenizer": data.read_tokenizer(pieces[0]).to_str() if pieces and not o.vocab else None,
+        "answers": [a["ans"] if isinstance(a, dict) else a for a in read_json(answers[0], list)] if answers else [],
+    }
+
+
+def read_json(path, kind):
+    """A JSON file's content, None where there is no file. Stop if it is no JSON or no `kind` (dict, list)."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Stop(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, kind):
+        raise Stop(f"{path}: holds no {kind.__name__}")
     return content
 
 

@@ -31,13 +31,16 @@ from common import (
     at,
     attention_bias,
     centre_boxes,
+    count_layers,
     cross_entropy,
     initialise,
     mlp,
     optimal_transport,
     prefix_mask,
     rename,
+    shape_of,
     soft_answer_loss,
+    text_sizes,
 )
 
 # ---- configuration ---------------------------------------------------------------------------------------------
@@ -564,6 +567,26 @@ def from_official(state, names):
             given[name.replace(".out_proj.", ".output.")] = tensor
     ours = {rename(name, OFFICIAL): name for name in names}
     return {ours[n]: t for n, t in given.items() if n in ours}, [n for n in given if n not in ours]
+
+
+FROM_BERT = ("text_embedding.", "layers.", "pooler.")  # what BERT's weights must supply: all but regions and heads
+
+
+def sizes_of(state, config):
+    """Config fields that an official state dict, or BERT's, determines (section 3.1: the trunk starts as BERT, whole;
+    the masked-word head too). config: as in `common.text_sizes`. KeyError names what is lacking, ValueError tells why.
+    """
+    sizes = text_sizes(state, config) | {"layers": count_layers(state, "encoder.layer.")}
+    if any("img_embeddings." in name for name in state):
+        sizes["feature_size"] = shape_of(state, "img_embeddings.img_linear.weight")[1]  # (C, F)
+        sizes["classes"] = shape_of(state, "region_classifier.net.3.weight", (Config.classes,))[0]
+    if any(name.endswith("nlvr2_output.weight") for name in state):
+        wide = shape_of(state, "nlvr2_output.weight")[1] > sizes["hidden"]  # (2, 2C), of two vectors, or (2, C)
+        paired = any("attn1." in name for name in state)
+        sizes["nlvr2"] = "paired-attention" if paired else "paired" if wide else "triplet"
+    if any("re_output.3." in name for name in state):
+        sizes["refer_layers"] = 2
+    return sizes
 
 
 def widen_types(table, types, copy):

@@ -33,13 +33,16 @@ from common import (
     at,
     attention_bias,
     centre_boxes,
+    count_layers,
     cross_entropy,
     initialise,
     iou,
     mlp,
     prefix_mask,
     rename,
+    shape_of,
     soft_answer_loss,
+    text_sizes,
 )
 
 # ---- configuration ---------------------------------------------------------------------------------------------
@@ -688,3 +691,36 @@ def from_official(state, names):
             given[name] = tensor.flip(0) if name.startswith("cls.bi_seq_relationship.") else tensor
     ours = {rename(name, OFFICIAL): name for name in names}
     return {ours[n]: t for n, t in given.items() if n in ours}, [n for n in given if n not in ours]
+
+
+FROM_BERT = ("text_embedding.", "text_layers.")  # what BERT's weights must supply; its pooler has no place here
+
+
+def sizes_of(state, config):
+    """Config fields that an official state dict, or BERT's, determines (section 3.1: BERT is the text stream, with the
+    masked-word head; all else starts at random). BERT leaves the rest open, which then keeps the paper's proportions:
+    a visual stream half as deep and 4/3 as wide, in heads of 128, co-attention below the last text layers.
+
+    config: as in `common.text_sizes`. KeyError names what is lacking, ValueError tells why.
+    """
+    sizes = text_sizes(state, config) | {"layers": count_layers(state, "encoder.layer.")}
+    if any("v_embeddings." in name for name in state):
+        visual, features = shape_of(state, "v_embeddings.image_embeddings.weight")  # (C, F)
+        shared, depth = shape_of(state, "t_pooler.dense.weight")[0], count_layers(state, "encoder.v_layer.")
+        connected = count_layers(state, "encoder.c_layer.")
+        sizes["feature_size"] = features
+        sizes["visual_intermediate"] = shape_of(state, "encoder.v_layer.0.intermediate.dense.weight")[0]
+        sizes["classes"] = shape_of(state, "cls.imagePredictions.decoder.weight", (Config.classes,))[0]
+        sizes["gqa_answers"] = shape_of(state, "vil_prediction_gqa.logit_fc.3.weight", (Config.gqa_answers,))[0]
+        sizes["twelve_in_one"] = any("vil_prediction.logit_fc." in name for name in state)
+        sizes["task_tokens"] = shape_of(state, "embeddings.task_embeddings.weight", (0,))[0]
+        sizes["dynamic_attention"] = any("dyLinear_q." in name for name in state)
+    else:
+        depth = connected = max(1, sizes["layers"] // 2)
+        shared = visual = sizes["visual_intermediate"] = 128 * max(1, round(sizes["hidden"] / 96))
+    sizes |= {"visual_hidden": visual, "visual_layers": depth, "shared": shared}
+    sizes["visual_heads"] = config.get("v_num_attention_heads", max(1, visual // 128))
+    sizes["shared_heads"] = config.get("bi_num_attention_heads", max(1, shared // 128))
+    text = config.get("t_biattention_id", range(sizes["layers"] - connected, sizes["layers"]))
+    sizes["connections"] = tuple(zip(config.get("v_biattention_id", range(connected)), text, strict=True))
+    return sizes
