@@ -5,11 +5,14 @@
     python train.py --model uniter --task vqa --data my.jsonl         your own pictures and questions
     python train.py --model all --task vqa --seeds 3                  compare the models, with the spread over seeds
     torchrun --nproc_per_node=2 train.py --model uniter               several processes, the same gradients
+    python train.py --model uniter --objectives mlm,mrfr,mrc_kl,itm,itc --rerank 20    retrieval in two stages
+    python train.py --model uniter --config layers=1 --teacher out/uniter-pretrain/best.pt    a smaller student
 
-Read top to bottom: options, device and processes, data, model, optimizer, evaluation, loop, files, main.
+Read top to bottom: options, device and processes, data, model, optimizer, distillation, evaluation, loop, files, main.
 Every mean in a loss is a mean over the whole step, whatever its split: `--accumulate 2` in one process and
 `--accumulate 1` in two give the same gradients, because each part is weighted by its share of the masked words,
-masked regions or rows.
+masked regions or rows. One exception: the objective itc contrasts each pair with those of the same forward pass, in
+all processes. Two processes equal one with the double batch, but `--accumulate 2` has half as many negatives.
 """
 
 import argparse
@@ -42,6 +45,7 @@ PAPERS = {
 }
 TASKS = ("pretrain", "vqa")
 MASKED_WORDS, MASKED_REGIONS, PAIRS = {"mlm"}, {"mrfr", "mrc", "mrc_kl", "attr", "nce"}, {"itm", "wra"}
+DISTILL = {"logits": (), "attention": ("attention_kl", "attention_mse"), "hidden": ("hidden",)}  # and their losses
 
 # ---- options ---------------------------------------------------------------------------------------------------
 
@@ -81,6 +85,18 @@ def parse(argv=None):
     add("--clip", type=float, default=5.0, help="largest gradient norm")
     add("--dropout", type=float, help="dropout of the trunk (default: by size)")
     add("--objectives", help="pretraining objectives, a,b,c (default: the paper's own)")
+    add(
+        "--contrast",
+        default="infonce",
+        choices=["infonce", "hinge", "sigmoid", "dcl"],
+        help="the loss of objective itc",
+    )
+    add("--temperature", default="learned", help="of itc: learned, a number, or FIRST:LAST, half a cosine over the run")
+    add("--teacher", metavar="CKPT", help="a trained model to learn from; {model} and {seed} are filled in")
+    add("--distill", default="logits", help="what of the teacher, a,b,c: logits, attention, hidden")
+    add("--rerank", type=int, metavar="K", help="retrieval in two stages after the test: itc's best K, ranked by itm")
+    add("--pool", type=int, default=500, help="pictures, with a caption each, that --rerank searches")
+    add("--config", nargs="+", default=[], metavar="NAME=JSON", help="sizes in place of the preset's, as layers=1")
     add("--mask", type=float, help="share of the words that pretraining masks (default: 0.15; on scenes 0.3)")
     add("--ablate", choices=["text", "image"], help="take the words or the picture away, to see what the rest is worth")
     add("--limit", type=int, help="use only the first N training examples")
@@ -97,7 +113,24 @@ def parse(argv=None):
     for name, value in vars(options).items():
         if type(value) is int and value < (0 if name in ("steps", "seed") else 1):
             raise Stop(f"--{name.replace('_', '-')} is {value}; it must be positive")
+    for part in options.distill.split(","):
+        if part not in DISTILL:
+            raise Stop(f"--distill: {part!r} is none of {', '.join(DISTILL)}")
+    temperatures(options.temperature)
     return options
+
+
+def temperatures(text):
+    """--temperature as (first, last), or None for "learned". Stop for anything else, or outside 0.01..1."""
+    if text == "learned":
+        return None
+    try:
+        first, last = map(float, text.split(":") if ":" in text else (text, text))
+    except ValueError:
+        raise Stop(f"--temperature {text}: learned, a number such as 0.07, or two such as 0.2:0.05") from None
+    if not (0.01 <= min(first, last) and max(first, last) <= 1.0):
+        raise Stop(f"--temperature {text}: it must lie between 0.01 and 1")
+    return first, last
 
 
 def settle(options, model_name, seed):
@@ -116,6 +149,7 @@ def settle(options, model_name, seed):
     o.batch_size = o.batch_size or max(1, 64 // processes()[1])
     o.eval_every = o.eval_every or max(1, math.ceil(o.steps / 5))
     o.init = o.init.format(model=model_name, seed=seed) if o.init else None
+    o.teacher = o.teacher.format(model=model_name, seed=seed) if o.teacher else None
     return o
 
 
@@ -187,6 +221,9 @@ class Run:
     world: int
     model: torch.nn.Module = None
     optimizer: torch.optim.Optimizer = None
+    teacher: torch.nn.Module = None
+    teacher_paper: object = None
+    soft: tuple = ()  # objectives whose scores the teacher has too
     progress: dict = field(default_factory=lambda: {"step": 0, "seconds": 0.0, "examples": 0, "best": -math.inf})
 
     def autocast(self):
@@ -202,6 +239,7 @@ def objectives_of(o, paper):
     default, joined = paper.PRETRAINING["objectives"], [n for ns in paper.PRETRAINING["joined"].values() for n in ns]
     known = {
         **{n: 1 for n in sorted((MASKED_WORDS | MASKED_REGIONS | PAIRS | {"qa"}) & set(paper.OBJECTIVES))},
+        "itc": 2,  # as often as itm, the other objective that sees whole pairs
         **default,
     }
     known |= dict.fromkeys(joined, 0)
@@ -211,6 +249,8 @@ def objectives_of(o, paper):
             raise Stop(f"--objectives: {o.model} has no pretraining objective {name!r}; it has {', '.join(known)}")
     if "wra" in names and "itm" not in names:
         raise Stop("--objectives: wra needs the pairs of itm; write itm,wra")
+    if o.rerank and not {"itm", "itc"} <= {*names}:
+        raise Stop("--rerank: the first stage needs objective itc, the second itm; write --objectives ...,itm,itc")
     return {name: known[name] for name in names}
 
 
@@ -338,14 +378,38 @@ def build(run, checkpoint):
                 f"{o.init}: trained on features of width {sizes['feature_size']}, {o.data} has {store.width}; "
                 "use the same kind of features, for pixels the same --patch"
             )
-    sizes |= {"heads": heads_of(paper, run.objectives), "answers": max(1, len(run.answers))}
+    sizes |= {"heads": heads_of(paper, run.objectives), "answers": max(1, len(run.answers)), "contrast": o.contrast}
+    if run.teacher and "hidden" in o.distill.split(","):
+        theirs = run.teacher.config
+        sizes["heads"] = (*sizes["heads"], "hidden")
+        sizes["teacher_widths"] = (theirs.hidden, getattr(theirs, "visual_hidden", theirs.hidden))
+    sizes |= read_sizes(o, paper)
     if o.dropout is not None:
         sizes["dropout"] = o.dropout
     torch.manual_seed(o.seed)
-    model = getattr(paper, PAPERS[o.model][1])(paper.Config(**sizes))
+    try:
+        model = getattr(paper, PAPERS[o.model][1])(paper.Config(**sizes))
+    except ValueError as error:  # sizes that do not fit together
+        raise Stop(f"--config {' '.join(o.config)}: {error}") from None
     if checkpoint:
         model.load_state_dict(fitting(o, model.state_dict(), checkpoint, run.answers))
     return model
+
+
+def read_sizes(o, paper):
+    """--config as {name: value}. Stop for a name that the model's Config lacks or a value of another type."""
+    sizes, known = {}, asdict(paper.Config())
+    for text in o.config:
+        name, _, value = text.partition("=")
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise Stop(f"--config {text}: write NAME=JSON, as layers=1 or connections=[[0,1]]") from None
+        value = tuple(value) if isinstance(value, list) else value
+        if name not in known or type(value) is not type(known[name]):
+            raise Stop(f"--config {text}: {o.model} has {', '.join(f'{n}={v}' for n, v in known.items())}")
+        sizes[name] = value
+    return sizes
 
 
 def fitting(o, own, checkpoint, answers):
@@ -410,6 +474,11 @@ def set_rate(optimizer, step, rate):
 
 def items(paper, name, batch):
     """How many items the mean of an objective's loss runs over."""
+    if name.endswith("_soft") and name.removesuffix("_soft") in MASKED_REGIONS:
+        return len(batch.region_index)
+    name = name.removesuffix("_soft")
+    if name == "itc":
+        return len(batch.pair_index)
     if name in MASKED_WORDS:
         return len(batch.word_index)
     if name in paper.PRETRAINING.get("over_all_regions", ()):
@@ -425,12 +494,14 @@ def backward(run, batches, names):
     Each part's mean counts by its share of the items, so that the sum of the parts is the mean of the whole; the
     gradients of the processes are then added up, once. Returns {name: loss of the step}, 0-d tensors.
     """
+    seen, names = names, names + distilled(run, names)
     counts = [[items(run.paper, name, batch) for name in names] for batch in batches]
     totals = total([sum(column) for column in zip(*counts, strict=True)])
     losses = {name: torch.zeros((), device=run.device) for name in names}
     for batch, count in zip(batches, counts, strict=True):
         with run.autocast():
-            parts = run.model(batch.to(run.device), names)
+            batch = batch.to(run.device)
+            parts = with_teacher(run, batch, seen) if run.teacher else run.model(batch, seen)
         shares = {name: n / max(1.0, t) for name, n, t in zip(names, count, totals, strict=True)}
         weights = run.paper.PRETRAINING["weights"]
         sum(weights.get(name, 1.0) * shares[name] * parts[name][0] for name in names).backward()
@@ -444,6 +515,102 @@ def backward(run, batches, names):
         for tensor, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(piece.view_as(tensor))
     return losses
+
+
+# ---- distillation ----------------------------------------------------------------------------------------------
+
+
+def read_teacher(run, checkpoint):
+    """Sets run.teacher, in eval mode, without gradients, from its checkpoint; it may be another of the three models.
+
+    Stop where it cannot teach this run: other features, other answers, no scores in common."""
+    o = run.o
+    run.teacher_paper, name = PAPERS[checkpoint["model"]]
+    config = run.teacher_paper.Config(**checkpoint["config"])
+    width = run.splits["train"].store.width
+    if config.feature_size != width:
+        raise Stop(f"{o.teacher}: trained on features of width {config.feature_size}, {o.data} has {width}")
+    run.teacher = getattr(run.teacher_paper, name)(config).to(run.device).eval().requires_grad_(False)
+    run.teacher.load_state_dict(checkpoint["state"])
+    # wra is a distance and nce draws its own negatives; LXMERT's region classes have no background
+    unlike = {"wra", "nce"} | (
+        {"mrc", "mrc_kl"} if (checkpoint["model"] == "lxmert") != (o.model == "lxmert") else set()
+    )
+    heads = {name: heads_of(run.teacher_paper, [name]) for name in run.objectives if name not in unlike}
+    run.soft = tuple(name for name, head in heads.items() if head and {*head} <= {*config.heads})
+    if "logits" in o.distill.split(",") and not run.soft:
+        raise Stop(f"{o.teacher}: it has no head for {', '.join(run.objectives)}; train it for --task {o.task} first")
+
+
+def distilled(run, names):
+    """The losses that the teacher adds to these objectives': NAME_soft for scores, and those of DISTILL."""
+    wanted = run.o.distill.split(",") if run.teacher else ()
+    soft = [f"{name}_soft" for name in names if name in run.soft and "logits" in wanted]
+    return soft + [name for part in wanted for name in DISTILL[part]]
+
+
+def by_kind(recorded):
+    """Recorded maps or states {"cross.0.text": x, ...} as {"cross.text": [x of layer 0, x of layer 1, ...], ...}."""
+    kinds = {}
+    for name, x in recorded.items():
+        kinds.setdefault(".".join(part for part in name.split(".") if not part.isdigit()), []).append(x)
+    return kinds
+
+
+def layer_pairs(student, teacher):
+    """(kind, student's layer, teacher's layer) of every kind that both have, by `common.layer_map`."""
+    student, teacher = by_kind(student), by_kind(teacher)
+    for kind in student:
+        if kind in teacher:
+            for own, i in zip(student[kind], common.layer_map(len(student[kind]), len(teacher[kind])), strict=True):
+                yield kind, own, teacher[kind][i]
+
+
+def real(batch, side, length):
+    """(B, length) bool, True = real, for positions of "text", of "regions", or both. ViLBERT's sequences begin with
+    one more position, the whole image."""
+    masks = {"text": batch.text_mask, "regions": batch.region_mask}
+    mask = masks[side] if side in masks else torch.cat([batch.text_mask, batch.region_mask], 1)
+    return torch.nn.functional.pad(mask, (length - mask.shape[1], 0), value=True)
+
+
+def with_teacher(run, batch, names):
+    """The model's {objective: (loss, scores)}, and beside them the losses of `distilled`, each with None.
+
+    Layers that both have are matched by `common.layer_map`; two architectures without a kind of map in common share no
+    attention, and where no kind of state is common, the last states of words and regions are compared.
+    """
+    wanted, record = run.o.distill.split(","), "attention" in run.o.distill or "hidden" in run.o.distill
+    student = run.model.encode(batch, record=record)
+    parts = {name: run.paper.OBJECTIVES[name](run.model, student, batch) for name in names}
+    with torch.no_grad():
+        teacher = run.teacher.encode(batch, record=record)
+        theirs = {n: run.teacher_paper.OBJECTIVES[n](run.teacher, teacher, batch)[1] for n in names if n in run.soft}
+    if "logits" in wanted:
+        for name, scores in theirs.items():
+            parts[f"{name}_soft"] = common.soft_label_loss(parts[name][1].float(), scores.float()), None
+    if "attention" in wanted:
+        losses = []
+        for kind, own, other in layer_pairs(student.maps, teacher.maps):
+            asks, _, answers = kind.rsplit(".", 1)[-1].partition("_to_")
+            t, s = (min(a, b) for a, b in zip(own.shape[2:], other.shape[2:], strict=True))
+            own, other = own[:, :, -t:, -s:], other[:, :, -t:, -s:]  # without ViLBERT's whole image, if one lacks it
+            losses.append(common.attention_loss(own, other, real(batch, asks, t), real(batch, answers or asks, s)))
+        if not losses:
+            raise Stop(f"--distill attention: no map of {run.o.model} is one of {run.o.teacher}; use logits,hidden")
+        for name, values in zip(DISTILL["attention"], zip(*losses, strict=True), strict=True):
+            parts[name] = sum(values) / len(values), None
+    if "hidden" in wanted:
+        pairs = list(layer_pairs(student.states, teacher.states))
+        pairs = pairs or [("text", student.text, teacher.text), ("regions", student.regions, teacher.regions)]
+        losses = []
+        for kind, own, other in pairs:
+            own = run.model.heads["hidden"]["regions" if "regions" in kind else "text"](own)
+            s = min(own.shape[1], other.shape[1])
+            side = next((side for side in ("text", "regions") if side in kind), "both")
+            losses.append(common.hidden_loss(own[:, -s:], other[:, -s:], real(batch, side, s)))
+        parts["hidden"] = sum(losses) / len(losses), None
+    return parts
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------
@@ -503,6 +670,11 @@ def evaluate_pretraining(run, dataset, examples=1000, candidates=100):
         recalls = retrieval(run, dataset, captions[:candidates])
         metrics |= recalls
         chance |= {name: min(1.0, int(name.rsplit("r", 1)[1]) / len(captions[:candidates])) for name in recalls}
+    if "itc" in names:
+        dots = dot_products(run, dataset, captions[:candidates], dataset.image[captions[:candidates]])
+        recalls = common.recall_at(dots, torch.arange(len(dots)))
+        metrics |= {f"itc_{name}": value for name, value in recalls.items()}
+        chance |= {f"itc_{name}": min(1.0, int(name.rsplit("r", 1)[1]) / len(dots)) for name in recalls}
     return metrics, chance
 
 
@@ -519,6 +691,8 @@ def count(paper, sums, name, batch, loss, scores):
         labels = batch.attributes.flatten()[batch.region_index]
     elif objective == "itm":
         labels = batch.matched
+    elif objective == "itc":
+        labels = torch.arange(len(scores))  # which text of the batch is the picture's own
     elif objective == "qa":
         labels, scores = batch.answer_labels[batch.answer_labels >= 0], scores[batch.answer_labels >= 0]
     values = [float(loss) * n, n, 0]
@@ -540,6 +714,104 @@ def retrieval(run, dataset, index):
         scores[row] = logits[:, 1] - logits[:, 0]
     scores = torch.tensor(total(scores.flatten().tolist())).view(n, n)
     return common.recall_at(scores, torch.arange(n))
+
+
+def dot_products(run, dataset, texts, pictures):
+    """Cosines (texts, pictures) of the unimodal vectors of itc: examples `texts`, store rows `pictures`. Each text and
+    each picture is encoded once."""
+    head, sides = run.model.heads["itc"], []
+    for index, side in ((texts, "text"), (pictures, "image")):
+        lengths = np.diff(dataset.offsets if side == "text" else dataset.store.offsets)[index]
+        vectors = torch.zeros(len(index), head.project_text.out_features, dtype=torch.float64)
+        for part in data.batches(lengths, size=256, rank=run.rank, world=run.world):
+            rows = (index[part], None) if side == "text" else (np.full(len(part), texts[0]), index[part])
+            batch = ablate(data.collate(dataset, *rows), run.o.ablate).to(run.device)
+            with run.autocast():
+                if side == "text":
+                    found = head.text(run.model.encode(batch, regions=False).text)
+                else:
+                    found = head.image(run.model.encode(batch, text=False).regions, batch.region_mask)
+            vectors[part] = found.double().cpu()
+        sides.append(torch.tensor(total(vectors.flatten().tolist()), dtype=torch.float64).view(vectors.shape))
+    return sides[0] @ sides[1].T  # (texts, E) @ (E, pictures)
+
+
+def matching_scores(run, dataset, texts, pictures, head="itm"):
+    """How well text i fits picture i, (P,): the log odds of a match, or the one score of head "rank". texts: examples,
+    pictures: store rows, (P,) each."""
+    scores = torch.zeros(len(texts), dtype=torch.float64)
+    lengths = np.stack([np.diff(dataset.offsets)[texts], np.diff(dataset.store.offsets)[pictures]], 1)
+    for part in data.batches(lengths, size=256, rank=run.rank, world=run.world):
+        batch = ablate(data.collate(dataset, texts[part], pictures[part]), run.o.ablate).to(run.device)
+        with run.autocast():
+            logits = run.model.heads[head](run.model.encode(batch).pooled).double().cpu()  # (rows, 2) or (rows, 1)
+        scores[part] = logits[:, -1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
+    return torch.tensor(total(scores.tolist()), dtype=torch.float64)
+
+
+def two_stage(run, dataset, texts, pictures, k, head="itm"):
+    """Recalls of retrieval in two stages: dot products rank everything, then matching scores rank the best k anew.
+
+    texts: examples (n,); pictures: store rows (m,), each text's own among them. Every text's k best pictures and every
+    picture's k best texts are scored together, once where both want a pair; the others stay behind, by dot product.
+    """
+    dots = dot_products(run, dataset, texts, pictures)  # (n, m)
+    near = {
+        "text_to_image": torch.zeros_like(dots, dtype=torch.bool).scatter(
+            1, dots.topk(min(k, dots.shape[1]), 1)[1], True
+        ),
+        "image_to_text": torch.zeros_like(dots, dtype=torch.bool).scatter(
+            0, dots.topk(min(k, dots.shape[0]), 0)[1], True
+        ),
+    }
+    rows, columns = (near["text_to_image"] | near["image_to_text"]).numpy().nonzero()  # (P,) each
+    fine = torch.zeros_like(dots)
+    fine[rows, columns] = matching_scores(run, dataset, texts[rows], pictures[columns], head)
+    fine = fine - fine.min() + 2.0  # above every cosine
+    place = {picture: i for i, picture in enumerate(pictures.tolist())}
+    truth = torch.tensor([place[picture] for picture in dataset.image[texts].tolist()])
+    recalls = {}
+    for way, mask in near.items():
+        found = common.recall_at(torch.where(mask, fine, dots), truth)
+        recalls |= {name: value for name, value in found.items() if name.startswith(way)}
+    return recalls
+
+
+def compare_stages(run, dataset, most=1000, measured=300):
+    """--rerank: recall and seconds of the full matrix of matching scores, of dot products, and of the two stages.
+
+    Among --pool pictures with a caption each; scenes are drawn until there are enough. Beyond `most` of them the full
+    matrix is not computed: its time is extrapolated from `measured` x `measured` pairs, and so called.
+    """
+    o = run.o
+    if o.data == "scenes" and o.pool > len(np.unique(dataset.image)):
+        dataset = data.scenes(dataset.split, "caption", count=o.pool * 5 // 4).encode(run.tokenizer, max_length=60)
+    captions = (
+        np.flatnonzero(np.array(dataset.kind) == "caption") if "caption" in dataset.kind else np.arange(len(dataset))
+    )
+    texts = captions[np.unique(dataset.image[captions], return_index=True)[1]][: o.pool]  # one a picture
+    pictures, n, result = dataset.image[texts], len(texts), {}
+    whole = n <= most
+    run.model.eval()
+    with torch.inference_mode():
+        dot_products(run, dataset, texts[:64], pictures[:64])  # the first pass of a process is slower
+        start = time.perf_counter()
+        recalls = retrieval(run, dataset, texts if whole else texts[:measured])
+        seconds = (time.perf_counter() - start) * (1.0 if whole else (n / measured) ** 2)
+        rows = {"full": (recalls if whole else {}, seconds)}
+        start = time.perf_counter()
+        recalls = common.recall_at(dot_products(run, dataset, texts, pictures), torch.arange(n))
+        rows["dot"] = recalls, time.perf_counter() - start
+        start = time.perf_counter()
+        recalls = two_stage(run, dataset, texts, pictures, o.rerank)
+        rows["two_stage"] = recalls, time.perf_counter() - start
+    say(f"\n{o.model}, retrieval among {n} x {n}, best {o.rerank} re-ranked")
+    for name, (recalls, seconds) in rows.items():
+        how = "" if whole or name != "full" else f" (extrapolated from {measured} x {measured})"
+        say(f"  {name:10s} {seconds:9.1f} s{how}  " + "  ".join(f"{key} {percent(v)}" for key, v in recalls.items()))
+        result |= {f"{name}_{key}": round(value, 5) for key, value in recalls.items()}
+        result[f"{name}_seconds"] = round(seconds, 2)
+    return {"pool": n, "rerank": o.rerank, "full_extrapolated": not whole, **result}
 
 
 def evaluate_vqa(run, dataset):
@@ -569,22 +841,42 @@ def train(o):
         raise Stop(f"--resume: there is no {last}; start without --resume, or give the --out of the stopped run")
     o.init = last if o.resume else o.init
     checkpoint = load_checkpoint(o.init) if o.init else None
+    teacher = load_checkpoint(o.teacher) if o.teacher else None
+    if checkpoint and teacher and checkpoint["tokenizer"] != teacher["tokenizer"]:
+        raise Stop(
+            f"{o.teacher}: it reads other word pieces than {o.init}; start without --init, or from its own start"
+        )
     objectives = objectives_of(o, paper) if o.task == "pretrain" else {o.task: 1}
     splits = read_data(o, objectives)
     objectives = drop_unfounded(objectives, splits["train"])
-    tokenizer = encode_texts(o, splits, checkpoint)
+    tokenizer = encode_texts(o, splits, checkpoint or teacher)
     answers = data.answer_list(splits["train"]) if {"vqa", "qa"} & set(objectives) else []
+    answers = teacher["answers"] if teacher and answers else answers
     dtype = pick_dtype(o.dtype, device)
     run = Run(o, paper, objectives, splits, tokenizer, answers, device, dtype, rank, world)
+    if teacher:
+        read_teacher(run, teacher)
     run.model = build(run, checkpoint).to(device)
+    set_temperature(run, 0.0)
     run.optimizer = make_optimizer(run.model, o.weight_decay)
     if o.resume:
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            run.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError:
+            raise Stop(f"--resume: {last} is of a run with other heads; give the options that it had") from None
         torch.set_rng_state(checkpoint["rng"])
         run.progress = checkpoint["progress"]
     describe(run)
     loop(run)
     return finish(run)
+
+
+def set_temperature(run, part):
+    """The temperature of itc after `part` (0..1) of the run, where it is not learned."""
+    ends = temperatures(run.o.temperature)
+    if ends and "itc" in run.model.heads:
+        scale = run.model.heads["itc"].log_scale.requires_grad_(False)
+        scale.fill_(-math.log(common.scheduled_temperature(*ends, part)))
 
 
 def loop(run):
@@ -605,6 +897,7 @@ def loop(run):
                 batches.append(make_batch(run, run.splits["train"], index[slot::slots], names, rng))
             ready = time.perf_counter()
             model.train()
+            set_temperature(run, (step - 1) / o.steps)
             losses = backward(run, batches, names)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
             set_rate(run.optimizer, step, learning_rate(step, o.lr, o.warmup * o.steps, o.steps))
@@ -668,6 +961,10 @@ def finish(run):
         prefix = "" if split == "test" else f"{split}_"
         result |= {prefix + name: round(float(value), 5) for name, value in metrics.items()}
         result["chance"] |= {prefix + name: round(float(value), 5) for name, value in chance.items()}
+    if "itc" in run.model.heads:
+        result["temperature"] = round(math.exp(-run.model.heads["itc"].log_scale.item()), 5)
+    if o.rerank:
+        result |= compare_stages(run, run.splits["test"])
     if run.rank == 0:
         write(o.out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
