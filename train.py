@@ -249,8 +249,6 @@ def objectives_of(o, paper):
             raise Stop(f"--objectives: {o.model} has no pretraining objective {name!r}; it has {', '.join(known)}")
     if "wra" in names and "itm" not in names:
         raise Stop("--objectives: wra needs the pairs of itm; write itm,wra")
-    if o.rerank and not {"itm", "itc"} <= {*names}:
-        raise Stop("--rerank: the first stage needs objective itc, the second itm; write --objectives ...,itm,itc")
     return {name: known[name] for name in names}
 
 
@@ -389,7 +387,7 @@ def build(run, checkpoint):
     torch.manual_seed(o.seed)
     try:
         model = getattr(paper, PAPERS[o.model][1])(paper.Config(**sizes))
-    except ValueError as error:  # sizes that do not fit together
+    except (ValueError, TypeError) as error:  # sizes that do not fit together
         raise Stop(f"--config {' '.join(o.config)}: {error}") from None
     if checkpoint:
         model.load_state_dict(fitting(o, model.state_dict(), checkpoint, run.answers))
@@ -397,8 +395,8 @@ def build(run, checkpoint):
 
 
 def read_sizes(o, paper):
-    """--config as {name: value}. Stop for a name that the model's Config lacks or a value of another type."""
-    sizes, known = {}, asdict(paper.Config())
+    """--config as {name: value}. Stop for a name that the presets lack or a value of another type."""
+    sizes, known = {}, paper.PRESETS["tiny"]
     for text in o.config:
         name, _, value = text.partition("=")
         try:
@@ -406,8 +404,10 @@ def read_sizes(o, paper):
         except ValueError:
             raise Stop(f"--config {text}: write NAME=JSON, as layers=1 or connections=[[0,1]]") from None
         value = tuple(value) if isinstance(value, list) else value
-        if name not in known or type(value) is not type(known[name]):
-            raise Stop(f"--config {text}: {o.model} has {', '.join(f'{n}={v}' for n, v in known.items())}")
+        if name not in known:
+            raise Stop(f"--config {text}: {o.model} has no size {name!r}; it has {', '.join(known)}")
+        if type(value) is not type(known[name]) or (type(value) is int and value < 1):
+            raise Stop(f"--config {text}: {name} is something like {known[name]}")
         sizes[name] = value
     return sizes
 
@@ -544,7 +544,9 @@ def read_teacher(run, checkpoint):
 
 def distilled(run, names):
     """The losses that the teacher adds to these objectives': NAME_soft for scores, and those of DISTILL."""
-    wanted = run.o.distill.split(",") if run.teacher else ()
+    if run.teacher is None:
+        return []
+    wanted = run.o.distill.split(",")
     soft = [f"{name}_soft" for name in names if name in run.soft and "logits" in wanted]
     return soft + [name for part in wanted for name in DISTILL[part]]
 
@@ -588,7 +590,8 @@ def with_teacher(run, batch, names):
         theirs = {n: run.teacher_paper.OBJECTIVES[n](run.teacher, teacher, batch)[1] for n in names if n in run.soft}
     if "logits" in wanted:
         for name, scores in theirs.items():
-            parts[f"{name}_soft"] = common.soft_label_loss(parts[name][1].float(), scores.float()), None
+            pair = [x.flatten() if name == "mrfr" else x for x in (parts[name][1], scores)]  # features are no classes
+            parts[f"{name}_soft"] = common.soft_label_loss(*pair), None
     if "attention" in wanted:
         losses = []
         for kind, own, other in layer_pairs(student.maps, teacher.maps):
@@ -847,11 +850,13 @@ def train(o):
             f"{o.teacher}: it reads other word pieces than {o.init}; start without --init, or from its own start"
         )
     objectives = objectives_of(o, paper) if o.task == "pretrain" else {o.task: 1}
+    if o.rerank and not {"itm", "itc"} <= {*objectives}:
+        raise Stop("--rerank: the first stage needs objective itc, the second itm; write --objectives ...,itm,itc")
     splits = read_data(o, objectives)
     objectives = drop_unfounded(objectives, splits["train"])
     tokenizer = encode_texts(o, splits, checkpoint or teacher)
     answers = data.answer_list(splits["train"]) if {"vqa", "qa"} & set(objectives) else []
-    answers = teacher["answers"] if teacher and answers else answers
+    answers = teacher["answers"] if teacher and teacher["answers"] and answers else answers
     dtype = pick_dtype(o.dtype, device)
     run = Run(o, paper, objectives, splits, tokenizer, answers, device, dtype, rank, world)
     if teacher:
@@ -951,7 +956,8 @@ def finish(run):
     if "val" in run.splits and best.is_file():
         run.model.load_state_dict(load_checkpoint(best)["state"])
     result = {"model": o.model, "task": o.task, "split": "test", "data": o.data, "steps": o.steps, "seed": o.seed}
-    result["parameters"] = sum(p.numel() for p in run.model.parameters())
+    kept = [p for name, p in run.model.named_parameters() if not name.startswith("heads.hidden.")]  # see projections
+    result["parameters"] = sum(p.numel() for p in kept)
     result["seconds"] = round(progress["seconds"], 1)
     result["examples_per_second"] = round(progress["examples"] / max(1e-9, progress["seconds"]), 1)
     result["chance"] = {}
@@ -963,7 +969,7 @@ def finish(run):
         result["chance"] |= {prefix + name: round(float(value), 5) for name, value in chance.items()}
     if "itc" in run.model.heads:
         result["temperature"] = round(math.exp(-run.model.heads["itc"].log_scale.item()), 5)
-    if o.rerank:
+    if o.rerank and "test" in run.splits:
         result |= compare_stages(run, run.splits["test"])
     if run.rank == 0:
         write(o.out / "result.json", json.dumps(result, indent=1) + "\n")
