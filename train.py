@@ -759,14 +759,9 @@ def two_stage(run, dataset, texts, pictures, k, head="itm"):
     picture's k best texts are scored together, once where both want a pair; the others stay behind, by dot product.
     """
     dots = dot_products(run, dataset, texts, pictures)  # (n, m)
-    near = {
-        "text_to_image": torch.zeros_like(dots, dtype=torch.bool).scatter(
-            1, dots.topk(min(k, dots.shape[1]), 1)[1], True
-        ),
-        "image_to_text": torch.zeros_like(dots, dtype=torch.bool).scatter(
-            0, dots.topk(min(k, dots.shape[0]), 0)[1], True
-        ),
-    }
+    nothing = torch.zeros_like(dots, dtype=torch.bool)
+    best = [nothing.scatter(axis, dots.topk(min(k, dots.shape[axis]), axis)[1], True) for axis in (0, 1)]
+    near = {"text_to_image": best[1], "image_to_text": best[0]}  # (n, m) bool, True = among the best k
     rows, columns = (near["text_to_image"] | near["image_to_text"]).numpy().nonzero()  # (P,) each
     fine = torch.zeros_like(dots)
     fine[rows, columns] = matching_scores(run, dataset, texts[rows], pictures[columns], head)

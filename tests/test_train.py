@@ -312,7 +312,7 @@ def small_model(name, **changes):
     paper, sizes = train.PAPERS[name][0], {"hidden": 16, "attention_heads": 2, "intermediate": 32}
     if name == "vilbert":
         sizes |= {"visual_hidden": 8, "visual_heads": 2, "visual_intermediate": 16, "shared": 8, "shared_heads": 2}
-    sizes |= {"vocab_size": 30, "feature_size": 8, "classes": 5, "heads": ("mlm", "itm", "itc")}
+    sizes |= {"vocab_size": 30, "feature_size": 8, "classes": 5, "heads": ("mlm", "mrfr", "itm", "itc")}
     torch.manual_seed(0)
     model = getattr(paper, train.PAPERS[name][1])(paper.Config(**paper.PRESETS["tiny"] | sizes | changes)).double()
     for key, parameter in model.named_parameters():
@@ -436,12 +436,15 @@ def test_two_processes_contrast_as_one_with_the_double_batch(pictures, tmp_path,
     options = ["--objectives", "itc", "--data", pictures, "--steps", 3]
     here(*options, "--batch-size", 8, "--out", "one")
     run(*options, "--out", "two", cwd=tmp_path, processes=2)
-    here(*options, "--accumulate", 2, "--out", "parts")
+    here(*options, "--accumulate", 2, "--out", "parts", "--temperature", "0.2:0.1")
     one, two, parts = (weights(tmp_path / out) for out in ("one", "two", "parts"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     name = "heads.itc.project_text.weight"
     assert (one[name] - parts[name]).abs().max() > 1e-4  # fewer negatives: another gradient, as the docstring says
+    assert one["heads.itc.log_scale"] != -math.log(0.07)  # learned
+    last = common.scheduled_temperature(0.2, 0.1, 2 / 3)  # of step 3
+    assert math.exp(-parts["heads.itc.log_scale"].item()) == pytest.approx(last)
     results = [json.loads((tmp_path / out / "result.json").read_text()) for out in ("one", "two")]
     for name in results[0]["chance"]:
         assert results[0][name] == pytest.approx(results[1][name], abs=1e-4), name
@@ -466,7 +469,7 @@ def taught(student, teacher, distill, **changes):
     teacher_paper, other = small_model(teacher)
     names = SimpleNamespace(distill=distill, model=student, teacher=teacher)
     return SimpleNamespace(o=names, paper=paper, model=model, teacher_paper=teacher_paper, teacher=other.eval(),
-                           soft=("mlm", "itm"), device=torch.device("cpu"), autocast=train.nullcontext)  # fmt: skip
+                           soft=("mlm", "mrfr", "itm"), device=torch.device("cpu"), autocast=train.nullcontext)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", train.PAPERS)
@@ -511,6 +514,40 @@ def test_distillation_matches_layers_and_leaves_padding_out():
     assert parts["attention_kl"][0].item() == pytest.approx(total.item())
 
 
+def test_a_whole_image_that_one_model_lacks_is_left_out():
+    """LXMERT learns from ViLBERT, whose regions have the whole image in front: by hand, map by map, state by state."""
+    run = taught("lxmert", "vilbert", "attention,hidden", heads=("itm", "hidden"), teacher_widths=(16, 8))
+    batch = as_double(masked_batch(3, 0))
+    batch.region_mask[1, 2:] = False
+    student, teacher = (m.encode(batch, record=True) for m in (run.model, run.teacher))
+    masks, total = {"text": batch.text_mask, "regions": batch.region_mask}, []
+    for own, other in (("text.0", "text.1"), ("text.1", "text.3"), ("regions.0", "regions.1"), *(
+        (name, name) for i in (0, 1) for name in (f"cross.{i}.text_to_regions", f"cross.{i}.regions_to_text")
+    )):  # fmt: skip
+        asks, _, answers = own.split(".")[-1].partition("_to_")
+        if asks.isdigit():
+            asks = answers = own.split(".")[0]
+        p, t = student.maps[own], teacher.maps[other]
+        t = t[:, :, 1:] if asks == "regions" else t
+        t = t[..., 1:] if answers == "regions" else t
+        rows = []
+        for row in range(3):
+            a, b = (x[row][:, masks[asks][row]][..., masks[answers][row]] for x in (p, t))
+            b = b / b.sum(-1, keepdim=True)
+            rows.append((b * (b.log() - a.log())).sum(-1).mean())
+        total.append(sum(rows) / 3)
+    parts = train.with_teacher(run, batch, ["itm"])
+    assert parts["attention_kl"][0].item() == pytest.approx((sum(total) / len(total)).item())
+    names = [("text.embedding",) * 2, ("regions.embedding",) * 2, ("text.0", "text.1"), ("text.1", "text.3")]
+    names += [("regions.0", "regions.1"), *((f"cross.{i}.{side}",) * 2 for i in (0, 1) for side in masks)]
+    total = 0.0
+    for own, other in names:
+        side = "regions" if "regions" in own else "text"
+        wrong = run.model.heads["hidden"][side](student.states[own]) - teacher.states[other][:, side == "regions" :]
+        total += sum(wrong[row][masks[side][row]].square().mean() for row in range(3)) / 3 / len(names)
+    assert parts["hidden"][0].item() == pytest.approx(total.item())
+
+
 @pytest.mark.parametrize(("student", "teacher"), [("lxmert", "vilbert"), ("vilbert", "lxmert"), ("uniter", "lxmert")])
 def test_one_architecture_teaches_another(student, teacher):
     """ViLBERT's maps and states without the whole image; where no layer is of one kind, the last states."""
@@ -534,16 +571,19 @@ def test_one_architecture_teaches_another(student, teacher):
             train.with_teacher(run, batch, ["mlm"])
 
 
-def test_distilled_parts_of_unlike_size_give_the_gradients_of_the_whole():
-    sizes = {"heads": ("mlm", "itm", "itc", "hidden"), "teacher_widths": (16, 16), "layers": 1}
-    run = taught("uniter", "uniter", "logits,attention,hidden", **sizes)
+@pytest.mark.parametrize(
+    ("model", "name"), [("uniter", "mlm"), ("uniter", "mrfr"), ("lxmert", "mrfr"), ("uniter", "itm")]
+)
+def test_distilled_parts_of_unlike_size_give_the_gradients_of_the_whole(model, name):
+    sizes = {"heads": ("mlm", "mrfr", "itm", "itc", "hidden"), "teacher_widths": (16, 16)}
+    run = taught(model, "uniter", "logits,hidden" if model == "lxmert" else "logits,attention,hidden", **sizes)
     a, b = as_double(masked_batch(3, 1)), as_double(masked_batch(5, 2))
     found = []
     for batches in ([joined(a, b)], [a, b]):
         run.model.zero_grad()
-        losses = train.backward(run, batches, ["mlm"])
+        losses = train.backward(run, batches, [name])
         found.append([*losses.values(), *(p.grad.clone() for p in run.model.parameters() if p.grad is not None)])
-    assert set(losses) == {"mlm", "mlm_soft", "attention_kl", "attention_mse", "hidden"}
+    assert {name, f"{name}_soft", "hidden"} <= set(losses)
     for whole, split in zip(*found, strict=True):
         torch.testing.assert_close(whole, split, atol=1e-10, rtol=1e-7)
 
@@ -567,10 +607,10 @@ def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsy
 
 
 def test_rerank_from_the_command_line(pictures, tmp_path, here, capsys):
-    here("--data", pictures, "--objectives", "itm,itc", "--steps", 1, "--rerank", 2)
+    here("--data", pictures, "--objectives", "itm,itc", "--steps", 0, "--rerank", 2, "--temperature", "0.2:0.1")
     result = json.loads((tmp_path / "out/uniter-pretrain/result.json").read_text())
     assert result["pool"] == 4 and "best 2 re-ranked" in capsys.readouterr().out
-    assert result["temperature"] == pytest.approx(0.07, 0.1)
+    assert result["temperature"] == pytest.approx(0.2)
     assert {"full_text_to_image_r1", "two_stage_image_to_text_r1", "dot_seconds"} <= set(result)
     assert result["full_text_to_image_r1"] == result["text_to_image_r1"]  # four pictures in the test split: all of them
     assert result["dot_text_to_image_r1"] == result["itc_text_to_image_r1"]
