@@ -424,8 +424,8 @@ class ContrastHead(nn.Module):
         super().__init__()
         self.project_text = nn.Linear(text_width, width, bias=False)
         self.project_image = nn.Linear(region_width, width, bias=False)
-        self.log_scale, self.bias = nn.Parameter(torch.tensor(-math.log(0.07))), nn.Parameter(torch.tensor(-10.0))
-        self.kind = kind
+        self.kind, self.log_scale = kind, nn.Parameter(torch.tensor(-math.log(0.07)))
+        self.bias = nn.Parameter(torch.tensor(-10.0)) if kind == "sigmoid" else None
 
     def text(self, states):
         """(B, T, C) -> (B, E)"""

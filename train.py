@@ -523,7 +523,7 @@ def backward(run, batches, names):
 def read_teacher(run, checkpoint):
     """Sets run.teacher, in eval mode, without gradients, from its checkpoint; it may be another of the three models.
 
-    Stop where it cannot teach this run: other features, other answers, no scores in common."""
+    Stop where it cannot teach this run: other features, or none of the heads whose scores are wanted."""
     o = run.o
     run.teacher_paper, name = PAPERS[checkpoint["model"]]
     config = run.teacher_paper.Config(**checkpoint["config"])
@@ -532,10 +532,9 @@ def read_teacher(run, checkpoint):
         raise Stop(f"{o.teacher}: trained on features of width {config.feature_size}, {o.data} has {width}")
     run.teacher = getattr(run.teacher_paper, name)(config).to(run.device).eval().requires_grad_(False)
     run.teacher.load_state_dict(checkpoint["state"])
-    # wra is a distance and nce draws its own negatives; LXMERT's region classes have no background
-    unlike = {"wra", "nce"} | (
-        {"mrc", "mrc_kl"} if (checkpoint["model"] == "lxmert") != (o.model == "lxmert") else set()
-    )
+    unlike = {"wra", "nce"}  # a distance without a head; negatives that each draws for itself
+    if (checkpoint["model"] == "lxmert") != (o.model == "lxmert"):
+        unlike |= {"mrc", "mrc_kl"}  # LXMERT's region classes have no background
     heads = {name: heads_of(run.teacher_paper, [name]) for name in run.objectives if name not in unlike}
     run.soft = tuple(name for name, head in heads.items() if head and {*head} <= {*config.heads})
     if "logits" in o.distill.split(",") and not run.soft:
@@ -598,7 +597,10 @@ def with_teacher(run, batch, names):
             asks, _, answers = kind.rsplit(".", 1)[-1].partition("_to_")
             t, s = (min(a, b) for a, b in zip(own.shape[2:], other.shape[2:], strict=True))
             own, other = own[:, :, -t:, -s:], other[:, :, -t:, -s:]  # without ViLBERT's whole image, if one lacks it
-            losses.append(common.attention_loss(own, other, real(batch, asks, t), real(batch, answers or asks, s)))
+            try:
+                losses.append(common.attention_loss(own, other, real(batch, asks, t), real(batch, answers or asks, s)))
+            except ValueError as error:  # numbers of heads
+                raise Stop(f"--distill attention: {error}; choose others by --config") from None
         if not losses:
             raise Stop(f"--distill attention: no map of {run.o.model} is one of {run.o.teacher}; use logits,hidden")
         for name, values in zip(DISTILL["attention"], zip(*losses, strict=True), strict=True):

@@ -434,8 +434,8 @@ def contrast_gradients(rows, kind, share):
     image, text = (F.normalize(projection(x), dim=-1) for x in data.chunk(2, 1))
     loss = head(image, text, torch.tensor([0, 1, 0, 2, 3])[rows])[0] * share
     loss.backward()
-    gradients = [projection.weight.grad, head.log_scale.grad, head.bias.grad]
-    return torch.cat([loss.detach()[None], *(g.flatten() for g in gradients if g is not None)])
+    gradients = [p.grad for p in (*projection.parameters(), *head.parameters()) if p.grad is not None]
+    return torch.cat([loss.detach()[None], *(g.flatten() for g in gradients)])
 
 
 def one_of_two(rank, folder):

@@ -602,8 +602,11 @@ def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsy
     here(*options, *small, "--out", "student", "--resume", "--steps", 3)
     here(*options, "--out", "student", "--resume", "--steps", 3, code=2)  # without the teacher: other heads
     here("--data", pictures, "--teacher", "uniter.pt", code=2)
+    three = ["--teacher", "uniter.pt", "--distill", "attention", "--config", "hidden=48", "attention_heads=3"]
+    here(*options, *three, code=2)
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2 and "give the options that it had" in errors[0] and "no head for mlm" in errors[1]
+    assert len(errors) == 3 and "give the options that it had" in errors[0] and "no head for mlm" in errors[1]
+    assert "4 attention heads of the teacher cannot be shared by 3" in errors[2]
 
 
 def test_rerank_from_the_command_line(pictures, tmp_path, here, capsys):
