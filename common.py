@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -311,6 +312,247 @@ def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iteration
                 sigma = text_mask[:, :, None] / (rows * (proximal * delta).sum(2, keepdim=True)).clamp(min=tiny)
                 plan = sigma * proximal * delta
         return (plan * cost).sum((1, 2)), plan, cost
+
+
+# ---- contrast: image, text (B, C), L2-normalised, row i of each is one pair -> a scalar ------------------------
+
+
+def pair_cosines(image, text, same=None):
+    """What every contrast starts from: cosines (B, B), pictures x texts, and `negative` (B, B) bool, True = a pair to
+    push apart: all but the diagonal and those of `same` (B, B) bool, symmetric, True = rows i and j show one picture.
+
+    In float32 at least, since a temperature of 0.01 magnifies every error. ValueError if the shapes differ.
+    """
+    if image.shape != text.shape:
+        raise ValueError(f"pictures {tuple(image.shape)} and texts {tuple(text.shape)} are not pairs: shapes differ")
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    with torch.autocast(image.device.type, enabled=False):
+        cosines = image.to(dtype) @ text.to(dtype).T  # (B, C) @ (C, B) -> (B, B)
+    negative = ~torch.eye(len(image), dtype=torch.bool, device=image.device)
+    return cosines, negative if same is None else negative & ~same
+
+
+def info_nce(image, text, temperature=0.07, same=None, symmetric=True):
+    """Symmetric InfoNCE (van den Oord 2018, eq. 4; CLIP 2021, fig. 3): pull each pair together, push the batch apart.
+
+        L = 1/2 [ CE(s, I) + CE(s^T, I) ],   s_ij = <image_i, text_j> / temperature
+
+    temperature: > 0, float or 0-d tensor.   same: as in `pair_cosines`; such pairs are left out of the sums.
+    symmetric=False: the first term alone, in which each picture looks for its text.
+    Returns a 0-d tensor in nats; log B is chance.   ValueError if the shapes differ.
+    """
+    cosines, negative = pair_cosines(image, text, same)
+    itself = torch.eye(len(image), dtype=torch.bool, device=image.device)
+    scores = (cosines / temperature).masked_fill(~(negative | itself), -torch.inf)
+    labels = torch.arange(len(image), device=image.device)
+    loss = cross_entropy(scores, labels)
+    return (loss + cross_entropy(scores.T, labels)) / 2 if symmetric else loss
+
+
+def hardest_hinge(image, text, margin=0.2, same=None):
+    """Hinge on the hardest negative (VSE++, Faghri 2018, section 2.3): c the cosines,
+
+        L = 1/B sum_i [ max_j (m + c_ij - c_ii)_+ + max_j (m + c_ji - c_ii)_+ ],   j a negative of i
+
+    The official code sums over the batch. same, ValueError: as in `pair_cosines`.
+    """
+    cosines, negative = pair_cosines(image, text, same)
+    if len(cosines) == 0:
+        return cosines.sum()
+    others, own = cosines.masked_fill(~negative, -torch.inf), cosines.diagonal()
+    return sum(F.relu(margin + others.amax(way) - own).mean() for way in (0, 1))  # (B, B) -> (B,)
+
+
+def sigmoid_contrast(image, text, temperature=0.1, bias=-10.0, same=None):
+    """SigLIP (Zhai 2023, section 3.2): each of the B^2 pairs alone is told true (z = 1) or false (z = -1).
+
+        L = -1/B sum_ij log sigmoid( z_ij (<image_i, text_j> / temperature + bias) )
+
+    bias: float or 0-d tensor; starts at -10, as nearly all pairs are false. same, ValueError: as in `pair_cosines`.
+    """
+    cosines, negative = pair_cosines(image, text, same)
+    itself = torch.eye(len(image), dtype=torch.bool, device=image.device)
+    sign = 2.0 * itself - 1.0  # (B, B)
+    return -(F.logsigmoid(sign * (cosines / temperature + bias)) * (negative | itself)).sum() / max(1, len(image))
+
+
+def decoupled_contrast(image, text, temperature=0.07, same=None):
+    """DCL (Yeh 2022, section 3): InfoNCE without the positive in the denominator, which would slow its learning down
+    the more, the easier the batch.
+
+        L = 1/2B sum_i [ -2 s_ii + log sum_j exp s_ij + log sum_j exp s_ji ],   j a negative of i
+
+    s as in `info_nce`; the paper's negatives within one modality are left out. A row without negatives counts as 0.
+    same, ValueError: as in `pair_cosines`.
+    """
+    cosines, negative = pair_cosines(image, text, same)
+    scores, some = cosines / temperature, negative.any(1)  # `negative` is symmetric: rows serve for columns
+    others = scores.masked_fill(~negative, -torch.inf)
+    to_text = others.masked_fill(~some[:, None], 0.0).logsumexp(1)  # (B,); 0, as no gradient survives log of nothing
+    to_image = others.masked_fill(~some, 0.0).logsumexp(0)
+    return (((to_text + to_image) / 2 - scores.diagonal()) * some).sum() / max(1, len(image))
+
+
+def scheduled_temperature(first, last, part):
+    """Half a cosine from `first` to `last` while `part` goes from 0 to 1 (cf. Kukleva 2023, section 3.2, whose
+    cosine swings): first + (last - first) (1 - cos(pi part)) / 2."""
+    return first + (last - first) * (1.0 - math.cos(math.pi * part)) / 2
+
+
+class GatherWithGradient(torch.autograd.Function):
+    """The rows of all processes, in the order of ranks: x (n, ...) -> (sum of n, ...); n may differ between them.
+
+    Backward: every process has a gradient for these rows from its own copy of the loss; they are added up, and each
+    keeps the sum for its own rows. Losses that are each weighted by a share, the shares adding up to 1, so have the
+    gradient that one process would have with all rows.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        rank, counts = dist.get_rank(), torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
+        counts[rank] = len(x)
+        dist.all_reduce(counts)
+        start = int(counts[:rank].sum())
+        ctx.own = slice(start, start + len(x))
+        rows = x.new_zeros(int(counts.sum()), *x.shape[1:])
+        rows[ctx.own] = x
+        dist.all_reduce(rows)  # a sum with zeros everywhere else, since gathering wants equal sizes
+        return rows
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient[ctx.own]
+
+
+def gather_with_gradient(x):
+    """`GatherWithGradient` under torchrun; x itself in a single process, and in evaluation (`torch.inference_mode`),
+    where processes have different batches, even different numbers of them."""
+    return x if torch.is_inference_mode_enabled() or not dist.is_initialized() else GatherWithGradient.apply(x)
+
+
+def unit(x):
+    """x / ||x|| over the last axis, in float32 at least."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+class ContrastHead(nn.Module):
+    """The objective itc: both modalities' states, each encoded alone, as unit vectors (E,) of one space, compared.
+
+    The text's vector is a linear map of [CLS], the picture's of the mean over its regions. The logarithm of 1 / temperature
+    is a parameter, so that it can be learned (CLIP 2021, section 2.5): it starts at 0.07 and stays in 0.01..1.
+    """
+
+    def __init__(self, text_width, region_width, width, kind="infonce"):
+        super().__init__()
+        self.project_text = nn.Linear(text_width, width, bias=False)
+        self.project_image = nn.Linear(region_width, width, bias=False)
+        self.kind, self.log_scale = kind, nn.Parameter(torch.tensor(-math.log(0.07)))
+        self.bias = nn.Parameter(torch.tensor(-10.0)) if kind == "sigmoid" else None
+
+    def text(self, states):
+        """(B, T, C) -> (B, E)"""
+        return unit(self.project_text(states[:, 0]))
+
+    def image(self, states, mask):
+        """(B, N, C), mask (B, N) bool, True = a region -> (B, E)"""
+        seen = mask[:, :, None].to(states.dtype)  # (B, N, 1)
+        mean = (states * seen).sum(1) / seen.sum(1).clamp(min=1.0)  # (B, C)
+        return unit(self.project_image(mean))
+
+    def forward(self, image, text, pictures):
+        """The loss that `kind` names, over the rows of all processes: image, text (B, E), pictures (B,) int64, which
+        picture each row shows: rows of one picture are no negatives. Returns the loss and the scores (B', B')."""
+        both = gather_with_gradient(torch.cat([image, text], 1))  # (B, 2E) -> (B', 2E): one exchange for the two
+        pictures, (image, text) = gather_with_gradient(pictures), both.chunk(2, 1)
+        same = pictures[:, None] == pictures  # (B', B')
+        if self.training:
+            self.log_scale.data.clamp_(0.0, math.log(100.0))  # the parameter itself: past the bound a gradient must act
+        temperature = (-self.log_scale).exp()
+        if self.kind == "infonce":
+            loss = info_nce(image, text, temperature, same)
+        elif self.kind == "hinge":
+            loss = hardest_hinge(image, text, same=same)
+        elif self.kind == "sigmoid":
+            loss = sigmoid_contrast(image, text, temperature, self.bias, same)
+        else:
+            loss = decoupled_contrast(image, text, temperature, same)
+        return loss, pair_cosines(image, text)[0] / temperature
+
+
+# ---- distillation: a student learns a teacher's scores, attention and states -----------------------------------
+
+
+def soft_label_loss(student, teacher, temperature=2.0):
+    """Soft labels (Hinton 2015, section 2): T^2 KL( softmax(teacher / T) || softmax(student / T) ), mean over rows.
+
+    student, teacher (M, K), scores before the softmax. T^2 keeps the gradient's size, which falls as 1 / T^2. Scores
+    without classes, (M,), are compared by their squared difference. ValueError if the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"scores {tuple(student.shape)} of the student, {tuple(teacher.shape)} of the teacher")
+    if len(student) == 0:
+        return student.sum() * 0.0
+    if student.ndim == 1:
+        return (student - teacher).square().mean()
+    student, teacher = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1).mean()  # (M, K) -> (M,) -> ()
+
+
+def projections(text_width, region_width, widths):
+    """Linear maps from a student's states to a teacher's widths (text, regions), learned with the student and of no use
+    afterwards. One for all layers of a modality (TinyBERT)."""
+    return nn.ModuleDict({"text": nn.Linear(text_width, widths[0]), "regions": nn.Linear(region_width, widths[1])})
+
+
+def layer_map(student, teacher):
+    """Which teacher layer each student layer imitates: evenly spread, last to last (TinyBERT, Jiao 2020, section 3.1).
+
+    (2, 6) -> [2, 5]: each stands for the three that end there."""
+    return [max(0, (i + 1) * teacher // student - 1) for i in range(student)]
+
+
+def share_heads(maps, heads):
+    """Attention maps (B, H, T, S) with `heads` heads, each the mean of H / heads neighbours; (B, heads, T, S).
+    ValueError if H is no multiple."""
+    if maps.shape[1] % heads:
+        raise ValueError(f"{maps.shape[1]} attention heads of the teacher cannot be shared by {heads} of the student")
+    return maps.unflatten(1, (heads, -1)).mean(2)  # (B, H, T, S) -> (B, heads, H/heads, T, S) -> (B, heads, T, S)
+
+
+def mean_over(values, mask):
+    """Mean over a row's True positions, then over rows: values (B, S), mask (B, S) bool -> (). A row of none is 0."""
+    return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+def attention_loss(student, teacher, queries, keys):
+    """Attention maps, two losses (kl, mse), each a mean over heads, over a row's real queries, over rows.
+
+        kl  = sum_s t_s (log t_s - log p_s)                        maps (MiniLM, Wang 2020, section 3.1)
+        mse = mean_s ( (log t_s - mean log t) - (log p_s - mean log p) )^2      scores (TinyBERT, Jiao 2020, eq. 7)
+
+    student p (B, H, T, S), teacher t (B, H', T, S), H' a multiple of H; queries (B, T), keys (B, S) bool, True = real.
+    log p is the score up to a constant of its row, to which a softmax is blind: so scores are compared without it.
+    Both are rescaled to sum to 1 over the real keys.
+    """
+    seen, tiny = keys[:, None, None, :], torch.finfo(torch.float32).tiny  # (B, 1, 1, S)
+    logs = []
+    for maps in (student, share_heads(teacher, student.shape[1])):
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32)) * seen
+        logs.append((maps / maps.sum(-1, keepdim=True).clamp(min=tiny)).clamp(min=tiny).log() * seen)
+    p, t = logs
+    count = seen.sum(-1, keepdim=True).clamp(min=1)  # (B, 1, 1, 1)
+    kl = (t.exp() * (t - p) * seen).sum(-1)  # (B, H, T, S) -> (B, H, T)
+    p, t = (x - x.sum(-1, keepdim=True) / count for x in (p, t))
+    mse = ((t - p).square() * seen).sum(-1) / count.squeeze(-1)  # (B, H, T)
+    return mean_over(kl.mean(1), queries), mean_over(mse.mean(1), queries)
+
+
+def hidden_loss(student, teacher, mask):
+    """Hidden states (TinyBERT, Jiao 2020, eq. 8): squared difference, mean over C, over a row's real positions, over
+    rows. student (B, S, C), already projected to the teacher's width; teacher (B, S, C); mask (B, S), True = real."""
+    return mean_over((student - teacher).square().mean(-1), mask)
 
 
 # ---- boxes and metrics -----------------------------------------------------------------------------------------

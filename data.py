@@ -80,6 +80,8 @@ class Batch:
     answers: torch.Tensor | None = None  # (B,A) float32 soft targets
     answer_labels: torch.Tensor | None = None  # (B,) int64, one answer of each row, -1 = none
     target: torch.Tensor | None = None  # int64: the region meant, (B,); true or false of two pictures; the right choice
+    pictures: torch.Tensor | None = None  # (B,) int64, the picture's row in its store
+    pair_index: torch.Tensor | None = None  # (M,) int64 into B, rows whose text and picture belong together
     ids: list | None = None  # B example ids, for error messages
 
     def _map(self, function):
@@ -95,9 +97,9 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def rows(self, index):
-        """Rows `index` (LongTensor). The flat lists word_index, word_labels, region_index become None: they count
-        positions of the whole batch, so mask after selecting."""
-        flat = dataclasses.replace(self, word_index=None, word_labels=None, region_index=None)
+        """Rows `index` (LongTensor). The flat lists word_index, word_labels, region_index, pair_index become None:
+        they count positions of the whole batch, so mask after selecting."""
+        flat = dataclasses.replace(self, word_index=None, word_labels=None, region_index=None, pair_index=None)
         part = flat._map(lambda tensor: tensor[index])
         part.ids = None if self.ids is None else [self.ids[i] for i in index.tolist()]
         return part
@@ -1207,6 +1209,8 @@ def collate(dataset, index, images=None, answers=None, pad_to=1):
         segments=torch.from_numpy(segments),
         matched=torch.from_numpy((images == dataset.image[rows]).astype(np.int64)),
         answers=targets,
+        pictures=torch.from_numpy(np.array(images)),
+        pair_index=torch.from_numpy(np.flatnonzero(images == dataset.image[index])),
         ids=[dataset.ids[i] for i in index],
         **dataset.store.gather(images, pad_to),
     )

@@ -25,6 +25,7 @@ from torch import nn
 
 from common import (
     AttentionBlock,
+    ContrastHead,
     Encoding,
     HeadTransform,
     LayerNorm,
@@ -39,6 +40,7 @@ from common import (
     initialise,
     mlp,
     prefix_mask,
+    projections,
     rename,
     shape_of,
     soft_answer_loss,
@@ -67,6 +69,8 @@ class Config:
     answers: int = 9500  # A, the answer list's length: 9500 in pretraining, 3129 for VQA, 1842 for GQA
     dropout: float = 0.1  # everywhere in the trunk; the heads have none
     heads: tuple = ("mlm", "mrfr", "mrc", "attr", "itm", "qa")  # which of the heads below this model has
+    contrast: str = "infonce"  # loss of the objective itc; or "hinge", "sigmoid", "dcl"
+    teacher_widths: tuple = ()  # widths (text, regions) of the teacher that the head "hidden" projects to
     region_factor: float = 1 / 0.15  # of the three region losses, undoes the masking rate; Hugging Face has 6.67
     hidden_score: float = -10000.0  # what hides a key; Hugging Face has the dtype's minimum
 
@@ -269,7 +273,7 @@ class LXMERT(nn.Module):
         return self.heads["mlm"](states, self.text_embedding.words.weight)
 
     def forward(self, batch, objectives):
-        encoding = None if list(objectives) == ["caption"] else self.encode(batch)
+        encoding = self.encode(batch) if {*objectives} - {"itc", "caption"} else None  # they encode for themselves
         return {name: OBJECTIVES[name](self, encoding, batch) for name in objectives}
 
 
@@ -352,6 +356,19 @@ def image_text_matching(model, encoding, batch):
     return cross_entropy(scores, batch.matched), scores
 
 
+def image_text_contrast(model, encoding, batch):
+    """Image-text contrast (not in the paper; CLIP 2021, ALBEF 2021): words alone and regions alone, each in its encoder
+    without the other, become unit vectors, which `config.contrast` compares: see common.ContrastHead.
+
+    Over the rows that are true pairs, batch.pair_index (M,), of all processes; rows that show one picture,
+    batch.pictures (B,), are no negatives of each other. `encoding` is not read. Scores (M, M), pictures x texts.
+    """
+    head = model.heads["itc"]
+    text = head.text(model.encode(batch, regions=False).text)
+    image = head.image(model.encode(batch, text=False).regions, batch.region_mask)
+    return head(*(x.index_select(0, batch.pair_index) for x in (image, text, batch.pictures)))
+
+
 def image_question_answering(model, encoding, batch):
     """Image question answering (3.1.3): cross-entropy over the answers, mean over the rows that have one.
 
@@ -374,6 +391,8 @@ HEADS = {
     "mrc": lambda c: nn.Linear(c.hidden, c.classes - 1),
     "attr": lambda c: nn.Linear(c.hidden, c.attributes),
     "itm": lambda c: nn.Linear(c.hidden, 2),
+    "itc": lambda c: ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
+    "hidden": lambda c: projections(c.hidden, c.hidden, c.teacher_widths),
     "qa": lambda c: mlp(c.hidden, 2 * c.hidden, c.answers),
     "vqa": lambda c: mlp(c.hidden, 2 * c.hidden, c.answers),
     "ve": lambda c: mlp(c.hidden, 2 * c.hidden, 3),
@@ -455,6 +474,7 @@ OBJECTIVES = {
     "mrc_kl": masked_region_class_kl,
     "attr": masked_region_attribute,
     "itm": image_text_matching,
+    "itc": image_text_contrast,
     "qa": image_question_answering,
     "vqa": question_answering,
     "gqa": question_answering,

@@ -6,11 +6,14 @@
     python train.py --model uniter --task vqa,refer,nlvr2             several tasks at once: one trunk, a head each
     python train.py --model all --task vqa --seeds 3                  compare the models, with the spread over seeds
     torchrun --nproc_per_node=2 train.py --model uniter               several processes, the same gradients
+    python train.py --model uniter --objectives mlm,mrfr,mrc_kl,itm,itc --rerank 20    retrieval in two stages
+    python train.py --model uniter --config layers=1 --teacher out/uniter-pretrain/best.pt    a smaller student
 
-Read top to bottom: options, device and processes, data, model, optimizer, evaluation, loop, files, main.
+Read top to bottom: options, device and processes, data, model, optimizer, distillation, evaluation, loop, files, main.
 Every mean in a loss is a mean over the whole step, whatever its split: `--accumulate 2` in one process and
 `--accumulate 1` in two give the same gradients, because each part is weighted by its share of the masked words,
-masked regions or rows.
+masked regions or rows. One exception: the objective itc contrasts each pair with those of the same forward pass, in
+all processes. Two processes equal one with the double batch, but `--accumulate 2` has half as many negatives.
 """
 
 import argparse
@@ -52,6 +55,7 @@ HUGGING_FACE = {"model_type": ("bert", "lxmert"), "hidden_act": ("gelu",)}  # wh
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 MASKED_WORDS, MASKED_REGIONS, PAIRS = {"mlm"}, {"mrfr", "mrc", "mrc_kl", "attr", "nce"}, {"itm", "wra"}
+DISTILL = {"logits": (), "attention": ("attention_kl", "attention_mse"), "hidden": ("hidden",)}  # and their losses
 
 # ---- options ---------------------------------------------------------------------------------------------------
 
@@ -96,6 +100,18 @@ def parse(argv=None):
     add("--clip", type=float, default=5.0, help="largest gradient norm")
     add("--dropout", type=float, help="dropout of the trunk (default: by size)")
     add("--objectives", help="pretraining objectives, a,b,c (default: the paper's own)")
+    add(
+        "--contrast",
+        default="infonce",
+        choices=["infonce", "hinge", "sigmoid", "dcl"],
+        help="the loss of objective itc",
+    )
+    add("--temperature", default="learned", help="of itc: learned, a number, or FIRST:LAST, half a cosine over the run")
+    add("--teacher", metavar="CKPT", help="a trained model to learn from; {model} and {seed} are filled in")
+    add("--distill", default="logits", help="what of the teacher, a,b,c: logits, attention, hidden")
+    add("--rerank", type=int, metavar="K", help="retrieval in two stages after the test: itc's best K, ranked by itm")
+    add("--pool", type=int, default=500, help="pictures, with a caption each, that --rerank searches")
+    add("--config", nargs="+", default=[], metavar="NAME=JSON", help="sizes in place of the preset's, as layers=1")
     add("--mask", type=float, help="share of the words that pretraining masks (default: 0.15; on scenes 0.3)")
     add("--ablate", choices=["text", "image"], help="take the words or the picture away, to see what the rest is worth")
     add("--limit", type=int, help="use only the first N training examples")
@@ -133,7 +149,24 @@ def parse(argv=None):
         raise Stop("--export-official: put {seed} into the name, or each seed overwrites the one before")
     if options.export_official and options.model == "all" and "{model}" not in options.export_official:
         raise Stop("--export-official: put {model} into the name, or each model overwrites the one before")
+    for part in options.distill.split(","):
+        if part not in DISTILL:
+            raise Stop(f"--distill: {part!r} is none of {', '.join(DISTILL)}")
+    temperatures(options.temperature)
     return options
+
+
+def temperatures(text):
+    """--temperature as (first, last), or None for "learned". Stop for anything else, or outside 0.01..1."""
+    if text == "learned":
+        return None
+    try:
+        first, last = map(float, text.split(":") if ":" in text else (text, text))
+    except ValueError:
+        raise Stop(f"--temperature {text}: learned, a number such as 0.07, or two such as 0.2:0.05") from None
+    if not (0.01 <= min(first, last) and max(first, last) <= 1.0):
+        raise Stop(f"--temperature {text}: it must lie between 0.01 and 1")
+    return first, last
 
 
 def settle(options, model_name, seed):
@@ -152,7 +185,7 @@ def settle(options, model_name, seed):
     rows = max({"nlvr2": 2, "vcr": 4, "retrieval": 3}.get(task, 1) for task in o.tasks)  # about 64 of them in a step
     o.batch_size = o.batch_size or max(1, 64 // rows // processes()[1])
     o.eval_every = o.eval_every or max(1, math.ceil(o.steps / 5))
-    for name in ("init", "export_official"):
+    for name in ("init", "teacher", "export_official"):
         if given := getattr(o, name):
             setattr(o, name, given.replace("{model}", model_name).replace("{seed}", str(seed)))
     return o
@@ -226,6 +259,9 @@ class Run:
     world: int
     model: torch.nn.Module = None
     optimizer: torch.optim.Optimizer = None
+    teacher: torch.nn.Module = None
+    teacher_paper: object = None
+    soft: tuple = ()  # objectives whose scores the teacher has too
     progress: dict = field(default_factory=lambda: {"step": 0, "seconds": 0.0, "examples": 0, "best": -math.inf})
     sets: dict = field(default_factory=dict)  # task -> its splits
 
@@ -243,6 +279,7 @@ def objectives_of(o, paper):
     default, joined = paper.PRETRAINING["objectives"], [n for ns in paper.PRETRAINING["joined"].values() for n in ns]
     known = {
         **{n: 1 for n in sorted((MASKED_WORDS | MASKED_REGIONS | PAIRS | {"qa"}) & set(paper.OBJECTIVES))},
+        "itc": 2,  # as often as itm, the other objective that sees whole pairs
         **default,
     }
     known |= dict.fromkeys(joined, 0)
@@ -461,7 +498,12 @@ def build(run, checkpoint):
     if o.model == "uniter":
         types = 4 if "vcr" in o.tasks else 3 if "nlvr2" in o.tasks else 2
         sizes |= {"types": max(types, sizes.get("types", 2)), "nlvr2": o.nlvr2}
-    sizes |= {"heads": heads_of(paper, run.objectives), "answers": max(1, len(run.answers))}
+    sizes |= {"heads": heads_of(paper, run.objectives), "answers": max(1, len(run.answers)), "contrast": o.contrast}
+    if run.teacher and "hidden" in o.distill.split(","):
+        theirs = run.teacher.config
+        sizes["heads"] = (*sizes["heads"], "hidden")
+        sizes["teacher_widths"] = (theirs.hidden, getattr(theirs, "visual_hidden", theirs.hidden))
+    sizes |= read_sizes(o, paper)
     if o.dropout is not None:
         sizes["dropout"] = o.dropout
     torch.manual_seed(o.seed)
@@ -474,6 +516,24 @@ def build(run, checkpoint):
     elif checkpoint:
         model.load_state_dict(fitting(o, model.state_dict(), checkpoint, run.answers))
     return model
+
+
+def read_sizes(o, paper):
+    """--config as {name: value}. Stop for a name that the presets lack or a value of another type."""
+    sizes, known = {}, paper.PRESETS["tiny"]
+    for text in o.config:
+        name, _, value = text.partition("=")
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise Stop(f"--config {text}: write NAME=JSON, as layers=1 or connections=[[0,1]]") from None
+        value = tuple(value) if isinstance(value, list) else value
+        if name not in known:
+            raise Stop(f"--config {text}: {o.model} has no size {name!r}; it has {', '.join(known)}")
+        if type(value) is not type(known[name]) or (type(value) is int and value < 1):
+            raise Stop(f"--config {text}: {name} is something like {known[name]}")
+        sizes[name] = value
+    return sizes
 
 
 def fitting(o, own, checkpoint, answers):
@@ -581,6 +641,11 @@ def set_rate(optimizer, step, rate):
 
 def items(paper, name, batch):
     """How many items the mean of an objective's loss runs over."""
+    if name.endswith("_soft") and name.removesuffix("_soft") in MASKED_REGIONS:
+        return len(batch.region_index)
+    name = name.removesuffix("_soft")
+    if name == "itc":
+        return len(batch.pair_index)
     if name in MASKED_WORDS:
         return len(batch.word_index)
     if name in paper.PRETRAINING.get("over_all_regions", ()):
@@ -598,12 +663,14 @@ def backward(run, batches, names):
     Each part's mean counts by its share of the items, so that the sum of the parts is the mean of the whole; the
     gradients of the processes are then added up, once. Returns {name: loss of the step}, 0-d tensors.
     """
+    seen, names = names, names + distilled(run, names)
     counts = [[items(run.paper, name, batch) for name in names] for batch in batches]
     totals = total([sum(column) for column in zip(*counts, strict=True)])
     losses = {name: torch.zeros((), device=run.device) for name in names}
     for batch, count in zip(batches, counts, strict=True):
         with run.autocast():
-            parts = run.model(batch.to(run.device), names)
+            batch = batch.to(run.device)
+            parts = with_teacher(run, batch, seen) if run.teacher else run.model(batch, seen)
         counted = zip(names, count, totals, strict=True)
         shares = {name: (1 if name in run.paper.SUMMED else n) / max(1.0, t) for name, n, t in counted}
         weights = run.paper.PRETRAINING["weights"]
@@ -618,6 +685,107 @@ def backward(run, batches, names):
         for tensor, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(piece.view_as(tensor))
     return losses
+
+
+# ---- distillation ----------------------------------------------------------------------------------------------
+
+
+def read_teacher(run, checkpoint):
+    """Sets run.teacher, in eval mode, without gradients, from its checkpoint; it may be another of the three models.
+
+    Stop where it cannot teach this run: other features, or none of the heads whose scores are wanted."""
+    o = run.o
+    run.teacher_paper, name = PAPERS[checkpoint["model"]]
+    config = run.teacher_paper.Config(**checkpoint["config"])
+    width = run.splits["train"].store.width
+    if config.feature_size != width:
+        raise Stop(f"{o.teacher}: trained on features of width {config.feature_size}, {o.data} has {width}")
+    run.teacher = getattr(run.teacher_paper, name)(config).to(run.device).eval().requires_grad_(False)
+    run.teacher.load_state_dict(checkpoint["state"])
+    unlike = {"wra", "nce"}  # a distance without a head; negatives that each draws for itself
+    if (checkpoint["model"] == "lxmert") != (o.model == "lxmert"):
+        unlike |= {"mrc", "mrc_kl"}  # LXMERT's region classes have no background
+    heads = {name: heads_of(run.teacher_paper, [name]) for name in run.objectives if name not in unlike}
+    run.soft = tuple(name for name, head in heads.items() if head and {*head} <= {*config.heads})
+    if "logits" in o.distill.split(",") and not run.soft:
+        raise Stop(f"{o.teacher}: it has no head for {', '.join(run.objectives)}; train it for --task {o.task} first")
+
+
+def distilled(run, names):
+    """The losses that the teacher adds to these objectives': NAME_soft for scores, and those of DISTILL."""
+    if run.teacher is None:
+        return []
+    wanted = run.o.distill.split(",")
+    soft = [f"{name}_soft" for name in names if name in run.soft and "logits" in wanted]
+    return soft + [name for part in wanted for name in DISTILL[part]]
+
+
+def by_kind(recorded):
+    """Recorded maps or states {"cross.0.text": x, ...} as {"cross.text": [x of layer 0, x of layer 1, ...], ...}."""
+    kinds = {}
+    for name, x in recorded.items():
+        kinds.setdefault(".".join(part for part in name.split(".") if not part.isdigit()), []).append(x)
+    return kinds
+
+
+def layer_pairs(student, teacher):
+    """(kind, student's layer, teacher's layer) of every kind that both have, by `common.layer_map`."""
+    student, teacher = by_kind(student), by_kind(teacher)
+    for kind in student:
+        if kind in teacher:
+            for own, i in zip(student[kind], common.layer_map(len(student[kind]), len(teacher[kind])), strict=True):
+                yield kind, own, teacher[kind][i]
+
+
+def real(batch, side, length):
+    """(B, length) bool, True = real, for positions of "text", of "regions", or both. ViLBERT's sequences begin with
+    one more position, the whole image."""
+    masks = {"text": batch.text_mask, "regions": batch.region_mask}
+    mask = masks[side] if side in masks else torch.cat([batch.text_mask, batch.region_mask], 1)
+    return torch.nn.functional.pad(mask, (length - mask.shape[1], 0), value=True)
+
+
+def with_teacher(run, batch, names):
+    """The model's {objective: (loss, scores)}, and beside them the losses of `distilled`, each with None.
+
+    Layers that both have are matched by `common.layer_map`; two architectures without a kind of map in common share no
+    attention, and where no kind of state is common, the last states of words and regions are compared.
+    """
+    wanted, record = run.o.distill.split(","), "attention" in run.o.distill or "hidden" in run.o.distill
+    student = run.model.encode(batch, record=record)
+    parts = {name: run.paper.OBJECTIVES[name](run.model, student, batch) for name in names}
+    with torch.no_grad():
+        teacher = run.teacher.encode(batch, record=record)
+        theirs = {n: run.teacher_paper.OBJECTIVES[n](run.teacher, teacher, batch)[1] for n in names if n in run.soft}
+    if "logits" in wanted:
+        for name, scores in theirs.items():
+            pair = [x.flatten() if name == "mrfr" else x for x in (parts[name][1], scores)]  # features are no classes
+            parts[f"{name}_soft"] = common.soft_label_loss(*pair), None
+    if "attention" in wanted:
+        losses = []
+        for kind, own, other in layer_pairs(student.maps, teacher.maps):
+            asks, _, answers = kind.rsplit(".", 1)[-1].partition("_to_")
+            t, s = (min(a, b) for a, b in zip(own.shape[2:], other.shape[2:], strict=True))
+            own, other = own[:, :, -t:, -s:], other[:, :, -t:, -s:]  # without ViLBERT's whole image, if one lacks it
+            try:
+                losses.append(common.attention_loss(own, other, real(batch, asks, t), real(batch, answers or asks, s)))
+            except ValueError as error:  # numbers of heads
+                raise Stop(f"--distill attention: {error}; choose others by --config") from None
+        if not losses:
+            raise Stop(f"--distill attention: no map of {run.o.model} is one of {run.o.teacher}; use logits,hidden")
+        for name, values in zip(DISTILL["attention"], zip(*losses, strict=True), strict=True):
+            parts[name] = sum(values) / len(values), None
+    if "hidden" in wanted:
+        pairs = list(layer_pairs(student.states, teacher.states))
+        pairs = pairs or [("text", student.text, teacher.text), ("regions", student.regions, teacher.regions)]
+        losses = []
+        for kind, own, other in pairs:
+            own = run.model.heads["hidden"]["regions" if "regions" in kind else "text"](own)
+            s = min(own.shape[1], other.shape[1])
+            side = next((side for side in ("text", "regions") if side in kind), "both")
+            losses.append(common.hidden_loss(own[:, -s:], other[:, -s:], real(batch, side, s)))
+        parts["hidden"] = sum(losses) / len(losses), None
+    return parts
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------
@@ -703,6 +871,11 @@ def evaluate_pretraining(run, dataset, examples=1000, candidates=100):
         recalls = retrieval(run, dataset, captions[:candidates])
         metrics |= recalls
         chance |= {name: min(1.0, int(name.rsplit("r", 1)[1]) / len(captions[:candidates])) for name in recalls}
+    if "itc" in names:
+        dots = dot_products(run, dataset, captions[:candidates], dataset.image[captions[:candidates]])
+        recalls = common.recall_at(dots, torch.arange(len(dots)))
+        metrics |= {f"itc_{name}": value for name, value in recalls.items()}
+        chance |= {f"itc_{name}": min(1.0, int(name.rsplit("r", 1)[1]) / len(dots)) for name in recalls}
     return metrics, chance
 
 
@@ -719,6 +892,8 @@ def count(paper, sums, name, batch, loss, scores):
         labels = batch.attributes.flatten()[batch.region_index]
     elif objective == "itm":
         labels = batch.matched
+    elif objective == "itc":
+        labels = torch.arange(len(scores))  # which text of the batch is the picture's own
     elif objective == "qa":
         labels, scores = batch.answer_labels[batch.answer_labels >= 0], scores[batch.answer_labels >= 0]
     values = [float(loss) * n, n, 0]
@@ -745,6 +920,99 @@ def retrieval(run, dataset, index, head="itm"):
             scores[row] = logits[:, 1] - logits[:, 0] if head == "itm" else logits[:, 0]
     scores = torch.tensor(total(scores.flatten().tolist())).view(n, n)
     return common.recall_at(scores, torch.arange(n))
+
+
+def dot_products(run, dataset, texts, pictures):
+    """Cosines (texts, pictures) of the unimodal vectors of itc: examples `texts`, store rows `pictures`. Each text and
+    each picture is encoded once."""
+    head, sides = run.model.heads["itc"], []
+    for index, side in ((texts, "text"), (pictures, "image")):
+        lengths = np.diff(dataset.offsets if side == "text" else dataset.store.offsets)[index]
+        vectors = torch.zeros(len(index), head.project_text.out_features, dtype=torch.float64)
+        for part in data.batches(lengths, size=256, rank=run.rank, world=run.world):
+            rows = (index[part], None) if side == "text" else (np.full(len(part), texts[0]), index[part])
+            batch = ablate(data.collate(dataset, *rows), run.o.ablate).to(run.device)
+            with run.autocast():
+                if side == "text":
+                    found = head.text(run.model.encode(batch, regions=False).text)
+                else:
+                    found = head.image(run.model.encode(batch, text=False).regions, batch.region_mask)
+            vectors[part] = found.double().cpu()
+        sides.append(torch.tensor(total(vectors.flatten().tolist()), dtype=torch.float64).view(vectors.shape))
+    return sides[0] @ sides[1].T  # (texts, E) @ (E, pictures)
+
+
+def matching_scores(run, dataset, texts, pictures, head="itm"):
+    """How well text i fits picture i, (P,): the log odds of a match, or the one score of head "rank". texts: examples,
+    pictures: store rows, (P,) each."""
+    scores = torch.zeros(len(texts), dtype=torch.float64)
+    lengths = np.stack([np.diff(dataset.offsets)[texts], np.diff(dataset.store.offsets)[pictures]], 1)
+    for part in data.batches(lengths, size=256, rank=run.rank, world=run.world):
+        batch = ablate(data.collate(dataset, texts[part], pictures[part]), run.o.ablate).to(run.device)
+        with run.autocast():
+            logits = run.model.heads[head](run.model.encode(batch).pooled).double().cpu()  # (rows, 2) or (rows, 1)
+        scores[part] = logits[:, -1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
+    return torch.tensor(total(scores.tolist()), dtype=torch.float64)
+
+
+def two_stage(run, dataset, texts, pictures, k, head="itm"):
+    """Recalls of retrieval in two stages: dot products rank everything, then matching scores rank the best k anew.
+
+    texts: examples (n,); pictures: store rows (m,), each text's own among them. Every text's k best pictures and every
+    picture's k best texts are scored together, once where both want a pair; the others stay behind, by dot product.
+    """
+    dots = dot_products(run, dataset, texts, pictures)  # (n, m)
+    nothing = torch.zeros_like(dots, dtype=torch.bool)
+    best = [nothing.scatter(axis, dots.topk(min(k, dots.shape[axis]), axis)[1], True) for axis in (0, 1)]
+    near = {"text_to_image": best[1], "image_to_text": best[0]}  # (n, m) bool, True = among the best k
+    rows, columns = (near["text_to_image"] | near["image_to_text"]).numpy().nonzero()  # (P,) each
+    fine = torch.zeros_like(dots)
+    fine[rows, columns] = matching_scores(run, dataset, texts[rows], pictures[columns], head)
+    fine = fine - fine.min() + 2.0  # above every cosine
+    place = {picture: i for i, picture in enumerate(pictures.tolist())}
+    truth = torch.tensor([place[picture] for picture in dataset.image[texts].tolist()])
+    recalls = {}
+    for way, mask in near.items():
+        found = common.recall_at(torch.where(mask, fine, dots), truth)
+        recalls |= {name: value for name, value in found.items() if name.startswith(way)}
+    return recalls
+
+
+def compare_stages(run, dataset, most=1000, measured=300):
+    """--rerank: recall and seconds of the full matrix of matching scores, of dot products, and of the two stages.
+
+    Among --pool pictures with a caption each; scenes are drawn until there are enough. Beyond `most` of them the full
+    matrix is not computed: its time is extrapolated from `measured` x `measured` pairs, and so called.
+    """
+    o = run.o
+    if o.data == "scenes" and o.pool > len(np.unique(dataset.image)):
+        dataset = data.scenes(dataset.split, "caption", count=o.pool * 5 // 4).encode(run.tokenizer, max_length=60)
+    captions = (
+        np.flatnonzero(np.array(dataset.kind) == "caption") if "caption" in dataset.kind else np.arange(len(dataset))
+    )
+    texts = captions[np.unique(dataset.image[captions], return_index=True)[1]][: o.pool]  # one a picture
+    pictures, n, result = dataset.image[texts], len(texts), {}
+    whole = n <= most
+    run.model.eval()
+    with torch.inference_mode():
+        dot_products(run, dataset, texts[:64], pictures[:64])  # the first pass of a process is slower
+        start = time.perf_counter()
+        recalls = retrieval(run, dataset, texts if whole else texts[:measured])
+        seconds = (time.perf_counter() - start) * (1.0 if whole else (n / measured) ** 2)
+        rows = {"full": (recalls if whole else {}, seconds)}
+        start = time.perf_counter()
+        recalls = common.recall_at(dot_products(run, dataset, texts, pictures), torch.arange(n))
+        rows["dot"] = recalls, time.perf_counter() - start
+        start = time.perf_counter()
+        recalls = two_stage(run, dataset, texts, pictures, o.rerank)
+        rows["two_stage"] = recalls, time.perf_counter() - start
+    say(f"\n{o.model}, retrieval among {n} x {n}, best {o.rerank} re-ranked")
+    for name, (recalls, seconds) in rows.items():
+        how = "" if whole or name != "full" else f" (extrapolated from {measured} x {measured})"
+        say(f"  {name:10s} {seconds:9.1f} s{how}  " + "  ".join(f"{key} {percent(v)}" for key, v in recalls.items()))
+        result |= {f"{name}_{key}": round(value, 5) for key, value in recalls.items()}
+        result[f"{name}_seconds"] = round(seconds, 2)
+    return {"pool": n, "rerank": o.rerank, "full_extrapolated": not whole, **result}
 
 
 def evaluate_vqa(run, dataset, name="vqa", answers=None):
@@ -856,28 +1124,50 @@ def train(o):
         raise Stop(f"--resume: there is no {last}; start without --resume, or give the --out of the stopped run")
     o.init, o.fresh = (last, False) if o.resume else (o.init, o.fresh)
     checkpoint = load_checkpoint(last) if o.resume else load_weights(o) if o.init else None
+    teacher = load_checkpoint(o.teacher) if o.teacher else None
+    if checkpoint and teacher and checkpoint["tokenizer"] != teacher["tokenizer"]:
+        raise Stop(
+            f"{o.teacher}: it reads other word pieces than {o.init}; start without --init, or from its own start"
+        )
     objectives = objectives_of(o, paper) if o.task == "pretrain" else {OBJECTIVE.get(t, t): 1 for t in o.tasks}
+    if o.rerank and not {"itm", "itc"} <= {*objectives}:
+        raise Stop("--rerank: the first stage needs objective itc, the second itm; write --objectives ...,itm,itc")
     sources = o.data.split(",") * (len(o.tasks) if "," not in o.data else 1)
     sets = {task: read_data(o, objectives, task, source) for task, source in zip(o.tasks, sources, strict=True)}
     splits = next(iter(sets.values()))
     objectives = drop_unfounded(objectives, splits["train"]) if o.task == "pretrain" else objectives
-    tokenizer = encode_texts(o, sets, checkpoint)
+    tokenizer = encode_texts(o, sets, checkpoint or teacher)
     asked = sets.get("vqa", splits)["train"]
     answers = data.answer_list(asked) if {"vqa", "qa"} & set(objectives) else []
+    answers = teacher["answers"] if teacher and teacher["answers"] and answers else answers
     dtype = pick_dtype(o.dtype, device)
     run = Run(o, paper, objectives, splits, tokenizer, answers, device, dtype, rank, world, sets=sets)
+    if teacher:
+        read_teacher(run, teacher)
     run.model = build(run, checkpoint).to(device)
     o.lr = o.lr or default_rate(run.model.config.hidden)
     if o.export_official:
         official_state(run)  # stops here, not after hours, if the names do not allow it
+    set_temperature(run, 0.0)
     run.optimizer = make_optimizer(run.model, o.weight_decay)
     if o.resume:
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            run.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError:
+            raise Stop(f"--resume: {last} is of a run with other heads; give the options that it had") from None
         torch.set_rng_state(checkpoint["rng"])
         run.progress = checkpoint["progress"]
     describe(run)
     loop(run)
     return finish(run)
+
+
+def set_temperature(run, part):
+    """The temperature of itc after `part` (0..1) of the run, where it is not learned."""
+    ends = temperatures(run.o.temperature)
+    if ends and "itc" in run.model.heads:
+        scale = run.model.heads["itc"].log_scale.requires_grad_(False)
+        scale.fill_(-math.log(common.scheduled_temperature(*ends, part)))
 
 
 def loop(run):
@@ -901,6 +1191,7 @@ def loop(run):
                 batches.append(make_batch(run, dataset, index[slot::slots], names, rng))
             ready = time.perf_counter()
             model.train()
+            set_temperature(run, (step - 1) / o.steps)
             losses = backward(run, batches, names)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
             set_rate(run.optimizer, step, learning_rate(step, o.lr, o.warmup * o.steps, o.steps))
@@ -975,7 +1266,8 @@ def finish(run):
     if any("val" in splits for splits in run.sets.values()) and best.is_file():
         run.model.load_state_dict(load_checkpoint(best)["state"])
     result = {"model": o.model, "task": o.task, "split": "test", "data": o.data, "steps": o.steps, "seed": o.seed}
-    result["parameters"] = sum(p.numel() for p in run.model.parameters())
+    kept = [p for name, p in run.model.named_parameters() if not name.startswith("heads.hidden.")]  # see projections
+    result["parameters"] = sum(p.numel() for p in kept)
     result["seconds"] = round(progress["seconds"], 1)
     result["examples_per_second"] = round(progress["examples"] / max(1e-9, progress["seconds"]), 1)
     result["chance"] = {}
@@ -988,6 +1280,10 @@ def finish(run):
         prefix = "" if split == "test" else f"{split}_"
         result |= {prefix + name: round(float(value), 5) for name, value in metrics.items()}
         result["chance"] |= {prefix + name: round(float(value), 5) for name, value in chance.items()}
+    if "itc" in run.model.heads:
+        result["temperature"] = round(math.exp(-run.model.heads["itc"].log_scale.item()), 5)
+    if o.rerank and "test" in run.splits:
+        result |= compare_stages(run, run.splits["test"])
     if run.rank == 0:
         write(o.out / "result.json", json.dumps(result, indent=1) + "\n")
         if o.export_official:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
+    ContrastHead,
     Encoding,
     HeadTransform,
     LayerNorm,
@@ -37,6 +38,7 @@ from common import (
     mlp,
     optimal_transport,
     prefix_mask,
+    projections,
     rename,
     shape_of,
     soft_answer_loss,
@@ -63,6 +65,8 @@ class Config:
     answers: int = 3129  # A, the answer list's length
     dropout: float = 0.1  # everywhere in the trunk; the heads have none
     heads: tuple = ("mlm", "mrfr", "mrc", "itm")  # which of the heads below this model has
+    contrast: str = "infonce"  # loss of the objective itc; or "hinge", "sigmoid", "dcl"
+    teacher_widths: tuple = ()  # widths (text, regions) of the teacher that the head "hidden" projects to
     nlvr2: str = "paired-attention"  # or "paired", "triplet": how two pictures meet (section 4.1)
     refer_layers: int = 1  # 1: a linear score per region; 2: with a hidden layer (RefCOCO+)
 
@@ -212,7 +216,7 @@ class UNITER(nn.Module):
         return self.heads["mlm"](states, self.text_embedding.words.weight)
 
     def forward(self, batch, objectives):
-        encoding = None if list(objectives) == ["caption"] else self.encode(batch)
+        encoding = self.encode(batch) if {*objectives} - {"itc", "caption"} else None  # they encode for themselves
         return {name: OBJECTIVES[name](self, encoding, batch) for name in objectives}
 
 
@@ -278,6 +282,19 @@ def image_text_matching(model, encoding, batch):
     class 1 = match."""
     scores = model.heads["itm"](encoding.pooled)
     return cross_entropy(scores, batch.matched), scores
+
+
+def image_text_contrast(model, encoding, batch):
+    """Image-text contrast (not in the paper; CLIP 2021, ALBEF 2021): words alone and regions alone, each encoded
+    without the other, become unit vectors, which `config.contrast` compares: see common.ContrastHead.
+
+    Over the rows that are true pairs, batch.pair_index (M,), of all processes; rows that show one picture,
+    batch.pictures (B,), are no negatives of each other. `encoding` is not read. Scores (M, M), pictures x texts.
+    """
+    head = model.heads["itc"]
+    text = head.text(model.encode(batch, regions=False).text)
+    image = head.image(model.encode(batch, text=False).regions, batch.region_mask)
+    return head(*(x.index_select(0, batch.pair_index) for x in (image, text, batch.pictures)))
 
 
 def word_region_alignment(model, encoding, batch):
@@ -352,6 +369,8 @@ HEADS = {
     "mrfr": FeatureRegressionHead,
     "mrc": lambda c: mlp(c.hidden, c.hidden, c.classes),
     "itm": lambda c: nn.Linear(c.hidden, 2),
+    "itc": lambda c: ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
+    "hidden": lambda c: projections(c.hidden, c.hidden, c.teacher_widths),
     "vqa": lambda c: mlp(c.hidden, 2 * c.hidden, c.answers),
     "ve": lambda c: mlp(c.hidden, 2 * c.hidden, 3),
     "nlvr2": nlvr2_head,
@@ -466,6 +485,7 @@ OBJECTIVES = {
     "mrc": masked_region_class,
     "mrc_kl": masked_region_class_kl,
     "itm": image_text_matching,
+    "itc": image_text_contrast,
     "wra": word_region_alignment,
     "vqa": question_answering,
     "ve": visual_entailment,

@@ -24,6 +24,7 @@ from torch import nn
 
 from common import (
     AttentionBlock,
+    ContrastHead,
     Encoding,
     FeedForward,
     LayerNorm,
@@ -39,6 +40,7 @@ from common import (
     iou,
     mlp,
     prefix_mask,
+    projections,
     rename,
     shape_of,
     soft_answer_loss,
@@ -76,6 +78,8 @@ class Config:
     gqa_answers: int = 1533  # the same for GQA
     dropout: float = 0.1  # everywhere in the trunk, and on what the heads read
     heads: tuple = ("mlm", "mrc", "itm")  # which of the heads below this model has
+    contrast: str = "infonce"  # loss of the objective itc; or "hinge", "sigmoid", "dcl"
+    teacher_widths: tuple = ()  # widths (text, regions) of the teacher that the head "hidden" projects to
     twelve_in_one: bool = False  # the answer heads of 12-in-1 in place of the paper's
     task_tokens: int = 0  # 12-in-1: that many task vectors; batch.task's follows [CLS]
     dynamic_attention: bool = False  # 12-in-1: the text scales the regions' queries and keys
@@ -355,7 +359,7 @@ class ViLBERT(nn.Module):
         return self.heads["mlm"](states, self.text_embedding.words.weight)
 
     def forward(self, batch, objectives):
-        encoding = None if list(objectives) == ["caption"] else self.encode(batch)
+        encoding = self.encode(batch) if {*objectives} - {"itc", "caption"} else None  # they encode for themselves
         return {name: OBJECTIVES[name](self, encoding, batch) for name in objectives}
 
 
@@ -455,6 +459,19 @@ def image_text_matching(model, encoding, batch):
     return cross_entropy(scores, batch.matched), scores
 
 
+def image_text_contrast(model, encoding, batch):
+    """Image-text contrast (not in the paper; CLIP 2021, ALBEF 2021): words alone and regions alone, each in its stream
+    without the other, become unit vectors, which `config.contrast` compares: see common.ContrastHead.
+
+    Over the rows that are true pairs, batch.pair_index (M,), of all processes; rows that show one picture,
+    batch.pictures (B,), are no negatives of each other. `encoding` is not read. Scores (M, M), pictures x texts.
+    """
+    head = model.heads["itc"]
+    text = head.text(model.encode(batch, regions=False).text)
+    image = head.image(model.encode(batch, text=False).regions, batch.region_mask)
+    return head(*(x.index_select(0, batch.pair_index) for x in (image, text, batch.pictures)))
+
+
 # ---- task heads: the same signature ----------------------------------------------------------------------------
 
 
@@ -493,6 +510,8 @@ HEADS = {
     "mrfr": lambda c: mlp(c.visual_hidden, c.visual_hidden, c.feature_size),
     "mrc": lambda c: mlp(c.visual_hidden, c.visual_hidden, c.classes),
     "itm": lambda c: nn.Linear(c.shared, 2),
+    "itc": lambda c: ContrastHead(c.hidden, c.visual_hidden, c.hidden, c.contrast),
+    "hidden": lambda c: projections(c.hidden, c.visual_hidden, c.teacher_widths),
     "vqa": lambda c: answer_head(c, c.answers),
     "gqa": lambda c: answer_head(c, c.gqa_answers),
     "ve": lambda c: nn.Linear(c.shared, 3),
@@ -585,6 +604,7 @@ OBJECTIVES = {
     "mrc": masked_region_class,
     "mrc_kl": masked_region_class_kl,
     "itm": image_text_matching,
+    "itc": image_text_contrast,
     "vqa": question_answering,
     "gqa": partial(question_answering, head="gqa"),
     "ve": visual_entailment,

@@ -318,3 +318,215 @@ def test_recall_at_extremes():
 
 def test_rename_applies_the_rules_in_order():
     assert common.rename("a.b.c", [("a.b", "x"), ("x.c", "y"), ("a", "z")]) == "y"
+
+
+# ---- contrast --------------------------------------------------------------------------------------------------
+
+CONTRASTS = {
+    "infonce": lambda i, t, temperature, bias, same: common.info_nce(i, t, temperature, same),
+    "one way": lambda i, t, temperature, bias, same: common.info_nce(i, t, temperature, same, symmetric=False),
+    "hinge": lambda i, t, temperature, bias, same: common.hardest_hinge(i, t, same=same),
+    "sigmoid": common.sigmoid_contrast,
+    "dcl": lambda i, t, temperature, bias, same: common.decoupled_contrast(i, t, temperature, same),
+}
+
+
+def by_loops(name, image, text, temperature, bias, same):
+    """Every contrast from its definition, one pair of rows after the other, in Python floats."""
+    n, total = len(image), 0.0
+    cosine = [[sum(a * b for a, b in zip(image[i].tolist(), text[j].tolist(), strict=True)) for j in range(n)]
+              for i in range(n)]  # fmt: skip
+    for i in range(n):
+        own = cosine[i][i]
+        others = [j for j in range(n) if j != i and not (same is not None and same[i, j])]
+        for ways, column in ((1, lambda j, i=i: cosine[i][j]), (2, lambda j, i=i: cosine[j][i])):
+            negatives = [column(j) for j in others]
+            part = sum(math.exp(c / temperature) for c in negatives)
+            if name in ("infonce", "one way"):
+                loss = math.log(part + math.exp(own / temperature)) - own / temperature
+                total += loss / 2 if name == "infonce" else loss * (ways == 1)
+            elif name == "dcl" and negatives:
+                total += (math.log(part) - own / temperature) / 2
+            elif name == "hinge":
+                total += max([0.2 + c - own for c in negatives if 0.2 + c - own > 0], default=0.0)
+            elif name == "sigmoid" and ways == 1:
+                total -= math.log(1 / (1 + math.exp(-(own / temperature + bias))))
+                total -= sum(math.log(1 / (1 + math.exp(c / temperature + bias))) for c in negatives)
+    return total / n
+
+
+@pytest.mark.parametrize("name", CONTRASTS)
+@pytest.mark.parametrize("pictures", [None, [0, 1, 2, 3, 4, 5], [0, 1, 0, 2, 1, 0], [3, 3, 3, 3, 3, 3]])
+def test_contrasts_by_loops_and_finite_differences(name, pictures):
+    image, text = F.normalize(randn(6, 4), dim=-1), F.normalize(randn(6, 4), dim=-1)
+    same = None if pictures is None else torch.tensor(pictures)[:, None] == torch.tensor(pictures)
+    got = CONTRASTS[name](image, text, 0.3, -1.5, same)
+    assert got.item() == pytest.approx(by_loops(name, image, text, 0.3, -1.5, same), abs=1e-10)
+    leaves = [x.requires_grad_() for x in (image, text, torch.tensor(0.3).double(), torch.tensor(-1.5).double())]
+    assert torch.autograd.gradcheck(lambda i, t, c, b: CONTRASTS[name](i, t, c, b, same) + 0 * (c + b), leaves)
+
+
+def test_contrasts_in_closed_form():
+    alike, apart = torch.ones(5, 1).double(), torch.eye(5).double()
+    assert common.info_nce(alike, alike, 0.07).item() == pytest.approx(math.log(5))
+    assert common.info_nce(apart, apart, 0.5).item() == pytest.approx(math.log(1 + 4 * math.exp(-2)))
+    assert common.decoupled_contrast(apart, apart, 0.5).item() == pytest.approx(math.log(4) - 2)
+    assert common.hardest_hinge(alike, alike).item() == pytest.approx(0.4)  # the margin, both ways
+    assert common.hardest_hinge(apart, apart).item() == 0
+    image, text = F.normalize(randn(5, 3), dim=-1), F.normalize(randn(5, 3), dim=-1)
+    scores = image @ text.T / 0.1
+    target = torch.arange(5)
+    close(common.info_nce(image, text, 0.1, symmetric=False), F.cross_entropy(scores, target))
+    close(common.info_nce(image, text, 0.1), (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2)
+    bce = F.binary_cross_entropy_with_logits(scores - 3.0, apart, reduction="sum") / 5
+    close(common.sigmoid_contrast(image, text, 0.1, -3.0), bce)
+
+
+@pytest.mark.parametrize("name", CONTRASTS)
+@pytest.mark.parametrize("rows", [0, 1])
+def test_contrasts_of_next_to_nothing(name, rows):
+    """A batch without negatives, or without any pair, has a finite loss and a finite gradient."""
+    image, text = (F.normalize(randn(rows, 4), dim=-1).requires_grad_() for _ in range(2))
+    loss = CONTRASTS[name](image, text, 0.1, -10.0, None)
+    loss.backward()
+    assert loss.isfinite() and image.grad.isfinite().all() and text.grad.isfinite().all()
+    assert loss.item() == pytest.approx(0.0 if rows == 0 else by_loops(name, image, text, 0.1, -10.0, None))
+
+
+@pytest.mark.parametrize("name", CONTRASTS)
+def test_contrasts_refuse_unequal_batches(name):
+    with pytest.raises(ValueError, match=r"\(3, 4\) and texts \(2, 4\)"):
+        CONTRASTS[name](randn(3, 4), randn(2, 4), 0.1, 0.0, None)
+
+
+def test_contrast_head_temperature_is_learned_within_bounds():
+    head, image, text = common.ContrastHead(4, 4, 4), F.normalize(randn(5, 4)), F.normalize(randn(5, 4))
+    assert math.exp(-head.log_scale.item()) == pytest.approx(0.07)
+    for start, bound in ((9.0, math.log(100)), (-3.0, 0.0)):
+        head.log_scale.data.fill_(start)
+        loss, scores = head(image, text, torch.arange(5))
+        loss.backward()
+        assert head.log_scale.item() == pytest.approx(bound) and head.log_scale.grad.abs() > 1e-6
+        close(scores.double(), image @ text.T * math.exp(bound), 1e-4)
+        head.zero_grad()
+
+
+def test_contrast_head_picture_is_the_mean_of_its_regions_and_text_its_first_state():
+    head, states, mask = common.ContrastHead(4, 3, 5).double(), randn(2, 4, 3), lengths_mask(4, [4, 2])
+    want = torch.stack([head.project_image(states[0].mean(0)), head.project_image(states[1, :2].mean(0))])
+    close(head.image(states, mask), want / want.norm(dim=1, keepdim=True))
+    words = randn(2, 3, 4)
+    want = words[:, 0] @ head.project_text.weight.T
+    close(head.text(words), want / want.norm(dim=1, keepdim=True))
+
+
+def test_scheduled_temperature():
+    assert [common.scheduled_temperature(0.2, 0.05, part) for part in (0, 0.5, 1)] == pytest.approx([0.2, 0.125, 0.05])
+    values = [common.scheduled_temperature(0.2, 0.05, part / 10) for part in range(11)]
+    assert values == sorted(values, reverse=True)
+
+
+def contrast_gradients(rows, kind, share):
+    """Loss, and gradients by projections and parameters, of the share of a contrast that these rows' process has."""
+    torch.manual_seed(1)
+    head, projection = common.ContrastHead(3, 3, 3, kind).double(), torch.nn.Linear(4, 3).double()
+    data = torch.randn(5, 8, dtype=torch.float64)[rows]
+    image, text = (F.normalize(projection(x), dim=-1) for x in data.chunk(2, 1))
+    loss = head(image, text, torch.tensor([0, 1, 0, 2, 3])[rows])[0] * share
+    loss.backward()
+    gradients = [p.grad for p in (*projection.parameters(), *head.parameters()) if p.grad is not None]
+    return torch.cat([loss.detach()[None], *(g.flatten() for g in gradients)])
+
+
+def one_of_two(rank, folder):
+    """A process of two with 3 and 2 of the rows; what both have, added up, is written."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    for kind in ("infonce", "hinge", "sigmoid", "dcl"):
+        rows = [[0, 2, 4], [1, 3]][rank]
+        found = contrast_gradients(rows, kind, len(rows) / 5)
+        torch.distributed.all_reduce(found)
+        torch.save(found, f"{folder}/{kind}.{rank}.pt")
+    with torch.no_grad():  # a teacher's rows are gathered too
+        assert common.gather_with_gradient(torch.full((rank + 1, 2), rank)).tolist() == [[0, 0], [1, 1], [1, 1]]
+    with torch.inference_mode():
+        assert len(common.gather_with_gradient(torch.zeros(rank + 1, 2))) == rank + 1
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_contrast_as_one(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
+    for kind in ("infonce", "hinge", "sigmoid", "dcl"):
+        want = contrast_gradients([0, 1, 2, 3, 4], kind, 1.0)
+        assert want.abs().max() > 1e-3
+        for rank in (0, 1):
+            close(torch.load(tmp_path / f"{kind}.{rank}.pt"), want, 1e-10)
+
+
+# ---- distillation ----------------------------------------------------------------------------------------------
+
+
+def test_soft_labels():
+    student, teacher = randn(4, 5, requires_grad=True), randn(4, 5) * 3
+    for temperature in (1.0, 2.0, 7.0):
+        logs, soft = F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
+        want = F.kl_div(logs, soft, reduction="batchmean") * temperature**2
+        close(common.soft_label_loss(student, teacher, temperature), want)
+    assert torch.autograd.gradcheck(lambda s: common.soft_label_loss(s, teacher, 2.0), student)
+    close(common.soft_label_loss(teacher + 5.0, teacher), torch.zeros(()).double())  # a constant says nothing
+    close(common.soft_label_loss(student[0], teacher[0]), F.mse_loss(student[0], teacher[0]))
+    assert common.soft_label_loss(student[:0], teacher[:0]) == 0
+    with pytest.raises(ValueError, match=r"\(4, 5\) of the student, \(4, 3\)"):
+        common.soft_label_loss(student, teacher[:, :3])
+
+
+def test_soft_labels_keep_their_gradient_at_high_temperature():
+    """Hinton's section 2.1: for T large and scores of mean 0, the gradient is (student - teacher) / K, whatever T."""
+    student, teacher = randn(1, 5), randn(1, 5)
+    student, teacher = (student - student.mean()).requires_grad_(), teacher - teacher.mean()
+    common.soft_label_loss(student, teacher, 1e4).backward()
+    close(student.grad, (student - teacher).detach() / 5, 1e-3)
+
+
+def test_layer_map_and_shared_heads():
+    assert common.layer_map(2, 6) == [2, 5] and common.layer_map(1, 3) == [2] and common.layer_map(4, 4) == [0, 1, 2, 3]
+    assert common.layer_map(4, 2) == [0, 0, 0, 1]
+    maps = randn(2, 4, 3, 3)
+    close(common.share_heads(maps, 2)[:, 1], (maps[:, 2] + maps[:, 3]) / 2)
+    close(common.share_heads(maps, 4), maps)
+    with pytest.raises(ValueError, match="4 attention heads of the teacher cannot be shared by 3"):
+        common.share_heads(maps, 3)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_attention_losses_by_loops_from_the_scores(heads):
+    """Against torch's kl_div on maps and the squared difference of the scores themselves, visible keys only."""
+    queries, keys = lengths_mask(3, [3, 2]), lengths_mask(5, [5, 3])
+    bias = common.attention_bias(keys, torch.float64)
+    a, b = randn(2, 2, 3, 5, requires_grad=True), randn(2, heads, 3, 5)
+    teacher = (b + bias).softmax(-1)
+    got = common.attention_loss((a + bias).softmax(-1), teacher, queries, keys)
+    shared = teacher if heads == 2 else torch.stack([teacher[:, :2].mean(1), teacher[:, 2:].mean(1)], 1)
+    kl = mse = 0.0
+    for row, (words, seen) in enumerate([(3, 5), (2, 3)]):
+        for head in range(2):
+            for query in range(words):
+                own, other = a[row, head, query, :seen], shared[row, head, query, :seen]
+                kl += F.kl_div(own.log_softmax(0), other, reduction="sum") / (2 * words * 2)
+                scores = b[row, head, query, :seen] if heads == 2 else other.log()
+                mse += F.mse_loss(own - own.mean(), scores - scores.mean()) / (2 * words * 2)
+    close(got[0], kl)
+    close(got[1], mse, 1e-10)
+    for part in (0, 1):
+        loss = lambda a, part=part: common.attention_loss((a + bias).softmax(-1), teacher, queries, keys)[part]
+        assert torch.autograd.gradcheck(loss, a)
+    nothing = common.attention_loss(teacher, teacher, queries, torch.zeros(2, 5, dtype=torch.bool))
+    assert nothing[0] == 0 and nothing[1] == 0
+
+
+def test_hidden_loss():
+    student, teacher, mask = randn(2, 4, 3, requires_grad=True), randn(2, 4, 3), lengths_mask(4, [4, 1])
+    want = (F.mse_loss(student[0], teacher[0]) + F.mse_loss(student[1, :1], teacher[1, :1])) / 2
+    close(common.hidden_loss(student, teacher, mask), want)
+    assert torch.autograd.gradcheck(lambda s: common.hidden_loss(s, teacher, mask), student)
+    assert common.hidden_loss(student, teacher, torch.zeros(2, 4, dtype=torch.bool)) == 0

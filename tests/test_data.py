@@ -367,6 +367,13 @@ def test_mismatch_never_keeps_the_picture(dataset, replace):
     assert abs(same.mean() - 0.5) < 4 * 0.5 / len(index) ** 0.5
     kept = examples if replace == "image" else images
     assert np.array_equal(kept, index if replace == "image" else dataset.image)
+    batch = data.collate(
+        dataset, examples, images
+    )  # what a contrast may take for pairs, and which picture each row shows
+    assert (
+        batch.pair_index.tolist() == matched.nonzero().flatten().tolist() and batch.pictures.tolist() == images.tolist()
+    )
+    assert batch.rows(torch.arange(2)).pair_index is None
     with pytest.raises(ValueError, match="two pictures"):
         data.mismatch(dataset.subset(np.array([0, 1])), np.array([0, 1]), rng, 1.0)
 

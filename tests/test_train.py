@@ -47,7 +47,7 @@ def run(*arguments, cwd, processes=1, check=True):
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*start, str(ROOT / "train.py"), *map(str, arguments), *SMALL]
+    command = [*start, str(ROOT / "train.py"), *SMALL, *map(str, arguments)]
     done = subprocess.run(command, check=False, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -134,6 +134,7 @@ def test_parts_of_unlike_size_give_the_gradients_of_the_whole(names):
     a, b = data.Batch(**a), data.Batch(**b)
     found = []
     run = SimpleNamespace(model=model, paper=uniter, device=torch.device("cpu"), autocast=train.nullcontext)
+    run.teacher = None
     for parts in ([joined(a, b)], [a, b]):
         model.zero_grad()
         losses = train.backward(run, parts, names)
@@ -266,6 +267,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
         (["--steps", "-1"], "--steps"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--init", "damaged.pt"], "damaged.pt"),
+        (["--teacher", "nowhere.pt"], "nowhere.pt"),
+        (["--distill", "logits,dreams"], "dreams"),
+        (["--temperature", "warm"], "warm"),
+        (["--temperature", "0.2:2"], "0.2:2"),
+        (["--rerank", "5"], "--objectives"),
+        (["--task", "vqa", "--rerank", "5"], "--objectives"),
+        (["--config", "layers=two"], "layers=two"),
+        (["--config", "layers=0.5"], "layers=0.5"),
+        (["--config", "depth=2"], "depth"),
+        (["--config", "hidden=65"], "65 is not a multiple"),
+        (["--model", "vilbert", "--config", "connections=[1]"], "connections=[1]"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, pictures, tmp_path, monkeypatch, capsys):
@@ -290,3 +302,318 @@ def test_scenes_by_default(tmp_path):
     run("--limit", "40", "--steps", 1, cwd=tmp_path)
     result = json.loads((tmp_path / "out/uniter-pretrain/result.json").read_text())
     assert result["data"] == "scenes" and result["chance"]["text_to_image_r1"] == 0.01
+
+
+# ---- contrast and retrieval in two stages ----------------------------------------------------------------------
+
+
+def small_model(name, **changes):
+    """A float64 model with narrow layers and weights far from zero, so that every term shows."""
+    paper, sizes = train.PAPERS[name][0], {"hidden": 16, "attention_heads": 2, "intermediate": 32}
+    if name == "vilbert":
+        sizes |= {"visual_hidden": 8, "visual_heads": 2, "visual_intermediate": 16, "shared": 8, "shared_heads": 2}
+    sizes |= {"vocab_size": 30, "feature_size": 8, "classes": 5, "heads": ("mlm", "mrfr", "itm", "itc")}
+    torch.manual_seed(0)
+    model = getattr(paper, train.PAPERS[name][1])(paper.Config(**paper.PRESETS["tiny"] | sizes | changes)).double()
+    for key, parameter in model.named_parameters():
+        if "norm" not in key and parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return paper, model
+
+
+def as_double(batch, **changes):
+    fields = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in vars(batch).items()}
+    return data.Batch(**fields | changes)
+
+
+@pytest.mark.parametrize("name", train.PAPERS)
+def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
+    """By hand: row by row, each modality encoded with the other one's input destroyed."""
+    paper, model = small_model(name)
+    batch = as_double(
+        masked_batch(6, 0), pictures=torch.tensor([0, 1, 2, 0, 3, 4]), pair_index=torch.tensor([0, 2, 3, 5])
+    )
+    batch.region_mask[2, 2:] = False
+    batch.text_mask[3, 4:] = False
+    loss, scores = model(batch, ["itc"])["itc"]
+    head, texts, images = model.heads["itc"], [], []
+    for row in batch.pair_index.tolist():
+        one = batch.rows(torch.tensor([row]))
+        blind, deaf = one.rows(torch.tensor([0])), one.rows(torch.tensor([0]))
+        blind.features, blind.boxes = torch.randn_like(one.features), torch.rand_like(one.boxes)
+        deaf.text = torch.randint(5, 30, one.text.shape)
+        texts.append(model.encode(blind, regions=False).text[0, 0] @ head.project_text.weight.T)
+        states = model.encode(deaf, text=False).regions[0][one.region_mask[0]]
+        images.append(states.mean(0) @ head.project_image.weight.T)
+    cosines = torch.nn.functional.cosine_similarity(torch.stack(images)[:, None], torch.stack(texts)[None], dim=-1)
+    torch.testing.assert_close(scores, cosines / 0.07, atol=1e-5, rtol=1e-5)  # the temperature is a float32
+    hidden = torch.zeros(4, 4).double()
+    hidden[0, 2] = hidden[2, 0] = -1e9  # rows 0 and 3 show one picture
+    target, scores = torch.arange(4), cosines / 0.07 + hidden
+    want = (torch.nn.functional.cross_entropy(scores, target) + torch.nn.functional.cross_entropy(scores.T, target)) / 2
+    assert loss.item() == pytest.approx(want.item(), abs=1e-5)
+    assert train.items(paper, "itc", batch) == 4
+
+
+def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
+    """Random scores: a query's candidates sorted by (among the k best by dot product, then by matching; else by dot)."""
+    rng = np.random.default_rng(0)
+    n, m = 9, 7
+    truth = np.array([0, 1, 2, 3, 4, 5, 6, 0, 3])
+    dots, fine = torch.from_numpy(rng.uniform(-1, 1, (n, m))), torch.from_numpy(rng.normal(0, 5, (n, m)))
+    dataset, asked = SimpleNamespace(image=truth + 10), []
+
+    def matching(run, dataset, texts, pictures, head):
+        asked.extend(zip(texts.tolist(), (pictures - 10).tolist(), strict=True))
+        return fine[texts, pictures - 10]
+
+    monkeypatch.setattr(train, "dot_products", lambda *_: dots)
+    monkeypatch.setattr(train, "matching_scores", matching)
+    for k in (1, 2, 4, 20):
+        asked.clear()
+        got = train.two_stage(None, dataset, np.arange(n), np.arange(10, 10 + m), k)
+        ranks, near = {"text_to_image": [], "image_to_text": []}, set()
+        for text in range(n):
+            best = sorted(range(m), key=lambda i, t=text: -dots[t, i])[:k]
+            near |= {(text, i) for i in best}
+            order = sorted(best, key=lambda i, t=text: -fine[t, i])
+            order += sorted(set(range(m)) - set(best), key=lambda i, t=text: -dots[t, i])
+            ranks["text_to_image"].append(order.index(truth[text]))
+        for picture in range(m):
+            best = sorted(range(n), key=lambda t, i=picture: -dots[t, i])[:k]
+            near |= {(t, picture) for t in best}
+            order = sorted(best, key=lambda t, i=picture: -fine[t, i])
+            order += sorted(set(range(n)) - set(best), key=lambda t, i=picture: -dots[t, i])
+            ranks["image_to_text"].append(min(order.index(t) for t in range(n) if truth[t] == picture))
+        for way, found in ranks.items():
+            for at in (1, 5):
+                assert got[f"{way}_r{at}"] == pytest.approx(np.mean(np.array(found) < at)), (k, way, at)
+        assert len(asked) == len(set(asked)) and set(asked) == near
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """train.py's command line in this process, in a folder of its own: the seconds of a start are saved."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(*arguments, code=0):
+        assert train.main([*SMALL, *map(str, arguments)]) == code
+
+    return start
+
+
+@pytest.fixture
+def own_run(pictures, tmp_path, monkeypatch):
+    """What the evaluation functions need: UNITER, at random, on the own pictures."""
+    monkeypatch.chdir(tmp_path)
+    dataset = data.load(str(pictures), "pretrain", "train", None, 4)
+    tokenizer = data.train_tokenizer(dataset.text)
+    dataset.encode(tokenizer)
+    _, model = small_model("uniter", vocab_size=tokenizer.get_vocab_size(), feature_size=dataset.store.width)
+    o, device = SimpleNamespace(ablate=None), torch.device("cpu")
+    model.float().eval()
+    return SimpleNamespace(model=model, o=o, device=device, rank=0, world=1, autocast=train.nullcontext), dataset
+
+
+def test_dot_products_and_matching_scores_one_pair_at_a_time(own_run):
+    run, dataset = own_run
+    texts, images = np.array([3, 0, 5, 4]), dataset.image[[5, 4, 1]]
+    with torch.inference_mode():
+        dots = train.dot_products(run, dataset, texts, images)
+        rows, columns = np.repeat(texts, 3), np.tile(images, 4)
+        matching = train.matching_scores(run, dataset, rows, columns).view(4, 3)
+        for i, text in enumerate(texts):
+            for j, image in enumerate(images):
+                batch = data.collate(dataset, np.array([text]), np.array([image]))
+                batch.pair_index = torch.arange(1)
+                cosine = run.model(batch, ["itc"])["itc"][1].item() * 0.07
+                assert dots[i, j].item() == pytest.approx(cosine, abs=1e-5)
+                logits = run.model(batch, ["itm"])["itm"][1][0]
+                assert matching[i, j].item() == pytest.approx((logits[1] - logits[0]).item(), abs=1e-4)
+
+
+def test_two_processes_contrast_as_one_with_the_double_batch(pictures, tmp_path, here):
+    options = ["--objectives", "itc", "--data", pictures, "--steps", 3]
+    here(*options, "--batch-size", 8, "--out", "one")
+    run(*options, "--out", "two", cwd=tmp_path, processes=2)
+    here(*options, "--accumulate", 2, "--out", "parts", "--temperature", "0.2:0.1")
+    one, two, parts = (weights(tmp_path / out) for out in ("one", "two", "parts"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    name = "heads.itc.project_text.weight"
+    assert (one[name] - parts[name]).abs().max() > 1e-4  # fewer negatives: another gradient, as the docstring says
+    assert one["heads.itc.log_scale"] != -math.log(0.07)  # learned
+    last = common.scheduled_temperature(0.2, 0.1, 2 / 3)  # of step 3
+    assert math.exp(-parts["heads.itc.log_scale"].item()) == pytest.approx(last)
+    results = [json.loads((tmp_path / out / "result.json").read_text()) for out in ("one", "two")]
+    for name in results[0]["chance"]:
+        assert results[0][name] == pytest.approx(results[1][name], abs=1e-4), name
+
+
+@pytest.mark.parametrize(("temperature", "first", "last"), [("0.05", 0.05, 0.05), ("0.2:0.1", 0.2, 0.1)])
+def test_temperature_is_what_the_command_line_says(temperature, first, last):
+    _, model = small_model("uniter")
+    run = SimpleNamespace(o=SimpleNamespace(temperature=temperature), model=model)
+    for part, want in ((0.0, first), (0.5, (first + last) / 2), (1.0, last)):
+        train.set_temperature(run, part)
+        assert math.exp(-model.heads["itc"].log_scale.item()) == pytest.approx(want)
+    assert not model.heads["itc"].log_scale.requires_grad
+
+
+# ---- distillation ----------------------------------------------------------------------------------------------
+
+
+def taught(student, teacher, distill, **changes):
+    """A run in which one small model learns from another."""
+    paper, model = small_model(student, **changes)
+    teacher_paper, other = small_model(teacher)
+    names = SimpleNamespace(distill=distill, model=student, teacher=teacher)
+    return SimpleNamespace(o=names, paper=paper, model=model, teacher_paper=teacher_paper, teacher=other.eval(),
+                           soft=("mlm", "mrfr", "itm"), device=torch.device("cpu"), autocast=train.nullcontext)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", train.PAPERS)
+def test_nothing_is_left_to_learn_from_oneself(name):
+    """Teacher = student, projections the identity: every loss of the teacher is 0; each grows with another student."""
+    widths = (16, 8 if name == "vilbert" else 16)
+    run = taught(name, name, "logits,attention,hidden", heads=("mlm", "itm", "itc", "hidden"), teacher_widths=widths)
+    run.model.load_state_dict(run.teacher.state_dict(), strict=False)
+    for layer in run.model.heads["hidden"].values():
+        torch.nn.init.eye_(layer.weight)
+    batch = as_double(masked_batch(3, 0))
+    batch.region_mask[1, 2:] = False
+    parts = train.with_teacher(run, batch, ["mlm", "itm"])
+    extra = train.distilled(run, ["mlm", "itm"])
+    assert set(extra) == {"mlm_soft", "itm_soft", "attention_kl", "attention_mse", "hidden"}
+    for loss in extra:
+        assert abs(parts[loss][0].item()) < 1e-12, loss
+    for parameter in run.model.parameters():
+        parameter.data *= 0.9
+    parts = train.with_teacher(run, batch, ["mlm", "itm"])
+    assert all(parts[loss][0] > 1e-5 for loss in extra)
+
+
+def test_distillation_matches_layers_and_leaves_padding_out():
+    """A student of one layer by hand: its layer beside the teacher's third, real positions only."""
+    sizes = {"heads": ("mlm", "itm", "itc", "hidden"), "teacher_widths": (16, 16), "layers": 1, "hidden": 8}
+    run = taught("uniter", "uniter", "attention,hidden", **sizes)
+    batch = as_double(masked_batch(3, 0))
+    batch.region_mask[1, 2:] = False
+    real = torch.cat([batch.text_mask, batch.region_mask], 1)
+    student, teacher = (m.encode(batch, record=True) for m in (run.model, run.teacher))
+    parts = train.with_teacher(run, batch, ["itm"])
+    project, total = run.model.heads["hidden"]["text"], 0.0
+    for own, other in (("embedding", "embedding"), ("layer.0", "layer.2")):
+        wrong = (project(student.states[own]) - teacher.states[other]).square()
+        total += sum(wrong[row][real[row]].mean() for row in range(3)) / 3 / 2
+    assert parts["hidden"][0].item() == pytest.approx(total.item())
+    total = 0.0
+    for row in range(3):
+        own, other = (x[row][:, real[row]][..., real[row]] for x in (student.maps["layer.0"], teacher.maps["layer.2"]))
+        total += (other * (other.log() - own.log())).sum(-1).mean() / 3
+    assert parts["attention_kl"][0].item() == pytest.approx(total.item())
+
+
+def test_a_whole_image_that_one_model_lacks_is_left_out():
+    """LXMERT learns from ViLBERT, whose regions have the whole image in front: by hand, map by map, state by state."""
+    run = taught("lxmert", "vilbert", "attention,hidden", heads=("itm", "hidden"), teacher_widths=(16, 8))
+    batch = as_double(masked_batch(3, 0))
+    batch.region_mask[1, 2:] = False
+    student, teacher = (m.encode(batch, record=True) for m in (run.model, run.teacher))
+    masks, total = {"text": batch.text_mask, "regions": batch.region_mask}, []
+    for own, other in (("text.0", "text.1"), ("text.1", "text.3"), ("regions.0", "regions.1"), *(
+        (name, name) for i in (0, 1) for name in (f"cross.{i}.text_to_regions", f"cross.{i}.regions_to_text")
+    )):  # fmt: skip
+        asks, _, answers = own.split(".")[-1].partition("_to_")
+        if asks.isdigit():
+            asks = answers = own.split(".")[0]
+        p, t = student.maps[own], teacher.maps[other]
+        t = t[:, :, 1:] if asks == "regions" else t
+        t = t[..., 1:] if answers == "regions" else t
+        rows = []
+        for row in range(3):
+            a, b = (x[row][:, masks[asks][row]][..., masks[answers][row]] for x in (p, t))
+            b = b / b.sum(-1, keepdim=True)
+            rows.append((b * (b.log() - a.log())).sum(-1).mean())
+        total.append(sum(rows) / 3)
+    parts = train.with_teacher(run, batch, ["itm"])
+    assert parts["attention_kl"][0].item() == pytest.approx((sum(total) / len(total)).item())
+    names = [("text.embedding",) * 2, ("regions.embedding",) * 2, ("text.0", "text.1"), ("text.1", "text.3")]
+    names += [("regions.0", "regions.1"), *((f"cross.{i}.{side}",) * 2 for i in (0, 1) for side in masks)]
+    total = 0.0
+    for own, other in names:
+        side = "regions" if "regions" in own else "text"
+        wrong = run.model.heads["hidden"][side](student.states[own]) - teacher.states[other][:, side == "regions" :]
+        total += sum(wrong[row][masks[side][row]].square().mean() for row in range(3)) / 3 / len(names)
+    assert parts["hidden"][0].item() == pytest.approx(total.item())
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("lxmert", "vilbert"), ("vilbert", "lxmert"), ("uniter", "lxmert")])
+def test_one_architecture_teaches_another(student, teacher):
+    """ViLBERT's maps and states without the whole image; where no layer is of one kind, the last states."""
+    widths = (16, 8 if teacher == "vilbert" else 16)
+    run = taught(student, teacher, "logits,hidden", heads=("mlm", "itm", "itc", "hidden"), teacher_widths=widths)
+    if student != "uniter":
+        run.o.distill = "logits,attention,hidden"
+    batch = as_double(masked_batch(3, 0))
+    batch.region_mask[1, 2:] = False
+    parts = train.with_teacher(run, batch, ["mlm", "itm"])
+    sum(loss for loss, _ in parts.values()).backward()
+    assert all(p.grad is None for p in run.teacher.parameters())
+    assert run.model.heads["hidden"]["regions"].weight.grad.abs().max() > 0
+    before = {name: parts[name][0].item() for name in train.distilled(run, ["mlm", "itm"])}
+    batch.features[1, 2:] += 1.0  # padding must not matter
+    after = train.with_teacher(run, batch, ["mlm", "itm"])
+    assert before == pytest.approx({name: after[name][0].item() for name in before})
+    if student == "uniter":
+        run.o.distill = "attention"
+        with pytest.raises(train.Stop, match="no map of uniter"):
+            train.with_teacher(run, batch, ["mlm"])
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("uniter", "mlm"), ("uniter", "mrfr"), ("lxmert", "mrfr"), ("uniter", "itm")]
+)
+def test_distilled_parts_of_unlike_size_give_the_gradients_of_the_whole(model, name):
+    sizes = {"heads": ("mlm", "mrfr", "itm", "itc", "hidden"), "teacher_widths": (16, 16)}
+    run = taught(model, "uniter", "logits,hidden" if model == "lxmert" else "logits,attention,hidden", **sizes)
+    a, b = as_double(masked_batch(3, 1)), as_double(masked_batch(5, 2))
+    found = []
+    for batches in ([joined(a, b)], [a, b]):
+        run.model.zero_grad()
+        losses = train.backward(run, batches, [name])
+        found.append([*losses.values(), *(p.grad.clone() for p in run.model.parameters() if p.grad is not None)])
+    assert {name, f"{name}_soft", "hidden"} <= set(losses)
+    for whole, split in zip(*found, strict=True):
+        torch.testing.assert_close(whole, split, atol=1e-10, rtol=1e-7)
+
+
+def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsys):
+    options = ["--data", pictures, "--task", "vqa", "--steps", 2]
+    here(*options, "--out", "teacher")
+    small = ["--config", "layers=1", "hidden=64", "--teacher", "{model}.pt", "--distill", "logits,attention,hidden"]
+    (tmp_path / "teacher/best.pt").rename(tmp_path / "uniter.pt")
+    here(*options, *small, "--out", "student")
+    logged = [json.loads(line) for line in (tmp_path / "student/log.jsonl").read_text().splitlines()]
+    assert {"vqa", "vqa_soft", "attention_kl", "attention_mse", "hidden"} <= set(logged[1])
+    student, teacher = (train.load_checkpoint(tmp_path / f) for f in ("student/best.pt", "uniter.pt"))
+    assert student["config"]["layers"] == 1 and student["state"]["pooler.dense.weight"].shape == (64, 64)
+    assert student["tokenizer"] == teacher["tokenizer"] and student["answers"] == teacher["answers"]
+    here(*options, *small, "--out", "student", "--resume", "--steps", 3)
+    here(*options, "--out", "student", "--resume", "--steps", 3, code=2)  # without the teacher: other heads
+    here("--data", pictures, "--teacher", "uniter.pt", code=2)
+    three = ["--teacher", "uniter.pt", "--distill", "attention", "--config", "hidden=48", "attention_heads=3"]
+    here(*options, *three, code=2)
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3 and "give the options that it had" in errors[0] and "no head for mlm" in errors[1]
+    assert "4 attention heads of the teacher cannot be shared by 3" in errors[2]
+
+
+def test_rerank_from_the_command_line(pictures, tmp_path, here, capsys):
+    here("--data", pictures, "--objectives", "itm,itc", "--steps", 0, "--rerank", 2, "--temperature", "0.2:0.1")
+    result = json.loads((tmp_path / "out/uniter-pretrain/result.json").read_text())
+    assert result["pool"] == 4 and "best 2 re-ranked" in capsys.readouterr().out
+    assert result["temperature"] == pytest.approx(0.2)
+    assert {"full_text_to_image_r1", "two_stage_image_to_text_r1", "dot_seconds"} <= set(result)
+    assert result["full_text_to_image_r1"] == result["text_to_image_r1"]  # four pictures in the test split: all of them
+    assert result["dot_text_to_image_r1"] == result["itc_text_to_image_r1"]
