@@ -481,6 +481,32 @@ class ContrastHead(nn.Module):
         return loss, pair_cosines(image, text)[0] / temperature
 
 
+# ---- objectives that no paper has, the same for the three: (model, encoding, batch) -> (loss, scores) --------------
+
+
+def image_text_contrast(model, encoding, batch):
+    """Image-text contrast (CLIP 2021, ALBEF 2021): words alone and regions alone, each encoded without the other,
+    become unit vectors, which `config.contrast` compares: see ContrastHead.
+
+    Over the rows that are true pairs, batch.pair_index (M,), of all processes; rows that show one picture,
+    batch.pictures (B,), are no negatives of each other. `encoding` is not read. Scores (M, M), pictures x texts.
+    """
+    head = model.heads["itc"]
+    text = head.text(model.encode(batch, regions=False).text)
+    image = head.image(model.encode(batch, text=False).regions, batch.region_mask)
+    return head(*(x.index_select(0, batch.pair_index) for x in (image, text, batch.pictures)))
+
+
+def captioning(model, encoding, batch):
+    """Captioning as a prefix language model: -log P(next word | regions, words so far), mean over words.
+
+    batch.word_index (M,) flat positions of the words that another follows, word_labels (M,) the followers. `encoding`
+    is not read: in `model.decode` no word sees those after it. Scores (M, V).
+    """
+    scores = model.word_scores(at(model.decode(batch), batch.word_index))
+    return cross_entropy(scores, batch.word_labels), scores
+
+
 # ---- distillation: a student learns a teacher's scores, attention and states -----------------------------------
 
 

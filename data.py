@@ -1195,6 +1195,7 @@ def collate(dataset, index, images=None, answers=None, pad_to=1):
     """
     rows = dataset.rows(index)
     images = dataset.image[rows] if images is None else images
+    true = images == dataset.image[rows]
     mask, positions = ragged(dataset.offsets, rows, pad_to)  # (B,T)
     text, segments = np.zeros((2, *mask.shape), np.int64)
     text[mask], segments[mask] = dataset.tokens[positions], dataset.segment[positions]
@@ -1207,10 +1208,10 @@ def collate(dataset, index, images=None, answers=None, pad_to=1):
         text=torch.from_numpy(text),
         text_mask=torch.from_numpy(mask),
         segments=torch.from_numpy(segments),
-        matched=torch.from_numpy((images == dataset.image[rows]).astype(np.int64)),
+        matched=torch.from_numpy(true.astype(np.int64)),
         answers=targets,
         pictures=torch.from_numpy(np.array(images)),
-        pair_index=torch.from_numpy(np.flatnonzero(images == dataset.image[index])),
+        pair_index=torch.from_numpy(np.flatnonzero(true)),
         ids=[dataset.ids[i] for i in index],
         **dataset.store.gather(images, pad_to),
     )

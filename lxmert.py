@@ -34,9 +34,11 @@ from common import (
     TransformerLayer,
     at,
     attention_bias,
+    captioning,
     centre_boxes,
     count_layers,
     cross_entropy,
+    image_text_contrast,
     initialise,
     mlp,
     prefix_mask,
@@ -356,19 +358,6 @@ def image_text_matching(model, encoding, batch):
     return cross_entropy(scores, batch.matched), scores
 
 
-def image_text_contrast(model, encoding, batch):
-    """Image-text contrast (not in the paper; CLIP 2021, ALBEF 2021): words alone and regions alone, each in its encoder
-    without the other, become unit vectors, which `config.contrast` compares: see common.ContrastHead.
-
-    Over the rows that are true pairs, batch.pair_index (M,), of all processes; rows that show one picture,
-    batch.pictures (B,), are no negatives of each other. `encoding` is not read. Scores (M, M), pictures x texts.
-    """
-    head = model.heads["itc"]
-    text = head.text(model.encode(batch, regions=False).text)
-    image = head.image(model.encode(batch, text=False).regions, batch.region_mask)
-    return head(*(x.index_select(0, batch.pair_index) for x in (image, text, batch.pictures)))
-
-
 def image_question_answering(model, encoding, batch):
     """Image question answering (3.1.3): cross-entropy over the answers, mean over the rows that have one.
 
@@ -455,16 +444,6 @@ def referring_expression(model, encoding, batch):
     scores = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
     scores = scores.masked_fill(~batch.region_mask, -10000.0)
     return cross_entropy(scores, batch.target, reduction="sum"), scores
-
-
-def captioning(model, encoding, batch):
-    """Captioning, not in the paper: a prefix language model, -log P(next word | regions, words so far), mean over words.
-
-    batch.word_index (M,) flat positions of the words that another follows, word_labels (M,) the followers. `encoding`
-    is not used: in `model.decode` no word sees those after it. Scores (M, V).
-    """
-    scores = model.word_scores(at(model.decode(batch), batch.word_index))
-    return cross_entropy(scores, batch.word_labels), scores
 
 
 OBJECTIVES = {

@@ -1,4 +1,4 @@
-"""predict.py: asks a checkpoint of train.py about pictures, one line an answer.
+"""predict.py: asks a checkpoint of train.py about pictures, one line an answer; or writes it under official names.
 
     python predict.py out/uniter-vqa/best.pt --image a.png --text "what color is the circle?"
     python predict.py out/uniter-ve/best.pt --image a.png --text "the circle is red"
@@ -7,6 +7,7 @@
     python predict.py out/uniter-retrieval/best.pt --image a.png --image b.png --text "red circle and two crosses"
     python predict.py out/uniter-refer/best.pt --image a.png --text "small red circle" --boxes "[[0,0,40,40],[50,9,80,39]]"
     python predict.py out/uniter-caption/best.pt --image a.png --beams 3
+    python predict.py out/uniter-vqa/best.pt --export vqa.bin
 
 Regions are cut as in training: the boxes that are given, or else the whole picture and the cells of a grid. best.pt has
 the weights that were best on the val split, checkpoint.pt the last ones.
@@ -22,7 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import common
 import data
+import tasks
 import train
+import weights
 from train import PAPERS, Stop
 
 
@@ -31,22 +34,24 @@ def parse(argv=None):
     parser = train.Parser(prog="predict.py", description="Ask a checkpoint about pictures.", allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", help="checkpoint.pt or best.pt of a run of train.py")
-    add(
-        "--image", action="append", required=True, metavar="FILE", help="a picture; several: one answer each, or a pair"
-    )
+    add("--image", action="append", metavar="FILE", help="a picture; several: one answer each, or a pair")
     add("--boxes", action="append", metavar="JSON", help="[[x1,y1,x2,y2],...] in pixels, one list for each --image")
     add("--text", help="caption, question, statement or expression, as the task wants it")
     add("--choices", nargs="+", metavar="TEXT", help="vcr: what to choose from")
     add("--answer", metavar="TEXT", help="vcr: the answer, if the choices are reasons for it")
+    add("--export", metavar="FILE", help="write the weights under the paper's official names, in place of an answer")
     add("--task", help="which task, of a checkpoint that has several (default: its first)")
     add("--beams", type=int, default=1, help="caption: beam width; 1 is greedy (default: 1)")
     add("--top", type=int, default=3, help="answers, boxes: how many to print (default: 3)")
-    return parser.parse_args(argv)
+    o = parser.parse_args(argv)
+    if bool(o.image) == bool(o.export):
+        raise Stop("give either --image, to ask about it, or --export")
+    return o
 
 
 def load(o):
     """(model, tokenizer, checkpoint, task), ready to be asked. Stop if the checkpoint does not fit what is asked."""
-    checkpoint = train.load_checkpoint(o.checkpoint)
+    checkpoint = weights.load_checkpoint(o.checkpoint)
     tasks = checkpoint["task"].split(",")
     task = o.task or tasks[0]
     if task not in tasks:
@@ -136,7 +141,7 @@ def answer(o, model, tokenizer, checkpoint, task):
         elif task == "vcr":
             begin = (o.text, o.answer) if o.answer else (o.text,)
             batch = make_batch(tokenizer, [(*begin, choice) for choice in o.choices], [picture] * len(o.choices))
-            batch.segments = train.text_types(paper, batch.segments)
+            batch.segments = tasks.text_types(paper, batch.segments)
             batch.target = torch.eye(len(o.choices), dtype=torch.long)[0]
             found = ranked(model(batch, ["vcr"])["vcr"][1].softmax(0), o.choices, o.top)
         else:
@@ -167,7 +172,10 @@ def main(argv=None):
     """Prints the answers. Exit code 0, or 2 with one line on stderr."""
     try:
         o = parse(argv)
-        print(*answer(o, *load(o)), sep="\n")
+        if o.export:
+            weights.save(weights.official(weights.load_checkpoint(o.checkpoint)), Path(o.export))
+        else:
+            print(*answer(o, *load(o)), sep="\n")
     except (Stop, data.DataError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2

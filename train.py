@@ -9,7 +9,8 @@
     python train.py --model uniter --objectives mlm,mrfr,mrc_kl,itm,itc --rerank 20    retrieval in two stages
     python train.py --model uniter --config layers=1 --teacher out/uniter-pretrain/best.pt    a smaller student
 
-Read top to bottom: options, device and processes, data, model, optimizer, distillation, evaluation, loop, files, main.
+Read top to bottom: options, device and processes, data, model, optimizer, distillation, loop, printing, files, main.
+What a task needs and how it is measured is in tasks.py, what --init reads in weights.py.
 Every mean in a loss is a mean over the whole step, whatever its split: `--accumulate 2` in one process and
 `--accumulate 1` in two give the same gradients, because each part is weighted by its share of the masked words,
 masked regions or rows. One exception: the objective itc contrasts each pair with those of the same forward pass, in
@@ -25,7 +26,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -37,24 +37,26 @@ import torch.distributed as dist
 
 import common
 import data
-import lxmert
-import uniter
-import vilbert
+from tasks import (
+    MASKED_REGIONS,
+    MASKED_WORDS,
+    OBJECTIVE,
+    PAIRS,
+    compare_stages,
+    evaluate,
+    items,
+    make_batch,
+    total,
+)
+from weights import PAPERS, fitting, load_checkpoint, load_weights, save
 
-PAPERS = {
-    "uniter": (uniter, "UNITER"),
-    "vilbert": (vilbert, "ViLBERT"),
-    "lxmert": (lxmert, "LXMERT"),
+TYPES = {"nlvr2": 3, "vcr": 4}  # rows of UNITER's table of text types, where not 2
+WORDS = {
+    "contrast": ("infonce", "hinge", "sigmoid", "dcl"),
+    "nlvr2": ("paired-attention", "paired", "triplet"),
+    "fusion": ("mul", "sum"),
 }
-OBJECTIVE = {"retrieval": "rank"}  # of the tasks whose objective has another name
-DOWNSTREAM = {OBJECTIVE.get(task, task) for task in data.TASKS} - {"pretrain", "vqa"}
-# by this a state dict under official names is known; a BERT has none of these
-MARKS = {"uniter": "img_embeddings.", "vilbert": "v_embeddings.", "lxmert": "visn_fc."}
-ANSWER_HEADS = ("heads.vqa.", "heads.qa.")
-HUGGING_FACE = {"model_type": ("bert", "lxmert"), "hidden_act": ("gelu",)}  # what a config.json may say, if it does
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-MASKED_WORDS, MASKED_REGIONS, PAIRS = {"mlm"}, {"mrfr", "mrc", "mrc_kl", "attr", "nce"}, {"itm", "wra"}
+BY_DATA = {"vocab_size", "feature_size", "types", "classes", "attributes", "answers", "heads", "teacher_widths"}
 DISTILL = {"logits": (), "attention": ("attention_kl", "attention_mse"), "hidden": ("hidden",)}  # and their losses
 
 # ---- options ---------------------------------------------------------------------------------------------------
@@ -84,11 +86,17 @@ def parse(argv=None):
     add("--task", default="pretrain", help=f"{', '.join(data.TASKS)}; several, a,b,c, train together")
     add("--data", default="scenes", help="scenes (built in) or a .jsonl file of your own; one for each task: a,b,c")
     add("--size", default="tiny", choices=["tiny", "base", "large"], help="preset of layer sizes")
+    add(
+        "--config",
+        nargs="+",
+        default=[],
+        metavar="NAME=JSON",
+        help="fields of the model's Config, as layers=1 dropout=0.1",
+    )
     add("--init", metavar="FILE", help="start from these weights: a checkpoint, BERT's, an official file or its folder; "
         "{model} and {seed} in the name are filled in")  # fmt: skip
     add("--fresh", action="store_true", help="take sizes and tokenizer of --init, but leave the weights at random")
     add("--partial", action="store_true", help="accept an --init that lacks tensors of the trunk; they stay at random")
-    add("--export-official", metavar="FILE", help="at the end write the best weights under the official names")
     add("--resume", action="store_true", help="go on from DIR/checkpoint.pt, exactly where it stopped")
     add("--out", metavar="DIR", help="folder for checkpoint, log and result (default: out/MODEL-TASK)")
     add("--steps", type=int, help="optimizer steps (default: about five minutes on two CPU cores)")
@@ -98,27 +106,16 @@ def parse(argv=None):
     add("--warmup", type=float, default=0.1, help="part of the steps in which the rate rises")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, on weight matrices only")
     add("--clip", type=float, default=5.0, help="largest gradient norm")
-    add("--dropout", type=float, help="dropout of the trunk (default: by size)")
     add("--objectives", help="pretraining objectives, a,b,c (default: the paper's own)")
-    add(
-        "--contrast",
-        default="infonce",
-        choices=["infonce", "hinge", "sigmoid", "dcl"],
-        help="the loss of objective itc",
-    )
     add("--temperature", default="learned", help="of itc: learned, a number, or FIRST:LAST, half a cosine over the run")
     add("--teacher", metavar="CKPT", help="a trained model to learn from; {model} and {seed} are filled in")
     add("--distill", default="logits", help="what of the teacher, a,b,c: logits, attention, hidden")
-    add("--rerank", type=int, metavar="K", help="retrieval in two stages after the test: itc's best K, ranked by itm")
-    add("--pool", type=int, default=500, help="pictures, with a caption each, that --rerank searches")
-    add("--config", nargs="+", default=[], metavar="NAME=JSON", help="sizes in place of the preset's, as layers=1")
+    add("--rerank", type=int, metavar="K", help="test retrieval in two stages too: the K best by itc, ranked anew")
     add("--mask", type=float, help="share of the words that pretraining masks (default: 0.15; on scenes 0.3)")
     add("--ablate", choices=["text", "image"], help="take the words or the picture away, to see what the rest is worth")
     add("--limit", type=int, help="use only the first N training examples")
-    add("--nlvr2", default="paired-attention", choices=["paired-attention", "paired", "triplet"],
-        help="how UNITER joins two pictures")  # fmt: skip
     add("--mine", type=int, default=4, help="retrieval: false partners to choose the hardest of, in the second half")
-    add("--pool", type=int, default=200, help="retrieval, captions: pictures of the test")
+    add("--pool", type=int, default=200, help="retrieval, captions: pictures of the test, with a caption each")
     add("--beams", type=int, default=1, help="beam width for the test's captions; 1 is greedy")
     add("--patch", type=int, default=12, help="side of the square that a region of your own pictures is resized to")
     add("--grid", type=int, default=6, help="cells a side where your own pictures come without boxes")
@@ -145,13 +142,11 @@ def parse(argv=None):
         raise Stop("--ablate text leaves captions nothing to learn; use --ablate image")
     if (options.fresh or options.partial) and not options.init:
         raise Stop(f"--{'fresh' if options.fresh else 'partial'} says how to use --init; give --init too")
-    if options.export_official and options.seeds > 1 and "{seed}" not in options.export_official:
-        raise Stop("--export-official: put {seed} into the name, or each seed overwrites the one before")
-    if options.export_official and options.model == "all" and "{model}" not in options.export_official:
-        raise Stop("--export-official: put {model} into the name, or each model overwrites the one before")
     for part in options.distill.split(","):
         if part not in DISTILL:
             raise Stop(f"--distill: {part!r} is none of {', '.join(DISTILL)}")
+    if options.rerank and options.task != "pretrain" and "retrieval" not in tasks:
+        raise Stop("--rerank is for --task retrieval, or for pretraining with --objectives ...,itm,itc")
     temperatures(options.temperature)
     return options
 
@@ -185,7 +180,7 @@ def settle(options, model_name, seed):
     rows = max({"nlvr2": 2, "vcr": 4, "retrieval": 3}.get(task, 1) for task in o.tasks)  # about 64 of them in a step
     o.batch_size = o.batch_size or max(1, 64 // rows // processes()[1])
     o.eval_every = o.eval_every or max(1, math.ceil(o.steps / 5))
-    for name in ("init", "teacher", "export_official"):
+    for name in ("init", "teacher"):
         if given := getattr(o, name):
             setattr(o, name, given.replace("{model}", model_name).replace("{seed}", str(seed)))
     return o
@@ -231,15 +226,6 @@ def pick_dtype(name, device):
     return torch.bfloat16 if native else torch.float32
 
 
-def total(values):
-    """The sum over all processes of a list of numbers, as a list. On the CPU, so that no GPU is waited for."""
-    if not dist.is_initialized():
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor)
-    return tensor.tolist()
-
-
 # ---- data ------------------------------------------------------------------------------------------------------
 
 
@@ -274,8 +260,15 @@ class Run:
         return {answer: column for column, answer in enumerate(data.ENTAILMENT if name == "ve" else self.answers)}
 
 
+def task_objectives(o, task):
+    """The objectives of a downstream task: its own, and for retrieval in two stages also that of the first."""
+    return [OBJECTIVE.get(task, task)] + ["itc"] * (task == "retrieval" and o.rerank is not None)
+
+
 def objectives_of(o, paper):
-    """The pretraining objectives asked for, {name: ratio}; those joined to another one have ratio 0."""
+    """The objectives asked for, {name: ratio}; in pretraining those joined to another one have ratio 0."""
+    if o.task != "pretrain":
+        return {name: 1 for task in o.tasks for name in task_objectives(o, task)}
     default, joined = paper.PRETRAINING["objectives"], [n for ns in paper.PRETRAINING["joined"].values() for n in ns]
     known = {
         **{n: 1 for n in sorted((MASKED_WORDS | MASKED_REGIONS | PAIRS | {"qa"}) & set(paper.OBJECTIVES))},
@@ -289,6 +282,8 @@ def objectives_of(o, paper):
             raise Stop(f"--objectives: {o.model} has no pretraining objective {name!r}; it has {', '.join(known)}")
     if "wra" in names and "itm" not in names:
         raise Stop("--objectives: wra needs the pairs of itm; write itm,wra")
+    if o.rerank and not {"itm", "itc"} <= {*names}:
+        raise Stop("--rerank: the first stage needs objective itc, the second itm; write --objectives ...,itm,itc")
     return {name: known[name] for name in names}
 
 
@@ -351,105 +346,6 @@ def step_objectives(paper, objectives, rng):
     return [str(name), *(n for n in paper.PRETRAINING["joined"].get(name, ()) if n in objectives)]
 
 
-def make_batch(run, dataset, index, names, rng, **words):
-    """Examples `index` as the objectives `names` need them: pairs mismatched, words masked, regions masked.
-    `words`: arguments of data.mask_words in place of the run's."""
-    if names[0] in DOWNSTREAM:
-        return ablate(task_batch(run, dataset, index, names[0], rng), run.o.ablate)
-    images, matched = None, None
-    if PAIRS & set(names):
-        index, images, matched = data.mismatch(dataset, index, rng, replace=run.paper.PRETRAINING["mismatch"])
-    batch = data.collate(dataset, index, images, answers=run.columns() if run.answers else None)
-    if matched is not None:
-        batch.matched = matched
-    if "qa" in names:
-        batch = data.draw_answers(batch, rng)
-    if MASKED_WORDS & set(names):
-        batch = data.mask_words(batch, run.tokenizer, rng, **(words or {"p": run.o.mask}))
-    if MASKED_REGIONS & set(names):
-        batch = data.mask_regions(batch, rng, **run.paper.PRETRAINING["region_masking"])
-    return ablate(batch, run.o.ablate)
-
-
-def task_batch(run, dataset, index, name, rng):
-    """Examples `index` as the objective of a downstream task needs them."""
-    if name == "rank":
-        index, images = partners(run, dataset, index, rng)
-        return data.collate(dataset, index.ravel(), images.ravel())  # (B, 1 + negatives) -> rows
-    batch = data.collate(dataset, index, answers=run.columns("ve") if name == "ve" else None)
-    if name == "nlvr2":
-        batch.target = torch.from_numpy(dataset.target[index])
-        side = torch.arange(len(batch.text))[:, None] % 2  # 0 the left picture, 1 the right one
-        batch.region_types = side.expand(batch.region_mask.shape)
-        if run.o.model == "uniter" and run.o.nlvr2 == "triplet":
-            batch = data.join_pictures(batch)
-    elif name == "vcr":
-        batch.segments = text_types(run.paper, batch.segments)
-        right = torch.from_numpy(dataset.target[index])
-        batch.target = torch.nn.functional.one_hot(right, dataset.group).flatten()  # (B, choices) -> (rows,)
-    elif name == "refer":
-        batch.target = overlaps(dataset, index, batch).argmax(1)
-    elif name == "caption":
-        batch = data.next_words(batch)
-    return batch
-
-
-def text_types(paper, segments):
-    """The paper's text types of question, answer and reason, which depend on how many segments a row has: (B, T)."""
-    table = torch.tensor([[*types, 0, 0][:3] for types in ((0,), *paper.VCR_TYPES)])  # (segments - 1, segment)
-    return table[segments.amax(1, keepdim=True), segments]  # (B, 1), (B, T) -> (B, T)
-
-
-def overlaps(dataset, index, batch):
-    """(B, N) overlap (IoU) of each region with the box that is meant; -1 for padding."""
-    meant = torch.from_numpy(dataset.target[index]).float()[:, None]  # (B, 4) -> (B, 1, 4)
-    return common.iou(batch.boxes, meant).masked_fill(~batch.region_mask, -1.0)
-
-
-def partners(run, dataset, index, rng):
-    """True pairs and false ones for retrieval: texts (B, 1 + K) and pictures (B, 1 + K), the true pair first, then one
-    for each of the paper's NEGATIVES, with another picture or another text.
-
-    In the first half of the steps they are drawn at random; in the second half `--mine` are drawn for each and the one
-    that the model takes for the best match is kept (UNITER 4.1; ViLBERT mines one of its two texts, from a fixed pool).
-    """
-    kinds, mine = run.paper.NEGATIVES, run.o.mine if 2 * run.progress["step"] >= run.o.steps else 1
-    if (dataset.image == dataset.image[0]).all():
-        raise Stop("retrieval needs at least two pictures")
-    texts = np.broadcast_to(index[:, None, None], (len(index), len(kinds), mine)).copy()
-    other = rng.integers(len(dataset), size=texts.shape)
-    while (same := dataset.image[other] == dataset.image[texts]).any():
-        other[same] = rng.integers(len(dataset), size=same.sum())
-    images = dataset.image[texts]
-    for k, kind in enumerate(kinds):
-        if kind == "image":
-            images[:, k] = dataset.image[other[:, k]]
-        else:
-            texts[:, k] = other[:, k]
-    best = np.zeros(texts.shape[:2], np.int64)  # (B, K)
-    if mine > 1:
-        run.model.eval()
-        with torch.no_grad(), run.autocast():
-            batch = ablate(data.collate(dataset, texts.ravel(), images.ravel()), run.o.ablate).to(run.device)
-            scores = run.model.heads["rank"](run.model.encode(batch).pooled)  # (B*K*mine, 1)
-        run.model.train()
-        best = scores.float().cpu().view(texts.shape).argmax(2).numpy()
-    texts, images = (np.take_along_axis(x, best[:, :, None], 2)[:, :, 0] for x in (texts, images))
-    return np.column_stack([index, texts]), np.column_stack([dataset.image[index], images])
-
-
-def ablate(batch, what):
-    """Takes a modality away: the picture's regions (hidden and zeroed), or every word but [CLS] and [SEP]."""
-    if what == "image":
-        batch.region_mask = torch.zeros_like(batch.region_mask)
-        batch.features, batch.boxes = torch.zeros_like(batch.features), torch.zeros_like(batch.boxes)
-    if what == "text":
-        last = batch.text_mask.sum(1, keepdim=True) - 1  # (B, 1), where [SEP] stands
-        batch.text = torch.cat([batch.text[:, :1], batch.text.gather(1, last)], 1)  # (B, T) -> (B, 2)
-        batch.text_mask, batch.segments = torch.ones_like(batch.text, dtype=torch.bool), torch.zeros_like(batch.text)
-    return batch
-
-
 def stream(o, dataset, slots, skip):
     """Endless index arrays, one a step, in an order that depends on seed and epoch alone. Each holds `slots` forward
     passes, of like lengths, so that no process waits for another's longer sentences; pass s takes every slots-th row.
@@ -496,102 +392,49 @@ def build(run, checkpoint):
             raise Stop(f"{o.init}: has {sizes['vocab_size']} words, the tokenizer {words}; give --vocab its own pieces")
         sizes |= known
     if o.model == "uniter":
-        types = 4 if "vcr" in o.tasks else 3 if "nlvr2" in o.tasks else 2
-        sizes |= {"types": max(types, sizes.get("types", 2)), "nlvr2": o.nlvr2}
-    sizes |= {"heads": heads_of(paper, run.objectives), "answers": max(1, len(run.answers)), "contrast": o.contrast}
+        sizes["types"] = max(sizes.get("types", 2), *(TYPES.get(task, 2) for task in o.tasks))
+    sizes |= {"heads": heads_of(paper, run.objectives), "answers": max(1, len(run.answers))}
     if run.teacher and "hidden" in o.distill.split(","):
         theirs = run.teacher.config
         sizes["heads"] = (*sizes["heads"], "hidden")
         sizes["teacher_widths"] = (theirs.hidden, getattr(theirs, "visual_hidden", theirs.hidden))
     sizes |= read_sizes(o, paper)
-    if o.dropout is not None:
-        sizes["dropout"] = o.dropout
     torch.manual_seed(o.seed)
     try:
         model = getattr(paper, PAPERS[o.model][1])(paper.Config(**sizes))
     except (TypeError, ValueError) as error:
-        raise Stop(f"{o.init or o.model}: no model of these sizes: {error}") from None
+        raise Stop(f"{o.init or o.model} {' '.join(o.config)}: no model of these sizes: {error}") from None
     if checkpoint and o.fresh:
         say(f"init     {o.init}: its sizes and tokenizer only; all weights at random")
     elif checkpoint:
-        model.load_state_dict(fitting(o, model.state_dict(), checkpoint, run.answers))
+        state, report = fitting(o, model.state_dict(), checkpoint, run.answers)
+        model.load_state_dict(state)
+        say(report)
     return model
 
 
 def read_sizes(o, paper):
-    """--config as {name: value}. Stop for a name that the presets lack or a value of another type."""
-    sizes, known = {}, paper.PRESETS["tiny"]
+    """--config as {name: value}. Stop for a name that the model's Config lacks or that the data decide, or for a value
+    of another type."""
+    sizes, known = {}, {f.name: f.default for f in dataclasses.fields(paper.Config) if f.name not in BY_DATA}
     for text in o.config:
         name, _, value = text.partition("=")
+        if name not in known:
+            raise Stop(f"--config {text}: {o.model} has no {name!r} to choose; it has {', '.join(known)}")
+        if value not in WORDS.get(name, (value,)):
+            raise Stop(f"--config {text}: choose from {', '.join(WORDS[name])}")
         try:
-            value = json.loads(value)
+            value = value if name in WORDS else json.loads(value)
         except ValueError:
             raise Stop(f"--config {text}: write NAME=JSON, as layers=1 or connections=[[0,1]]") from None
-        value = tuple(value) if isinstance(value, list) else value
-        if name not in known:
-            raise Stop(f"--config {text}: {o.model} has no size {name!r}; it has {', '.join(known)}")
-        if type(value) is not type(known[name]) or (type(value) is int and value < 1):
+        if isinstance(value, list):
+            value = tuple(value)
+        if type(value) is int and type(known[name]) is float:
+            value = float(value)
+        if type(value) is not type(known[name]) or (type(value) is int and value < min(1, known[name])):
             raise Stop(f"--config {text}: {name} is something like {known[name]}")
         sizes[name] = value
     return sizes
-
-
-def fitting(o, own, checkpoint, answers):
-    """A full state for a model whose initial one is `own`: the file's tensors where name and shape agree.
-
-    Says in five lines what was loaded, resized, left at random and ignored. Stop if anything but a head would stay at
-    random, save what BERT has nothing for (all but the paper's FROM_BERT) or what --partial permits. A head is loaded
-    whole or not at all; an answer head for the same list of answers only, as its rows mean nothing under another one,
-    but LXMERT's moves row by row.
-    """
-    paper, state, ignored, resized = PAPERS[o.model][0], checkpoint["state"], [], []
-    types, kind = "text_embedding.types.weight", checkpoint.get("kind")
-    try:
-        if kind:
-            state, ignored = paper.from_official(state, [*own, *(n.replace("heads.vqa.", "heads.qa.") for n in own)])
-        if o.model == "lxmert" and checkpoint["answers"]:
-            before = {id(tensor) for tensor in state.values()}
-            state = lxmert.transfer_answer_head(state, own, checkpoint["answers"], answers)
-            resized = [name for name in state if id(state[name]) not in before]
-        elif checkpoint["answers"] != answers:
-            ignored += [name for name in state if name.startswith(ANSWER_HEADS)]
-            state = {name: tensor for name, tensor in state.items() if not name.startswith(ANSWER_HEADS)}
-        if o.model == "uniter" and types in state and len(state[types]) < len(own[types]):
-            table = state[types]
-            if "nlvr2" in o.tasks and len(table) == 2:  # the second picture's type starts as the picture's
-                table = uniter.widen_types(table, 3, copy=1)
-            state = {**state, types: uniter.widen_types(table, len(own[types]), copy=0)}  # VCR's as the text's
-            resized.append(types)
-        if "heads.rank.weight" in own and "heads.rank.weight" not in state and "heads.itm.weight" in state:
-            # the log odds of a match; official UNITER takes row 1 alone (`rank_from_itm`), which ranks a bit otherwise
-            for name in ("weight", "bias"):
-                match = state[f"heads.itm.{name}"]
-                state = {**state, f"heads.rank.{name}": match[1:] - match[:1]}  # (2, C) -> (1, C), (2,) -> (1,)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise Stop(f"{o.init}: {str(error).splitlines()[0]}") from None
-    loaded = {name for name in own if name in state and state[name].shape == own[name].shape}
-    torn = {part(name) for name in set(own) - loaded if name.startswith("heads.")}
-    loaded = {name for name in loaded if part(name) not in torn}
-    fresh, ignored = sorted(set(own) - loaded), ignored + [name for name in state if name not in loaded]
-    lost = [n for n in fresh if not n.startswith("heads.") and n.startswith(paper.FROM_BERT if kind == "BERT" else "")]
-    if lost and not o.partial:
-        raise Stop(
-            f"{o.init}: {len(lost)} tensors of the trunk are missing or of another shape, the first is {lost[0]}; "
-            "--partial leaves them at random"
-        )
-    say(f"init     {o.init}: {f'weights of {kind}' if kind else 'a checkpoint'}")
-    for what, names in {"loaded": loaded, "resized": resized, "at random": fresh, "ignored": ignored}.items():
-        counts = Counter(map(part, sorted(names)))
-        parts = [f"{name} ({n})" for name, n in counts.items()]
-        say(f"         {what} {len(names)}: {', '.join(parts[:8]) or 'none'}{', ...' * (len(parts) > 8)}")
-    return {name: state[name] if name in loaded else own[name] for name in own}
-
-
-def part(name):
-    """What a parameter belongs to: "layers", "heads.vqa"; of official names "cls.predictions", "bert.encoder.layer.9"."""
-    pieces = name.split(".")
-    trunk = pieces[0].endswith(("embedding", "layers", "connections", "pooler"))
-    return ".".join(pieces[: 1 if trunk else 4 if ".encoder." in name else 2])
 
 
 # ---- optimizer -------------------------------------------------------------------------------------------------
@@ -639,24 +482,6 @@ def set_rate(optimizer, step, rate):
         group["eps"] = 1e-6 / math.sqrt(1 - group["betas"][1] ** step)
 
 
-def items(paper, name, batch):
-    """How many items the mean of an objective's loss runs over."""
-    if name.endswith("_soft") and name.removesuffix("_soft") in MASKED_REGIONS:
-        return len(batch.region_index)
-    name = name.removesuffix("_soft")
-    if name == "itc":
-        return len(batch.pair_index)
-    if name in MASKED_WORDS:
-        return len(batch.word_index)
-    if name in paper.PRETRAINING.get("over_all_regions", ()):
-        return int(batch.region_mask.sum())
-    if name == "qa":
-        return int(((batch.answer_labels >= 0) & (batch.matched == 1)).sum())
-    if name == "caption":
-        return len(batch.word_index)
-    return len(batch.region_index) if name in MASKED_REGIONS else len(batch.text)
-
-
 def backward(run, batches, names):
     """Gradients of one step's loss, mean over ALL its parts: micro-batches here and in the other processes.
 
@@ -693,7 +518,7 @@ def backward(run, batches, names):
 def read_teacher(run, checkpoint):
     """Sets run.teacher, in eval mode, without gradients, from its checkpoint; it may be another of the three models.
 
-    Stop where it cannot teach this run: other features, or none of the heads whose scores are wanted."""
+    Stop if it has seen other features."""
     o = run.o
     run.teacher_paper, name = PAPERS[checkpoint["model"]]
     config = run.teacher_paper.Config(**checkpoint["config"])
@@ -702,13 +527,41 @@ def read_teacher(run, checkpoint):
         raise Stop(f"{o.teacher}: trained on features of width {config.feature_size}, {o.data} has {width}")
     run.teacher = getattr(run.teacher_paper, name)(config).to(run.device).eval().requires_grad_(False)
     run.teacher.load_state_dict(checkpoint["state"])
-    unlike = {"wra", "nce"}  # a distance without a head; negatives that each draws for itself
-    if (checkpoint["model"] == "lxmert") != (o.model == "lxmert"):
-        unlike |= {"mrc", "mrc_kl"}  # LXMERT's region classes have no background
-    heads = {name: heads_of(run.teacher_paper, [name]) for name in run.objectives if name not in unlike}
-    run.soft = tuple(name for name, head in heads.items() if head and {*head} <= {*config.heads})
-    if "logits" in o.distill.split(",") and not run.soft:
-        raise Stop(f"{o.teacher}: it has no head for {', '.join(run.objectives)}; train it for --task {o.task} first")
+
+
+def match_teacher(run, checkpoint):
+    """Sets run.soft, the objectives whose scores the teacher has too: those over classes, choices or regions.
+
+    Says which are left out. Stop where it cannot read this run's batches, or where nothing is left."""
+    o, why = run.o, {}
+    own, their, config = run.paper, run.teacher_paper, run.teacher.config
+    for name in run.objectives:
+        head, triplets = (
+            heads_of(their, [name]),
+            [getattr(c, "nlvr2", "") == "triplet" for c in (run.model.config, config)],
+        )
+        unlike = {"vcr": own.VCR_TYPES != their.VCR_TYPES, "rank": own.NEGATIVES != their.NEGATIVES,
+                  "nlvr2": triplets[0] != triplets[1]}  # fmt: skip
+        if unlike.get(name):
+            raise Stop(
+                f"{o.teacher}: reads the rows of {name} in another way than {o.model}; take one of the same model"
+            )
+        if checkpoint["model"] == "uniter" and config.types < TYPES.get(name, 2):
+            raise Stop(f"{o.teacher}: has too few text types for {name}; train it for --task {o.task} first")
+        if name in ("wra", "nce"):
+            why[name] = "it has no scores of classes"
+        elif not head or not {*head} <= {*config.heads} or (name == "caption" and name not in checkpoint["task"]):
+            why[name] = "the teacher was not trained for it"
+        elif name in ("mrc", "mrc_kl") and (checkpoint["model"] == "lxmert") != (o.model == "lxmert"):
+            why[name] = "LXMERT's region classes have no background"
+    run.soft = tuple(name for name in run.objectives if name not in why)
+    wanted = o.distill.split(",")
+    if "caption" in run.objectives and wanted != ["logits"]:
+        raise Stop("--distill: captions are read from left to right, which records no attention or states; use logits")
+    if "logits" in wanted and not run.soft:
+        raise Stop(f"{o.teacher}: no scores to learn from: " + "; ".join(f"{n}: {reason}" for n, reason in why.items()))
+    for name, reason in why.items() if "logits" in wanted else ():
+        say(f"teacher  scores of {name} are not distilled: {reason}")
 
 
 def distilled(run, names):
@@ -720,7 +573,7 @@ def distilled(run, names):
     return soft + [name for part in wanted for name in DISTILL[part]]
 
 
-def by_kind(recorded):
+def stacks(recorded):
     """Recorded maps or states {"cross.0.text": x, ...} as {"cross.text": [x of layer 0, x of layer 1, ...], ...}."""
     kinds = {}
     for name, x in recorded.items():
@@ -730,7 +583,7 @@ def by_kind(recorded):
 
 def layer_pairs(student, teacher):
     """(kind, student's layer, teacher's layer) of every kind that both have, by `common.layer_map`."""
-    student, teacher = by_kind(student), by_kind(teacher)
+    student, teacher = stacks(student), stacks(teacher)
     for kind in student:
         if kind in teacher:
             for own, i in zip(student[kind], common.layer_map(len(student[kind]), len(teacher[kind])), strict=True):
@@ -751,7 +604,8 @@ def with_teacher(run, batch, names):
     Layers that both have are matched by `common.layer_map`; two architectures without a kind of map in common share no
     attention, and where no kind of state is common, the last states of words and regions are compared.
     """
-    wanted, record = run.o.distill.split(","), "attention" in run.o.distill or "hidden" in run.o.distill
+    wanted = run.o.distill.split(",")
+    record = wanted != ["logits"]
     student = run.model.encode(batch, record=record)
     parts = {name: run.paper.OBJECTIVES[name](run.model, student, batch) for name in names}
     with torch.no_grad():
@@ -759,7 +613,12 @@ def with_teacher(run, batch, names):
         theirs = {n: run.teacher_paper.OBJECTIVES[n](run.teacher, teacher, batch)[1] for n in names if n in run.soft}
     if "logits" in wanted:
         for name, scores in theirs.items():
-            pair = [x.flatten() if name == "mrfr" else x for x in (parts[name][1], scores)]  # features are no classes
+            pair = parts[name][1], scores
+            if name == "mrfr":  # features are no classes
+                pair = [x.flatten() for x in pair]
+            if name in ("vcr", "rank"):  # (rows,) -> (groups, rows of one): the classes are the choices
+                groups = int(batch.target.sum()) if name == "vcr" else len(batch.text) // (1 + len(run.paper.NEGATIVES))
+                pair = [x.view(groups, -1) for x in pair]
             parts[f"{name}_soft"] = common.soft_label_loss(*pair), None
     if "attention" in wanted:
         losses = []
@@ -788,331 +647,6 @@ def with_teacher(run, batch, names):
     return parts
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------
-
-
-def evaluate(run, split):
-    """(metrics, chance) of the run's tasks on a split, the model in eval mode. Accuracies and recalls are in 0..1; of
-    several tasks each metric's name begins with its task's."""
-    run.model.eval()
-    metrics, chance = {}, {}
-    for task, splits in run.sets.items():
-        if split in splits:
-            with torch.inference_mode():
-                found = evaluate_task(run, task, splits[split])
-            for all_of, some in zip((metrics, chance), found, strict=True):
-                all_of |= {(f"{task}_" if len(run.sets) > 1 else "") + name: value for name, value in some.items()}
-    return metrics, chance
-
-
-def evaluate_task(run, task, dataset):
-    """(metrics, chance) of one task on one of its splits."""
-    if task == "vqa":
-        return evaluate_vqa(run, dataset)
-    if task == "ve":
-        return evaluate_vqa(run, dataset, "ve", list(data.ENTAILMENT))
-    if task in ("nlvr2", "vcr", "refer"):
-        return evaluate_choice(run, task, dataset)
-    if task == "pretrain":
-        return evaluate_pretraining(run, dataset)
-    index = np.unique(dataset.image, return_index=True)[1][: run.o.pool if dataset.split != "val" else 100]
-    if task == "caption":
-        return evaluate_captions(run, dataset, index)
-    metrics = retrieval(run, dataset, index, "rank")
-    chance = {name: min(1.0, int(name.rsplit("r", 1)[1]) / len(index)) for name in metrics}
-    metrics["mean_recall"], chance["mean_recall"] = (float(np.mean([*m.values()])) for m in (metrics, chance))
-    return metrics, chance
-
-
-def scores_of(run, batch, name):
-    """(loss, scores) of one objective on a batch."""
-    with run.autocast():
-        loss, scores = run.model(batch.to(run.device), [name])[name]
-    return loss.float(), scores.float().cpu()
-
-
-def parts(run, dataset, index):
-    """The examples `index` in batches of like lengths; each process takes its own batches."""
-    for part in data.batches(dataset.lengths()[index], size=256, rank=run.rank, world=run.world):
-        yield index[part]
-
-
-def evaluate_pretraining(run, dataset, examples=1000, candidates=100):
-    """Each objective on held-out captions, under a fixed seed, and zero-shot retrieval among `candidates` pictures.
-
-    Accuracies are over masked words, masked regions or pairs. mlm_content masks one word a caption that only the
-    picture tells: a colour, shape, size, number or direction. Beside each: what the most frequent label would get.
-    """
-    kinds, names = np.array(dataset.kind), list(run.objectives)
-    captions = np.flatnonzero(kinds == "caption") if "caption" in kinds else np.arange(len(dataset))
-    captions = captions[np.unique(dataset.image[captions], return_index=True)[1]][:examples]  # one a picture
-    questions = np.flatnonzero(kinds != "caption")[:examples]
-    content = torch.zeros(run.tokenizer.get_vocab_size(), dtype=torch.bool)
-    content[[i for w in data.CONTENT_WORDS if (i := run.tokenizer.token_to_id(w)) is not None]] = True
-    sums = {}
-    for name in [*names, *["mlm_content"] * ("mlm" in names and run.o.data == "scenes")]:
-        for index in parts(run, dataset, questions if name == "qa" else captions):
-            rng = np.random.default_rng((1, int(index[0])))
-            if name == "mlm_content":
-                batch = make_batch(run, dataset, index, ["mlm"], rng, only=content, one=True)
-            else:
-                batch = make_batch(run, dataset, index, [name], rng)
-            count(run.paper, sums, name, batch, *scores_of(run, batch, name.removesuffix("_content")))
-    metrics, chance = {}, {}
-    gathered = [sums] * run.world
-    if dist.is_initialized():
-        dist.all_gather_object(gathered, sums)  # a process may have had no batch of a small split
-    for name in dict.fromkeys(name for sums in gathered for name in sums):
-        loss, n, hits, *labels = map(sum, itertools.zip_longest(*(s.get(name, []) for s in gathered), fillvalue=0))
-        metrics[f"{name}_loss"] = loss / max(1, n)
-        if seen := sum(labels):
-            metrics[f"{name}_accuracy"], chance[f"{name}_accuracy"] = hits / seen, max(labels) / seen
-    if "itm" in names:
-        recalls = retrieval(run, dataset, captions[:candidates])
-        metrics |= recalls
-        chance |= {name: min(1.0, int(name.rsplit("r", 1)[1]) / len(captions[:candidates])) for name in recalls}
-    if "itc" in names:
-        dots = dot_products(run, dataset, captions[:candidates], dataset.image[captions[:candidates]])
-        recalls = common.recall_at(dots, torch.arange(len(dots)))
-        metrics |= {f"itc_{name}": value for name, value in recalls.items()}
-        chance |= {f"itc_{name}": min(1.0, int(name.rsplit("r", 1)[1]) / len(dots)) for name in recalls}
-    return metrics, chance
-
-
-def count(paper, sums, name, batch, loss, scores):
-    """Adds a batch to sums[name]: [loss x items, items, hits, frequency of each label ...]."""
-    objective = name.removesuffix("_content")
-    labels, n = None, items(paper, objective, batch)
-    if objective == "mlm":
-        labels = batch.word_labels
-    elif objective in ("mrc", "mrc_kl"):
-        labels = common.at(batch.object_probs, batch.region_index)[:, 1:].argmax(-1)
-        labels = labels + scores.shape[-1] - batch.object_probs.shape[-1] + 1  # LXMERT's head has no background class
-    elif objective == "attr":
-        labels = batch.attributes.flatten()[batch.region_index]
-    elif objective == "itm":
-        labels = batch.matched
-    elif objective == "itc":
-        labels = torch.arange(len(scores))  # which text of the batch is the picture's own
-    elif objective == "qa":
-        labels, scores = batch.answer_labels[batch.answer_labels >= 0], scores[batch.answer_labels >= 0]
-    values = [float(loss) * n, n, 0]
-    if labels is not None:
-        values[2:] = [
-            int((scores.argmax(-1) == labels).sum()),
-            *np.bincount(labels.numpy(), minlength=scores.shape[-1]),
-        ]
-    sums[name] = [a + b for a, b in itertools.zip_longest(sums.get(name, []), values, fillvalue=0)]
-
-
-def retrieval(run, dataset, index, head="itm"):
-    """Recall at 1, 5 and 10, both ways: every text of `index` with every picture, ranked by the matching head's log odds
-    or by the rank head. What the model computes of each text and each picture alone is computed once."""
-    n, batch = len(index), ablate(data.collate(dataset, index), run.o.ablate).to(run.device)
-    scores = torch.zeros(n, n, dtype=torch.float64)
-    with run.autocast():
-        words, areas = run.model.unimodal(batch)
-        for row in range(run.rank, n, run.world):
-            text = {name: getattr(batch, name)[row].expand(n, -1) for name in ("text", "text_mask", "segments")}
-            pairs = dataclasses.replace(batch, **text)
-            pooled = run.model.encode(pairs, given=(words[row].expand(n, -1, -1), areas)).pooled  # (n, C)
-            logits = run.model.heads[head](pooled).double().cpu()  # (n, 2) or (n, 1)
-            scores[row] = logits[:, 1] - logits[:, 0] if head == "itm" else logits[:, 0]
-    scores = torch.tensor(total(scores.flatten().tolist())).view(n, n)
-    return common.recall_at(scores, torch.arange(n))
-
-
-def dot_products(run, dataset, texts, pictures):
-    """Cosines (texts, pictures) of the unimodal vectors of itc: examples `texts`, store rows `pictures`. Each text and
-    each picture is encoded once."""
-    head, sides = run.model.heads["itc"], []
-    for index, side in ((texts, "text"), (pictures, "image")):
-        lengths = np.diff(dataset.offsets if side == "text" else dataset.store.offsets)[index]
-        vectors = torch.zeros(len(index), head.project_text.out_features, dtype=torch.float64)
-        for part in data.batches(lengths, size=256, rank=run.rank, world=run.world):
-            rows = (index[part], None) if side == "text" else (np.full(len(part), texts[0]), index[part])
-            batch = ablate(data.collate(dataset, *rows), run.o.ablate).to(run.device)
-            with run.autocast():
-                if side == "text":
-                    found = head.text(run.model.encode(batch, regions=False).text)
-                else:
-                    found = head.image(run.model.encode(batch, text=False).regions, batch.region_mask)
-            vectors[part] = found.double().cpu()
-        sides.append(torch.tensor(total(vectors.flatten().tolist()), dtype=torch.float64).view(vectors.shape))
-    return sides[0] @ sides[1].T  # (texts, E) @ (E, pictures)
-
-
-def matching_scores(run, dataset, texts, pictures, head="itm"):
-    """How well text i fits picture i, (P,): the log odds of a match, or the one score of head "rank". texts: examples,
-    pictures: store rows, (P,) each."""
-    scores = torch.zeros(len(texts), dtype=torch.float64)
-    lengths = np.stack([np.diff(dataset.offsets)[texts], np.diff(dataset.store.offsets)[pictures]], 1)
-    for part in data.batches(lengths, size=256, rank=run.rank, world=run.world):
-        batch = ablate(data.collate(dataset, texts[part], pictures[part]), run.o.ablate).to(run.device)
-        with run.autocast():
-            logits = run.model.heads[head](run.model.encode(batch).pooled).double().cpu()  # (rows, 2) or (rows, 1)
-        scores[part] = logits[:, -1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
-    return torch.tensor(total(scores.tolist()), dtype=torch.float64)
-
-
-def two_stage(run, dataset, texts, pictures, k, head="itm"):
-    """Recalls of retrieval in two stages: dot products rank everything, then matching scores rank the best k anew.
-
-    texts: examples (n,); pictures: store rows (m,), each text's own among them. Every text's k best pictures and every
-    picture's k best texts are scored together, once where both want a pair; the others stay behind, by dot product.
-    """
-    dots = dot_products(run, dataset, texts, pictures)  # (n, m)
-    nothing = torch.zeros_like(dots, dtype=torch.bool)
-    best = [nothing.scatter(axis, dots.topk(min(k, dots.shape[axis]), axis)[1], True) for axis in (0, 1)]
-    near = {"text_to_image": best[1], "image_to_text": best[0]}  # (n, m) bool, True = among the best k
-    rows, columns = (near["text_to_image"] | near["image_to_text"]).numpy().nonzero()  # (P,) each
-    fine = torch.zeros_like(dots)
-    fine[rows, columns] = matching_scores(run, dataset, texts[rows], pictures[columns], head)
-    fine = fine - fine.min() + 2.0  # above every cosine
-    place = {picture: i for i, picture in enumerate(pictures.tolist())}
-    truth = torch.tensor([place[picture] for picture in dataset.image[texts].tolist()])
-    recalls = {}
-    for way, mask in near.items():
-        found = common.recall_at(torch.where(mask, fine, dots), truth)
-        recalls |= {name: value for name, value in found.items() if name.startswith(way)}
-    return recalls
-
-
-def compare_stages(run, dataset, most=1000, measured=300):
-    """--rerank: recall and seconds of the full matrix of matching scores, of dot products, and of the two stages.
-
-    Among --pool pictures with a caption each; scenes are drawn until there are enough. Beyond `most` of them the full
-    matrix is not computed: its time is extrapolated from `measured` x `measured` pairs, and so called.
-    """
-    o = run.o
-    if o.data == "scenes" and o.pool > len(np.unique(dataset.image)):
-        dataset = data.scenes(dataset.split, "caption", count=o.pool * 5 // 4).encode(run.tokenizer, max_length=60)
-    captions = (
-        np.flatnonzero(np.array(dataset.kind) == "caption") if "caption" in dataset.kind else np.arange(len(dataset))
-    )
-    texts = captions[np.unique(dataset.image[captions], return_index=True)[1]][: o.pool]  # one a picture
-    pictures, n, result = dataset.image[texts], len(texts), {}
-    whole = n <= most
-    run.model.eval()
-    with torch.inference_mode():
-        dot_products(run, dataset, texts[:64], pictures[:64])  # the first pass of a process is slower
-        start = time.perf_counter()
-        recalls = retrieval(run, dataset, texts if whole else texts[:measured])
-        seconds = (time.perf_counter() - start) * (1.0 if whole else (n / measured) ** 2)
-        rows = {"full": (recalls if whole else {}, seconds)}
-        start = time.perf_counter()
-        recalls = common.recall_at(dot_products(run, dataset, texts, pictures), torch.arange(n))
-        rows["dot"] = recalls, time.perf_counter() - start
-        start = time.perf_counter()
-        recalls = two_stage(run, dataset, texts, pictures, o.rerank)
-        rows["two_stage"] = recalls, time.perf_counter() - start
-    say(f"\n{o.model}, retrieval among {n} x {n}, best {o.rerank} re-ranked")
-    for name, (recalls, seconds) in rows.items():
-        how = "" if whole or name != "full" else f" (extrapolated from {measured} x {measured})"
-        say(f"  {name:10s} {seconds:9.1f} s{how}  " + "  ".join(f"{key} {percent(v)}" for key, v in recalls.items()))
-        result |= {f"{name}_{key}": round(value, 5) for key, value in recalls.items()}
-        result[f"{name}_seconds"] = round(seconds, 2)
-    return {"pool": n, "rerank": o.rerank, "full_extrapolated": not whole, **result}
-
-
-def evaluate_vqa(run, dataset, name="vqa", answers=None):
-    """Accuracy: the soft score of the answer with the highest logit, mean over questions, also for each kind. Entailment
-    is the same with its own three answers.
-
-    Chance: always the training split's most frequent answer; of `answers`, if given, the most frequent here.
-    """
-    hits, kinds = np.zeros(len(dataset)), np.array(dataset.kind)
-    for index in parts(run, dataset, np.arange(len(dataset))):
-        best = scores_of(run, make_batch(run, dataset, index, [name], None), name)[1].argmax(-1).tolist()
-        known = answers or run.answers
-        hits[index] = [dataset.answer[i].get(known[b], 0.0) for i, b in zip(index, best, strict=True)]
-    guesses = [[answer.get(a, 0.0) for answer in dataset.answer] for a in answers or run.answers[:1]]
-    return by_kind(np.array(total(hits)), np.array(max(guesses, key=sum)), kinds)
-
-
-def by_kind(hits, guess, kinds, name="accuracy"):
-    """Means of `hits` and of `guess`, what guessing would get, (E,) each: over all, and over each of several kinds."""
-    groups = {name: np.ones(len(kinds), bool)}
-    groups |= {f"{name}_{kind}": kinds == kind for kind in sorted(set(kinds)) if len(set(kinds)) > 1}
-    return {k: hits[g].mean() for k, g in groups.items()}, {k: guess[g].mean() for k, g in groups.items()}
-
-
-def evaluate_choice(run, task, dataset):
-    """Accuracies of the tasks that choose: of true and false (nlvr2), of several texts (vcr), of regions (refer).
-
-    vcr: the answer (Q-A), the reason given the right answer (QA-R), and both (Q-AR). refer: the best-scored region
-    overlaps the box meant by more than one half; `reachable` is the share where some region does.
-    Chance: the more frequent truth; one choice of all; the share of the regions that would be right.
-    """
-    right, guess, reachable = np.zeros((3, len(dataset)))
-    for index in parts(run, dataset, np.arange(len(dataset))):
-        scores = scores_of(run, make_batch(run, dataset, index, [task], None), task)[1]
-        if task == "refer":
-            clean = data.collate(dataset, index)  # with the boxes that --ablate takes away
-            hit = overlaps(dataset, index, clean) > 0.5  # (B, N)
-            right[index] = hit.gather(1, scores.argmax(1, keepdim=True))[:, 0]
-            guess[index], reachable[index] = hit.sum(1) / clean.region_mask.sum(1), hit.any(1)
-        else:
-            scores = scores.view(len(index), -1)  # (B, 2), or (B * choices,) -> (B, choices)
-            right[index] = scores.argmax(1).numpy() == dataset.target[index]
-    right, guess, reachable = (np.array(total(x)) for x in (right, guess, reachable))
-    kinds = np.array(dataset.kind)
-    if task == "refer":
-        metrics, chance = by_kind(right, guess, kinds)
-        return metrics | {"reachable": reachable.mean()}, chance
-    if task == "nlvr2":
-        return by_kind(right, np.full(len(dataset), max(dataset.target.mean(), 1 - dataset.target.mean())), kinds)
-    metrics, chance = {}, {}
-    for kind, name in (("answer", "q_a"), ("reason", "qa_r")):
-        if (kinds == kind).any():
-            metrics[f"{name}_accuracy"], chance[f"{name}_accuracy"] = right[kinds == kind].mean(), 1 / dataset.group
-    answered = {i: hit for i, hit, kind in zip(dataset.ids, right, kinds, strict=True) if kind == "answer"}
-    both = [hit * answered[i] for i, hit, kind in zip(dataset.ids, right, kinds, strict=True) if kind == "reason"]
-    if both:
-        metrics["q_ar_accuracy"], chance["q_ar_accuracy"] = float(np.mean(both)), 1 / dataset.group**2
-    return metrics, chance
-
-
-def evaluate_captions(run, dataset, index):
-    """Perplexity of the captions, exp of their mean loss a piece, and BLEU-4 of the generated ones, `index` naming one
-    example of each picture, against all captions of it; CIDEr-D too, where pycocoevalcap is installed. Chance: the
-    caption of another picture."""
-    pictures, loss, pieces, own = set(dataset.image[index].tolist()), 0.0, 0, {}
-    examples = np.array([i for i, image in enumerate(dataset.image.tolist()) if image in pictures])
-    for part in parts(run, dataset, examples):
-        batch = make_batch(run, dataset, part, ["caption"], None)
-        loss += float(scores_of(run, batch, "caption")[0]) * len(batch.word_index)
-        pieces += len(batch.word_index)
-    loss, pieces = total([loss, pieces])
-    first, last = (run.tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
-    beams = run.o.beams if dataset.split != "val" else 1
-    for part in parts(run, dataset, index):
-        batch = ablate(data.collate(dataset, part), run.o.ablate).to(run.device)
-        with run.autocast():
-            found = common.generate(run.model, batch, first, last, beams)
-        own |= {int(dataset.image[i]): run.tokenizer.decode(ids).split() for i, ids in zip(part, found, strict=True)}
-    gathered = [own] * run.world
-    if dist.is_initialized():
-        dist.all_gather_object(gathered, own)
-    own, true = {image: words for some in gathered for image, words in some.items()}, {}
-    for i in examples:
-        ids = dataset.tokens[dataset.offsets[i] : dataset.offsets[i + 1]].tolist()
-        true.setdefault(int(dataset.image[i]), []).append(run.tokenizer.decode(ids).split())
-    order = sorted(own)
-    said, references = [own[image] for image in order], [true[image] for image in order]
-    strangers = [true[image][0] for image in [*order[1:], order[0]]]
-    metrics = {"perplexity": math.exp(loss / max(1, pieces)), "bleu4": common.bleu(said, references)}
-    chance = {"bleu4": common.bleu(strangers, references)}
-    try:
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError:
-        return metrics, chance
-    spoken = [{i: [" ".join(w) for w in ws] for i, ws in enumerate(lists)} for lists in (
-        references, [[w] for w in said], [[w] for w in strangers])]  # fmt: skip
-    metrics["cider"], chance["cider"] = (Cider().compute_score(spoken[0], s)[0] for s in spoken[1:])
-    return metrics, chance
-
-
 # ---- loop ------------------------------------------------------------------------------------------------------
 
 
@@ -1129,9 +663,7 @@ def train(o):
         raise Stop(
             f"{o.teacher}: it reads other word pieces than {o.init}; start without --init, or from its own start"
         )
-    objectives = objectives_of(o, paper) if o.task == "pretrain" else {OBJECTIVE.get(t, t): 1 for t in o.tasks}
-    if o.rerank and not {"itm", "itc"} <= {*objectives}:
-        raise Stop("--rerank: the first stage needs objective itc, the second itm; write --objectives ...,itm,itc")
+    objectives = objectives_of(o, paper)
     sources = o.data.split(",") * (len(o.tasks) if "," not in o.data else 1)
     sets = {task: read_data(o, objectives, task, source) for task, source in zip(o.tasks, sources, strict=True)}
     splits = next(iter(sets.values()))
@@ -1145,9 +677,9 @@ def train(o):
     if teacher:
         read_teacher(run, teacher)
     run.model = build(run, checkpoint).to(device)
+    if teacher:
+        match_teacher(run, teacher)
     o.lr = o.lr or default_rate(run.model.config.hidden)
-    if o.export_official:
-        official_state(run)  # stops here, not after hours, if the names do not allow it
     set_temperature(run, 0.0)
     run.optimizer = make_optimizer(run.model, o.weight_decay)
     if o.resume:
@@ -1184,7 +716,7 @@ def loop(run):
             drawn = np.random.default_rng((o.seed, step))  # the same in every process
             task = draw_task(run, step)
             pretrain = o.task == "pretrain"
-            names = step_objectives(run.paper, run.objectives, drawn) if pretrain else [OBJECTIVE.get(task, task)]
+            names = step_objectives(run.paper, run.objectives, drawn) if pretrain else task_objectives(o, task)
             index, batches, dataset = next(order[task]), [], run.sets[task]["train"]
             for slot in range(run.rank * o.accumulate, (run.rank + 1) * o.accumulate):
                 rng = np.random.default_rng((o.seed, step, slot))
@@ -1282,13 +814,13 @@ def finish(run):
         result["chance"] |= {prefix + name: round(float(value), 5) for name, value in chance.items()}
     if "itc" in run.model.heads:
         result["temperature"] = round(math.exp(-run.model.heads["itc"].log_scale.item()), 5)
-    if o.rerank and "test" in run.splits:
-        result |= compare_stages(run, run.splits["test"])
+    searched, head = (run.splits, "itm") if o.task == "pretrain" else (run.sets.get("retrieval", {}), "rank")
+    if o.rerank and "test" in searched:
+        stages, lines = compare_stages(run, searched["test"], head)
+        result |= stages
+        say(lines)
     if run.rank == 0:
         write(o.out / "result.json", json.dumps(result, indent=1) + "\n")
-        if o.export_official:
-            save(official_state(run), Path(o.export_official))
-            say(f"export   {o.export_official}: the weights of {o.model} under its official names")
     return result
 
 
@@ -1463,153 +995,6 @@ def save_checkpoint(run, name):
         "grid": run.o.grid,
     }
     save(content, run.o.out / name)
-
-
-def save(content, path):
-    """torch.save, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
-
-
-def official_state(run):
-    """The model's weights under its paper's official names, on the CPU. Stop if --export-official cannot hold them."""
-    if Path(run.o.export_official).is_dir():
-        raise Stop(f"--export-official {run.o.export_official}: is a folder; give a file name")
-    try:
-        return run.paper.to_official({name: tensor.cpu() for name, tensor in run.model.state_dict().items()})
-    except ValueError as error:
-        raise Stop(f"--export-official: {error}") from None
-
-
-def load_checkpoint(path):
-    """A checkpoint of `save_checkpoint`, on the CPU. Stop if it is missing, damaged or something else."""
-    content = read_torch(Path(path))
-    if not isinstance(content, dict) or not {"model", "config", "state", "tokenizer", "answers"} <= set(content):
-        raise Stop(f"{path}: not a checkpoint of train.py (it lacks model, config, state, tokenizer or answers)")
-    return content
-
-
-def read_torch(path):
-    """What torch.save wrote, on the CPU, without running any code that the file may hold. Stop if that cannot be."""
-    if not path.is_file():
-        raise Stop(f"{path}: no such file")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # a failure is one line
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 (bytes that are no weights end in nearly every kind of error)
-        raise Stop(f"{path}: no weights, damaged, or more than weights ({type(error).__name__})") from None
-
-
-def read_safetensors(path):
-    """{name: tensor} of a safetensors file: 8 bytes, the length n of the header, little-endian; n bytes of JSON,
-    {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}}; the numbers, from which offsets count.
-
-    The file is mapped, each tensor copied out of it once. Stop unless the tensors fill the file one after another,
-    without gap or overlap, each as long as its shape says. dtypes: SAFETENSORS.
-    """
-    if not path.is_file():
-        raise Stop(f"{path}: no such file")
-    tensors, end = {}, 0
-    try:
-        with path.open("rb") as file:
-            first, size = file.read(8), path.stat().st_size
-            length = int.from_bytes(first, "little")
-            if len(first) < 8 or length > size - 8:
-                raise ValueError("its header does not fit into it; was it cut off?")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        numbers = torch.from_numpy(np.memmap(path, np.uint8, "c", offset=8 + length))
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            shape, (begin, stop) = entry["shape"], entry["data_offsets"]
-            if entry["dtype"] not in SAFETENSORS:
-                raise ValueError(f"{name} is of dtype {entry['dtype']}; known are {', '.join(SAFETENSORS)}")
-            if not all(type(number) is int and number >= 0 for number in (*shape, begin, stop)):
-                raise ValueError(f"{name} has a shape or offsets that are no whole numbers")
-            if begin != end:
-                raise ValueError(f"{name} begins at byte {begin}, but the tensor before it ends at {end}")
-            dtype, end = SAFETENSORS[entry["dtype"]], stop
-            if end > len(numbers):
-                raise ValueError(f"{name} ends at byte {end} of {len(numbers)}; was it cut off?")
-            if end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} has {end - begin} bytes for shape {shape}")
-            tensors[name] = numbers[begin:end].clone().view(dtype).view(shape)
-        if end != len(numbers):
-            raise ValueError(f"{len(numbers) - end} bytes belong to no tensor")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Stop(f"{path}: not a safetensors file ({error or type(error).__name__})") from None
-    return tensors
-
-
-def read_state(path):
-    """(content, state) of a weights file: what it holds, and the tensors in it by name. Stop if it holds none, or NaN."""
-    content = state = (read_safetensors if path.suffix == ".safetensors" else read_torch)(path)
-    for key in ("state", "model_state", "model_state_dict", "state_dict", "model"):  # some codes put it under one
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    state = state if isinstance(state, dict) else {}
-    state = {n: t for n, t in state.items() if isinstance(n, str) and isinstance(t, torch.Tensor)}
-    if not state or any(tensor.layout != torch.strided or tensor.is_meta for tensor in state.values()):
-        raise Stop(f"{path}: holds no weights; give a checkpoint, a state dict or a safetensors file")
-    # a sum is finite only if all its numbers are, and costs no memory
-    if wrong := [n for n, t in state.items() if t.is_floating_point() and not t.sum(dtype=torch.float32).isfinite()]:
-        raise Stop(f"{path}: {len(wrong)} tensors hold NaN or infinity, the first is {wrong[0]}")
-    return content, state
-
-
-def load_weights(o):
-    """The file or folder of --init as a checkpoint: one of `save_checkpoint`; or the weights of BERT, of an official
-    code or of Hugging Face, then with `kind` (BERT, or the model's name), `state` under the names found there and
-    `config` with the sizes found. tokenizer.json or vocab.txt, config.json and the answers beside the file are used.
-
-    Stop for anything else, for another model's weights and for numbers that are not finite.
-    """
-    path, paper = Path(o.init), PAPERS[o.model][0]
-    if path.is_dir():
-        names = [name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
-        if not names:
-            raise Stop(f"{path}: a folder without model.safetensors or pytorch_model.bin; give the file")
-        path = path / names[0]
-    content, state = read_state(path)
-    if {"model", "config", "state", "tokenizer", "answers"} <= set(content):
-        return content
-    kind = next((model for model, mark in MARKS.items() if any(mark in name for name in state)), "BERT")
-    if kind not in ("BERT", o.model):
-        raise Stop(f"{path}: holds weights of {kind}, which do not fit --model {o.model}")
-    config = read_json(path.with_name("config.json"), dict) or {}
-    for key, known in HUGGING_FACE.items():
-        if config.get(key, known[0]) not in known:
-            raise Stop(f"{path.with_name('config.json')}: {key} is {config[key]!r}, must be {' or '.join(known)}")
-    try:
-        state = common.bert_names(state) if kind == "BERT" else state
-        sizes = paper.sizes_of(state, config)
-    except KeyError as error:
-        raise Stop(f"{path}: no weights of BERT, UNITER, ViLBERT or LXMERT: it lacks {error.args[0]}") from None
-    except (TypeError, ValueError) as error:
-        raise Stop(f"{path}: {error}") from None
-    pieces = [p for name in ("tokenizer.json", "vocab.txt") if (p := path.with_name(name)).is_file()]
-    answers = [p for name in ("all_ans.json", "trainval_label2ans.json") if (p := path.with_name(name)).is_file()]
-    return {
-        "kind": kind,
-        "model": o.model,
-        "config": sizes,
-        "state": state,
-        "tokenizer": data.read_tokenizer(pieces[0]).to_str() if pieces and not o.vocab else None,
-        "answers": [a["ans"] if isinstance(a, dict) else a for a in read_json(answers[0], list)] if answers else [],
-    }
-
-
-def read_json(path, kind):
-    """A JSON file's content, None where there is no file. Stop if it is no JSON or no `kind` (dict, list)."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise Stop(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, kind):
-        raise Stop(f"{path}: holds no {kind.__name__}")
-    return content
 
 
 # ---- main ------------------------------------------------------------------------------------------------------

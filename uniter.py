@@ -31,9 +31,11 @@ from common import (
     TransformerLayer,
     at,
     attention_bias,
+    captioning,
     centre_boxes,
     count_layers,
     cross_entropy,
+    image_text_contrast,
     initialise,
     mlp,
     optimal_transport,
@@ -284,19 +286,6 @@ def image_text_matching(model, encoding, batch):
     return cross_entropy(scores, batch.matched), scores
 
 
-def image_text_contrast(model, encoding, batch):
-    """Image-text contrast (not in the paper; CLIP 2021, ALBEF 2021): words alone and regions alone, each encoded
-    without the other, become unit vectors, which `config.contrast` compares: see common.ContrastHead.
-
-    Over the rows that are true pairs, batch.pair_index (M,), of all processes; rows that show one picture,
-    batch.pictures (B,), are no negatives of each other. `encoding` is not read. Scores (M, M), pictures x texts.
-    """
-    head = model.heads["itc"]
-    text = head.text(model.encode(batch, regions=False).text)
-    image = head.image(model.encode(batch, text=False).regions, batch.region_mask)
-    return head(*(x.index_select(0, batch.pair_index) for x in (image, text, batch.pictures)))
-
-
 def word_region_alignment(model, encoding, batch):
     """Optimal transport between words and regions (eq. 5): pull true pairs together, push false ones apart.
 
@@ -467,16 +456,6 @@ def referring_expression_rank(model, encoding, batch, negative=None, margin=0.2,
     chance = scores.sigmoid()
     above = chance.gather(1, negative[:, None]) - chance.gather(1, batch.target[:, None])  # (B, 1)
     return F.relu(margin + above).sum(), scores
-
-
-def captioning(model, encoding, batch):
-    """Captioning, not in the paper: a prefix language model, -log P(next word | regions, words so far), mean over words.
-
-    batch.word_index (M,) flat positions of the words that another follows, word_labels (M,) the followers. `encoding`
-    is not used: in `model.decode` no word sees those after it. Scores (M, V).
-    """
-    scores = model.word_scores(at(model.decode(batch), batch.word_index))
-    return cross_entropy(scores, batch.word_labels), scores
 
 
 OBJECTIVES = {

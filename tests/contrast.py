@@ -22,7 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import data
+import tasks
 import train
+import weights
 
 
 def run(out, *arguments):
@@ -35,7 +37,7 @@ def run(out, *arguments):
 
 def restore(folder):
     """A trained model as the evaluation functions of train.py want it, on the CPU in float32, and its tokenizer."""
-    checkpoint = train.load_checkpoint(folder / "best.pt")
+    checkpoint = weights.load_checkpoint(folder / "best.pt")
     paper, name = train.PAPERS[checkpoint["model"]]
     model = getattr(paper, name)(paper.Config(**checkpoint["config"])).eval()
     model.load_state_dict(checkpoint["state"])
@@ -64,7 +66,7 @@ def temperature(o):
             restored, tokenizer = restore(out)
             dataset, texts = scenes(tokenizer, 500)
             with torch.inference_mode():
-                dots = train.dot_products(restored, dataset, texts, dataset.image[texts])
+                dots = tasks.dot_products(restored, dataset, texts, dataset.image[texts])
             recalls = common.recall_at(dots, torch.arange(len(texts)))
             found.append((recalls["text_to_image_r1"] + recalls["image_to_text_r1"]) / 2)
             ends.append(result["temperature"])

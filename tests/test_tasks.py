@@ -19,9 +19,13 @@ from test_data import A_THING, COLORS, SHAPES, THING, matching
 
 import common
 import data
+import lxmert
 import predict
+import tasks
 import train
 import uniter
+import vilbert
+import weights
 
 ROOT = Path(__file__).parent.parent
 PAPERS = list(train.PAPERS)
@@ -325,9 +329,9 @@ def test_rows_of_choices_are_question_answer_and_reason(cache, tokenizer):
             pieces, types = pieces + [*ids, sep], types + [number] * len(ids) + [number + (not last)]
         assert batch.text[row, : len(pieces)].tolist() == pieces and batch.text_mask[row].sum() == len(pieces)
         assert batch.segments[row, : len(pieces)].tolist() == types
-    uniters = train.text_types(uniter, batch.segments)[batch.text_mask]
+    uniters = tasks.text_types(uniter, batch.segments)[batch.text_mask]
     assert torch.equal(uniters, torch.tensor([0, 2, 3])[batch.segments[batch.text_mask]])
-    other = train.text_types(train.lxmert, batch.segments)
+    other = tasks.text_types(lxmert, batch.segments)
     assert torch.equal(other[:4], (batch.segments[:4] == 2).long()) and torch.equal(other[4:], batch.segments[4:])
     part = dataset.subset(np.array([3, 1]))
     assert torch.equal(data.collate(part, np.array([1])).text, data.collate(dataset, np.array([1])).text)
@@ -382,12 +386,12 @@ def test_false_partners_are_false_and_mined_ones_are_the_hardest(cache, tokenize
     model.encode = lambda batch: SimpleNamespace(
         pooled=batch.text_mask.sum(1, keepdim=True) + batch.region_mask.sum(1)[:, None]
     )
-    run = SimpleNamespace(o=SimpleNamespace(mine=300, steps=10, ablate=None), paper=train.vilbert, model=model)
+    run = SimpleNamespace(o=SimpleNamespace(mine=300, steps=10, ablate=None), paper=vilbert, model=model)
     run.autocast, run.device, index = train.nullcontext, torch.device("cpu"), np.arange(0, 30, 3)
     words, regions = np.diff(dataset.offsets), np.diff(dataset.store.offsets)
     for step, mined in ((0, False), (5, True)):
         run.progress = {"step": step}
-        texts, images = train.partners(run, dataset, index, np.random.default_rng(0))
+        texts, images = tasks.partners(run, dataset, index, np.random.default_rng(0))
         assert texts.shape == images.shape == (10, 4)
         assert (texts[:, 0] == index).all() and (images[:, 0] == dataset.image[index]).all()
         for column, kind in enumerate(("text", "image", "text"), 1):
@@ -406,16 +410,15 @@ def test_the_matching_head_becomes_the_rank_head_and_types_are_widened():
             make(name, heads=("itm",)),
             make(name, seed=1, heads=("rank",), **({"types": 4} if name == "uniter" else {})),
         )
-        o = SimpleNamespace(init="x", tasks=["retrieval", "nlvr2"])
+        o = SimpleNamespace(init="x", model=name, partial=False, tasks=["retrieval", "nlvr2"])
         checkpoint = {"state": old.state_dict(), "answers": []}
-        new.load_state_dict(train.fitting(o, new.state_dict(), checkpoint, []))
+        new.load_state_dict(weights.fitting(o, new.state_dict(), checkpoint, [])[0])
         batch = make_batch()
         odds = old.heads["itm"](old.encode(batch).pooled)
         torch.testing.assert_close(new.heads["rank"](new.encode(batch).pooled)[:, 0], odds[:, 1] - odds[:, 0])
     before, after = (m.text_embedding.types.weight for m in (make("uniter"), make("uniter", types=4)))
-    state = train.fitting(
-        o, {"text_embedding.types.weight": after}, {"state": {"text_embedding.types.weight": before}, "answers": []}, []
-    )
+    o.model, checkpoint["state"] = "uniter", {"text_embedding.types.weight": before}
+    state, _ = weights.fitting(o, {"text_embedding.types.weight": after}, checkpoint, [])
     assert torch.equal(state["text_embedding.types.weight"], before[[0, 1, 1, 0]])
 
 
@@ -429,9 +432,8 @@ def test_tasks_are_drawn_by_size():
 def test_a_summed_loss_counts_as_a_mean_whatever_the_parts(name):
     model, found = make(name, heads=("refer",)), []
     batch = dataclasses.replace(make_batch(rows=4), target=torch.tensor([0, 1, 2, 2]), ids=[""] * 4)
-    run = SimpleNamespace(
-        model=model, paper=train.PAPERS[name][0], device=torch.device("cpu"), autocast=train.nullcontext
-    )
+    run = SimpleNamespace(model=model, paper=train.PAPERS[name][0], teacher=None)
+    run.device, run.autocast = torch.device("cpu"), train.nullcontext
     for parts in ([[0, 1, 2, 3]], [[0], [1, 2, 3]]):
         model.zero_grad()
         loss = train.backward(run, [batch.rows(torch.tensor(p)) for p in parts], ["refer"])["refer"]
@@ -463,14 +465,14 @@ def test_choices_are_scored_as_counted_by_hand(monkeypatch):
         target=np.array([0, 1, 0, 0]), kind=["answer", "reason"] * 2, ids=["a", "a", "b", "b"], group=2
     )
     dataset = type("D", (SimpleNamespace,), {"__len__": lambda self: 4})(**vars(dataset))
-    monkeypatch.setattr(train, "parts", lambda run, dataset, index: [index])
-    monkeypatch.setattr(train, "make_batch", lambda *_: None)
+    monkeypatch.setattr(tasks, "parts", lambda run, dataset, index: [index])
+    monkeypatch.setattr(tasks, "make_batch", lambda *_: None)
     scores = torch.tensor([2.0, 1, 0, 1, 0, 1, 3, 1])  # right, right, wrong, right
-    monkeypatch.setattr(train, "scores_of", lambda *_: (None, scores))
-    metrics, chance = train.evaluate_choice(None, "vcr", dataset)
+    monkeypatch.setattr(tasks, "scores_of", lambda *_: (None, scores))
+    metrics, chance = tasks.evaluate_choice(None, "vcr", dataset)
     assert metrics == {"q_a_accuracy": 0.5, "qa_r_accuracy": 1.0, "q_ar_accuracy": 0.5}
     assert chance == {"q_a_accuracy": 0.5, "qa_r_accuracy": 0.5, "q_ar_accuracy": 0.25}
-    metrics, chance = train.evaluate_choice(None, "nlvr2", dataset)
+    metrics, chance = tasks.evaluate_choice(None, "nlvr2", dataset)
     assert metrics == {"accuracy": 0.75, "accuracy_answer": 0.5, "accuracy_reason": 1.0} and chance["accuracy"] == 0.75
 
 
@@ -487,13 +489,13 @@ def test_regions_are_right_above_one_half(cache, tokenizer, monkeypatch):
     def scores_of(run, batch, name):
         return None, torch.nn.functional.one_hot(batch.target, batch.boxes.shape[1]).float()
 
-    monkeypatch.setattr(train, "scores_of", scores_of)
-    metrics, found = train.evaluate_choice(run, "refer", dataset)
+    monkeypatch.setattr(tasks, "scores_of", scores_of)
+    metrics, found = tasks.evaluate_choice(run, "refer", dataset)
     assert metrics["accuracy"] == metrics["reachable"] == 1.0 and found["accuracy"] == pytest.approx(np.mean(chance))
-    batch = train.make_batch(run, dataset, np.arange(len(dataset)), ["refer"], None)
+    batch = tasks.make_batch(run, dataset, np.arange(len(dataset)), ["refer"], None)
     assert batch.target.tolist() == best
-    monkeypatch.setattr(train, "scores_of", lambda *a: (None, -scores_of(*a)[1]))  # any wrong region, or padding
-    assert train.evaluate_choice(run, "refer", dataset)[0]["accuracy"] < 0.1
+    monkeypatch.setattr(tasks, "scores_of", lambda *a: (None, -scores_of(*a)[1]))  # any wrong region, or padding
+    assert tasks.evaluate_choice(run, "refer", dataset)[0]["accuracy"] < 0.1
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -505,7 +507,7 @@ def test_the_matrix_of_all_pairs_equals_scoring_each_pair(name, cache, tokenizer
     run.o, seen = SimpleNamespace(ablate=None), []
     monkeypatch.setattr(common, "recall_at", lambda scores, truth: seen.append(scores))
     with torch.no_grad():
-        train.retrieval(run, dataset, index, "rank")
+        tasks.retrieval(run, dataset, index, "rank")
         for i, j in itertools.product(range(6), range(6)):
             batch = data.collate(dataset, index[[i]], dataset.image[index[[j]]])
             assert float(model.heads["rank"](model.encode(batch).pooled)) == pytest.approx(
@@ -576,7 +578,7 @@ def test_each_task_alone_from_a_pretrained_model(task, folder, monkeypatch, caps
         assert start(folder, monkeypatch, "--out", "pre") == 0
     assert start(folder, monkeypatch, "--task", task, "--init", "pre/checkpoint.pt", "--out", task) == 0
     printed = capsys.readouterr().out
-    assert "tensors from pre/checkpoint.pt" in printed and "chance" in printed
+    assert "pre/checkpoint.pt: a checkpoint" in printed and "chance" in printed
     assert json.loads((folder / task / "result.json").read_text())["task"] == task
     if task == "retrieval":  # zero-shot at step 0, before any training: what the matching head says
         first = json.loads((folder / "retrieval/log.jsonl").read_text().splitlines()[0])
@@ -584,7 +586,7 @@ def test_each_task_alone_from_a_pretrained_model(task, folder, monkeypatch, caps
     if task == "caption":  # the best weights are those of the lowest perplexity
         log = [json.loads(line) for line in (folder / "caption/log.jsonl").read_text().splitlines()]
         best = min((line for line in log if "perplexity" in line), key=lambda line: line["perplexity"])
-        assert train.load_checkpoint(folder / "caption/best.pt")["progress"]["step"] == best["step"] > 0
+        assert weights.load_checkpoint(folder / "caption/best.pt")["progress"]["step"] == best["step"] > 0
     if task == "vqa":
         picture = folder / "0.png"
         data.draw_scene(data.make_scene(0, "test", 0)).save(picture)
@@ -603,7 +605,12 @@ def test_each_task_alone_from_a_pretrained_model(task, folder, monkeypatch, caps
 
 @pytest.mark.parametrize("wiring", ["paired", "triplet"])
 def test_the_other_wirings_of_two_pictures(wiring, folder, monkeypatch, capsys):
-    assert start(folder, monkeypatch, "--task", "nlvr2", "--nlvr2", wiring, "--out", wiring, "--ablate", "text") == 0
+    assert (
+        start(
+            folder, monkeypatch, "--task", "nlvr2", "--config", f"nlvr2={wiring}", "--out", wiring, "--ablate", "text"
+        )
+        == 0
+    )
     pair = ["--image", folder / "0.png", "--image", folder / "1.png", "--text", "more circles"]
     for i in (0, 1):
         data.draw_scene(data.make_scene(0, "test", i)).save(folder / f"{i}.png")

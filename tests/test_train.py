@@ -15,8 +15,10 @@ import torch
 
 import common
 import data
+import tasks
 import train
 import uniter
+import weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,8 +55,8 @@ def run(*arguments, cwd, processes=1, check=True):
     return done
 
 
-def weights(folder):
-    return train.load_checkpoint(Path(folder) / "checkpoint.pt")["state"]
+def state_of(folder):
+    return weights.load_checkpoint(Path(folder) / "checkpoint.pt")["state"]
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------
@@ -164,10 +166,10 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
     answers = [{"yes": 1.0}, {"no": 0.3, "yes": 0.6}, {"maybe": 1.0}]
     dataset = Questions(answer=answers, kind=["a", "a", "b"])
     best = torch.nn.functional.one_hot(torch.tensor([0, 1, 0]), 2).float()  # yes, no, yes
-    monkeypatch.setattr(train, "parts", lambda run, dataset, index: [index])
-    monkeypatch.setattr(train, "make_batch", lambda *_, **__: None)
-    monkeypatch.setattr(train, "scores_of", lambda *_: (None, best))
-    metrics, chance = train.evaluate_vqa(SimpleNamespace(answers=["yes", "no"]), dataset)
+    monkeypatch.setattr(tasks, "parts", lambda run, dataset, index: [index])
+    monkeypatch.setattr(tasks, "make_batch", lambda *_, **__: None)
+    monkeypatch.setattr(tasks, "scores_of", lambda *_: (None, best))
+    metrics, chance = tasks.evaluate_vqa(SimpleNamespace(answers=["yes", "no"]), dataset)
     assert metrics == pytest.approx({"accuracy": 1.3 / 3, "accuracy_a": 0.65, "accuracy_b": 0.0})
     assert chance == pytest.approx({"accuracy": 1.6 / 3, "accuracy_a": 0.8, "accuracy_b": 0.0})
 
@@ -186,13 +188,13 @@ def test_pretrain_then_vqa(model, pictures, tmp_path):
     assert "heads.vqa" in done.stdout and "at random" in done.stdout
     result = json.loads((tmp_path / f"out/{model}-vqa/result.json").read_text())
     assert 0 <= result["accuracy"] <= 1 and "accuracy" in result["chance"]
-    assert train.load_checkpoint(tmp_path / f"out/{model}-vqa/checkpoint.pt")["answers"] == ["no", "yes"]
+    assert weights.load_checkpoint(tmp_path / f"out/{model}-vqa/checkpoint.pt")["answers"] == ["no", "yes"]
     steps = [json.loads(line) for line in (tmp_path / f"out/{model}-vqa/log.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps if "lr" in s] == [1, 2, 3]
 
 
 def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path):
-    options = ["--data", pictures, "--steps", 12, "--eval-every", 6, "--dropout", "0.1"]
+    options = ["--data", pictures, "--steps", 12, "--eval-every", 6, "--config", "dropout=0.1"]
     run(*options, "--out", "whole", cwd=tmp_path)
     command = [sys.executable, str(ROOT / "train.py"), *map(str, options), "--out", "parts", *SMALL]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -204,10 +206,10 @@ def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path):
     process.stdout.read()
     error = process.stderr.read().decode()
     assert process.wait(60) == 2 and "--resume" in error and "Traceback" not in error
-    stopped = train.load_checkpoint(tmp_path / "parts/checkpoint.pt")["progress"]["step"]
+    stopped = weights.load_checkpoint(tmp_path / "parts/checkpoint.pt")["progress"]["step"]
     assert 4 <= stopped < 12
     run(*options, "--out", "parts", "--resume", cwd=tmp_path)
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     logs = [(tmp_path / out / "log.jsonl").read_text().splitlines() for out in ("whole", "parts")]
     lines = [[json.loads(line) for line in log if "grad_norm" in line] for log in logs]
@@ -219,7 +221,7 @@ def test_two_processes_equal_one(model, pictures, tmp_path):
     options = ["--model", model, "--data", pictures, "--steps", 4]
     run(*options, "--accumulate", 2, "--out", "one", cwd=tmp_path)
     run(*options, "--out", "two", cwd=tmp_path, processes=2)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    one, two = state_of(tmp_path / "one"), state_of(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     results = [json.loads((tmp_path / out / "result.json").read_text()) for out in ("one", "two")]
@@ -239,12 +241,12 @@ def test_all_models_and_seeds_end_in_one_table(pictures, tmp_path):
 
 
 def test_ablation_removes_a_modality():
-    batch = train.ablate(masked_batch(3, 0), "image")
+    batch = tasks.ablate(masked_batch(3, 0), "image")
     assert not batch.region_mask.any() and not batch.features.any() and not batch.boxes.any()
     batch = masked_batch(3, 0)
     batch.text_mask[0, 4:] = False
     first, last = batch.text[:, 0].clone(), torch.stack([batch.text[0, 3], batch.text[1, 5], batch.text[2, 5]])
-    batch = train.ablate(batch, "text")
+    batch = tasks.ablate(batch, "text")
     assert batch.text.tolist() == torch.stack([first, last], 1).tolist() and batch.text_mask.all()
 
 
@@ -272,10 +274,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
         (["--temperature", "warm"], "warm"),
         (["--temperature", "0.2:2"], "0.2:2"),
         (["--rerank", "5"], "--objectives"),
-        (["--task", "vqa", "--rerank", "5"], "--objectives"),
+        (["--task", "vqa", "--rerank", "5"], "--task retrieval"),
         (["--config", "layers=two"], "layers=two"),
         (["--config", "layers=0.5"], "layers=0.5"),
         (["--config", "depth=2"], "depth"),
+        (["--config", "contrast=softmax"], "infonce"),
+        (["--config", "answers=7"], "answers"),
         (["--config", "hidden=65"], "65 is not a multiple"),
         (["--model", "vilbert", "--config", "connections=[1]"], "connections=[1]"),
     ],
@@ -352,7 +356,7 @@ def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     target, scores = torch.arange(4), cosines / 0.07 + hidden
     want = (torch.nn.functional.cross_entropy(scores, target) + torch.nn.functional.cross_entropy(scores.T, target)) / 2
     assert loss.item() == pytest.approx(want.item(), abs=1e-5)
-    assert train.items(paper, "itc", batch) == 4
+    assert tasks.items(paper, "itc", batch) == 4
 
 
 def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
@@ -367,11 +371,11 @@ def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
         asked.extend(zip(texts.tolist(), (pictures - 10).tolist(), strict=True))
         return fine[texts, pictures - 10]
 
-    monkeypatch.setattr(train, "dot_products", lambda *_: dots)
-    monkeypatch.setattr(train, "matching_scores", matching)
+    monkeypatch.setattr(tasks, "dot_products", lambda *_: dots)
+    monkeypatch.setattr(tasks, "matching_scores", matching)
     for k in (1, 2, 4, 20):
         asked.clear()
-        got = train.two_stage(None, dataset, np.arange(n), np.arange(10, 10 + m), k)
+        got = tasks.two_stage(None, dataset, np.arange(n), np.arange(10, 10 + m), k)
         ranks, near = {"text_to_image": [], "image_to_text": []}, set()
         for text in range(n):
             best = sorted(range(m), key=lambda i, t=text: -dots[t, i])[:k]
@@ -419,9 +423,9 @@ def test_dot_products_and_matching_scores_one_pair_at_a_time(own_run):
     run, dataset = own_run
     texts, images = np.array([3, 0, 5, 4]), dataset.image[[5, 4, 1]]
     with torch.inference_mode():
-        dots = train.dot_products(run, dataset, texts, images)
+        dots = tasks.dot_products(run, dataset, texts, images)
         rows, columns = np.repeat(texts, 3), np.tile(images, 4)
-        matching = train.matching_scores(run, dataset, rows, columns).view(4, 3)
+        matching = tasks.matching_scores(run, dataset, rows, columns).view(4, 3)
         for i, text in enumerate(texts):
             for j, image in enumerate(images):
                 batch = data.collate(dataset, np.array([text]), np.array([image]))
@@ -437,7 +441,7 @@ def test_two_processes_contrast_as_one_with_the_double_batch(pictures, tmp_path,
     here(*options, "--batch-size", 8, "--out", "one")
     run(*options, "--out", "two", cwd=tmp_path, processes=2)
     here(*options, "--accumulate", 2, "--out", "parts", "--temperature", "0.2:0.1")
-    one, two, parts = (weights(tmp_path / out) for out in ("one", "two", "parts"))
+    one, two, parts = (state_of(tmp_path / out) for out in ("one", "two", "parts"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     name = "heads.itc.project_text.weight"
@@ -596,7 +600,7 @@ def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsy
     here(*options, *small, "--out", "student")
     logged = [json.loads(line) for line in (tmp_path / "student/log.jsonl").read_text().splitlines()]
     assert {"vqa", "vqa_soft", "attention_kl", "attention_mse", "hidden"} <= set(logged[1])
-    student, teacher = (train.load_checkpoint(tmp_path / f) for f in ("student/best.pt", "uniter.pt"))
+    student, teacher = (weights.load_checkpoint(tmp_path / f) for f in ("student/best.pt", "uniter.pt"))
     assert student["config"]["layers"] == 1 and student["state"]["pooler.dense.weight"].shape == (64, 64)
     assert student["tokenizer"] == teacher["tokenizer"] and student["answers"] == teacher["answers"]
     here(*options, *small, "--out", "student", "--resume", "--steps", 3)
@@ -605,7 +609,7 @@ def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsy
     three = ["--teacher", "uniter.pt", "--distill", "attention", "--config", "hidden=48", "attention_heads=3"]
     here(*options, *three, code=2)
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3 and "give the options that it had" in errors[0] and "no head for mlm" in errors[1]
+    assert len(errors) == 3 and "give the options that it had" in errors[0] and "not trained for it" in errors[1]
     assert "4 attention heads of the teacher cannot be shared by 3" in errors[2]
 
 
