@@ -1,29 +1,36 @@
-"""The README's tables, made by one command each; every cell is one run of train.py.
+"""The README's tables, made by one command each; every cell is one or several runs of train.py. No test.
 
-    python tests/tables.py tasks --out out/tables --minutes 2
-    python tests/tables.py objectives --out out/tables --minutes 2
+    python tests/tables.py tasks          three models x seven tasks, from the pretrained and from the untrained start,
+                                          and the first model without words or without picture
+    python tests/tables.py objectives     UNITER pretrained with none, mlm, itm, mlm+itm, all but wra, all; then nlvr2, vqa
+    python tests/tables.py temperature    contrast alone: recall of dot products against the temperature, with a picture
+    python tests/tables.py distill        how much of the gap between teacher and student each of the losses closes
 
-tasks: three models x seven tasks, from the pretrained and from the untrained start, and one model without words or
-without picture. The first seed pretrains each model; vqa, nlvr2 and refer get three seeds, the others one.
-objectives: UNITER pretrained with none, mlm, itm, mlm+itm, all but wra, all; then nlvr2 and vqa from each.
-
-A run's steps are what `--minutes` buys: its speed is measured in a trial of 30 steps. Runs that are done (they have a
-result.json) are not repeated, so that the command can go on after an interruption. What follows `--` goes to every run.
+A run has --steps, or what `--minutes` buys: its speed is measured in a trial of 30 steps. Runs that are done (they have
+a result.json) are not repeated, so that the command can go on after an interruption. What follows `--` goes to every run.
 """
 
 import argparse
 import json
+import math
 import shutil
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import data
+import tasks
 import train
+import weights
 
-MODELS = tuple(train.PAPERS)
-SEEDS = {"vqa": 3, "nlvr2": 3, "refer": 3}  # the others have one
 COLUMNS = {  # task: the metrics of its cells
     "vqa": ("accuracy",),
     "ve": ("accuracy",),
@@ -35,50 +42,74 @@ COLUMNS = {  # task: the metrics of its cells
 }
 OBJECTIVES = {"none": None, "mlm": "mlm", "itm": "itm", "mlm+itm": "mlm,itm"}
 OBJECTIVES |= {"mlm+itm+mrm": "mlm,itm,mrfr,mrc_kl", "mlm+itm+mrm+wra": "mlm,itm,mrfr,mrc_kl,wra"}
+TEMPERATURES = ("0.01", "0.02", "0.03", "0.05", "0.07", "0.1", "0.2", "0.5", "1.0", "learned")
+TEACH = {"student alone": None, "logits": "logits", "attention": "attention", "hidden": "hidden"}
+TEACH |= {"all three": "logits,attention,hidden"}
+
+# ---- runs ------------------------------------------------------------------------------------------------------
 
 
-def run(folder, minutes, *arguments):
-    """result.json of a run of train.py that trains for about `minutes`; trains unless it is there already."""
+def run(o, name, *arguments, minutes=None):
+    """result.json of a run of train.py in folder `name`; trains unless it is there already."""
+    folder = o.out / name
     if not (folder / "result.json").is_file():
-        trial = folder.with_name(folder.name + "-trial")
-        command = ["--log-every", "200", *map(str, arguments)]
-        start([*command, "--steps", "30", "--eval-every", "30", "--out", str(trial)])
-        done = json.loads((trial / "result.json").read_text())
-        shutil.rmtree(trial)
-        steps = max(10, int(60 * minutes * done["steps"] / max(done["seconds"], 0.1)))
-        start([*command, "--steps", str(steps), "--out", str(folder)])
+        command, steps = ["--log-every", 200, *arguments, *o.more], o.steps
+        if steps is None:
+            trial = folder.with_name(folder.name + "-trial")
+            done = start(trial, *command, "--steps", 30, "--eval-every", 30)
+            shutil.rmtree(trial)
+            steps = max(10, int(60 * (minutes or o.minutes) * done["steps"] / max(done["seconds"], 0.1)))
+        start(folder, *command, "--steps", steps)
     return json.loads((folder / "result.json").read_text())
 
 
-def start(arguments):
+def start(folder, *arguments):
     """train.py; a failure ends this program too."""
-    if train.main(arguments):
+    if train.main([*map(str, arguments), "--out", str(folder)]):
         sys.exit(2)
+    return json.loads((folder / "result.json").read_text())
+
+
+def restore(folder):
+    """A trained model as the functions of tasks.py want it, on the CPU in float32, with captions of the test scenes, one
+    a picture: run, dataset, examples."""
+    checkpoint = weights.load_checkpoint(folder / "best.pt")
+    paper, name = weights.PAPERS[checkpoint["model"]]
+    model = getattr(paper, name)(paper.Config(**checkpoint["config"])).eval()
+    model.load_state_dict(checkpoint["state"])
+    names = {"o": SimpleNamespace(ablate=None), "device": torch.device("cpu"), "autocast": nullcontext}
+    tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
+    dataset = data.load("scenes", "caption", "test").encode(tokenizer, max_length=60)
+    return SimpleNamespace(model=model, rank=0, world=1, **names), dataset, tasks.first_captions(dataset)
+
+
+def spread(values, scale=100):
+    """ "93.1 ± 0.4": mean, in percent, and spread if there are several."""
+    beside = f" ± {scale * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{scale * np.mean(values):.1f}{beside}" if values else ""
 
 
 def cell(results, names):
-    """ "93.1 ± 0.4 / 88.0": the mean of each metric over the runs, in percent, with its spread if there are several."""
-    parts = []
-    for name in names:
-        values = [r[name] * (1 if name == "perplexity" else 100) for r in results if name in r]
-        spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-        parts.append(f"{np.mean(values):.1f}{spread}" if values else "")
-    return " / ".join(parts)
+    """ "93.1 ± 0.4 / 88.0": each metric over the runs."""
+    values = {name: [r[name] for r in results if name in r] for name in names}
+    return " / ".join(spread(v, 1 if name == "perplexity" else 100) for name, v in values.items())
 
 
 def table(rows, columns):
     """A Markdown table of {row: {column: text}}."""
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(
-        [*lines, *(f"| {name} | {' | '.join(row.get(c, '') for c in columns)} |" for name, row in rows.items())]
-    )
+    lines += [f"| {name} | {' | '.join(row.get(c, '') for c in columns)} |" for name, row in rows.items()]
+    return "\n".join(lines)
 
 
-def tasks(o):
-    """Three models x seven tasks x two starts, then the first model without words or without picture."""
+# ---- tables ----------------------------------------------------------------------------------------------------
+
+
+def table_of_tasks(o):
+    """Three models x seven tasks x two starts, then the first model without words or without picture, one seed."""
     rows = {}
     for model in o.models:
-        run(o.out / f"{model}-pretrain", o.pretrain_minutes, "--model", model, *o.more)
+        run(o, f"{model}-pretrain", "--model", model, minutes=o.pretrain_minutes)
     variants = [(m, start, ()) for m in o.models for start in ("pretrained", "untrained")]
     variants += [(o.models[0], f"pretrained, without {what}", ("--ablate", what)) for what in ("text", "image")]
     for model, name, extra in variants:
@@ -87,60 +118,138 @@ def tasks(o):
             if task == "caption" and "text" in extra:
                 continue
             init = () if name == "untrained" else ("--init", o.out / f"{model}-pretrain/checkpoint.pt")
-            results = []
-            for seed in range(SEEDS.get(task, 1) if not extra else 1):
-                folder = o.out / f"{model}-{task}-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-                results.append(
-                    run(folder, o.minutes, "--model", model, "--task", task, "--seed", seed, *init, *extra, *o.more)
-                )
+            folder = f"{model}-{task}-{name.replace(', ', '-').replace(' ', '-')}"
+            options = ("--model", model, "--task", task, *init, *extra)
+            seeds = o.seeds if task in ("vqa", "nlvr2", "refer") and not extra else 1
+            results = [run(o, f"{folder}-{seed}", *options, "--seed", seed) for seed in range(seeds)]
             row[task] = cell(results, COLUMNS[task])
             if name == "pretrained" and model == o.models[0]:
                 rows.setdefault("chance", {})[task] = cell([results[0]["chance"]], COLUMNS[task])
     return table(rows, o.tasks)
 
 
-def objectives(o):
+def table_of_objectives(o):
     """UNITER's table 2 in small: which objectives of pretraining help nlvr2 and vqa."""
     rows = {}
     for name, names in OBJECTIVES.items():
-        before, init = o.out / f"objectives-{name}", ()
+        init = ("--init", o.out / f"objectives-{name}/checkpoint.pt") if names else ()
         if names:
-            result = run(before, o.pretrain_minutes, "--objectives", names, *o.more)
-            init = ("--init", before / "checkpoint.pt")
-            print(f"{name}: pretrained for {result['steps']} steps", flush=True)
+            run(o, f"objectives-{name}", "--objectives", names, minutes=o.pretrain_minutes)
         for task in ("nlvr2", "vqa"):
-            results = [
-                run(
-                    o.out / f"objectives-{name}-{task}-{seed}",
-                    o.minutes,
-                    "--task",
-                    task,
-                    "--seed",
-                    seed,
-                    *init,
-                    *o.more,
-                )
-                for seed in range(o.seeds)
-            ]
+            options = ("--task", task, *init)
+            results = [run(o, f"objectives-{name}-{task}-{s}", *options, "--seed", s) for s in range(o.seeds)]
             rows.setdefault(name, {})[task] = cell(results, ("accuracy",))
     return table(rows, ("nlvr2", "vqa"))
 
 
+def table_of_temperatures(o):
+    """R@1 of dot products among 500 test scenes, mean of both ways, against the temperature of itc."""
+    rows, points = {}, {}
+    for value in TEMPERATURES:
+        found, ends = [], []
+        for seed in range(o.seeds):
+            name = f"temperature-{value}-{seed}"
+            options = ("--model", o.models[0], "--objectives", "itc", "--temperature", value, "--seed", seed)
+            ends.append(run(o, name, *options)["temperature"])
+            restored, dataset, texts = restore(o.out / name)
+            with torch.inference_mode():
+                dots = tasks.dot_products(restored, dataset, texts[:500], dataset.image[texts[:500]])
+            recalls = common.recall_at(dots, torch.arange(len(dots)))
+            found.append((recalls["text_to_image_r1"] + recalls["image_to_text_r1"]) / 2)
+        points[value] = float(np.mean(ends)), float(np.mean(found))
+        rows[f"learned, ends at {points[value][0]:.3f}" if value == "learned" else value] = {"R@1": spread(found)}
+    draw([point for value, point in points.items() if value != "learned"], points["learned"], o.out / "temperature.png")
+    return table(rows, ("R@1",))
+
+
+def draw(points, learned, path, width=640, height=400):
+    """R@1 against temperature on a logarithmic axis; the learned one is a red ring, with its line across."""
+    scale, edge = 2, 50  # drawn at twice the size, for smooth lines
+    image = Image.new("RGB", (width * scale, height * scale), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14 * scale)
+    top = max(0.1, math.ceil(10 * max(r for _, r in [*points, learned])) / 10)
+
+    def place(t, r):
+        x = edge + (width - 2 * edge) * math.log(t / 0.01) / math.log(100)
+        return x * scale, (height - edge - (height - 2 * edge) * r / top) * scale
+
+    for i in range(6):
+        r = top * i / 5
+        pen.line([place(0.01, r), place(1.0, r)], fill="#dddddd", width=scale)
+        pen.text((8 * scale, place(0.01, r)[1]), f"{100 * r:.0f}%", fill="black", font=font, anchor="lm")
+    for t, _ in points:
+        pen.text((place(t, 0)[0], (height - edge + 8) * scale), f"{t:g}", fill="black", font=font, anchor="mt")
+    title = "R@1 among 500 scenes, against temperature"
+    pen.text((width * scale / 2, 20 * scale), title, fill="black", font=font, anchor="mm")
+    pen.line([place(0.01, learned[1]), place(1.0, learned[1])], fill="#e8a0a0", width=scale)
+    pen.line([place(*p) for p in points], fill="#2060a0", width=2 * scale)
+    for p in points:
+        pen.circle(place(*p), 4 * scale, fill="#2060a0")
+    x, y = place(*learned)
+    pen.circle((x, y), 7 * scale, outline="#c02020", width=3 * scale)
+    pen.text((x, y - 14 * scale), f"learned: {learned[0]:.3f}", fill="#c02020", font=font, anchor="mb")
+    image.resize((width, height), Image.Resampling.LANCZOS).save(path)
+
+
+def table_of_students(o):
+    """Teacher, student alone, and the student with each of the three losses and with all, on the first of --tasks."""
+    model, task, found, speed = o.models[0], o.tasks[0], {}, {}
+    for seed in range(o.seeds):
+        options, teacher = ("--model", model, "--task", task, "--seed", seed), f"{task}-teacher-{seed}"
+        found.setdefault("teacher", []).append(run(o, teacher, *options)[COLUMNS[task][0]])
+        speed.setdefault("teacher", examples_per_second(o.out / teacher))
+        for name, kind in TEACH.items():
+            learn = ("--teacher", o.out / teacher / "best.pt", "--distill", kind) if kind else ()
+            folder = f"{task}-{name.replace(' ', '-')}-{seed}"
+            result = run(o, folder, *options, "--config", *o.student, *learn)
+            found.setdefault(name, []).append(result[COLUMNS[task][0]])
+            speed.setdefault(name, examples_per_second(o.out / folder))
+    alone, gap = np.mean(found["student alone"]), np.mean(found["teacher"]) - np.mean(found["student alone"])
+    rows = {name: {COLUMNS[task][0]: spread(values)} for name, values in found.items()}
+    for name, row in rows.items():
+        row["examples/s"] = f"{speed[name]:.0f}"
+        if TEACH.get(name) and gap:
+            row["gap closed"] = f"{100 * (np.mean(found[name]) - alone) / gap:.0f}%"
+    return table(rows, (COLUMNS[task][0], "gap closed", "examples/s"))
+
+
+def examples_per_second(folder, rows=64, repeats=30):
+    """Forward passes of a trained model on one batch of captions, float32; the median of the repeats."""
+    restored, dataset, texts = restore(folder)
+    batch, seconds = data.collate(dataset, texts[:rows]), []
+    with torch.inference_mode():
+        for _ in range(repeats):
+            start = time.perf_counter()
+            restored.model.encode(batch)
+            seconds.append(time.perf_counter() - start)
+    return rows / float(np.median(seconds))
+
+
+TABLES = {
+    "tasks": table_of_tasks,
+    "objectives": table_of_objectives,
+    "temperature": table_of_temperatures,
+    "distill": table_of_students,
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description="Make a table of the README.")
-    parser.add_argument("which", choices=["tasks", "objectives"])
+    parser.add_argument("which", choices=TABLES)
     parser.add_argument("--out", type=Path, default=Path("out/tables"), help="folder of all runs and the tables")
-    parser.add_argument("--minutes", type=float, default=2.0, help="training time of a cell's run")
+    parser.add_argument("--minutes", type=float, default=2.0, help="training time of a run")
     parser.add_argument("--pretrain-minutes", type=float, default=5.0, help="training time of a pretraining")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--steps", type=int, help="steps of each run, whatever its time")
+    parser.add_argument("--models", nargs="+", default=list(weights.PAPERS), choices=weights.PAPERS)
     parser.add_argument("--tasks", nargs="+", default=list(COLUMNS), choices=COLUMNS)
-    parser.add_argument("--seeds", type=int, default=1, help="objectives: runs of each cell")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of a cell; table tasks: of vqa, nlvr2 and refer")
+    parser.add_argument("--student", nargs="+", default=["layers=1"], help="distill: --config of the student")
     mine, more = sys.argv[1:], []
     if "--" in mine:
         mine, more = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
     o = parser.parse_args(mine)
     o.more = more
-    text = {"tasks": tasks, "objectives": objectives}[o.which](o)
+    text = TABLES[o.which](o)
     train.write(o.out / f"{o.which}.md", text + "\n")
     print(f"\n{text}")
 

@@ -603,6 +603,51 @@ def test_each_task_alone_from_a_pretrained_model(task, folder, monkeypatch, caps
         assert done.returncode == 0 and re.fullmatch(r"(\w+ 0\.\d+(  )?){3}\n", done.stdout), done
 
 
+def losses(folder, run):
+    """{objective: its logged losses} of a run."""
+    found = {}
+    for line in (folder / run / "log.jsonl").read_text().splitlines():
+        for name, value in json.loads(line).items() if "split" not in json.loads(line) else ():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def test_every_task_learns_from_a_teacher(folder, monkeypatch, capsys):
+    """A student that starts as the teacher itself has nothing to learn from it; another one has, from every task."""
+    six = ["--task", SIX, "--batch-size", 4, "--eval-every", 100]
+    if not (folder / "uniter/checkpoint.pt").exists():
+        assert start(folder, monkeypatch, *six, "--steps", 1, "--out", "uniter") == 0
+    six += ["--teacher", "uniter/checkpoint.pt", "--steps", 7, "--seed", 32]  # all drawn
+    assert start(folder, monkeypatch, *six, "--init", "uniter/checkpoint.pt", "--lr", "1e-12", "--out", "same") == 0
+    assert start(folder, monkeypatch, *six, "--config", "layers=1", "--out", "student") == 0
+    soft = {f"{train.OBJECTIVE.get(task, task)}_soft" for task in SIX.split(",")}
+    same, other = losses(folder, "same"), losses(folder, "student")
+    assert soft <= set(same) and soft <= set(other)
+    assert max(abs(v) for name in soft for v in same[name]) < 1e-6 < min(v for name in soft for v in other[name])
+    five = [*six, "--task", SIX.removesuffix(",caption"), "--steps", 1, "--distill", "attention,hidden"]
+    assert start(folder, monkeypatch, *five, "--out", "five") == 0
+    capsys.readouterr()
+    for arguments, message in (
+        (["--task", "caption", "--distill", "logits,hidden"], "captions are read from left to right"),
+        (["--model", "vilbert", "--task", "vcr"], "reads the rows of vcr in another way"),
+        (["--model", "vilbert", "--task", "retrieval"], "reads the rows of rank in another way"),
+        (["--task", "nlvr2", "--config", "nlvr2=triplet"], "reads the rows of nlvr2 in another way"),
+        (["--task", "vqa"], "the teacher was not trained for it"),
+    ):
+        assert start(folder, monkeypatch, "--teacher", "uniter/checkpoint.pt", "--out", "none", *arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+
+
+def test_retrieval_in_two_stages(folder, monkeypatch, capsys):
+    """Dot products and the rank head learn side by side; with as many to rank anew as there are, both ways agree."""
+    assert start(folder, monkeypatch, "--task", "retrieval,ve", "--rerank", 10, "--steps", 8, "--out", "stages") == 0
+    result = json.loads((folder / "stages/result.json").read_text())
+    assert "best 10 re-ranked" in capsys.readouterr().out and {"rank", "itc", "ve"} <= set(losses(folder, "stages"))
+    for name in ("text_to_image_r1", "image_to_text_r5"):
+        assert result[f"two_stage_{name}"] == result[f"full_{name}"] == result[f"retrieval_{name}"]
+
+
 @pytest.mark.parametrize("wiring", ["paired", "triplet"])
 def test_the_other_wirings_of_two_pictures(wiring, folder, monkeypatch, capsys):
     assert (

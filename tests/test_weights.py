@@ -438,6 +438,22 @@ def test_the_type_table_of_uniter_grows_as_the_official_code_grows_it():
         fitted("vilbert", make("vilbert"), make("vilbert", types=3))
 
 
+def test_bert_begins_tasks_of_more_text_types(own, tmp_path, capsys):
+    """BERT has two types; UNITER's NLVR2 needs three and its VCR four, whichever are trained together."""
+    torch.save(bert_state(words=58), tmp_path / "pytorch_model.bin")
+    vocabulary(tmp_path / "vocab.txt", 58)
+    two, four = {"images": ["0.png", "1.png"], "label": True}, {"image": "0.png", "choices": ["yes", "no"], "label": 0}
+    for name, line in (("two", two), ("four", four)):
+        lines = [json.dumps({**line, "text": "is it so?", "split": split}) for split in ("train", "train", "test")]
+        (own.parent / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    sources = ",".join(str(own.parent / f"{name}.jsonl") for name in ("two", "four"))
+    assert main(own, tmp_path, "--task", "nlvr2,vcr", "--data", sources, "--init", str(tmp_path), "--lr", "1e-12") == 0
+    assert "resized 1: text_embedding (1)" in capsys.readouterr().out
+    state = weights.load_checkpoint(tmp_path / "out/checkpoint.pt")["state"]
+    bert = bert_state(words=58)["bert.embeddings.token_type_embeddings.weight"]
+    torch.testing.assert_close(state["text_embedding.types.weight"], bert[[0, 1, 1, 0]], atol=1e-6, rtol=0)
+
+
 def test_the_answers_of_lxmert_keep_their_rows():
     """Pretraining's head becomes that of VQA: inner layers as they are, rows by normalised answer, unknown ones 0."""
     state, own = make("lxmert", heads=("qa",)), make("lxmert", heads=("vqa",), answers=4)
