@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# ---- elementary formulas ---------------------------------------------------------------------------------------
+# ---- elementary formulas ----------------------------------------------------------------------------------------
 
 
 def gelu(x):
@@ -39,7 +39,8 @@ def attention_bias(mask, dtype, hidden=-10000.0):
     """Additive attention mask, as BERT has it: 0 where a key is seen, `hidden` where it is not.
 
     mask (B, S) bool, True = key may be seen; (B, T, S) where each of T queries sees keys of its own. Returns
-    (B, 1, 1, S), or (B, 1, T, S), to be added to the scores (B, H, T, S). A row without any visible key attends as if nothing were hidden: the constant shifts all its scores alike.
+    (B, 1, 1, S), or (B, 1, T, S), to be added to the scores (B, H, T, S). A row without any visible key attends as if
+    nothing were hidden: the constant shifts all its scores alike.
     """
     mask = mask[:, None] if mask.ndim == 2 else mask  # (B, S) -> (B, 1, S)
     return (1.0 - mask[:, None].to(dtype)) * hidden  # (B, 1 or T, S) -> (B, 1, 1 or T, S)
@@ -49,10 +50,9 @@ def prefix_mask(region_mask, words, before=0):
     """Who sees what when words are read from left to right beside a picture: every word sees all regions, the words
     before it and itself. region_mask (B, N) bool. Returns (B, T, N + before + T) bool, True = seen, T = `words`, for
     the keys [regions; `before` words read earlier; these words]."""
-    rows = torch.ones(words, before + words, dtype=torch.bool, device=region_mask.device).tril(
-        before
-    )  # (T, before + T)
-    return torch.cat([region_mask[:, None].expand(-1, words, -1), rows.expand(len(region_mask), -1, -1)], 2)
+    everything = torch.ones(words, before + words, dtype=torch.bool, device=region_mask.device)
+    rows = everything.tril(before).expand(len(region_mask), -1, -1)  # (B, T, before + T)
+    return torch.cat([region_mask[:, None].expand(-1, words, -1), rows], 2)
 
 
 def attention(query, key, value, bias=None, dropout=0.0):
@@ -80,7 +80,7 @@ def fused_attention(query, key, value, bias=None, dropout=0.0):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
 
 
-# ---- the Transformer's parts -----------------------------------------------------------------------------------
+# ---- the Transformer's parts ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -256,7 +256,7 @@ def centre_boxes(linear, box):
     linear.bias.copy_(-linear.weight @ linear.weight.new_tensor(box))
 
 
-# ---- losses ----------------------------------------------------------------------------------------------------
+# ---- losses -----------------------------------------------------------------------------------------------------
 
 
 def at(states, index):
@@ -314,7 +314,7 @@ def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iteration
         return (plan * cost).sum((1, 2)), plan, cost
 
 
-# ---- contrast: image, text (B, C), L2-normalised, row i of each is one pair -> a scalar ------------------------
+# ---- contrast: image, text (B, C), L2-normalised, row i of each is one pair -> a scalar -------------------------
 
 
 def pair_cosines(image, text, same=None):
@@ -440,8 +440,9 @@ def unit(x):
 class ContrastHead(nn.Module):
     """The objective itc: both modalities' states, each encoded alone, as unit vectors (E,) of one space, compared.
 
-    The text's vector is a linear map of [CLS], the picture's of the mean over its regions. The logarithm of 1 / temperature
-    is a parameter, so that it can be learned (CLIP 2021, section 2.5): it starts at 0.07 and stays in 0.01..1.
+    The text's vector is a linear map of [CLS], the picture's of the mean over its regions. The logarithm of
+    1 / temperature is a parameter, so that it can be learned (CLIP 2021, section 2.5): temperature starts at 0.07 and
+    stays in 0.01..1.
     """
 
     def __init__(self, text_width, region_width, width, kind="infonce"):
@@ -481,7 +482,7 @@ class ContrastHead(nn.Module):
         return loss, pair_cosines(image, text)[0] / temperature
 
 
-# ---- objectives that no paper has, the same for the three: (model, encoding, batch) -> (loss, scores) --------------
+# ---- objectives that no paper has, the same for the three: (model, encoding, batch) -> (loss, scores) -----------
 
 
 def image_text_contrast(model, encoding, batch):
@@ -507,7 +508,7 @@ def captioning(model, encoding, batch):
     return cross_entropy(scores, batch.word_labels), scores
 
 
-# ---- distillation: a student learns a teacher's scores, attention and states -----------------------------------
+# ---- distillation: a student learns a teacher's scores, attention and states ------------------------------------
 
 
 def soft_label_loss(student, teacher, temperature=2.0):
@@ -581,7 +582,7 @@ def hidden_loss(student, teacher, mask):
     return mean_over((student - teacher).square().mean(-1), mask)
 
 
-# ---- boxes and metrics -----------------------------------------------------------------------------------------
+# ---- boxes and metrics ------------------------------------------------------------------------------------------
 
 
 def iou(a, b, least=0.0):
@@ -637,15 +638,15 @@ def bleu(candidates, references, longest=4):
     return precision * min(1.0, math.exp(1 - r / c))
 
 
-# ---- generation ------------------------------------------------------------------------------------------------
+# ---- generation -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def generate(model, batch, first, last, beams=1, most=40, cached=True):
     """Captions of a batch's pictures, word piece by word piece; beams=1 is greedy.
 
-    Beam search: of all ways to lengthen the `beams` likeliest beginnings by one piece the `beams` likeliest are kept; one
-    that ends with `last` keeps its log probability. The likeliest of the last beams is returned, by the plain sum
+    Beam search: of all ways to lengthen the `beams` likeliest beginnings by one piece the `beams` likeliest are kept;
+    one that ends with `last` keeps its log probability. The likeliest of the last beams is returned, by the plain sum
     of log probabilities, so that enough beams find the likeliest caption of all.
 
     model.decode(batch, cache) -> (B, T, C) and model.word_scores(states) -> (B, T, V); batch: its text is not read.
@@ -679,7 +680,7 @@ def generate(model, batch, first, last, beams=1, most=40, cached=True):
     return [pieces[: pieces.index(last)] if last in pieces else pieces for pieces in found]
 
 
-# ---- names -----------------------------------------------------------------------------------------------------
+# ---- names ------------------------------------------------------------------------------------------------------
 
 
 def rename(name, rules):

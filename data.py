@@ -1099,8 +1099,8 @@ def load_jsonl(path, task, split, patch=12, grid=6, cache=CACHE):
 
 
 def task_examples(task, record):
-    """The Examples of a line for nlvr2, vcr (one for the answer, one for the reason if it has any) or refer. Pictures are
-    numbered by their file and boxes, as load_jsonl has them."""
+    """The Examples of a line for nlvr2, vcr (one for the answer, one for the reason if it has any) or refer. Pictures
+    are numbered by their file and boxes, as load_jsonl has them."""
     pictures = [(file, json.dumps(record.get("boxes"))) for file in record["paths"]]
     where, text, kind = record["where"], record["text"], record.get("kind", task)
     if task == "nlvr2":

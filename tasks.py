@@ -22,7 +22,7 @@ OBJECTIVE = {"retrieval": "rank"}  # of the tasks whose objective has another na
 DOWNSTREAM = {OBJECTIVE.get(task, task) for task in data.TASKS} - {"pretrain", "vqa"}
 MASKED_WORDS, MASKED_REGIONS, PAIRS = {"mlm"}, {"mrfr", "mrc", "mrc_kl", "attr", "nce"}, {"itm", "wra"}
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
+# ---- batches ----------------------------------------------------------------------------------------------------
 
 
 def make_batch(run, dataset, index, names, rng, **words):
@@ -140,7 +140,7 @@ def items(paper, name, batch):
     return len(batch.region_index) if name in MASKED_REGIONS else len(batch.text)
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
+# ---- evaluation -------------------------------------------------------------------------------------------------
 
 
 def total(values):
@@ -247,7 +247,7 @@ def evaluate_pretraining(run, dataset, examples=1000, candidates=100):
 
 
 def recall_chance(recalls, pictures):
-    """What guessing among so many pictures gets of each recall, whose name ends in its rank: {"..._r5": 5 / pictures}."""
+    """What guessing among so many pictures gets of each recall; its name ends in its rank: {"..._r5": 5 / pictures}."""
     return {name: min(1.0, int(name.rsplit("r", 1)[1]) / pictures) for name in recalls}
 
 
@@ -278,8 +278,8 @@ def count(paper, sums, name, batch, loss, scores):
 
 
 def evaluate_vqa(run, dataset, name="vqa", answers=None):
-    """Accuracy: the soft score of the answer with the highest logit, mean over questions, also for each kind. Entailment
-    is the same with its own three answers.
+    """Accuracy: the soft score of the answer with the highest logit, mean over questions, also for each kind.
+    Entailment is the same with its own three answers.
 
     Chance: always the training split's most frequent answer; of `answers`, if given, the most frequent here.
     """
@@ -337,8 +337,7 @@ def evaluate_choice(run, task, dataset):
 
 def evaluate_captions(run, dataset, index):
     """Perplexity of the captions, exp of their mean loss a piece, and BLEU-4 of the generated ones, `index` naming one
-    example of each picture, against all captions of it; CIDEr-D too, where pycocoevalcap is installed. Chance: the
-    caption of another picture."""
+    example of each picture, against all captions of it. Chance: the caption of another picture."""
     pictures, loss, pieces, own = set(dataset.image[index].tolist()), 0.0, 0, {}
     examples = np.array([i for i, image in enumerate(dataset.image.tolist()) if image in pictures])
     for part in parts(run, dataset, examples):
@@ -365,27 +364,21 @@ def evaluate_captions(run, dataset, index):
     strangers = [true[image][0] for image in [*order[1:], order[0]]]
     metrics = {"perplexity": math.exp(loss / max(1, pieces)), "bleu4": common.bleu(said, references)}
     chance = {"bleu4": common.bleu(strangers, references)}
-    try:
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError:
-        return metrics, chance
-    spoken = [{i: [" ".join(w) for w in ws] for i, ws in enumerate(lists)} for lists in (
-        references, [[w] for w in said], [[w] for w in strangers])]  # fmt: skip
-    metrics["cider"], chance["cider"] = (Cider().compute_score(spoken[0], s)[0] for s in spoken[1:])
     return metrics, chance
 
 
-# ---- retrieval -------------------------------------------------------------------------------------------------------
+# ---- retrieval --------------------------------------------------------------------------------------------------
 
 
 def pair_scores(model, pooled, head):
-    """How well pairs match: the log odds of head "itm", or the one score of "rank". (rows, C) -> (rows,) float64, CPU"""
+    """How well pairs match: the log odds of head "itm", or the one score of "rank". (rows, C) -> (rows,) float64"""
     logits = model.heads[head](pooled).double().cpu()  # (rows, 2) or (rows, 1)
     return logits[:, 1] - logits[:, 0] if head == "itm" else logits[:, 0]
 
 
 def retrieval(run, dataset, index, head="itm"):
-    """Recall at 1, 5 and 10, both ways: every text of `index` with every picture, ranked by `pair_scores`. What the model computes of each text and each picture alone is computed once."""
+    """Recall at 1, 5 and 10, both ways: every text of `index` with every picture, ranked by `pair_scores`. What
+    the model computes of each text and each picture alone is computed once."""
     n, batch = len(index), ablate(data.collate(dataset, index), run.o.ablate).to(run.device)
     scores = torch.zeros(n, n, dtype=torch.float64)
     with run.autocast():

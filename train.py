@@ -235,8 +235,8 @@ class Run:
 
     o: argparse.Namespace
     paper: object  # the model's module: HEADS, OBJECTIVES, PRETRAINING
-    objectives: dict  # name -> ratio, in pretraining; {task: 1} in fine-tuning
-    splits: dict  # name -> data.Dataset, of the first task
+    objectives: dict  # name -> ratio, in pretraining; all 1 in fine-tuning
+    sets: dict  # task -> its splits, {name: data.Dataset}
     tokenizer: object
     answers: list  # column -> answer, most frequent first
     device: torch.device
@@ -249,7 +249,11 @@ class Run:
     teacher_paper: object = None
     soft: tuple = ()  # objectives whose scores the teacher has too
     progress: dict = field(default_factory=lambda: {"step": 0, "seconds": 0.0, "examples": 0, "best": -math.inf})
-    sets: dict = field(default_factory=dict)  # task -> its splits
+
+    @property
+    def splits(self):
+        """The splits of the first task, in pretraining the only one."""
+        return next(iter(self.sets.values()))
 
     def autocast(self):
         """Matrix products in bfloat16, if the run is; the weights stay float32."""
@@ -293,10 +297,10 @@ def read_data(o, objectives, task, source):
     names = ["train", "val", "test"] + ["compose"] * (source == "scenes" and task != "pretrain")
     names += ["detected"] * (source == "scenes" and task == "refer")
     task = "caption" if task == "pretrain" and "qa" not in objectives else task  # questions only to be answered
-    limits = {"train": o.limit}
     if dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0":
         dist.barrier()  # the first process of a machine draws and extracts, the others read what it cached
-    splits = {name: data.load(source, task, name, limits.get(name), o.patch, o.grid) for name in names}
+    limits = {"train": o.limit} | dict.fromkeys(names[1:])
+    splits = {name: data.load(source, task, name, limit, o.patch, o.grid) for name, limit in limits.items()}
     if dist.is_initialized() and os.environ.get("LOCAL_RANK") == "0":
         dist.barrier()
     if not len(splits["train"]):
@@ -440,16 +444,10 @@ def read_sizes(o, paper):
 # ---- optimizer -------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(model, weight_decay, head_scale=1.0):
-    """AdamW as UNITER sets it: betas .9 and .98; decay on matrices, none on biases and norms.
-
-    Each group has a `scale` of the learning rate: fresh task heads may learn `head_scale` times faster.
-    """
-    groups = {}
-    for name, parameter in model.named_parameters():
-        scale = head_scale if name.startswith("heads.") else 1.0
-        groups.setdefault((parameter.ndim > 1, scale), []).append(parameter)
-    groups = [{"params": p, "decay": weight_decay * matrix, "scale": s} for (matrix, s), p in groups.items()]
+def make_optimizer(model, weight_decay):
+    """AdamW as UNITER sets it: betas .9 and .98; decay on matrices, none on biases and norms."""
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "decay": weight_decay}, {"params": vectors, "decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
 
@@ -477,7 +475,7 @@ def set_rate(optimizer, step, rate):
     same for r' = r (1 - r d), d' = d / (1 - r d).
     """
     for group in optimizer.param_groups:
-        r, d = rate * group["scale"], group["decay"]
+        r, d = rate, group["decay"]
         group["lr"], group["weight_decay"] = r * (1 - r * d), d / (1 - r * d)
         group["eps"] = 1e-6 / math.sqrt(1 - group["betas"][1] ** step)
 
@@ -535,17 +533,13 @@ def match_teacher(run, checkpoint):
     Says which are left out. Stop where it cannot read this run's batches, or where nothing is left."""
     o, why = run.o, {}
     own, their, config = run.paper, run.teacher_paper, run.teacher.config
+    triplets = {getattr(c, "nlvr2", "") == "triplet" for c in (run.model.config, config)}  # two pictures in one row
+    unlike = {"vcr": own.VCR_TYPES != their.VCR_TYPES, "rank": own.NEGATIVES != their.NEGATIVES}
+    unlike["nlvr2"] = len(triplets) > 1
     for name in run.objectives:
-        head, triplets = (
-            heads_of(their, [name]),
-            [getattr(c, "nlvr2", "") == "triplet" for c in (run.model.config, config)],
-        )
-        unlike = {"vcr": own.VCR_TYPES != their.VCR_TYPES, "rank": own.NEGATIVES != their.NEGATIVES,
-                  "nlvr2": triplets[0] != triplets[1]}  # fmt: skip
+        head = heads_of(their, [name])
         if unlike.get(name):
-            raise Stop(
-                f"{o.teacher}: reads the rows of {name} in another way than {o.model}; take one of the same model"
-            )
+            raise Stop(f"{o.teacher}: reads the rows of {name} in another way than {o.model}; take one that agrees")
         if checkpoint["model"] == "uniter" and config.types < TYPES.get(name, 2):
             raise Stop(f"{o.teacher}: has too few text types for {name}; train it for --task {o.task} first")
         if name in ("wra", "nce"):
@@ -606,10 +600,11 @@ def with_teacher(run, batch, names):
     """
     wanted = run.o.distill.split(",")
     record = wanted != ["logits"]
-    student = run.model.encode(batch, record=record)
+    alone = not record and {*names} <= {"itc", "caption"}  # they encode for themselves
+    student = None if alone else run.model.encode(batch, record=record)
     parts = {name: run.paper.OBJECTIVES[name](run.model, student, batch) for name in names}
     with torch.no_grad():
-        teacher = run.teacher.encode(batch, record=record)
+        teacher = None if alone else run.teacher.encode(batch, record=record)
         theirs = {n: run.teacher_paper.OBJECTIVES[n](run.teacher, teacher, batch)[1] for n in names if n in run.soft}
     if "logits" in wanted:
         for name, scores in theirs.items():
@@ -660,20 +655,17 @@ def train(o):
     checkpoint = load_checkpoint(last) if o.resume else load_weights(o) if o.init else None
     teacher = load_checkpoint(o.teacher) if o.teacher else None
     if checkpoint and teacher and checkpoint["tokenizer"] != teacher["tokenizer"]:
-        raise Stop(
-            f"{o.teacher}: it reads other word pieces than {o.init}; start without --init, or from its own start"
-        )
+        raise Stop(f"{o.teacher}: reads other word pieces than {o.init}; start without --init, or from its own start")
     objectives = objectives_of(o, paper)
     sources = o.data.split(",") * (len(o.tasks) if "," not in o.data else 1)
     sets = {task: read_data(o, objectives, task, source) for task, source in zip(o.tasks, sources, strict=True)}
-    splits = next(iter(sets.values()))
-    objectives = drop_unfounded(objectives, splits["train"]) if o.task == "pretrain" else objectives
+    asked = sets.get("vqa") or sets.get("pretrain")
+    objectives = drop_unfounded(objectives, asked["train"]) if o.task == "pretrain" else objectives
     tokenizer = encode_texts(o, sets, checkpoint or teacher)
-    asked = sets.get("vqa", splits)["train"]
-    answers = data.answer_list(asked) if {"vqa", "qa"} & set(objectives) else []
+    answers = data.answer_list(asked["train"]) if {"vqa", "qa"} & set(objectives) else []
     answers = teacher["answers"] if teacher and teacher["answers"] and answers else answers
     dtype = pick_dtype(o.dtype, device)
-    run = Run(o, paper, objectives, splits, tokenizer, answers, device, dtype, rank, world, sets=sets)
+    run = Run(o, paper, objectives, sets, tokenizer, answers, device, dtype, rank, world)
     if teacher:
         read_teacher(run, teacher)
     run.model = build(run, checkpoint).to(device)

@@ -35,7 +35,7 @@ HUGGING_FACE = {"model_type": ("bert", "lxmert"), "hidden_act": ("gelu",)}  # wh
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files ------------------------------------------------------------------------------------------------------
 
 
 def save(content, path):
@@ -47,7 +47,7 @@ def save(content, path):
 
 
 def read_torch(path):
-    """What torch.save wrote, on the CPU, without running any code that the file may hold. DataError if that cannot be."""
+    """What torch.save wrote, on the CPU, without running any code that the file may hold. DataError where it cannot."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
@@ -110,7 +110,7 @@ def read_json(path, kind):
     return content
 
 
-# ---- what they hold --------------------------------------------------------------------------------------------------
+# ---- what they hold ---------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(path):
@@ -122,7 +122,8 @@ def load_checkpoint(path):
 
 
 def read_state(path):
-    """(content, state) of a weights file: what it holds, and the tensors in it by name. DataError if it holds none, or NaN."""
+    """(content, state) of a weights file: what it holds, and the tensors in it by name. DataError if it holds none, or
+    NaN."""
     content = state = (read_safetensors if path.suffix == ".safetensors" else read_torch)(path)
     for key in ("state", "model_state", "model_state_dict", "state_dict", "model"):  # some codes put it under one
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
@@ -178,23 +179,25 @@ def load_weights(o):
     }
 
 
-# ---- how it fits the model -------------------------------------------------------------------------------------------
+# ---- how it fits the model --------------------------------------------------------------------------------------
 
 
 def fitting(o, own, checkpoint, answers):
     """A full state for a model whose initial one is `own`: the file's tensors where name and shape agree; and a report,
     five lines on what was loaded, resized, left at random and ignored.
 
-    DataError if anything but a head would stay at
-    random, save what BERT has nothing for (all but the paper's FROM_BERT) or what --partial permits. A head is loaded
-    whole or not at all; an answer head for the same list of answers only, as its rows mean nothing under another one,
-    but LXMERT's moves row by row.
+    DataError if anything but a head would stay at random, save what BERT has nothing for (all but the paper's
+    FROM_BERT) or what --partial permits. A head is loaded whole or not at all; an answer head for the same list of
+    answers only, as its rows mean nothing under another one, but LXMERT's moves row by row.
     """
     paper, state, ignored, resized = PAPERS[o.model][0], checkpoint["state"], [], []
     types, kind = "text_embedding.types.weight", checkpoint.get("kind")
     try:
         if kind:
-            state, ignored = paper.from_official(state, [*own, *(n.replace("heads.vqa.", "heads.qa.") for n in own)])
+            names = [*own, *(name.replace("heads.vqa.", "heads.qa.") for name in own)]
+            if kind != "BERT":
+                names += [name.replace("heads.rank.", "heads.itm.") for name in own]
+            state, ignored = paper.from_official(state, names)
         if o.model == "lxmert" and checkpoint["answers"]:
             before = {id(tensor) for tensor in state.values()}
             state = lxmert.transfer_answer_head(state, own, checkpoint["answers"], answers)
@@ -234,13 +237,14 @@ def fitting(o, own, checkpoint, answers):
 
 
 def part(name):
-    """What a parameter belongs to: "layers", "heads.vqa"; of official names "cls.predictions", "bert.encoder.layer.9"."""
+    """What a parameter belongs to: "layers", "heads.vqa"; of official names "cls.predictions",
+    "bert.encoder.layer.9"."""
     pieces = name.split(".")
     trunk = pieces[0].endswith(("embedding", "layers", "connections", "pooler"))
     return ".".join(pieces[: 1 if trunk else 4 if ".encoder." in name else 2])
 
 
-# ---- official names --------------------------------------------------------------------------------------------------
+# ---- official names ---------------------------------------------------------------------------------------------
 
 
 def official(checkpoint):

@@ -438,6 +438,15 @@ def test_the_type_table_of_uniter_grows_as_the_official_code_grows_it():
         fitted("vilbert", make("vilbert"), make("vilbert", types=3))
 
 
+@pytest.mark.parametrize("model", train.PAPERS)
+def test_an_official_matching_head_becomes_the_rank_head(model):
+    state, own = make(model), make(model, heads=("rank",))
+    file = {"state": train.PAPERS[model][0].to_official(state), "answers": [], "kind": model}
+    found, _ = weights.fitting(options("x.pth", model), own, file, [])
+    match = state["heads.itm.weight"]
+    assert torch.equal(found["heads.rank.weight"], match[1:] - match[:1])
+
+
 def test_bert_begins_tasks_of_more_text_types(own, tmp_path, capsys):
     """BERT has two types; UNITER's NLVR2 needs three and its VCR four, whichever are trained together."""
     torch.save(bert_state(words=58), tmp_path / "pytorch_model.bin")
