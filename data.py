@@ -28,6 +28,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -41,7 +42,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CACHE = Path(".cache")
-VERSION = 8  # raise it whenever scenes, detector or region features change: it is part of every cache key
+VERSION = 9  # raise it whenever scenes, detector or region features change: it is part of every cache key
 SPLITS = ("train", "val", "test", "compose")
 SCENES = {"train": 10_000, "val": 500, "test": 1_000, "compose": 500}  # pictures a split
 TASKS = ("pretrain", "vqa", "ve", "nlvr2", "vcr", "retrieval", "refer", "caption")
@@ -316,8 +317,7 @@ def captions(scene, count=4):
 
     A single thing is named by colour and shape where no other thing has either; else by size, colour and shape, if no
     other shares two of the three. Counted things are named by (colour and) shape, only where no other colour or shape
-    has the same count. A thing is just named, or placed in a half of the picture, or its size is told. A caption has a
-    relation of two things and another clause, or three clauses, so that it fits few pictures.
+    has the same count. A caption has a relation and another clause, or three clauses, so that it fits few pictures.
     """
     rng, found = random.Random(scene.key("captions")), {}
     names = {}  # thing -> expression
@@ -331,13 +331,8 @@ def captions(scene, count=4):
         if where := direction(one, other):
             full = f"{say(e, article=True)} is {DIRECTIONS[where]} {say(f, article=True)}"
             relations.append(((f"{say(e)} {DIRECTIONS[where]} {say(f)}", full), (e, f)))
-    for thing, e in names.items():
+    for e in names.values():
         others.append(((say(e), f"there is {say(e, article=True)}"), (e,)))
-        for off, words in ((thing.x - SIDE / 2, ("left of", "right of")), (thing.y - SIDE / 2, ("above", "below"))):
-            if abs(off) >= 12:
-                others.append(((f"{say(e)} {words[off > 0]} the middle",), (e,)))
-        if e[0] is None:
-            others += 2 * [((f"{say(e)} is {thing.size}",), (e,))]  # as often as its sides
     for e in scene.fits:
         same = [(None, e[1], s) for s in SHAPES if s != e[2]]
         same += [(None, c, e[2]) for c in COLORS if e[1] and c != e[1]]
@@ -1342,6 +1337,85 @@ def batches(lengths, rng=None, size=None, tokens=None, rank=0, world=1):
     if rng is not None:
         groups = [groups[i] for i in rng.permutation(len(groups))[: len(groups) // world * world]]
     return [np.array(group) for group in groups[rank::world]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of weights
+
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def save(content, path):
+    """torch.save, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def read_torch(path):
+    """What torch.save wrote, on the CPU, without running any code that the file may hold. DataError where it cannot."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # a failure is one line
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 (bytes that are no weights end in nearly every kind of error)
+        raise DataError(f"{path}: no weights, damaged, or more than weights ({type(error).__name__})") from None
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file: 8 bytes, the length n of the header, little-endian; n bytes of JSON,
+    {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}}; the numbers, from which offsets count.
+
+    The file is mapped, each tensor copied out of it once. DataError unless the tensors fill the file one after another,
+    without gap or overlap, each as long as its shape says. dtypes: SAFETENSORS.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    tensors, end = {}, 0
+    try:
+        with path.open("rb") as file:
+            first, size = file.read(8), path.stat().st_size
+            length = int.from_bytes(first, "little")
+            if len(first) < 8 or length > size - 8:
+                raise ValueError("its header does not fit into it; was it cut off?")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        numbers = torch.from_numpy(np.memmap(path, np.uint8, "c", offset=8 + length))
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, (begin, stop) = entry["shape"], entry["data_offsets"]
+            if entry["dtype"] not in SAFETENSORS:
+                raise ValueError(f"{name} is of dtype {entry['dtype']}; known are {', '.join(SAFETENSORS)}")
+            if not all(type(number) is int and number >= 0 for number in (*shape, begin, stop)):
+                raise ValueError(f"{name} has a shape or offsets that are no whole numbers")
+            if begin != end:
+                raise ValueError(f"{name} begins at byte {begin}, but the tensor before it ends at {end}")
+            dtype, end = SAFETENSORS[entry["dtype"]], stop
+            if end > len(numbers):
+                raise ValueError(f"{name} ends at byte {end} of {len(numbers)}; was it cut off?")
+            if end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} has {end - begin} bytes for shape {shape}")
+            tensors[name] = numbers[begin:end].clone().view(dtype).view(shape)
+        if end != len(numbers):
+            raise ValueError(f"{len(numbers) - end} bytes belong to no tensor")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: not a safetensors file ({error or type(error).__name__})") from None
+    return tensors
+
+
+def read_json(path, kind):
+    """A JSON file's content, None where there is no file. DataError if it is no JSON or no `kind` (dict, list)."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, kind):
+        raise DataError(f"{path}: holds no {kind.__name__}")
+    return content
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,9 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import common
 import data
-import tasks
 import train
-import weights
 from train import PAPERS, Stop
 
 
@@ -51,7 +49,7 @@ def parse(argv=None):
 
 def load(o):
     """(model, tokenizer, checkpoint, task), ready to be asked. Stop if the checkpoint does not fit what is asked."""
-    checkpoint = weights.load_checkpoint(o.checkpoint)
+    checkpoint = train.load_checkpoint(o.checkpoint)
     tasks = checkpoint["task"].split(",")
     task = o.task or tasks[0]
     if task not in tasks:
@@ -141,7 +139,7 @@ def answer(o, model, tokenizer, checkpoint, task):
         elif task == "vcr":
             begin = (o.text, o.answer) if o.answer else (o.text,)
             batch = make_batch(tokenizer, [(*begin, choice) for choice in o.choices], [picture] * len(o.choices))
-            batch.segments = tasks.text_types(paper, batch.segments)
+            batch.segments = train.text_types(paper, batch.segments)
             batch.target = torch.eye(len(o.choices), dtype=torch.long)[0]
             found = ranked(model(batch, ["vcr"])["vcr"][1].softmax(0), o.choices, o.top)
         else:
@@ -173,7 +171,7 @@ def main(argv=None):
     try:
         o = parse(argv)
         if o.export:
-            weights.save(weights.official(weights.load_checkpoint(o.checkpoint)), Path(o.export))
+            data.save(train.official(train.load_checkpoint(o.checkpoint)), Path(o.export))
         else:
             print(*answer(o, *load(o)), sep="\n")
     except (Stop, data.DataError) as error:

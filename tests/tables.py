@@ -27,9 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import data
-import tasks
 import train
-import weights
 
 COLUMNS = {  # task: the metrics of its cells
     "vqa": ("accuracy",),
@@ -71,16 +69,16 @@ def start(folder, *arguments):
 
 
 def restore(folder):
-    """A trained model as the functions of tasks.py want it, on the CPU in float32, with captions of the test scenes, one
+    """A trained model as the functions of train.py want it, on the CPU in float32, with captions of the test scenes, one
     a picture: run, dataset, examples."""
-    checkpoint = weights.load_checkpoint(folder / "best.pt")
-    paper, name = weights.PAPERS[checkpoint["model"]]
+    checkpoint = train.load_checkpoint(folder / "best.pt")
+    paper, name = train.PAPERS[checkpoint["model"]]
     model = getattr(paper, name)(paper.Config(**checkpoint["config"])).eval()
     model.load_state_dict(checkpoint["state"])
     names = {"o": SimpleNamespace(ablate=None), "device": torch.device("cpu"), "autocast": nullcontext}
     tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
     dataset = data.load("scenes", "caption", "test").encode(tokenizer, max_length=60)
-    return SimpleNamespace(model=model, rank=0, world=1, **names), dataset, tasks.first_captions(dataset)
+    return SimpleNamespace(model=model, rank=0, world=1, **names), dataset, train.first_captions(dataset)
 
 
 def spread(values, scale=100):
@@ -153,7 +151,7 @@ def table_of_temperatures(o):
             ends.append(run(o, name, *options)["temperature"])
             restored, dataset, texts = restore(o.out / name)
             with torch.inference_mode():
-                dots = tasks.dot_products(restored, dataset, texts[:500], dataset.image[texts[:500]])
+                dots = train.dot_products(restored, dataset, texts[:500], dataset.image[texts[:500]])
             recalls = common.recall_at(dots, torch.arange(len(dots)))
             found.append((recalls["text_to_image_r1"] + recalls["image_to_text_r1"]) / 2)
         points[value] = float(np.mean(ends)), float(np.mean(found))
@@ -240,7 +238,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=2.0, help="training time of a run")
     parser.add_argument("--pretrain-minutes", type=float, default=5.0, help="training time of a pretraining")
     parser.add_argument("--steps", type=int, help="steps of each run, whatever its time")
-    parser.add_argument("--models", nargs="+", default=list(weights.PAPERS), choices=weights.PAPERS)
+    parser.add_argument("--models", nargs="+", default=list(train.PAPERS), choices=train.PAPERS)
     parser.add_argument("--tasks", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     parser.add_argument("--seeds", type=int, default=1, help="runs of a cell; table tasks: of vqa, nlvr2 and refer")
     parser.add_argument("--student", nargs="+", default=["layers=1"], help="distill: --config of the student")

@@ -21,11 +21,9 @@ import common
 import data
 import lxmert
 import predict
-import tasks
 import train
 import uniter
 import vilbert
-import weights
 
 ROOT = Path(__file__).parent.parent
 PAPERS = list(train.PAPERS)
@@ -329,9 +327,9 @@ def test_rows_of_choices_are_question_answer_and_reason(cache, tokenizer):
             pieces, types = pieces + [*ids, sep], types + [number] * len(ids) + [number + (not last)]
         assert batch.text[row, : len(pieces)].tolist() == pieces and batch.text_mask[row].sum() == len(pieces)
         assert batch.segments[row, : len(pieces)].tolist() == types
-    uniters = tasks.text_types(uniter, batch.segments)[batch.text_mask]
+    uniters = train.text_types(uniter, batch.segments)[batch.text_mask]
     assert torch.equal(uniters, torch.tensor([0, 2, 3])[batch.segments[batch.text_mask]])
-    other = tasks.text_types(lxmert, batch.segments)
+    other = train.text_types(lxmert, batch.segments)
     assert torch.equal(other[:4], (batch.segments[:4] == 2).long()) and torch.equal(other[4:], batch.segments[4:])
     part = dataset.subset(np.array([3, 1]))
     assert torch.equal(data.collate(part, np.array([1])).text, data.collate(dataset, np.array([1])).text)
@@ -391,7 +389,7 @@ def test_false_partners_are_false_and_mined_ones_are_the_hardest(cache, tokenize
     words, regions = np.diff(dataset.offsets), np.diff(dataset.store.offsets)
     for step, mined in ((0, False), (5, True)):
         run.progress = {"step": step}
-        texts, images = tasks.partners(run, dataset, index, np.random.default_rng(0))
+        texts, images = train.partners(run, dataset, index, np.random.default_rng(0))
         assert texts.shape == images.shape == (10, 4)
         assert (texts[:, 0] == index).all() and (images[:, 0] == dataset.image[index]).all()
         for column, kind in enumerate(("text", "image", "text"), 1):
@@ -412,13 +410,13 @@ def test_the_matching_head_becomes_the_rank_head_and_types_are_widened():
         )
         o = SimpleNamespace(init="x", model=name, partial=False, tasks=["retrieval", "nlvr2"])
         checkpoint = {"state": old.state_dict(), "answers": []}
-        new.load_state_dict(weights.fitting(o, new.state_dict(), checkpoint, [])[0])
+        new.load_state_dict(train.fitting(o, new.state_dict(), checkpoint, [])[0])
         batch = make_batch()
         odds = old.heads["itm"](old.encode(batch).pooled)
         torch.testing.assert_close(new.heads["rank"](new.encode(batch).pooled)[:, 0], odds[:, 1] - odds[:, 0])
     before, after = (m.text_embedding.types.weight for m in (make("uniter"), make("uniter", types=4)))
     o.model, checkpoint["state"] = "uniter", {"text_embedding.types.weight": before}
-    state, _ = weights.fitting(o, {"text_embedding.types.weight": after}, checkpoint, [])
+    state, _ = train.fitting(o, {"text_embedding.types.weight": after}, checkpoint, [])
     assert torch.equal(state["text_embedding.types.weight"], before[[0, 1, 1, 0]])
 
 
@@ -465,14 +463,14 @@ def test_choices_are_scored_as_counted_by_hand(monkeypatch):
         target=np.array([0, 1, 0, 0]), kind=["answer", "reason"] * 2, ids=["a", "a", "b", "b"], group=2
     )
     dataset = type("D", (SimpleNamespace,), {"__len__": lambda self: 4})(**vars(dataset))
-    monkeypatch.setattr(tasks, "parts", lambda run, dataset, index: [index])
-    monkeypatch.setattr(tasks, "make_batch", lambda *_: None)
+    monkeypatch.setattr(train, "parts", lambda run, dataset, index: [index])
+    monkeypatch.setattr(train, "make_batch", lambda *_: None)
     scores = torch.tensor([2.0, 1, 0, 1, 0, 1, 3, 1])  # right, right, wrong, right
-    monkeypatch.setattr(tasks, "scores_of", lambda *_: (None, scores))
-    metrics, chance = tasks.evaluate_choice(None, "vcr", dataset)
+    monkeypatch.setattr(train, "scores_of", lambda *_: (None, scores))
+    metrics, chance = train.evaluate_choice(None, "vcr", dataset)
     assert metrics == {"q_a_accuracy": 0.5, "qa_r_accuracy": 1.0, "q_ar_accuracy": 0.5}
     assert chance == {"q_a_accuracy": 0.5, "qa_r_accuracy": 0.5, "q_ar_accuracy": 0.25}
-    metrics, chance = tasks.evaluate_choice(None, "nlvr2", dataset)
+    metrics, chance = train.evaluate_choice(None, "nlvr2", dataset)
     assert metrics == {"accuracy": 0.75, "accuracy_answer": 0.5, "accuracy_reason": 1.0} and chance["accuracy"] == 0.75
 
 
@@ -489,13 +487,13 @@ def test_regions_are_right_above_one_half(cache, tokenizer, monkeypatch):
     def scores_of(run, batch, name):
         return None, torch.nn.functional.one_hot(batch.target, batch.boxes.shape[1]).float()
 
-    monkeypatch.setattr(tasks, "scores_of", scores_of)
-    metrics, found = tasks.evaluate_choice(run, "refer", dataset)
+    monkeypatch.setattr(train, "scores_of", scores_of)
+    metrics, found = train.evaluate_choice(run, "refer", dataset)
     assert metrics["accuracy"] == metrics["reachable"] == 1.0 and found["accuracy"] == pytest.approx(np.mean(chance))
-    batch = tasks.make_batch(run, dataset, np.arange(len(dataset)), ["refer"], None)
+    batch = train.make_batch(run, dataset, np.arange(len(dataset)), ["refer"], None)
     assert batch.target.tolist() == best
-    monkeypatch.setattr(tasks, "scores_of", lambda *a: (None, -scores_of(*a)[1]))  # any wrong region, or padding
-    assert tasks.evaluate_choice(run, "refer", dataset)[0]["accuracy"] < 0.1
+    monkeypatch.setattr(train, "scores_of", lambda *a: (None, -scores_of(*a)[1]))  # any wrong region, or padding
+    assert train.evaluate_choice(run, "refer", dataset)[0]["accuracy"] < 0.1
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -507,7 +505,7 @@ def test_the_matrix_of_all_pairs_equals_scoring_each_pair(name, cache, tokenizer
     run.o, seen = SimpleNamespace(ablate=None), []
     monkeypatch.setattr(common, "recall_at", lambda scores, truth: seen.append(scores))
     with torch.no_grad():
-        tasks.retrieval(run, dataset, index, "rank")
+        train.retrieval(run, dataset, index, "rank")
         for i, j in itertools.product(range(6), range(6)):
             batch = data.collate(dataset, index[[i]], dataset.image[index[[j]]])
             assert float(model.heads["rank"](model.encode(batch).pooled)) == pytest.approx(
@@ -586,7 +584,7 @@ def test_each_task_alone_from_a_pretrained_model(task, folder, monkeypatch, caps
     if task == "caption":  # the best weights are those of the lowest perplexity
         log = [json.loads(line) for line in (folder / "caption/log.jsonl").read_text().splitlines()]
         best = min((line for line in log if "perplexity" in line), key=lambda line: line["perplexity"])
-        assert weights.load_checkpoint(folder / "caption/best.pt")["progress"]["step"] == best["step"] > 0
+        assert train.load_checkpoint(folder / "caption/best.pt")["progress"]["step"] == best["step"] > 0
     if task == "vqa":
         picture = folder / "0.png"
         data.draw_scene(data.make_scene(0, "test", 0)).save(picture)

@@ -15,10 +15,8 @@ import torch
 
 import common
 import data
-import tasks
 import train
 import uniter
-import weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,7 +54,7 @@ def run(*arguments, cwd, processes=1, check=True):
 
 
 def state_of(folder):
-    return weights.load_checkpoint(Path(folder) / "checkpoint.pt")["state"]
+    return train.load_checkpoint(Path(folder) / "checkpoint.pt")["state"]
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------
@@ -166,10 +164,10 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
     answers = [{"yes": 1.0}, {"no": 0.3, "yes": 0.6}, {"maybe": 1.0}]
     dataset = Questions(answer=answers, kind=["a", "a", "b"])
     best = torch.nn.functional.one_hot(torch.tensor([0, 1, 0]), 2).float()  # yes, no, yes
-    monkeypatch.setattr(tasks, "parts", lambda run, dataset, index: [index])
-    monkeypatch.setattr(tasks, "make_batch", lambda *_, **__: None)
-    monkeypatch.setattr(tasks, "scores_of", lambda *_: (None, best))
-    metrics, chance = tasks.evaluate_vqa(SimpleNamespace(answers=["yes", "no"]), dataset)
+    monkeypatch.setattr(train, "parts", lambda run, dataset, index: [index])
+    monkeypatch.setattr(train, "make_batch", lambda *_, **__: None)
+    monkeypatch.setattr(train, "scores_of", lambda *_: (None, best))
+    metrics, chance = train.evaluate_vqa(SimpleNamespace(answers=["yes", "no"]), dataset)
     assert metrics == pytest.approx({"accuracy": 1.3 / 3, "accuracy_a": 0.65, "accuracy_b": 0.0})
     assert chance == pytest.approx({"accuracy": 1.6 / 3, "accuracy_a": 0.8, "accuracy_b": 0.0})
 
@@ -188,7 +186,7 @@ def test_pretrain_then_vqa(model, pictures, tmp_path):
     assert "heads.vqa" in done.stdout and "at random" in done.stdout
     result = json.loads((tmp_path / f"out/{model}-vqa/result.json").read_text())
     assert 0 <= result["accuracy"] <= 1 and "accuracy" in result["chance"]
-    assert weights.load_checkpoint(tmp_path / f"out/{model}-vqa/checkpoint.pt")["answers"] == ["no", "yes"]
+    assert train.load_checkpoint(tmp_path / f"out/{model}-vqa/checkpoint.pt")["answers"] == ["no", "yes"]
     steps = [json.loads(line) for line in (tmp_path / f"out/{model}-vqa/log.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps if "lr" in s] == [1, 2, 3]
 
@@ -206,7 +204,7 @@ def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path):
     process.stdout.read()
     error = process.stderr.read().decode()
     assert process.wait(60) == 2 and "--resume" in error and "Traceback" not in error
-    stopped = weights.load_checkpoint(tmp_path / "parts/checkpoint.pt")["progress"]["step"]
+    stopped = train.load_checkpoint(tmp_path / "parts/checkpoint.pt")["progress"]["step"]
     assert 4 <= stopped < 12
     run(*options, "--out", "parts", "--resume", cwd=tmp_path)
     whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
@@ -241,12 +239,12 @@ def test_all_models_and_seeds_end_in_one_table(pictures, tmp_path):
 
 
 def test_ablation_removes_a_modality():
-    batch = tasks.ablate(masked_batch(3, 0), "image")
+    batch = train.ablate(masked_batch(3, 0), "image")
     assert not batch.region_mask.any() and not batch.features.any() and not batch.boxes.any()
     batch = masked_batch(3, 0)
     batch.text_mask[0, 4:] = False
     first, last = batch.text[:, 0].clone(), torch.stack([batch.text[0, 3], batch.text[1, 5], batch.text[2, 5]])
-    batch = tasks.ablate(batch, "text")
+    batch = train.ablate(batch, "text")
     assert batch.text.tolist() == torch.stack([first, last], 1).tolist() and batch.text_mask.all()
 
 
@@ -357,7 +355,7 @@ def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     target, scores = torch.arange(4), cosines / 0.07 + hidden
     want = (torch.nn.functional.cross_entropy(scores, target) + torch.nn.functional.cross_entropy(scores.T, target)) / 2
     assert loss.item() == pytest.approx(want.item(), abs=1e-5)
-    assert tasks.items(paper, "itc", batch) == 4
+    assert train.items(paper, "itc", batch) == 4
 
 
 def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
@@ -372,11 +370,11 @@ def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
         asked.extend(zip(texts.tolist(), (pictures - 10).tolist(), strict=True))
         return fine[texts, pictures - 10]
 
-    monkeypatch.setattr(tasks, "dot_products", lambda *_: dots)
-    monkeypatch.setattr(tasks, "matching_scores", matching)
+    monkeypatch.setattr(train, "dot_products", lambda *_: dots)
+    monkeypatch.setattr(train, "matching_scores", matching)
     for k in (1, 2, 4, 20):
         asked.clear()
-        got = tasks.two_stage(None, dataset, np.arange(n), np.arange(10, 10 + m), k)
+        got = train.two_stage(None, dataset, np.arange(n), np.arange(10, 10 + m), k)
         ranks, near = {"text_to_image": [], "image_to_text": []}, set()
         for text in range(n):
             best = sorted(range(m), key=lambda i, t=text: -dots[t, i])[:k]
@@ -424,9 +422,9 @@ def test_dot_products_and_matching_scores_one_pair_at_a_time(own_run):
     run, dataset = own_run
     texts, images = np.array([3, 0, 5, 4]), dataset.image[[5, 4, 1]]
     with torch.inference_mode():
-        dots = tasks.dot_products(run, dataset, texts, images)
+        dots = train.dot_products(run, dataset, texts, images)
         rows, columns = np.repeat(texts, 3), np.tile(images, 4)
-        matching = tasks.matching_scores(run, dataset, rows, columns).view(4, 3)
+        matching = train.matching_scores(run, dataset, rows, columns).view(4, 3)
         for i, text in enumerate(texts):
             for j, image in enumerate(images):
                 batch = data.collate(dataset, np.array([text]), np.array([image]))
@@ -601,7 +599,7 @@ def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsy
     here(*options, *small, "--out", "student")
     logged = [json.loads(line) for line in (tmp_path / "student/log.jsonl").read_text().splitlines()]
     assert {"vqa", "vqa_soft", "attention_kl", "attention_mse", "hidden"} <= set(logged[1])
-    student, teacher = (weights.load_checkpoint(tmp_path / f) for f in ("student/best.pt", "uniter.pt"))
+    student, teacher = (train.load_checkpoint(tmp_path / f) for f in ("student/best.pt", "uniter.pt"))
     assert student["config"]["layers"] == 1 and student["state"]["pooler.dense.weight"].shape == (64, 64)
     assert student["tokenizer"] == teacher["tokenizer"] and student["answers"] == teacher["answers"]
     here(*options, *small, "--out", "student", "--resume", "--steps", 3)

@@ -22,7 +22,6 @@ import predict
 import train
 import uniter
 import vilbert
-import weights
 from data import DataError
 
 REFERENCE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[2] / "shared" / "reference")
@@ -40,7 +39,7 @@ def options(path, model="uniter", **changes):
 
 
 def checkpoint_of(path, model):
-    return weights.load_weights(options(path, model))
+    return train.load_weights(options(path, model))
 
 
 def model_of(checkpoint, model, heads=(), **changes):
@@ -56,7 +55,7 @@ def fit(path, model, heads=(), partial=False, answers=(), **changes):
     built = model_of(checkpoint, model, heads, real=True, **{"feature_size": 8, "classes": 5} | changes)
     o = options(path, model)
     o.partial = partial
-    state, report = weights.fitting(o, built.state_dict(), checkpoint, list(answers))
+    state, report = train.fitting(o, built.state_dict(), checkpoint, list(answers))
     built.load_state_dict(state)
     return built.eval(), report
 
@@ -262,7 +261,7 @@ def test_official_files_at_full_size_load_save_and_load(file, tmp_path):
         rows = next((n for head, n in answers.items() if head in heads), 1)
         checkpoint["answers"] = answers = [str(i) for i in range(rows)]
         own = model_of(checkpoint, model, heads, answers=rows).state_dict()
-        fitted, report = weights.fitting(options("weights.pth", model), own, checkpoint, answers)
+        fitted, report = train.fitting(options("weights.pth", model), own, checkpoint, answers)
         report = report.splitlines()
         assert report[1].startswith(f"         loaded {len(own)}: ")
         assert [line.split(":")[0] for line in report[2:]] == [
@@ -348,7 +347,7 @@ def test_what_is_exported_comes_back(model, own, tmp_path, capsys):
     assert main(own, tmp_path, *options) == 0
     assert predict.main([str(tmp_path / "out/best.pt"), "--export", str(out)]) == 0
     capsys.readouterr()
-    best = weights.load_checkpoint(tmp_path / "out/best.pt")["state"]
+    best = train.load_checkpoint(tmp_path / "out/best.pt")["state"]
     official = torch.load(out)
     assert set(official) == set(train.PAPERS[model][0].to_official(best))
     (tmp_path / "all_ans.json").write_text('["no", "yes"]')
@@ -369,7 +368,7 @@ def test_a_control_has_the_sizes_and_words_but_random_weights(own, tmp_path, cap
     for kind, flags in {"bert": [], "fresh": ["--fresh"], "other": ["--fresh", "--seed", "1"]}.items():
         options = ["--task", "vqa", "--init", str(tmp_path), "--lr", "1e-9", *flags]
         assert main(own, tmp_path / kind, *options) == 0
-        states[kind] = weights.load_checkpoint(tmp_path / kind / "out/checkpoint.pt")
+        states[kind] = train.load_checkpoint(tmp_path / kind / "out/checkpoint.pt")
     assert "all weights at random" in capsys.readouterr().out
     assert states["bert"]["config"] == states["fresh"]["config"] and states["fresh"]["config"]["hidden"] == 64
     assert states["bert"]["tokenizer"] == states["fresh"]["tokenizer"]
@@ -401,7 +400,7 @@ def test_a_run_that_began_with_bert_resumes_from_its_own_checkpoint(own, tmp_pat
             patch.setattr(train, "interruptible", stop_after_two)
             assert main(own, parts, *options, *kind) == 2
         assert main(own, parts, *options, *kind, "--resume") == 0
-        whole, parts = (weights.load_checkpoint(folder / "out/checkpoint.pt")["state"] for folder in (whole, parts))
+        whole, parts = (train.load_checkpoint(folder / "out/checkpoint.pt")["state"] for folder in (whole, parts))
         assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -409,9 +408,9 @@ def test_a_run_that_began_with_bert_resumes_from_its_own_checkpoint(own, tmp_pat
 
 
 def fitted(model, state, own, known=(), wanted=(), **changes):
-    """`weights.fitting` for a checkpoint of this repository: the state and the report."""
+    """`train.fitting` for a checkpoint of this repository: the state and the report."""
     checkpoint = {"state": state, "answers": list(known)}
-    return weights.fitting(options("x.pt", model) if not changes else changes["o"], own, checkpoint, list(wanted))
+    return train.fitting(options("x.pt", model) if not changes else changes["o"], own, checkpoint, list(wanted))
 
 
 def make(model, **changes):
@@ -442,7 +441,7 @@ def test_the_type_table_of_uniter_grows_as_the_official_code_grows_it():
 def test_an_official_matching_head_becomes_the_rank_head(model):
     state, own = make(model), make(model, heads=("rank",))
     file = {"state": train.PAPERS[model][0].to_official(state), "answers": [], "kind": model}
-    found, _ = weights.fitting(options("x.pth", model), own, file, [])
+    found, _ = train.fitting(options("x.pth", model), own, file, [])
     match = state["heads.itm.weight"]
     assert torch.equal(found["heads.rank.weight"], match[1:] - match[:1])
 
@@ -458,7 +457,7 @@ def test_bert_begins_tasks_of_more_text_types(own, tmp_path, capsys):
     sources = ",".join(str(own.parent / f"{name}.jsonl") for name in ("two", "four"))
     assert main(own, tmp_path, "--task", "nlvr2,vcr", "--data", sources, "--init", str(tmp_path), "--lr", "1e-12") == 0
     assert "resized 1: text_embedding (1)" in capsys.readouterr().out
-    state = weights.load_checkpoint(tmp_path / "out/checkpoint.pt")["state"]
+    state = train.load_checkpoint(tmp_path / "out/checkpoint.pt")["state"]
     bert = bert_state(words=58)["bert.embeddings.token_type_embeddings.weight"]
     torch.testing.assert_close(state["text_embedding.types.weight"], bert[[0, 1, 1, 0]], atol=1e-6, rtol=0)
 
@@ -477,7 +476,7 @@ def test_the_answers_of_lxmert_keep_their_rows():
     found, _ = fitted("lxmert", state, state, known, known)
     assert torch.equal(found["heads.vqa.3.weight"], state["heads.vqa.3.weight"])
     file = {"state": lxmert.to_official(make("lxmert", heads=("qa",))), "answers": ["yes", "no", "2"], "kind": "lxmert"}
-    found, _ = weights.fitting(options("x.pth", "lxmert"), own, file, ["no", "cat", "yes", "two"])  # official
+    found, _ = train.fitting(options("x.pth", "lxmert"), own, file, ["no", "cat", "yes", "two"])  # official
     weight = file["state"]["answer_head.logit_fc.3.weight"]
     assert torch.equal(found["heads.vqa.3.weight"], torch.stack([weight[1], zero, weight[0], weight[2]]))
     state = make("lxmert", heads=("qa",))
@@ -523,7 +522,7 @@ def test_a_trunk_with_holes_is_refused_unless_partial():
 def test_two_heads_with_one_official_name_are_refused(model, heads):
     state = make(model, heads=heads)
     with pytest.raises(DataError, match="official"):
-        weights.official({"model": model, "state": state})
+        train.official({"model": model, "state": state})
 
 
 # ---- safetensors ---------------------------------------------------------------------------------------------------
@@ -546,7 +545,7 @@ def test_safetensors_are_read_as_its_authors_write_them(tmp_path):
     state = {f"{i}": (torch.randn(3, 5) * 50).abs().to(kind) for i, kind in enumerate(kinds)}
     state |= {"alone": torch.tensor(2.5), "nothing": torch.zeros(0, 4), "last": torch.arange(3, dtype=torch.uint8)}
     writer.save_file(state, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    read = weights.read_safetensors(tmp_path / "x.safetensors")
+    read = data.read_safetensors(tmp_path / "x.safetensors")
     assert set(read) == set(state)
     for name, tensor in state.items():
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
@@ -557,7 +556,7 @@ def test_a_tensor_may_begin_at_an_odd_byte(tmp_path):
     entries = {"a": tensor(0, 3, [3], "U8"), "b": tensor(3, 11, [2])}
     path = tmp_path / "x.safetensors"
     path.write_bytes(safetensors(entries, bytes([1, 2, 3]) + struct.pack("<2f", 0.5, -4.0)))
-    read = weights.read_safetensors(path)
+    read = data.read_safetensors(path)
     with path.open("r+b") as file:
         file.truncate(0)
     assert read["a"].tolist() == [1, 2, 3] and read["b"].tolist() == [0.5, -4.0]
@@ -602,7 +601,7 @@ def test_no_damaged_safetensors_file_is_read(what, tmp_path):
     content, message = SAFE[what]
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(DataError) as stop:
-        weights.read_safetensors(tmp_path / "x.safetensors")
+        data.read_safetensors(tmp_path / "x.safetensors")
     assert message in str(stop.value) and "\n" not in str(stop.value)
 
 
@@ -740,8 +739,8 @@ def test_options_that_make_no_sense_are_one_line(arguments, message, own, tmp_pa
 
 
 def test_an_export_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    weights.save({"a": torch.ones(2)}, tmp_path / "new" / "x.bin")
+    data.save({"a": torch.ones(2)}, tmp_path / "new" / "x.bin")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        weights.save({"a": torch.zeros(2)}, tmp_path / "new" / "x.bin")
+        data.save({"a": torch.zeros(2)}, tmp_path / "new" / "x.bin")
     assert torch.load(tmp_path / "new/x.bin")["a"].tolist() == [1, 1]
