@@ -171,7 +171,8 @@ def main(argv=None):
     try:
         o = parse(argv)
         if o.export:
-            data.save(train.official(train.load_checkpoint(o.checkpoint)), Path(o.export))
+            checkpoint = train.load_checkpoint(o.checkpoint)
+            data.save(train.official(checkpoint["model"], checkpoint["state"]), Path(o.export))
         else:
             print(*answer(o, *load(o)), sep="\n")
     except (Stop, data.DataError) as error:

@@ -103,6 +103,7 @@ def parse(argv=None):
     add("--partial", action="store_true", help="accept an --init that lacks tensors of the trunk; they stay at random")
     add("--resume", action="store_true", help="go on from DIR/checkpoint.pt, exactly where it stopped")
     add("--out", metavar="DIR", help="folder for checkpoint, log and result (default: out/MODEL-TASK)")
+    add("--export-official", metavar="FILE", help="write the final weights under the paper's official names too")
     add("--steps", type=int, help="optimizer steps (default: about five minutes on two CPU cores)")
     add(
         "--batch-size",
@@ -155,6 +156,9 @@ def parse(argv=None):
             raise Stop(f"--distill: {part!r} is none of {', '.join(DISTILL)}")
     if options.rerank and options.task != "pretrain" and "retrieval" not in tasks:
         raise Stop("--rerank is for --task retrieval, or for pretraining with --objectives ...,itm,itc")
+    for name, several in (("seed", options.seeds > 1), ("model", options.model == "all")):
+        if options.export_official and several and f"{{{name}}}" not in options.export_official:
+            raise Stop(f"--export-official: put {{{name}}} into the name, or each run writes over the one before")
     temperatures(options.temperature)
     return options
 
@@ -189,7 +193,7 @@ def settle(options, model_name, seed):
     # small models learn by the number of examples, and two cores take 256 at once nearly twice as fast as 64
     o.batch_size = o.batch_size or max(1, (256 if o.data == "scenes" else 64) // rows // processes()[1])
     o.eval_every = o.eval_every or max(1, math.ceil(o.steps / 5))
-    for name in ("init", "teacher"):
+    for name in ("init", "teacher", "export_official"):
         if given := getattr(o, name):
             setattr(o, name, given.replace("{model}", model_name).replace("{seed}", str(seed)))
     return o
@@ -1215,9 +1219,16 @@ def train(o):
             raise Stop(f"--resume: {last} is of a run with other heads; give the options that it had") from None
         torch.set_rng_state(checkpoint["rng"])
         run.progress = checkpoint["progress"]
+    if o.export_official:
+        if Path(o.export_official).is_dir():
+            raise Stop(f"--export-official {o.export_official}: is a folder; give a file name")
+        official(o.model, run.model.state_dict())  # refuses two heads of one name before the first step
     describe(run)
     loop(run)
-    return finish(run)
+    result = finish(run)
+    if o.export_official and rank == 0:
+        data.save(official(o.model, run.model.state_dict()), Path(o.export_official))
+    return result
 
 
 def set_temperature(run, part):
@@ -1590,12 +1601,12 @@ def load_weights(o):
     }
 
 
-def official(checkpoint):
-    """A checkpoint's weights under its paper's official names."""
+def official(model, state):
+    """A model's weights under its paper's official names. DataError where two heads have one official name."""
     try:
-        return PAPERS[checkpoint["model"]][0].to_official(checkpoint["state"])
+        return PAPERS[model][0].to_official(state)
     except ValueError as error:
-        raise DataError(f"--export: {error}") from None
+        raise DataError(f"no official names for these weights: {error}") from None
 
 
 # ---- main ------------------------------------------------------------------------------------------------------

@@ -344,8 +344,7 @@ def test_what_is_exported_comes_back(model, own, tmp_path, capsys):
     objectives = {"uniter": "mlm,mrfr,itm", "vilbert": "mlm,mrfr,itm", "lxmert": "mlm,mrfr,itm,qa"}[model]
     out = tmp_path / f"{model}.bin"
     options = ["--model", model, "--objectives", objectives, "--vocab", str(tmp_path / "vocab.txt")]
-    assert main(own, tmp_path, *options) == 0
-    assert predict.main([str(tmp_path / "out/best.pt"), "--export", str(out)]) == 0
+    assert main(own, tmp_path, *options, "--export-official", str(out)) == 0
     capsys.readouterr()
     best = train.load_checkpoint(tmp_path / "out/best.pt")["state"]
     official = torch.load(out)
@@ -522,7 +521,7 @@ def test_a_trunk_with_holes_is_refused_unless_partial():
 def test_two_heads_with_one_official_name_are_refused(model, heads):
     state = make(model, heads=heads)
     with pytest.raises(DataError, match="official"):
-        train.official({"model": model, "state": state})
+        train.official(model, state)
 
 
 # ---- safetensors ---------------------------------------------------------------------------------------------------
@@ -728,6 +727,9 @@ def test_a_wrong_file_is_one_line_and_exit_code_2(kind, own, tmp_path, capsys, r
     [
         (["--fresh"], "--fresh"),
         (["--partial"], "--partial"),
+        (["--export-official", "x.bin", "--seeds", "2"], "{seed}"),
+        (["--export-official", "x.bin", "--model", "all"], "{model}"),
+        (["--export-official", "."], "is a folder"),
     ],
 )
 def test_options_that_make_no_sense_are_one_line(arguments, message, own, tmp_path, capsys, monkeypatch):
