@@ -42,7 +42,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CACHE = Path(".cache")
-VERSION = 9  # raise it whenever scenes, detector or region features change: it is part of every cache key
+VERSION = 10  # raise it whenever scenes, detector or region features change: it is part of every cache key
 SPLITS = ("train", "val", "test", "compose")
 SCENES = {"train": 10_000, "val": 500, "test": 1_000, "compose": 500}  # pictures a split
 TASKS = ("pretrain", "vqa", "ve", "nlvr2", "vcr", "retrieval", "refer", "caption")
@@ -317,7 +317,8 @@ def captions(scene, count=4):
 
     A single thing is named by colour and shape where no other thing has either; else by size, colour and shape, if no
     other shares two of the three. Counted things are named by (colour and) shape, only where no other colour or shape
-    has the same count. A caption has a relation and another clause, or three clauses, so that it fits few pictures.
+    has the same count. Two captions in five place a thing, by another thing or by a half of the picture. A caption has
+    a relation of two things and another clause, or three clauses, so that it fits few pictures.
     """
     rng, found = random.Random(scene.key("captions")), {}
     names = {}  # thing -> expression
@@ -326,13 +327,16 @@ def captions(scene, count=4):
             names[thing] = (None, *thing[1:3])
         elif all(sum(map(str.__eq__, t[:3], thing[:3])) < 2 for t in scene.things if t is not thing):
             names[thing] = thing[:3]
-    relations, others = [], []  # (phrases, expressions) of a clause
+    relations, halves, others = [], [], []  # (phrases, expressions) of a clause
     for (one, e), (other, f) in itertools.permutations(names.items(), 2):
         if where := direction(one, other):
             full = f"{say(e, article=True)} is {DIRECTIONS[where]} {say(f, article=True)}"
             relations.append(((f"{say(e)} {DIRECTIONS[where]} {say(f)}", full), (e, f)))
-    for e in names.values():
+    for thing, e in names.items():
         others.append(((say(e), f"there is {say(e, article=True)}"), (e,)))
+        for off, words in ((thing.x - SIDE / 2, ("left of", "right of")), (thing.y - SIDE / 2, ("above", "below"))):
+            if abs(off) >= 12:
+                halves.append(((f"{say(e)} {words[off > 0]} the middle",), (e,)))
     for e in scene.fits:
         same = [(None, e[1], s) for s in SHAPES if s != e[2]]
         same += [(None, c, e[2]) for c in COLORS if e[1] and c != e[1]]
@@ -341,10 +345,12 @@ def captions(scene, count=4):
             words = f"{NUMBERS[number]} {say(e, plural=number > 1)}"
             others.append(((f"exactly {words}", words)[: 1 + (number > 1)], (e,)))  # "one" alone might be an adjective
     if scene.split != "compose":
-        relations, others = ([c for c in clauses if may_say(scene, *c[1])] for clauses in (relations, others))
+        lists = relations, halves, others
+        relations, halves, others = ([c for c in clauses if may_say(scene, *c[1])] for clauses in lists)
     for _ in range(8 * count):
-        clauses = rng.sample(relations, 1) if relations and rng.random() < 0.3 else []
-        goal = 2 if clauses else 3
+        places = relations if rng.random() < 0.3 else halves
+        clauses = rng.sample(places, 1) if places and rng.random() < 0.4 else []
+        goal = 2 if places is relations and clauses else 3
         for clause in rng.sample(others, len(others)):
             told = {thing for _, expressions in clauses for e in expressions for thing in scene.fits[e]}
             if len(clauses) < goal and not told.issuperset(scene.fits[clause[1][0]]):
@@ -366,7 +372,7 @@ def questions(scene, count=8):
     for _ in range(20 * count):
         if len(found) == count:
             break
-        kind = rng.choice(list(QUESTIONS))
+        kind = rng.choice([*QUESTIONS, "side"])  # twice as often, being the last to be learned
         forms, phrases = QUESTIONS[kind]
         if scene.split == "compose":  # name the pair where the form allows: a "no" then names one as a "yes" does
             forms = [form for form in forms if form in (CS, ZCS, (CS, CS))] or forms

@@ -55,6 +55,10 @@ def clause_holds(clause, things):
         g = m.groups()
         first, where, second = matching(things, *g[:3]), g[3], matching(things, *g[4:])
         return any(a is not b and clear(a, b) and main_direction(a, b) == where for a in first for b in second)
+    if m := re.fullmatch(rf"{THING} {WHERE} the middle", clause):
+        off = {"left of": -1, "right of": 1}.get(m[4], 0), {"above": -1, "below": 1}.get(m[4], 0)
+        middle = data.SIDE / 2
+        return any((t.x - middle) * off[0] + (t.y - middle) * off[1] >= 12 for t in matching(things, *m.groups()[:3]))
     if m := re.fullmatch(rf"(?:exactly )?({'|'.join(NUMBERS)}) {THING}", clause):
         return len(matching(things, *m.groups()[1:])) == NUMBERS.index(m[1])
     if m := re.fullmatch(rf"(?:there is an? )?{THING}", clause):
