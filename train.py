@@ -186,7 +186,7 @@ def settle(options, model_name, seed):
         base = base / model_name
     o.out = base / f"seed{seed}" if options.seeds > 1 else base
     if o.steps is None:
-        o.steps = 1000 if o.data != "scenes" else 3600 if o.task == "pretrain" else 3000
+        o.steps = 1000 if o.data != "scenes" else 3600 if o.task == "pretrain" else 2400
     # scenes' captions have a dozen words, not thirty: with 0.15 too few are left to learn from in five minutes
     o.mask = o.mask or (0.3 if o.data == "scenes" else 0.15)
     rows = max({"nlvr2": 2, "vcr": 4, "retrieval": 3}.get(task, 1) for task in o.tasks)
