@@ -2,8 +2,9 @@
 
 All three papers build on BERT's post-norm Transformer (Devlin 2019), so its parts are here: scaled dot-product
 attention, multi-head attention (self and cross), feed-forward, layer norm, GELU, pooler and prediction heads; then
-the losses and the optimal transport that more than one model uses. Where torch has a faster kernel, the explicit
-formula stands first and the kernel beside it; `tests/test_common.py` holds the two equal.
+losses and optimal transport, contrast, distillation, metrics, beam search, and what official names have in common.
+Where torch has a faster kernel, the explicit formula stands first and the kernel beside it; `tests/test_common.py`
+holds the two equal.
 
 Letters: B batch, T text positions, N regions, S keys (text, regions or both), C width, H heads, D = C / H,
 F region-feature width, V vocabulary, A answers, K region classes, M masked positions.

@@ -1163,14 +1163,14 @@ def read_tokenizer(path):
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             tokenizer = tokenizer_from_json(text)
-            tokenizer.no_padding(), tokenizer.no_truncation()  # which some files ask for; lengths are a batch's affair
+            tokenizer.no_padding()  # which some files ask for, as for truncation; lengths are a batch's affair
+            tokenizer.no_truncation()
         else:
             pieces = text.rstrip("\n").split("\n")
             cased = any(piece != piece.lower() for piece in pieces if not piece.startswith("["))
             tokenizer = wordpiece({piece.strip(): i for i, piece in enumerate(pieces)}, lowercase=not cased)
-            tokenizer.add_special_tokens(
-                [piece for piece in SPECIALS if piece in pieces]
-            )  # whole, where a text has them
+            # one that stands in a text is then read as one piece
+            tokenizer.add_special_tokens([piece for piece in SPECIALS if piece in pieces])
     except Exception as error:  # noqa: BLE001 (tokenizers raises plain Exception)
         raise DataError(f"{path}: not a tokenizer ({error}); give a BERT vocab.txt or a tokenizer.json") from None
     right = all(tokenizer.token_to_id(name) is not None for name in SPECIALS) and tokenizer.token_to_id("[PAD]") == 0
@@ -1352,12 +1352,17 @@ SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def save(content, path):
-    """torch.save, whole or not at all."""
+def write_whole(path, write):
+    """Makes a file whole or not at all: `write` gets a temporary path beside it, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
+    write(temporary)
     os.replace(temporary, path)
+
+
+def save(content, path):
+    """torch.save, whole or not at all."""
+    write_whole(path, lambda file: torch.save(content, file))
 
 
 def read_torch(path):
@@ -1473,10 +1478,10 @@ def extract(image, out, patch, grid):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line, without the usage."""
+    """argparse, but a mistake is a DataError, one line: what is wrong, without the whole usage."""
 
-    def error(self, message):  # argparse would print the usage as well; one line is what this project promises
-        self.exit(2, f"{self.prog}: {message}\n")
+    def error(self, message):
+        raise DataError(f"{message}; see --help")
 
 
 def main():
@@ -1494,12 +1499,14 @@ def main():
     command.add_argument("--out", required=True)
     command.add_argument("--patch", type=int, default=12, help="a region becomes patch x patch pixels")
     command.add_argument("--grid", type=int, default=6, help="regions: the picture and grid x grid parts of it")
-    options = vars(parser.parse_args())
     try:
+        options = vars(parser.parse_args())
         {"preview": preview, "check": check, "extract": extract}[options.pop("command")](**options)
     except (DataError, OSError, ValueError) as error:  # ValueError: Pillow does not know a suffix
-        parser.error(str(error))
+        print(f"data.py: {DataError(str(error))}", file=sys.stderr)  # on one line
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

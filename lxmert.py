@@ -230,18 +230,15 @@ class LXMERT(nn.Module):
         given: what `unimodal` returned for both, not computed again."""
         states, maps = {}, {}
         words, areas = given or (None, None)
-        if given:
-            text_bias, region_bias = (
-                attention_bias(mask, words.dtype, self.config.hidden_score)
-                for mask in (batch.text_mask, batch.region_mask)
-            )
-        elif text:
-            words = self.embed_text(batch)
+        if text:
+            words = words if given else self.embed_text(batch)
             text_bias = attention_bias(batch.text_mask, words.dtype, self.config.hidden_score)  # (B, 1, 1, T)
+        if regions:
+            areas = areas if given else self.embed_regions(batch)
+            region_bias = attention_bias(batch.region_mask, areas.dtype, self.config.hidden_score)  # (B, 1, 1, N)
+        if text and not given:
             words = self.single("text", self.language_layers, words, text_bias, record, states, maps)
         if regions and not given:
-            areas = self.embed_regions(batch)
-            region_bias = attention_bias(batch.region_mask, areas.dtype, self.config.hidden_score)  # (B, 1, 1, N)
             areas = self.single("regions", self.relation_layers, areas, region_bias, record, states, maps)
         if text and regions:
             for i, layer in enumerate(self.cross_layers):

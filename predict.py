@@ -29,7 +29,7 @@ from train import PAPERS, Stop
 
 def parse(argv=None):
     """The command line."""
-    parser = train.Parser(prog="predict.py", description="Ask a checkpoint about pictures.", allow_abbrev=False)
+    parser = data.Parser(prog="predict.py", description="Ask a checkpoint about pictures.", allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", help="checkpoint.pt or best.pt of a run of train.py")
     add("--image", action="append", metavar="FILE", help="a picture; several: one answer each, or a pair")
@@ -175,7 +175,7 @@ def main(argv=None):
             data.save(train.official(checkpoint["model"], checkpoint["state"]), Path(o.export))
         else:
             print(*answer(o, *load(o)), sep="\n")
-    except (Stop, data.DataError) as error:
+    except data.DataError as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
     return 0

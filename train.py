@@ -61,26 +61,20 @@ WORDS = {
     "fusion": ("mul", "sum"),
 }
 BY_DATA = {"vocab_size", "feature_size", "types", "classes", "attributes", "answers", "heads", "teacher_widths"}
+CHECKPOINT = {"model", "config", "state", "tokenizer", "answers"}  # what one must hold to be used
 DISTILL = {"logits": (), "attention": ("attention_kl", "attention_mse"), "hidden": ("hidden",)}  # and their losses
 
 # ---- options ---------------------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
-    """Ends the program with one line on stderr and exit code 2."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line: what is wrong, without the whole usage."""
-
-    def error(self, message):
-        raise Stop(f"{message}; see --help")
+class Stop(DataError):
+    """What ends the program with one line on stderr and exit code 2 where no file is to blame."""
 
 
 def parse(argv=None):
     """The command line. Where a default depends on the task or the size, it is None here and set by `settle`,
-    the learning rate by `default_rate`."""
-    parser = Parser(description="Pretrain, fine-tune and compare UNITER, ViLBERT and LXMERT.", allow_abbrev=False)
+    the learning rate by `default_rate`. Stop for what makes no sense."""
+    parser = data.Parser(description="Pretrain, fine-tune and compare UNITER, ViLBERT and LXMERT.", allow_abbrev=False)
 
     def add(name, **settings):
         settings["help"] += " (default: %(default)s)" if settings.get("default") is not None else ""
@@ -90,26 +84,18 @@ def parse(argv=None):
     add("--task", default="pretrain", help=f"{', '.join(data.TASKS)}; several, a,b,c, train together")
     add("--data", default="scenes", help="scenes (built in) or a .jsonl file of your own; one for each task: a,b,c")
     add("--size", default="tiny", choices=["tiny", "base", "large"], help="preset of layer sizes")
-    add(
-        "--config",
-        nargs="+",
-        default=[],
-        metavar="NAME=JSON",
-        help="fields of the model's Config, as layers=1 dropout=0.1",
-    )
-    add("--init", metavar="FILE", help="start from these weights: a checkpoint, BERT's, an official file or its folder; "
-        "{model} and {seed} in the name are filled in")  # fmt: skip
+    text = "fields of the model's Config, as layers=1 dropout=0.1"
+    add("--config", nargs="+", default=[], metavar="NAME=JSON", help=text)
+    text = "start from a checkpoint, BERT's weights, an official file or its folder; {model}, {seed} are filled in"
+    add("--init", metavar="FILE", help=text)
     add("--fresh", action="store_true", help="take sizes and tokenizer of --init, but leave the weights at random")
     add("--partial", action="store_true", help="accept an --init that lacks tensors of the trunk; they stay at random")
     add("--resume", action="store_true", help="go on from DIR/checkpoint.pt, exactly where it stopped")
     add("--out", metavar="DIR", help="folder for checkpoint, log and result (default: out/MODEL-TASK)")
     add("--export-official", metavar="FILE", help="write the final weights under the paper's official names too")
     add("--steps", type=int, help="optimizer steps (default: about five minutes on two CPU cores)")
-    add(
-        "--batch-size",
-        type=int,
-        help="examples in one forward pass of one process (default: 256 rows over all, 64 of own data)",
-    )
+    text = "examples in one forward pass of one process (default: 256 rows over all, 64 of own data)"
+    add("--batch-size", type=int, help=text)
     add("--accumulate", type=int, default=1, help="forward passes of one process in an optimizer step")
     add("--lr", type=float, help="peak learning rate (default: by the model's width)")
     add("--warmup", type=float, default=0.1, help="part of the steps in which the rate rises")
@@ -136,6 +122,12 @@ def parse(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=["auto", "f32", "bf16"], help="arithmetic of the trunk")
     options = parser.parse_args(argv)
+    refuse(options)
+    return options
+
+
+def refuse(options):
+    """Stop where an option has a value that cannot be, or does not go with another one."""
     for name, value in vars(options).items():
         if type(value) is int and value < (0 if name in ("steps", "seed") else 1):
             raise Stop(f"--{name.replace('_', '-')} is {value}; it must be positive")
@@ -160,7 +152,6 @@ def parse(argv=None):
         if options.export_official and several and f"{{{name}}}" not in options.export_official:
             raise Stop(f"--export-official: put {{{name}}} into the name, or each run writes over the one before")
     temperatures(options.temperature)
-    return options
 
 
 def temperatures(text):
@@ -237,6 +228,14 @@ def pick_dtype(name, device):
     else:
         native = device.type == "cpu" and any("bf16" in k and v for k, v in torch.cpu.get_capabilities().items())
     return torch.bfloat16 if native else torch.float32
+
+
+def total(values):
+    """The sum over all processes of numbers or of a tensor, as a float64 tensor on the CPU: no GPU is waited for."""
+    tensor = torch.as_tensor(values, dtype=torch.float64).clone()
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 # ---- data ------------------------------------------------------------------------------------------------------
@@ -379,7 +378,7 @@ def stream(o, dataset, slots, skip):
         skip = 0
 
 
-# ---- batches ----------------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------------
 
 
 def make_batch(run, dataset, index, names, rng, **words):
@@ -572,7 +571,7 @@ def read_sizes(o, paper):
     return sizes
 
 
-# ---- how it fits the model --------------------------------------------------------------------------------------
+# ---- how weights fit it ----------------------------------------------------------------------------------------
 
 
 def fitting(o, own, checkpoint, answers):
@@ -684,7 +683,7 @@ def backward(run, batches, names):
     """
     seen, names = names, names + distilled(run, names)
     counts = [[items(run.paper, name, batch) for name in names] for batch in batches]
-    totals = total([sum(column) for column in zip(*counts, strict=True)])
+    totals = total([sum(column) for column in zip(*counts, strict=True)]).tolist()
     losses = {name: torch.zeros((), device=run.device) for name in names}
     for batch, count in zip(batches, counts, strict=True):
         with run.autocast():
@@ -838,16 +837,7 @@ def with_teacher(run, batch, names):
     return parts
 
 
-# ---- evaluation -------------------------------------------------------------------------------------------------
-
-
-def total(values):
-    """The sum over all processes of a list of numbers, as a list. On the CPU, so that no GPU is waited for."""
-    if not dist.is_initialized():
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor)
-    return tensor.tolist()
+# ---- evaluation --------------------------------------------------------------------------------------------------
 
 
 def evaluate(run, split):
@@ -987,7 +977,7 @@ def evaluate_vqa(run, dataset, name="vqa", answers=None):
         known = answers or run.answers
         hits[index] = [dataset.answer[i].get(known[b], 0.0) for i, b in zip(index, best, strict=True)]
     guesses = [[answer.get(a, 0.0) for answer in dataset.answer] for a in answers or run.answers[:1]]
-    return by_kind(np.array(total(hits)), np.array(max(guesses, key=sum)), kinds)
+    return by_kind(total(hits).numpy(), np.array(max(guesses, key=sum)), kinds)
 
 
 def by_kind(hits, guess, kinds, name="accuracy"):
@@ -1015,7 +1005,7 @@ def evaluate_choice(run, task, dataset):
         else:
             scores = scores.view(len(index), -1)  # (B, 2), or (B * choices,) -> (B, choices)
             right[index] = scores.argmax(1).numpy() == dataset.target[index]
-    right, guess, reachable = (np.array(total(x)) for x in (right, guess, reachable))
+    right, guess, reachable = (total(x).numpy() for x in (right, guess, reachable))
     kinds = np.array(dataset.kind)
     if task == "refer":
         metrics, chance = by_kind(right, guess, kinds)
@@ -1042,7 +1032,7 @@ def evaluate_captions(run, dataset, index):
         batch = make_batch(run, dataset, part, ["caption"], None)
         loss += float(scores_of(run, batch, "caption")[0]) * len(batch.word_index)
         pieces += len(batch.word_index)
-    loss, pieces = total([loss, pieces])
+    loss, pieces = total([loss, pieces]).tolist()
     first, last = (run.tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
     beams = run.o.beams if dataset.split != "val" else 1
     for part in parts(run, dataset, index):
@@ -1065,7 +1055,7 @@ def evaluate_captions(run, dataset, index):
     return metrics, chance
 
 
-# ---- retrieval --------------------------------------------------------------------------------------------------
+# ---- retrieval ---------------------------------------------------------------------------------------------------
 
 
 def pair_scores(model, pooled, head):
@@ -1086,8 +1076,7 @@ def retrieval(run, dataset, index, head="itm"):
             pairs = dataclasses.replace(batch, **text)
             pooled = run.model.encode(pairs, given=(words[row].expand(n, -1, -1), areas)).pooled  # (n, C)
             scores[row] = pair_scores(run.model, pooled, head)
-    scores = torch.tensor(total(scores.flatten().tolist())).view(n, n)
-    return common.recall_at(scores, torch.arange(n))
+    return common.recall_at(total(scores), torch.arange(n))
 
 
 def dot_products(run, dataset, texts, pictures):
@@ -1106,7 +1095,7 @@ def dot_products(run, dataset, texts, pictures):
                 else:
                     found = head.image(run.model.encode(batch, text=False).regions, batch.region_mask)
             vectors[part] = found.double().cpu()
-        sides.append(torch.tensor(total(vectors.flatten().tolist()), dtype=torch.float64).view(vectors.shape))
+        sides.append(total(vectors))
     return sides[0] @ sides[1].T  # (texts, E) @ (E, pictures)
 
 
@@ -1118,7 +1107,7 @@ def matching_scores(run, dataset, texts, pictures, head="itm"):
         batch = ablate(data.collate(dataset, texts[part], pictures[part]), run.o.ablate).to(run.device)
         with run.autocast():
             scores[part] = pair_scores(run.model, run.model.encode(batch).pooled, head)
-    return torch.tensor(total(scores.tolist()), dtype=torch.float64)
+    return total(scores)
 
 
 def two_stage(run, dataset, texts, pictures, k, head="itm"):
@@ -1281,9 +1270,8 @@ def loop(run):
 
 def draw_task(run, step):
     """The task of step 1, 2, ..., in proportion to the tasks' training examples; a function of seed and step alone."""
-    tasks, sizes = list(run.sets), np.array([len(splits["train"]) for splits in run.sets.values()])
-    return tasks[0] if len(tasks) == 1 else tasks[np.random.default_rng((run.o.seed, step, 7)).choice(
-        len(tasks), p=sizes / sizes.sum())]  # fmt: skip
+    sizes = np.array([len(splits["train"]) for splits in run.sets.values()])
+    return str(np.random.default_rng((run.o.seed, step, 7)).choice(list(run.sets), p=sizes / sizes.sum()))
 
 
 @contextmanager
@@ -1344,8 +1332,8 @@ def finish(run):
         metrics, chance = evaluate(run, split)
         if not metrics:
             continue
-        count = sum(len(splits[split]) for splits in run.sets.values() if split in splits)
-        say(table(f"{o.model} {o.task}, split {split}, {count} examples", metrics, chance))
+        examples = sum(len(splits[split]) for splits in run.sets.values() if split in splits)
+        say(table(f"{o.model} {o.task}, split {split}, {examples} examples", metrics, chance))
         prefix = "" if split == "test" else f"{split}_"
         result |= {prefix + name: round(float(value), 5) for name, value in metrics.items()}
         result["chance"] |= {prefix + name: round(float(value), 5) for name, value in chance.items()}
@@ -1453,9 +1441,8 @@ def describe(run):
     for task, splits in run.sets.items():
         counts = ", ".join(f"{name} {len(split)}" for name, split in splits.items())
         each = splits["train"].lengths().mean(0)
-        say(
-            f"data     {task}, {splits['train'].name}: {counts} examples; {each[0]:.1f} words, {each[1]:.1f} regions each"
-        )
+        source = f"{task}, {splits['train'].name}"
+        say(f"data     {source}: {counts} examples; {each[0]:.1f} words, {each[1]:.1f} regions each")
     say(f"run      {o.steps} steps of {o.batch_size} x {o.accumulate} x {run.world} examples, lr {o.lr:g}, seed {o.seed}, "
         f"{', '.join(run.objectives)}; {run.device}, {str(run.dtype).removeprefix('torch.')}; to {o.out}")  # fmt: skip
 
@@ -1506,11 +1493,8 @@ def winner(row):
 
 
 def write(path, text):
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """A text file, whole or not at all."""
+    data.write_whole(path, lambda file: file.write_text(text))
 
 
 def save_checkpoint(run, name):
@@ -1537,7 +1521,7 @@ def save_checkpoint(run, name):
 def load_checkpoint(path):
     """A checkpoint of `save_checkpoint`, on the CPU. DataError if it is missing, damaged or something else."""
     content = data.read_torch(Path(path))
-    if not isinstance(content, dict) or not {"model", "config", "state", "tokenizer", "answers"} <= set(content):
+    if not isinstance(content, dict) or not CHECKPOINT <= set(content):
         raise DataError(f"{path}: not a checkpoint of train.py (it lacks model, config, state, tokenizer or answers)")
     return content
 
@@ -1572,7 +1556,7 @@ def load_weights(o):
             raise DataError(f"{path}: a folder without model.safetensors or pytorch_model.bin; give the file")
         path = path / names[0]
     content, state = read_state(path)
-    if {"model", "config", "state", "tokenizer", "answers"} <= set(content):
+    if CHECKPOINT <= set(content):
         return content
     kind = next((model for model, mark in MARKS.items() if any(mark in name for name in state)), "BERT")
     if kind not in ("BERT", o.model):
@@ -1623,7 +1607,7 @@ def main(argv=None):
             compare(results, Path(options.out or f"out/{options.model}-{options.task}"))
         if dist.is_initialized():
             dist.barrier()  # a process that leaves early breaks the others' last reduction
-    except (Stop, data.DataError) as error:
+    except DataError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     finally:

@@ -319,10 +319,8 @@ class ViLBERT(nn.Module):
         config, task = self.config, int(self.task(batch) is not None)
         words, areas, states, maps = None, None, {}, {}
         if text:
-            words, word_mask = (
-                given[0] if given else self.embed_text(batch),
-                F.pad(batch.text_mask, (task, 0), value=True),
-            )
+            words = given[0] if given else self.embed_text(batch)
+            word_mask = F.pad(batch.text_mask, (task, 0), value=True)
             word_bias, states["text.embedding"] = attention_bias(word_mask, words.dtype), words  # (B, 1, 1, T)
         if regions:
             areas = given[1] if given else self.embed_regions(batch)
