@@ -828,8 +828,9 @@ def true_chunk(job):
 
 
 def scenes(split, task, count=None, seed=0, cache=CACHE):
-    """The first `count` drawn scenes of a split (default SCENES[split]) with the texts that the task needs: all for
-    "pretrain", questions for "vqa", captions for "caption" and "retrieval", those of SCENE_TASKS for the others.
+    """The first `count` drawn scenes of a split (default SCENES[split]) with the texts that the task needs: captions and
+    some questions for "pretrain", questions for "vqa", captions for "caption" and "retrieval", those of SCENE_TASKS
+    for the others.
     Task "refer" has the things' true boxes for regions; its split "detected" is "test" with the detector's. DataError
     for anything else."""
     true = task == "refer" and split != "detected"
@@ -849,6 +850,8 @@ def scenes(split, task, count=None, seed=0, cache=CACHE):
     dataset = Dataset("scenes", split, store, None, [], [], [], [])
     image = []
     for index, texts in enumerate(store.extra()):
+        if task == "pretrain":  # a question for every four captions: most questions go with any picture
+            texts = texts[: sum(kind == "caption" for kind, *_ in texts) * 5 // 4]
         for number, (kind, text, answer) in enumerate(texts):
             if task == "pretrain" or (kind == "caption") == (task != "vqa"):
                 image.append(index)
@@ -1219,19 +1222,38 @@ def collate(dataset, index, images=None, answers=None, pad_to=1):
 
 
 def mismatch(dataset, index, rng, p=0.5, replace="image"):
-    """Pairs for image-text matching: with probability p the picture (replace="text": the sentence) becomes that of a
-    uniformly drawn example with another picture. Returns examples (B,) and store rows (B,), for collate, and matched
-    (B,) int64 tensor, 1 = they belong together. ValueError if the dataset has a single picture."""
+    """Pairs for image-text matching: with probability p the picture (replace="text": the sentence) becomes that of
+    another example with another picture. Returns examples (B,) and store rows (B,), for collate, and matched (B,) int64
+    tensor, 1 = they belong together. ValueError if the dataset has a single picture.
+
+    Pictures are drawn from the whole dataset. Sentences are drawn from the batch, where they are of like length: one
+    long stranger would pad all the others to its length.
+    """
     if replace not in ("image", "text"):
         raise ValueError(f"replace is 'image' or 'text', not {replace!r}")
     images, other = dataset.image[index], np.array(index)
     wrong = rng.random(len(other)) < p
     if wrong.any() and (dataset.image == dataset.image[0]).all():
         raise ValueError("a mismatch needs at least two pictures")
+    near = replace == "text" and (images != images[0]).any()
     while (same := wrong & (dataset.image[other] == images)).any():
-        other[same] = rng.integers(len(dataset), size=same.sum())
+        drawn = rng.integers(len(index) if near else len(dataset), size=same.sum())
+        other[same] = index[drawn] if near else drawn
     matched = torch.from_numpy(1 - wrong.astype(np.int64))
     return (other, images, matched) if replace == "text" else (np.array(index), dataset.image[other], matched)
+
+
+def only_true(batch):
+    """Without the masked words and regions of false pairs: there the other side tells nothing of them. They stay masked,
+    but nothing is to be predicted. Returns a new Batch."""
+    kept = {}
+    for name, mask in (("word", batch.text_mask), ("region", batch.region_mask)):
+        index = getattr(batch, f"{name}_index")
+        if index is not None:
+            true = batch.matched[index // mask.shape[1]] == 1  # (M,): rows of flat positions in (B,T) or (B,N)
+            kept[f"{name}_index"] = index[true]
+            kept |= {"word_labels": batch.word_labels[true]} if name == "word" else {}
+    return dataclasses.replace(batch, **kept)
 
 
 def draw_answers(batch, rng):

@@ -13,7 +13,8 @@ vary, and the means over regions leave padding out. Rows without label give a lo
 optimizer, BertAdam, is not copied: Adam without bias correction, eps 1e-6 outside the root, decay on every parameter,
 biases and norms included, and a first update with learning rate 0 (tests/test_golden.py replays it). Where paper and
 code differ, the code is followed: feature regression is smooth-L1, not L2; classes and attributes are learned on all
-regions, weighted by the detector's confidence, not on the masked ones alone.
+regions, weighted by the detector's confidence, not on the masked ones alone. In false pairs no word or region is to be
+predicted (as in 12-in-1), in the official code they are; the README's decisions have what that is worth.
 Letters: B batch, T text positions, N regions, C width, F region-feature width, V vocabulary, K classes, M masked.
 """
 
@@ -87,6 +88,7 @@ PRESETS = {
         "intermediate": 512,
         "max_positions": 128,
         "dropout": 0.0,
+        "region_factor": 1.0,  # else the region losses drown the others in a short run
     },
     "base": {},
 }
@@ -281,8 +283,10 @@ class LXMERT(nn.Module):
 PRETRAINING = {
     "objectives": {"mlm": 1, "mrfr": 1, "mrc": 1, "attr": 1, "itm": 1, "qa": 1},  # all in every step
     "conditional": False,  # words and regions are masked at once, each on its own
+    "mask_false_pairs": False,  # 12-in-1's setting: nothing is to be predicted there; the official code does
+    "second_half": ("qa",),  # questions are answered in the second half of the steps only (3.3)
     "joined": {},
-    "weights": {},  # factors of the loss; 1 where none is named (the paper leaves qa out of the first half, 3.3)
+    "weights": {},  # factors of the loss; 1 where none is named
     "region_masking": {"zero": 0.8, "random": 0.1},  # of the masked features; the rest stays as it is (BERT's rule)
     "mismatch": "text",  # a negative pair keeps its image and gets another sentence
     "over_all_regions": ("mrfr", "mrc", "attr"),  # means over all regions, not over the masked ones

@@ -121,6 +121,11 @@ def parse(argv=None):
     add("--log-every", type=int, default=50, help="steps between progress lines")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=["auto", "f32", "bf16"], help="arithmetic of the trunk")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the layers (a minute or two before the first step; for long runs)",
+    )
     options = parser.parse_args(argv)
     refuse(options)
     return options
@@ -353,10 +358,12 @@ def encode_texts(o, sets, checkpoint):
     return tokenizer
 
 
-def step_objectives(paper, objectives, rng):
-    """What one step trains: with conditional masking one objective, drawn by ratio, and those joined to it; else all."""
+def step_objectives(paper, objectives, rng, done=1.0):
+    """What one step trains when the share `done` (0..1) of the run is over: with conditional masking one objective,
+    drawn by ratio, and those joined to it; else all, those of the paper's second half only then."""
     if not paper.PRETRAINING["conditional"]:
-        return list(objectives)
+        late = paper.PRETRAINING.get("second_half", ())
+        return [name for name in objectives if done >= 0.5 or name not in late] or list(objectives)
     drawn = [name for name, ratio in objectives.items() if ratio]
     name = rng.choice(drawn, p=np.array([objectives[n] for n in drawn]) / sum(objectives.values()))
     return [str(name), *(n for n in paper.PRETRAINING["joined"].get(name, ()) if n in objectives)]
@@ -398,6 +405,8 @@ def make_batch(run, dataset, index, names, rng, **words):
         batch = data.mask_words(batch, run.tokenizer, rng, **(words or {"p": run.o.mask}))
     if MASKED_REGIONS & set(names):
         batch = data.mask_regions(batch, rng, **run.paper.PRETRAINING["region_masking"])
+    if matched is not None and not run.paper.PRETRAINING.get("mask_false_pairs", True):
+        batch = data.only_true(batch)
     return ablate(batch, run.o.ablate)
 
 
@@ -569,6 +578,14 @@ def read_sizes(o, paper):
             raise Stop(f"--config {text}: {name} is something like {known[name]}")
         sizes[name] = value
     return sizes
+
+
+def compile_layers(model):
+    """Compiles the blocks that all layers of all three models are made of, where they stand: small regions, used many
+    times, for any batch and lengths (`dynamic`), so that nothing is compiled anew after the first steps."""
+    for module in model.modules():
+        if isinstance(module, common.AttentionBlock | common.FeedForward):
+            module.compile(dynamic=True)
 
 
 # ---- how weights fit it ----------------------------------------------------------------------------------------
@@ -1200,6 +1217,8 @@ def train(o):
         match_teacher(run, teacher)
     o.lr = o.lr or default_rate(run.model.config.hidden)
     set_temperature(run, 0.0)
+    if o.compile:
+        compile_layers(run.model)
     run.optimizer = make_optimizer(run.model, o.weight_decay)
     if o.resume:
         try:
@@ -1242,14 +1261,15 @@ def loop(run):
             drawn = np.random.default_rng((o.seed, step))  # the same in every process
             task = draw_task(run, step)
             pretrain = o.task == "pretrain"
-            names = step_objectives(run.paper, run.objectives, drawn) if pretrain else task_objectives(o, task)
+            done = (step - 1) / o.steps
+            names = step_objectives(run.paper, run.objectives, drawn, done) if pretrain else task_objectives(o, task)
             index, batches, dataset = next(order[task]), [], run.sets[task]["train"]
             for slot in range(run.rank * o.accumulate, (run.rank + 1) * o.accumulate):
                 rng = np.random.default_rng((o.seed, step, slot))
                 batches.append(make_batch(run, dataset, index[slot::slots], names, rng))
             ready = time.perf_counter()
             model.train()
-            set_temperature(run, (step - 1) / o.steps)
+            set_temperature(run, done)
             losses = backward(run, batches, names)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
             set_rate(run.optimizer, step, learning_rate(step, o.lr, o.warmup * o.steps, o.steps))

@@ -4,7 +4,7 @@
 What the model does, in five lines:
 1. words become vectors (word + position + type), regions too (feature + box), each sequence in a width of its own;
 2. two BERTs, one a modality, meet in co-attention layers: words ask the regions, regions ask the words;
-3. pretraining masks words AND regions at once, in true and in false pairs, and adds up all objectives in each step;
+3. pretraining masks words AND regions at once, and adds up all objectives in each step;
 4. a region in front stands for the whole image, as [CLS] does for the text: the product of the two is the pair's vector;
 5. a small head on that vector, or on each region, answers every downstream task.
 
@@ -367,7 +367,8 @@ class ViLBERT(nn.Module):
 
 PRETRAINING = {
     "objectives": {"mlm": 1, "mrc_kl": 1, "itm": 1},
-    "conditional": False,  # all in one step: words and regions are masked together, in false pairs too
+    "conditional": False,  # all in one step: words and regions are masked together
+    "mask_false_pairs": False,  # 12-in-1's setting: nothing is to be predicted there; ViLBERT's own code did
     "joined": {},
     "weights": {},  # the losses are added up as they are
     "region_masking": {"zero": 0.9, "random": 0.0},  # one masked region in ten keeps its feature

@@ -1,5 +1,6 @@
 """data.py against oracles: a reader of English that knows only the scene graph, plain loops, counting, bad files."""
 
+import dataclasses
 import json
 import multiprocessing
 import re
@@ -357,7 +358,7 @@ def test_collate_against_plain_loops(dataset, tokenizer):
 
 
 @pytest.mark.parametrize("replace", ["image", "text"])
-def test_mismatch_never_keeps_the_picture(dataset, replace):
+def test_mismatch_never_keeps_the_picture(dataset, tokenizer, replace):
     rng, index = np.random.default_rng(0), np.arange(len(dataset))
     examples, images, matched = data.mismatch(dataset, index, rng, 0.5, replace)
     same = dataset.image[examples] == images
@@ -365,15 +366,38 @@ def test_mismatch_never_keeps_the_picture(dataset, replace):
     assert abs(same.mean() - 0.5) < 4 * 0.5 / len(index) ** 0.5
     kept = examples if replace == "image" else images
     assert np.array_equal(kept, index if replace == "image" else dataset.image)
-    batch = data.collate(
-        dataset, examples, images
-    )  # what a contrast may take for pairs, and which picture each row shows
-    assert (
-        batch.pair_index.tolist() == matched.nonzero().flatten().tolist() and batch.pictures.tolist() == images.tolist()
-    )
+    batch = data.collate(dataset, examples, images)
+    assert batch.pair_index.tolist() == matched.nonzero().flatten().tolist()  # what a contrast may take for pairs
+    assert batch.pictures.tolist() == images.tolist()
     assert batch.rows(torch.arange(2)).pair_index is None
     with pytest.raises(ValueError, match="two pictures"):
         data.mismatch(dataset.subset(np.array([0, 1])), np.array([0, 1]), rng, 1.0)
+
+
+def test_false_sentences_come_from_the_batch(dataset):
+    """Where they are of like length. A batch with one picture has none, and takes them from the rest."""
+    index = np.flatnonzero(dataset.image < 10)
+    examples, images, matched = data.mismatch(dataset, index, np.random.default_rng(0), 1.0, "text")
+    assert set(examples) <= set(index) and np.array_equal(images, dataset.image[index]) and not matched.any()
+    alone = np.flatnonzero(dataset.image == dataset.image[0])
+    examples, _, _ = data.mismatch(dataset, alone, np.random.default_rng(0), 1.0, "text")
+    assert (dataset.image[examples] != dataset.image[0]).all()
+
+
+def test_nothing_is_predicted_in_false_pairs(dataset, tokenizer):
+    rng, index = np.random.default_rng(0), np.arange(40)
+    examples, images, matched = data.mismatch(dataset, index, rng, 0.5, "text")
+    batch = dataclasses.replace(data.collate(dataset, examples, images), matched=matched)
+    batch = data.mask_regions(data.mask_words(batch, tokenizer, rng), rng)
+    true, T, N = data.only_true(batch), batch.text.shape[1], batch.region_mask.shape[1]
+    kept = [k for k, i in enumerate(batch.word_index.tolist()) if matched[i // T]]
+    assert 0 < len(kept) < len(batch.word_index)
+    assert torch.equal(true.word_index, batch.word_index[kept]) and torch.equal(
+        true.word_labels, batch.word_labels[kept]
+    )
+    assert true.region_index.tolist() == [i for i in batch.region_index.tolist() if matched[i // N]]
+    assert torch.equal(true.text, batch.text) and torch.equal(true.masked_regions, batch.masked_regions)
+    assert data.only_true(dataclasses.replace(batch, word_index=None)).word_index is None
 
 
 def test_masked_words_have_berts_rates(dataset, tokenizer):

@@ -1,5 +1,6 @@
 """train.py: the pieces against closed forms, the command line as a user runs it, resume and two processes to the bit."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import torch
 
 import common
 import data
+import lxmert
 import train
 import uniter
 
@@ -89,6 +91,13 @@ def test_steps_draw_one_objective_by_ratio_with_what_is_joined_to_it():
         assert abs(share[names] - expected) < 4 * math.sqrt(expected / 3000)
 
 
+def test_lxmert_answers_questions_in_the_second_half_only():
+    names, rng = dict.fromkeys(lxmert.PRETRAINING["objectives"], 1), np.random.default_rng(0)
+    assert train.step_objectives(lxmert, names, rng, 0.499) == ["mlm", "mrfr", "mrc", "attr", "itm"]
+    assert train.step_objectives(lxmert, names, rng, 0.5) == [*names]
+    assert train.step_objectives(lxmert, {"qa": 1}, rng, 0.0) == ["qa"]  # alone it has no other half
+
+
 def masked_batch(rows, seed):
     rng = np.random.default_rng(seed)
     regions = torch.from_numpy(rng.random((rows, 4)) < 0.4)
@@ -148,6 +157,30 @@ def test_comparison_says_tie_where_the_spread_covers_the_lead():
     clear = {"a": {"mean": 0.95, "spread": 0.01}, "b": {"mean": 0.90, "spread": 0.01}}
     assert train.winner(close) == "tie"
     assert train.winner(clear) == "a"
+
+
+@pytest.mark.parametrize("name", train.PAPERS)
+def test_compiled_layers_compute_the_same_and_are_compiled_once(name, monkeypatch):
+    """With a back end that counts graphs in place of the real one, which would take minutes."""
+    torch._dynamo.reset()  # what the models before left behind
+    graphs, model = [], small_model(name)[1].float()
+    batches = [masked_batch(rows, 0) for rows in (5, 7, 9)]
+    batches = [dataclasses.replace(b, text=b.text[:, :t], text_mask=b.text_mask[:, :t], segments=b.segments[:, :t])
+               for b, t in zip(batches, (6, 5, 4), strict=True)]  # fmt: skip
+    plain = [model.encode(batch).pooled for batch in batches]
+    compiled = torch.nn.Module.compile
+
+    def counting(module, **settings):
+        compiled(module, backend=lambda graph, _: graphs.append(graph) or graph.forward, **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", counting)
+    train.compile_layers(model)
+    torch.testing.assert_close(model.encode(batches[0]).pooled, plain[0])
+    seen = len(graphs)
+    assert seen
+    for batch, expected in zip(batches[1:], plain[1:], strict=True):
+        torch.testing.assert_close(model.encode(batch).pooled, expected)
+    assert len(graphs) == seen
 
 
 def test_recall_counts_every_right_picture_once():

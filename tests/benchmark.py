@@ -1,0 +1,391 @@
+"""How fast a pretraining step is: examples and positions a second, share of the machine's peak, memory, where the time
+goes; and the ratio to a peer, measured in the same run. No test: nothing here asserts a time.
+
+    python tests/benchmark.py                                   the three models, base size, both number formats
+    python tests/benchmark.py --models uniter --sizes large --dtypes bf16 --compile
+    python tests/benchmark.py --peer transformers               LXMERT against transformers', A B A B: same weights,
+                                                                batches, losses and optimizer
+    python tests/benchmark.py --sweep                           cost against batch, words, regions and layers
+
+Examples are drawn: words with the lengths of VQA v2 questions (mean 9 with [CLS] and [SEP]) or `--words`, `--regions`
+with random features of width 2048, 1,600 classes and 400 attributes, from a memory-mapped store as in training. Peak is
+the best of square matrix products in the same format, before and after. Counted are the products of forward and
+backward; "useful" leaves out those on padding: each example counted alone, at its own length.
+"""
+
+import argparse
+import gc
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import lxmert
+import train
+
+CLASSES, ATTRIBUTES, WIDTH = 1601, 400, 2048
+STAGES = ("data", "forward", "backward", "optimizer")
+
+# ---- what is measured ------------------------------------------------------------------------------------------
+
+
+def question_lengths(rng, count):
+    """Word pieces with [CLS] and [SEP], as in VQA v2: 5 to 20, mean 9."""
+    return np.clip(5 + rng.poisson(4.0, count), 5, 20)
+
+
+def make_dataset(folder, rng, words, regions, vocabulary, answers, count=512, pictures=64):
+    """A Dataset of random pieces beside a store of random regions. words: None for the lengths of questions, or a
+    number; regions: (fewest, most) of a picture."""
+    store = []
+    for _ in range(pictures):
+        n = int(rng.integers(regions[0], regions[1] + 1))
+        corner = rng.random((n, 2), dtype=np.float32) * 0.5
+        boxes = np.concatenate([corner, corner + 0.05 + 0.4 * rng.random((n, 2), dtype=np.float32)], 1)
+        probs = rng.dirichlet(np.full(CLASSES, 0.02), n)
+        picture = {"features": rng.standard_normal((n, WIDTH)), "boxes": boxes, "object_probs": probs}
+        picture |= {"objects": probs[:, 1:].argmax(1), "object_conf": probs[:, 1:].max(1)}
+        picture |= {"attributes": rng.integers(ATTRIBUTES, size=n), "attribute_conf": rng.random(n)}
+        store.append(picture)
+    data.write_store(folder, [(store, [])])
+    lengths = question_lengths(rng, count) if words is None else np.full(count, words)
+    first, last = data.SPECIALS.index("[CLS]"), data.SPECIALS.index("[SEP]")
+    rows = [[first, *rng.integers(len(data.SPECIALS), vocabulary, n - 2), last] for n in lengths]
+    dataset = data.Dataset("drawn", "train", data.FeatureStore(folder), rng.integers(pictures, size=count), [""] * count,
+                           [{str(a): 1.0} for a in rng.integers(answers, size=count)], [""] * count,
+                           [str(i) for i in range(count)])  # fmt: skip
+    dataset.tokens, dataset.offsets = np.concatenate(rows).astype(np.int64), np.cumsum([0, *lengths])
+    dataset.segment = np.zeros_like(dataset.tokens)
+    return dataset
+
+
+def make_run(o, model, size, dtype, folder, **sizes):
+    """A train.Run of one model on drawn examples, ready to step, and the examples of each step. Seeded: two calls
+    give the same weights and examples."""
+    options = train.settle(train.parse(["--model", model, "--device", o.device]), model, 0)
+    paper, rng = train.PAPERS[model][0], np.random.default_rng(0)
+    vocabulary, answers = paper.Config.vocab_size, getattr(paper.Config, "answers", 1)
+    answers = [str(i) for i in range(answers if model == "lxmert" else 1)]
+    dataset = make_dataset(folder, rng, o.words, o.regions, vocabulary, len(answers))
+    pieces = {name: i for i, name in enumerate(data.SPECIALS)}
+    tokenizer = data.wordpiece(pieces | {f"piece{i}": i for i in range(len(pieces), vocabulary)}, lowercase=False)
+    objectives, device = train.objectives_of(options, paper), train.pick_device(o.device)
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    run = train.Run(
+        options, paper, objectives, {"pretrain": {"train": dataset}}, tokenizer, answers, device, dtype, 0, 1
+    )
+    config = {**paper.PRESETS[size], "classes": CLASSES, "attributes": ATTRIBUTES, **sizes}
+    config["heads"] = train.heads_of(paper, objectives)
+    torch.manual_seed(0)
+    run.model = getattr(paper, train.PAPERS[model][1])(paper.Config(**config)).to(device).train()
+    run.optimizer = train.make_optimizer(run.model, 0.01)
+    train.set_rate(run.optimizer, 1, 1e-6)  # a rate that leaves the weights as they are, but does the work
+    groups = data.batches(dataset.lengths(), np.random.default_rng(1), size=o.batch_size)
+    return run, [group for group in groups if len(group) == o.batch_size][: o.batches]
+
+
+def batch_of(run, index, step):
+    """The batch of a step and the objectives it trains; the same for the same step."""
+    rng = np.random.default_rng((2, step))
+    names = train.step_objectives(run.paper, run.objectives, np.random.default_rng((3, step)))
+    return train.make_batch(run, run.splits["train"], index, names, rng), names
+
+
+def wait(device):
+    """Until the GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def step_ours(run, index, step):
+    """One step of training; seconds of each of STAGES, and the batch."""
+    times = [wait(run.device)]
+    batch, names = batch_of(run, index, step)
+    batch = batch.to(run.device)
+    times.append(wait(run.device))
+    with run.autocast():
+        parts = run.model(batch, names)
+        weights = run.paper.PRETRAINING["weights"]
+        loss = sum(weights.get(name, 1.0) * value.float() for name, (value, _) in parts.items())
+    times.append(wait(run.device))
+    loss.backward()
+    times.append(wait(run.device))
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 5.0)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    times.append(wait(run.device))
+    return np.diff(times), batch
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------
+
+
+def peak(device, dtype, seconds=1.0):
+    """FLOP/s of a square matrix product: the best of those that fit into `seconds`."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b, best = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), np.inf
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = wait(device)
+        a @ b
+        best = min(best, wait(device) - start)
+    return 2 * n**3 / best
+
+
+def flops(run, batch, names):
+    """Products of one forward and backward pass, counted without computing them."""
+    state = {name: p.detach().to("meta").requires_grad_() for name, p in run.model.named_parameters()}
+    clean = {f.name: getattr(batch, f.name) for f in data.dataclasses.fields(batch)}
+    batch = data.Batch(**{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in clean.items()})
+    with FlopCounterMode(display=False) as counter:
+        parts = torch.func.functional_call(run.model, state, (batch, names))
+        sum(loss for loss, _ in parts.values()).backward()
+    return counter.get_total_flops()
+
+
+def useful_flops(run, index, step, known):
+    """The same for each example alone, so without padding. known: a dict that spares equal sizes the second count."""
+    batch, names = batch_of(run, index, step)
+    total = 0
+    for row in range(len(index)):
+        t, n = int(batch.text_mask[row].sum()), int(batch.region_mask[row].sum())
+        count = {}
+        for name, mask in (("word", batch.text_mask), ("region", batch.region_mask)):
+            flat = getattr(batch, f"{name}_index")
+            count[name] = 0 if flat is None else int((flat // mask.shape[1] == row).sum())
+        key = (t, n, *count.values(), *names)
+        if key not in known:
+            known[key] = flops(run, alone(batch, row, t, n, count), names)
+        total += known[key]
+    return total
+
+
+def alone(batch, row, t, n, count):
+    """Row `row` of a batch by itself, cut to its t words and n regions, with so many words and regions to predict."""
+    part = batch.rows(torch.tensor([row]))
+    text, regions = ("text", "text_mask", "segments"), ("features", "boxes", "region_mask", "masked_regions",
+        "clean_features", *data.STORED)  # fmt: skip
+    for names, length in ((text, t), (regions, n)):
+        for name in names:
+            if (value := getattr(part, name)) is not None:
+                setattr(part, name, value[:, :length])
+    if batch.word_index is not None:
+        part.word_index, part.word_labels = torch.zeros(2, count["word"], dtype=torch.long)
+    if batch.region_index is not None:
+        part.region_index = torch.zeros(count["region"], dtype=torch.long)
+    return part
+
+
+# ---- the peer --------------------------------------------------------------------------------------------------
+
+
+class Peer:
+    """transformers' LxmertForPreTraining with the weights of ours, and its step. Words are padded to 20, as its papers'
+    tokenization has them."""
+
+    def __init__(self, run):
+        import transformers
+
+        config = transformers.LxmertConfig(
+            vocab_size=run.model.config.vocab_size, num_qa_labels=run.model.config.answers,
+            num_object_labels=CLASSES - 1, num_attr_labels=ATTRIBUTES)  # fmt: skip
+        self.model, self.run = transformers.LxmertForPreTraining(config).to(run.device), run
+        self.model.load_state_dict(lxmert.to_hugging_face(run.model.state_dict()), strict=False)
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-9, fused=True)
+
+    def inputs(self, index, step):
+        batch, _ = batch_of(self.run, index, step)
+        labels = torch.full(batch.text.shape, -100)
+        labels.view(-1)[batch.word_index] = batch.word_labels
+        more = (0, max(0, 20 - batch.text.shape[1]))  # (B, T) -> (B, 20)
+        masked = batch.masked_regions.float()
+        answers = torch.where((batch.answer_labels >= 0) & (batch.matched == 1), batch.answer_labels, -100)
+        tensors = {
+            "input_ids": F.pad(batch.text, more),
+            "attention_mask": F.pad(batch.text_mask, more).long(),
+            "visual_feats": batch.features,
+            "visual_pos": batch.boxes,
+            "visual_attention_mask": batch.region_mask.long(),
+            "labels": F.pad(labels, more, value=-100),
+            "matched_label": batch.matched,
+            "ans": answers,
+        }
+        regions = {
+            "obj": (batch.objects, batch.object_conf),
+            "attr": (batch.attributes, batch.attribute_conf),
+            "feat": (batch.clean_features, masked),
+        }
+        moved = {name: tensor.to(self.run.device) for name, tensor in tensors.items()}
+        return moved | {"obj_labels": {k: tuple(x.to(self.run.device) for x in pair) for k, pair in regions.items()}}
+
+    def step(self, index, step):
+        times = [wait(self.run.device)]
+        inputs = self.inputs(index, step)
+        times.append(wait(self.run.device))
+        with self.run.autocast():
+            loss = self.model(**inputs).loss
+        times.append(wait(self.run.device))
+        loss.backward()
+        times.append(wait(self.run.device))
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        times.append(wait(self.run.device))
+        return np.diff(times)
+
+
+def compare_peer(o, folder, dtype):
+    """Ours and the peer's in turn over the same examples; both losses first, without dropout and in float32."""
+    hidden = torch.finfo(torch.float32).min if dtype == "f32" else torch.finfo(torch.bfloat16).min
+    run, groups = make_run(o, "lxmert", "base", dtype, folder, hidden_score=hidden, region_factor=6.67)
+    peer = Peer(run)
+    run.model.eval(), peer.model.eval()
+    with torch.no_grad():
+        batch, names = batch_of(run, groups[0], 0)
+        ours = sum(float(loss) for loss, _ in run.model(batch.to(run.device), names).values())
+        theirs = float(peer.model(**peer.inputs(groups[0], 0)).loss)
+    print(f"losses without dropout: ours {ours:.5f}, transformers' {theirs:.5f}, apart by {abs(ours - theirs):.1e}")
+    run.model.train(), peer.model.train()
+    if o.compile:
+        train.compile_layers(run.model)
+    times = {"ours": [], "transformers": []}
+    for turn in range(o.repeats + 1):  # the first one warms up
+        for name, one in (
+            ("ours", lambda i, g: step_ours(run, g, i)[0]),
+            ("transformers", lambda i, g: peer.step(g, i)),
+        ):
+            taken = sum(one(i, group) for i, group in enumerate(groups))
+            if turn:
+                times[name].append(taken)
+    examples = o.batch_size * len(groups)
+    for name, taken in times.items():
+        split = np.mean(taken, 0) / np.sum(np.mean(taken, 0))
+        share = ", ".join(f"{stage} {100 * part:.0f}%" for stage, part in zip(STAGES, split, strict=True))
+        print(f"{name:13s} {dtype}: {examples / np.median(np.sum(taken, 1)):7.2f} examples/s   ({share})")
+    ratios = [np.sum(b) / np.sum(a) for a, b in zip(*times.values(), strict=True)]
+    print(f"ratio {dtype}: {np.median(ratios):.2f} (of {len(ratios)} turns: {min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def only_peer(o, folder, dtype):
+    """The peer alone, for its memory."""
+    run, groups = make_run(o, "lxmert", "base", dtype, folder)
+    peer = Peer(run)
+    run.model = run.optimizer = None
+    gc.collect()
+    for i, group in enumerate(groups):
+        peer.step(group, i)
+    print(f"transformers {dtype}: peak memory {memory(run.device):.2f} GiB")
+
+
+def memory(device):
+    """Peak memory of this process, or of the GPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------
+
+
+def measure(o, folder, model, size, dtype):
+    """A row of the table."""
+    run, groups = make_run(o, model, size, dtype, folder)
+    kind = torch.float32 if dtype == "f32" else torch.bfloat16
+    best, times, known = peak(run.device, kind), [], {}
+    real = counted = useful = 0
+    for i, group in enumerate(groups):
+        batch, names = batch_of(run, group, i)
+        real += int(batch.text_mask.sum() + batch.region_mask.sum())
+        counted, useful = counted + flops(run, batch, names), useful + useful_flops(run, group, i, known)
+    if o.compile:
+        train.compile_layers(run.model)
+    for turn in range(o.repeats + 1):
+        taken = np.array([step_ours(run, group, i)[0] for i, group in enumerate(groups)])
+        if turn:
+            times.append(taken.sum(0))
+    best = max(best, peak(run.device, kind))
+    seconds = np.median(np.sum(times, 1))
+    split = np.mean(times, 0) / np.sum(np.mean(times, 0))
+    stages = " / ".join(f"{100 * part:.0f}" for part in split)
+    count = o.batch_size * len(groups)
+    print(f"| {model} {size} | {dtype} | {count / seconds:.2f} | {real / seconds:.0f} | {counted / seconds / best:.0%} | "
+          f"{useful / seconds / best:.0%} | {best / 1e9:.0f} | {memory(run.device):.1f} | {stages} |", flush=True)  # fmt: skip
+
+
+def sweep(o, folder):
+    """Seconds of a step while one thing grows; a star where doubling it costs more than 2.3 times as much."""
+    given = vars(o).copy()
+    layers = {"uniter": "layers", "vilbert": "layers", "lxmert": "language_layers"}
+    grid = {"batch_size": (2, 4, 8, 16, 32), "words": (8, 16, 32, 64, 128), "regions": (9, 18, 36, 72, 144)}
+    print("| | what | value | seconds a step | times the one before |\n|---|---|---|---|---|")
+    for model in o.models:
+        for what, values in {**grid, "layers": (3, 6, 12)}.items():
+            before = None
+            for value in values:
+                changed = argparse.Namespace(**given)
+                sizes = {layers[model]: value} if what == "layers" else {}
+                if what != "layers":
+                    setattr(changed, what, (value, value) if what == "regions" else value)
+                if model == "vilbert" and what == "layers":
+                    sizes |= {
+                        "visual_layers": value // 2,
+                        "connections": tuple((i, value // 2 + i) for i in range(value // 2)),
+                    }
+                changed.words = changed.words or 9
+                run, groups = make_run(changed, model, o.sizes[0], o.dtypes[0], folder, **sizes)
+                seconds = min(step_ours(run, groups[0], 0)[0].sum() for _ in range(3))
+                ratio = "" if before is None else f"{seconds / before:.2f}{' *' * (seconds > 2.3 * before)}"
+                print(f"| {model} | {what} | {value} | {seconds:.3f} | {ratio} |", flush=True)
+                before = seconds
+                del run
+                gc.collect()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure pretraining steps.")
+    add = parser.add_argument
+    add("--models", nargs="+", default=list(train.PAPERS), choices=train.PAPERS)
+    add("--sizes", nargs="+", default=["base"], choices=["tiny", "base", "large"])
+    add("--dtypes", nargs="+", default=["f32", "bf16"], choices=["f32", "bf16"])
+    add("--batch-size", type=int, default=16)
+    add("--words", type=int, help="word pieces of each example (default: as VQA's questions)")
+    add("--regions", type=int, nargs=2, default=(36, 36), metavar=("FEWEST", "MOST"))
+    add("--batches", type=int, default=4, help="batches in a turn")
+    add("--repeats", type=int, default=3, help="turns that count, after one that warms up")
+    add("--compile", action="store_true", help="with compiled layers")
+    add("--peer", choices=["transformers"], help="compare LXMERT with that library's")
+    add("--peer-memory", action="store_true", help="the peer alone, for its peak memory")
+    add("--sweep", action="store_true")
+    add("--device", default="auto")
+    o = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if o.sweep:
+            return sweep(o, folder)
+        if o.peer:
+            for dtype in o.dtypes:
+                (only_peer if o.peer_memory else compare_peer)(o, folder, dtype)
+            return None
+        print("| model | format | examples/s | words + regions/s | share of peak | useful share | peak GFLOP/s | memory GiB | "
+              f"{' / '.join(STAGES)} % |\n{'|---' * 9}|")  # fmt: skip
+        for model in o.models:
+            for size in o.sizes:
+                if size in train.PAPERS[model][0].PRESETS:
+                    for dtype in o.dtypes:
+                        measure(o, folder, model, size, dtype)
+                        gc.collect()
+    return None
+
+
+if __name__ == "__main__":
+    main()
