@@ -483,7 +483,72 @@ class ContrastHead(nn.Module):
         return loss, pair_cosines(image, text)[0] / temperature
 
 
-# ---- objectives that no paper has, the same for the three: (model, encoding, batch) -> (loss, scores) -----------
+# ---- objectives that models share: (model, encoding, batch) -> (loss, scores) ------------------------------------
+
+
+def masked_lm(model, encoding, batch):
+    """Masked language modelling (UNITER eq. 1; ViLBERT 2.2; LXMERT 3.1.1): -log P(w_m | other words, regions), mean over
+    masked words.
+
+    batch.word_index (M,) flat positions of the masked words, word_labels (M,) what they were. Scores (M, V).
+    """
+    words = model.text_embedding.words.weight
+    scores = model.heads["mlm"](at(encoding.text, batch.word_index), words)
+    return cross_entropy(scores, batch.word_labels), scores
+
+
+def image_text_matching(model, encoding, batch):
+    """Image-text matching (UNITER eq. 4; ViLBERT 2.2, alignment; LXMERT 3.1.3): cross-entropy of "do they belong
+    together?". batch.matched (B,). Scores (B, 2), class 1 = match."""
+    scores = model.heads["itm"](encoding.pooled)
+    return cross_entropy(scores, batch.matched), scores
+
+
+def question_answering(model, encoding, batch, head="vqa"):
+    """VQA, GQA: binary cross-entropy over all answers against batch.answers (B, A), soft scores. Scores (B, A)."""
+    scores = model.heads[head](encoding.pooled)
+    return soft_answer_loss(scores, batch.answers), scores
+
+
+def visual_entailment(model, encoding, batch):
+    """SNLI-VE as VQA with three answers (UNITER 4): contradiction, entailment, neutral. batch.answers (B, 3). Scores
+    (B, 3)."""
+    return question_answering(model, encoding, batch, "ve")
+
+
+def visual_commonsense_reasoning(model, encoding, batch):
+    """VCR (UNITER 4): one row a choice, batch.target (rows,) 1 = the right one; cross-entropy of right against wrong.
+    Scores (rows,): logit 1, to be ranked within a question."""
+    scores = model.heads["vcr"](encoding.pooled)
+    return cross_entropy(scores, batch.target), scores[:, 1]
+
+
+def retrieval_rank(model, encoding, batch, group=3, margin=0.2):
+    """Retrieval (UNITER 4.1): in each group of rows the first is the true pair; the mean over the others of
+
+        max(0, margin + s(negative) - s(positive)),   s the sigmoid of a linear score.
+
+    Rows B = groups x group; 3 is one true pair with one false picture and one false text. Scores (B,), raw.
+    """
+    scores = model.heads["rank"](encoding.pooled).squeeze(-1)  # (B, 1) -> (B,)
+    chance = scores.sigmoid().view(-1, group)  # (B,) -> (groups, group)
+    return F.relu(margin + chance[:, 1:] - chance[:, :1]).mean(), scores
+
+
+def refer_scores(model, encoding, batch):
+    """A score for every region, padding at -10000. (B, N)"""
+    scores = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
+    return scores.masked_fill(~batch.region_mask, -10000.0)
+
+
+def referring_expression(model, encoding, batch):
+    """Referring expressions (UNITER 4): cross-entropy over the regions, batch.target (B,) the one meant; SUMMED over the
+    batch, as in the official code. Scores (B, N)."""
+    scores = refer_scores(model, encoding, batch)
+    return cross_entropy(scores, batch.target, reduction="sum"), scores
+
+
+# ---- objectives that no paper has, the same for the three -------------------------------------------------------
 
 
 def image_text_contrast(model, encoding, batch):

@@ -1203,7 +1203,7 @@ def collate(dataset, index, images=None, answers=None, pad_to=1):
     mask, positions = ragged(dataset.offsets, rows, pad_to)  # (B,T)
     text, segments = np.zeros((2, *mask.shape), np.int64)
     text[mask], segments[mask] = dataset.tokens[positions], dataset.segment[positions]
-    targets = None if answers is None else torch.zeros(len(index), len(answers))
+    targets = np.zeros((len(index), len(answers or ())), np.float32)
     for row, example in enumerate(index if answers is not None else ()):
         for answer, score in dataset.answer[example].items():
             if answer in answers:
@@ -1213,7 +1213,7 @@ def collate(dataset, index, images=None, answers=None, pad_to=1):
         text_mask=torch.from_numpy(mask),
         segments=torch.from_numpy(segments),
         matched=torch.from_numpy(true.astype(np.int64)),
-        answers=targets,
+        answers=None if answers is None else torch.from_numpy(targets),
         pictures=torch.from_numpy(np.array(images)),
         pair_index=torch.from_numpy(np.flatnonzero(true)),
         ids=[dataset.ids[i] for i in index],

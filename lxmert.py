@@ -40,14 +40,20 @@ from common import (
     count_layers,
     cross_entropy,
     image_text_contrast,
+    image_text_matching,
     initialise,
+    masked_lm,
     mlp,
     prefix_mask,
     projections,
+    question_answering,
+    referring_expression,
     rename,
+    retrieval_rank,
     shape_of,
-    soft_answer_loss,
     text_sizes,
+    visual_commonsense_reasoning,
+    visual_entailment,
 )
 
 # ---- configuration ---------------------------------------------------------------------------------------------
@@ -287,20 +293,11 @@ PRETRAINING = {
     "second_half": ("qa",),  # questions are answered in the second half of the steps only (3.3)
     "joined": {},
     "weights": {},  # factors of the loss; 1 where none is named
-    "region_masking": {"zero": 0.8, "random": 0.1},  # of the masked features; the rest stays as it is (BERT's rule)
+    # of the masked features, the rest stays as it is (BERT's rule); a picture may have none
+    "region_masking": {"zero": 0.8, "random": 0.1, "force_one": False},
     "mismatch": "text",  # a negative pair keeps its image and gets another sentence
     "over_all_regions": ("mrfr", "mrc", "attr"),  # means over all regions, not over the masked ones
 }
-
-
-def masked_lm(model, encoding, batch):
-    """Masked cross-modality language modelling (3.1.1): -log P(w_m | other words, all regions), mean over masked words.
-
-    batch.word_index (M,) flat positions of the masked words, word_labels (M,) what they were. Scores (M, V).
-    """
-    words = model.text_embedding.words.weight
-    scores = model.heads["mlm"](at(encoding.text, batch.word_index), words)
-    return cross_entropy(scores, batch.word_labels), scores
 
 
 def masked_region_features(model, encoding, batch):
@@ -352,13 +349,6 @@ def masked_region_class_kl(model, encoding, batch):
     return F.kl_div(scores.log_softmax(-1), target, reduction="none").mean(), scores
 
 
-def image_text_matching(model, encoding, batch):
-    """Cross-modality matching (3.1.3): cross-entropy of "do they belong together?". batch.matched (B,). Scores (B, 2),
-    class 1 = match."""
-    scores = model.heads["itm"](encoding.pooled)
-    return cross_entropy(scores, batch.matched), scores
-
-
 def image_question_answering(model, encoding, batch):
     """Image question answering (3.1.3): cross-entropy over the answers, mean over the rows that have one.
 
@@ -393,22 +383,10 @@ HEADS = {
 }
 
 
-def question_answering(model, encoding, batch):
-    """VQA, GQA: binary cross-entropy over all answers against batch.answers (B, A), soft scores. Scores (B, A)."""
-    scores = model.heads["vqa"](encoding.pooled)
-    return soft_answer_loss(scores, batch.answers), scores
-
-
 def question_answering_hard(model, encoding, batch):
     """GQA's alternative (`--mceLoss`): cross-entropy with the best answer, times A, as there. Scores (B, A)."""
     scores = model.heads["vqa"](encoding.pooled)
     return cross_entropy(scores, batch.answers.argmax(1)) * scores.shape[1], scores
-
-
-def visual_entailment(model, encoding, batch):
-    """SNLI-VE as VQA with three answers: contradiction, entailment, neutral. batch.answers (B, 3). Scores (B, 3)."""
-    scores = model.heads["ve"](encoding.pooled)
-    return soft_answer_loss(scores, batch.answers), scores
 
 
 def natural_language_for_visual_reasoning(model, encoding, batch):
@@ -418,33 +396,6 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
     """
     scores = model.heads["nlvr2"](encoding.pooled.reshape(len(batch.target), -1))  # (2B, C) -> (B, 2C) -> (B, 2)
     return cross_entropy(scores, batch.target), scores
-
-
-def visual_commonsense_reasoning(model, encoding, batch):
-    """VCR: one row a choice, batch.target (rows,) 1 = the right one; cross-entropy of right against wrong. Scores
-    (rows,): logit 1, to be ranked within a question. Not in the paper; as UNITER has it."""
-    scores = model.heads["vcr"](encoding.pooled)
-    return cross_entropy(scores, batch.target), scores[:, 1]
-
-
-def retrieval_rank(model, encoding, batch, group=3, margin=0.2):
-    """Retrieval, not in the paper; as UNITER has it: in each group of rows the first is the true pair; the mean of
-
-        max(0, margin + s(negative) - s(positive)),   s the sigmoid of a linear score.
-
-    Rows B = groups x group; 3 is one true pair with one false picture and one false text. Scores (B,), raw.
-    """
-    scores = model.heads["rank"](encoding.pooled).squeeze(-1)  # (B, 1) -> (B,)
-    chance = scores.sigmoid().view(-1, group)  # (B,) -> (groups, group)
-    return F.relu(margin + chance[:, 1:] - chance[:, :1]).mean(), scores
-
-
-def referring_expression(model, encoding, batch):
-    """Referring expressions, not in the paper; as UNITER has it: cross-entropy over the regions, batch.target (B,) the
-    one meant; SUMMED over the batch. Scores (B, N), padding at -10000."""
-    scores = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
-    scores = scores.masked_fill(~batch.region_mask, -10000.0)
-    return cross_entropy(scores, batch.target, reduction="sum"), scores
 
 
 OBJECTIVES = {

@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -1255,21 +1256,17 @@ def loop(run):
     order = {task: stream(o, splits["train"], slots, skip=past[task]) for task, splits in run.sets.items()}
     if progress["step"] == 0:
         validate(run, log)
-    with interruptible() as interrupted:
+    coming = None
+    with interruptible() as interrupted, ThreadPoolExecutor(1) as worker:
         while progress["step"] < o.steps:
             start, step = time.perf_counter(), progress["step"] + 1
-            drawn = np.random.default_rng((o.seed, step))  # the same in every process
-            task = draw_task(run, step)
-            pretrain = o.task == "pretrain"
-            done = (step - 1) / o.steps
-            names = step_objectives(run.paper, run.objectives, drawn, done) if pretrain else task_objectives(o, task)
-            index, batches, dataset = next(order[task]), [], run.sets[task]["train"]
-            for slot in range(run.rank * o.accumulate, (run.rank + 1) * o.accumulate):
-                rng = np.random.default_rng((o.seed, step, slot))
-                batches.append(make_batch(run, dataset, index[slot::slots], names, rng))
+            batches, names = coming.result() if coming else draw_step(run, order, step)
+            # made while this step computes; not where the model itself picks what comes
+            ahead = step < o.steps and "retrieval" not in o.tasks
+            coming = worker.submit(draw_step, run, order, step + 1) if ahead else None
             ready = time.perf_counter()
             model.train()
-            set_temperature(run, done)
+            set_temperature(run, (step - 1) / o.steps)
             losses = backward(run, batches, names)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
             set_rate(run.optimizer, step, learning_rate(step, o.lr, o.warmup * o.steps, o.steps))
@@ -1286,6 +1283,22 @@ def loop(run):
                 save_checkpoint(run, "checkpoint.pt")
                 raise Stop(f"interrupted after step {step}, which is saved; go on with --resume")
     say(f"data     {100 * log.waited / max(1e-9, log.worked):.1f}% of the training time was spent waiting for it")
+
+
+def draw_step(run, order, step):
+    """This process's batches of step 1, 2, ... and the objectives that they train: a function of seed and step alone,
+    save for retrieval's hard partners. order: {task: stream}, each at this step's turn."""
+    o, task, drawn = run.o, draw_task(run, step), np.random.default_rng((run.o.seed, step))  # alike in every process
+    if o.task == "pretrain":
+        names = step_objectives(run.paper, run.objectives, drawn, (step - 1) / o.steps)
+    else:
+        names = task_objectives(o, task)
+    index, batches, slots = next(order[task]), [], run.world * o.accumulate
+    for slot in range(run.rank * o.accumulate, (run.rank + 1) * o.accumulate):
+        rng = np.random.default_rng((o.seed, step, slot))
+        batch = make_batch(run, run.sets[task]["train"], index[slot::slots], names, rng)
+        batches.append(batch.pin() if run.device.type == "cuda" else batch)
+    return batches, names
 
 
 def draw_task(run, step):

@@ -36,15 +36,22 @@ from common import (
     count_layers,
     cross_entropy,
     image_text_contrast,
+    image_text_matching,
     initialise,
+    masked_lm,
     mlp,
     optimal_transport,
     prefix_mask,
     projections,
+    question_answering,
+    refer_scores,
+    referring_expression,
     rename,
+    retrieval_rank,
     shape_of,
-    soft_answer_loss,
     text_sizes,
+    visual_commonsense_reasoning,
+    visual_entailment,
 )
 
 # ---- configuration ---------------------------------------------------------------------------------------------
@@ -235,16 +242,6 @@ PRETRAINING = {
 }
 
 
-def masked_lm(model, encoding, batch):
-    """Masked language modelling (eq. 1): -log P(w_m | other words, all regions), mean over masked words.
-
-    batch.word_index (M,) flat positions of the masked words, word_labels (M,) what they were. Scores (M, V).
-    """
-    words = model.text_embedding.words.weight
-    scores = model.heads["mlm"](at(encoding.text, batch.word_index), words)
-    return cross_entropy(scores, batch.word_labels), scores
-
-
 def masked_region_features(model, encoding, batch):
     """Masked region feature regression: the squared error ||h(v_m) - f_m||^2, mean over masked regions and F.
 
@@ -277,13 +274,6 @@ def masked_region_class_kl(model, encoding, batch):
     scores = model.heads["mrc"](at(encoding.regions, batch.region_index))
     target = at(batch.object_probs, batch.region_index).to(scores.dtype)
     return F.kl_div(scores.log_softmax(-1), target, reduction="sum") / max(1, target.numel()), scores
-
-
-def image_text_matching(model, encoding, batch):
-    """Image-text matching (eq. 4): cross-entropy of "do they belong together?". batch.matched (B,). Scores (B, 2),
-    class 1 = match."""
-    scores = model.heads["itm"](encoding.pooled)
-    return cross_entropy(scores, batch.matched), scores
 
 
 def word_region_alignment(model, encoding, batch):
@@ -369,18 +359,6 @@ HEADS = {
 }
 
 
-def question_answering(model, encoding, batch):
-    """VQA: binary cross-entropy over all answers against batch.answers (B, A), soft scores. Scores (B, A)."""
-    scores = model.heads["vqa"](encoding.pooled)
-    return soft_answer_loss(scores, batch.answers), scores
-
-
-def visual_entailment(model, encoding, batch):
-    """SNLI-VE as VQA with three answers: contradiction, entailment, neutral. batch.answers (B, 3). Scores (B, 3)."""
-    scores = model.heads["ve"](encoding.pooled)
-    return soft_answer_loss(scores, batch.answers), scores
-
-
 def natural_language_for_visual_reasoning(model, encoding, batch):
     """NLVR2: is the statement true of the two pictures? batch.target (B,) int64, 1 = true. Scores (B, 2).
 
@@ -394,49 +372,6 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
         rows = len(batch.target)
         scores = model.heads["nlvr2"](encoding.pooled.reshape(rows, -1))  # (2B, C) -> (B, 2C), or (B, C) as it is
     return cross_entropy(scores, batch.target), scores
-
-
-def visual_commonsense_reasoning(model, encoding, batch):
-    """VCR: one row a choice, batch.target (rows,) 1 = the right one; cross-entropy of right against wrong. Scores
-    (rows,): logit 1, to be ranked within a question. Types: 0 question, 1 regions, 2 answer, 3 rationale."""
-    scores = model.heads["vcr"](encoding.pooled)
-    return cross_entropy(scores, batch.target), scores[:, 1]
-
-
-def retrieval_rank(model, encoding, batch, group=3, margin=0.2):
-    """Retrieval (section 4.1): in each group of rows the first is the true pair; the mean over the others of
-
-        max(0, margin + s(negative) - s(positive)),   s the sigmoid of a linear score.
-
-    Rows B = groups x group; 3 is one true pair with one false picture and one false text. Scores (B,), raw.
-    """
-    scores = model.heads["rank"](encoding.pooled).squeeze(-1)  # (B, 1) -> (B,)
-    chance = scores.sigmoid().view(-1, group)  # (B,) -> (groups, group)
-    return F.relu(margin + chance[:, 1:] - chance[:, :1]).mean(), scores
-
-
-@torch.no_grad()
-def hard_negatives(model, batch, k):
-    """Which rows fool the model most: row 0 is the true pair, the rest are candidates. Returns the row indices (k + 1,)
-    of the positive and of the k best-scored negatives, scored in eval mode (section 4.1, hard-negative mining)."""
-    training = model.training
-    model.eval()
-    scores = model.heads["rank"](model.encode(batch).pooled).squeeze(-1)  # (B, 1) -> (B,)
-    model.train(training)
-    return torch.cat([scores.new_zeros(1, dtype=torch.long), scores[1:].topk(k).indices + 1])
-
-
-def refer_scores(model, encoding, batch):
-    """A score for every region, padding at -10000. (B, N)"""
-    scores = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
-    return scores.masked_fill(~batch.region_mask, -10000.0)
-
-
-def referring_expression(model, encoding, batch):
-    """Referring expressions: cross-entropy over the regions, batch.target (B,) the one meant; SUMMED over the batch,
-    as in the official code. Scores (B, N)."""
-    scores = refer_scores(model, encoding, batch)
-    return cross_entropy(scores, batch.target, reduction="sum"), scores
 
 
 def referring_expression_rank(model, encoding, batch, negative=None, margin=0.2, hard=0.3):

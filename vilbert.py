@@ -38,11 +38,14 @@ from common import (
     count_layers,
     cross_entropy,
     image_text_contrast,
+    image_text_matching,
     initialise,
     iou,
+    masked_lm,
     mlp,
     prefix_mask,
     projections,
+    question_answering,
     rename,
     shape_of,
     soft_answer_loss,
@@ -371,19 +374,10 @@ PRETRAINING = {
     "mask_false_pairs": False,  # 12-in-1's setting: nothing is to be predicted there; ViLBERT's own code did
     "joined": {},
     "weights": {},  # the losses are added up as they are
-    "region_masking": {"zero": 0.9, "random": 0.0},  # one masked region in ten keeps its feature
+    # one masked region in ten keeps its feature; a picture may have none
+    "region_masking": {"zero": 0.9, "random": 0.0, "force_one": False},
     "mismatch": "text",  # a negative pair keeps its picture and gets another sentence
 }
-
-
-def masked_lm(model, encoding, batch):
-    """Masked language modelling (section 2.2): -log P(w_m | other words, regions), mean over masked words.
-
-    batch.word_index (M,) flat positions of the masked words, word_labels (M,) what they were. Scores (M, V).
-    """
-    words = model.text_embedding.words.weight
-    scores = model.heads["mlm"](at(encoding.text, batch.word_index), words)
-    return cross_entropy(scores, batch.word_labels), scores
 
 
 def masked_region_features(model, encoding, batch):
@@ -453,13 +447,6 @@ def masked_region_class_kl(model, encoding, batch):
     return F.kl_div(scores.log_softmax(-1), target, reduction="batchmean"), scores
 
 
-def image_text_matching(model, encoding, batch):
-    """Multi-modal alignment: cross-entropy of "do they belong together?". batch.matched (B,). Scores (B, 2),
-    class 1 = match (class 0 in the official code)."""
-    scores = model.heads["itm"](encoding.pooled)
-    return cross_entropy(scores, batch.matched), scores
-
-
 # ---- task heads: the same signature ----------------------------------------------------------------------------
 
 
@@ -509,12 +496,6 @@ HEADS = {
     "refer": lambda c: nn.Linear(c.visual_hidden, 1),
     "word": lambda c: nn.Linear(c.hidden, 1),  # a score per word: in the released checkpoints, in no task
 }
-
-
-def question_answering(model, encoding, batch, head="vqa"):
-    """VQA: binary cross-entropy over all answers against batch.answers (B, A), soft scores. Scores (B, A). GQA too."""
-    scores = model.heads[head](encoding.pooled)
-    return soft_answer_loss(scores, batch.answers), scores
 
 
 def visual_entailment(model, encoding, batch):
