@@ -374,6 +374,17 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
     return cross_entropy(scores, batch.target), scores
 
 
+@torch.no_grad()
+def hard_negatives(model, batch, k):
+    """Which rows fool the model most: row 0 is the true pair, the rest are candidates. Returns the row indices (k + 1,)
+    of the positive and of the k best-scored negatives, scored in eval mode (section 4.1, hard-negative mining)."""
+    training = model.training
+    model.eval()
+    scores = model.heads["rank"](model.encode(batch).pooled).squeeze(-1)  # (B, 1) -> (B,)
+    model.train(training)
+    return torch.cat([scores.new_zeros(1, dtype=torch.long), scores[1:].topk(k).indices + 1])
+
+
 def referring_expression_rank(model, encoding, batch, negative=None, margin=0.2, hard=0.3):
     """The same by a margin: sum over rows of max(0, margin + s(negative region) - s(target)), s the sigmoid.
 
