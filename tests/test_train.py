@@ -1,5 +1,6 @@
 """train.py: the pieces against closed forms, the command line as a user runs it, resume and two processes to the bit."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import benchmark
 import numpy as np
 import pytest
 import torch
@@ -159,11 +161,9 @@ def test_comparison_says_tie_where_the_spread_covers_the_lead():
     assert train.winner(clear) == "a"
 
 
-@pytest.mark.parametrize("name", train.PAPERS)
-def test_compiled_layers_compute_the_same_and_are_compiled_once(name, monkeypatch):
+def test_compiled_layers_compute_the_same_and_are_compiled_once(monkeypatch):
     """With a back end that counts graphs in place of the real one, which would take minutes."""
-    torch._dynamo.reset()  # what the models before left behind
-    graphs, model = [], small_model(name)[1].float()
+    graphs, model = [], small_model("lxmert")[1].float()  # it attends to itself and across
     batches = [masked_batch(rows, 0) for rows in (5, 7, 9)]
     batches = [dataclasses.replace(b, text=b.text[:, :t], text_mask=b.text_mask[:, :t], segments=b.segments[:, :t])
                for b, t in zip(batches, (6, 5, 4), strict=True)]  # fmt: skip
@@ -181,6 +181,25 @@ def test_compiled_layers_compute_the_same_and_are_compiled_once(name, monkeypatc
     for batch, expected in zip(batches[1:], plain[1:], strict=True):
         torch.testing.assert_close(model.encode(batch).pooled, expected)
     assert len(graphs) == seen
+
+
+def test_the_benchmark_counts_padding_apart(tmp_path):
+    """Without padding all arithmetic is useful; with lengths that differ, less is, by about the share of padding."""
+    settings = {"device": "cpu", "batch_size": 4, "batches": 1}
+    same = argparse.Namespace(**settings, words=9, regions=(6, 6))
+    (tmp_path / "same").mkdir(), (tmp_path / "unlike").mkdir()
+    run, (index,) = benchmark.make_run(same, "lxmert", "tiny", "f32", tmp_path / "same")
+    batch, names = benchmark.batch_of(run, index, 0)
+    assert benchmark.useful_flops(run, index, 0, {}) == benchmark.flops(run, batch, names) > 1e6
+    unlike = argparse.Namespace(**settings, words=9, regions=(2, 12))
+    run, _ = benchmark.make_run(unlike, "lxmert", "tiny", "f32", tmp_path / "unlike")
+    index = np.arange(4)  # in no order of length
+    batch, names = benchmark.batch_of(run, index, 0)
+    part = benchmark.useful_flops(run, index, 0, {}) / benchmark.flops(run, batch, names)
+    real = (batch.text_mask.sum() + batch.region_mask.sum()) / (batch.text_mask.numel() + batch.region_mask.numel())
+    assert part < 1 and abs(part - float(real)) < 0.25
+    times, _ = benchmark.step_ours(run, index, 0)
+    assert times.shape == (4,) and (times > 0).all()
 
 
 def test_recall_counts_every_right_picture_once():
