@@ -198,7 +198,11 @@ HEADS = {"num_attention_heads": 4, "v_num_attention_heads": 4, "bi_num_attention
         ("uniter", {"heads": ("refer",), "refer_layers": 2}),
         ("vilbert", {"dynamic_attention": True, "task_tokens": 6, "max_positions": 40}),
         ("vilbert", {"connections": ((0, 1), (1, 3)), "visual_layers": 2}),
-        ("lxmert", {"cross_layers": 1, "relation_layers": 2, "language_layers": 3, "types": 1}),
+        # the factor is no size: files are read with the official one, not with the tiny preset's
+        (
+            "lxmert",
+            {"cross_layers": 1, "relation_layers": 2, "language_layers": 3, "types": 1, "region_factor": 1 / 0.15},
+        ),
     ],
 )
 def test_every_size_that_the_names_tell_is_found(model, changes):
