@@ -208,7 +208,8 @@ class Peer:
         labels = torch.full(batch.text.shape, -100)
         labels.view(-1)[batch.word_index] = batch.word_labels
         more = (0, max(0, 20 - batch.text.shape[1]))  # (B, T) -> (B, 20)
-        masked = batch.masked_regions.float()
+        masked = torch.zeros(batch.region_mask.shape)
+        masked.view(-1)[batch.region_index] = 1.0
         answers = torch.where((batch.answer_labels >= 0) & (batch.matched == 1), batch.answer_labels, -100)
         tensors = {
             "input_ids": F.pad(batch.text, more),
