@@ -122,11 +122,7 @@ def parse(argv=None):
     add("--log-every", type=int, default=50, help="steps between progress lines")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=["auto", "f32", "bf16"], help="arithmetic of the trunk")
-    add(
-        "--compile",
-        action="store_true",
-        help="compile the layers (a minute or two before the first step; for long runs)",
-    )
+    add("--compile", action="store_true", help="compile the layers first; for long runs")
     options = parser.parse_args(argv)
     refuse(options)
     return options

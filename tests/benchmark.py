@@ -14,11 +14,13 @@ backward; "useful" leaves out those on padding: each example counted alone, at i
 """
 
 import argparse
-import gc
+import copy
+import multiprocessing
 import resource
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -106,24 +108,36 @@ def wait(device):
     return time.perf_counter()
 
 
+def timed(device, model, optimizer, inputs, loss):
+    """One step of training: `inputs()` makes the batch, `loss(batch)` is the forward pass. Seconds of each of STAGES."""
+    times = [wait(device)]
+    batch = inputs()
+    times.append(wait(device))
+    value = loss(batch)
+    times.append(wait(device))
+    value.backward()
+    times.append(wait(device))
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    times.append(wait(device))
+    return np.diff(times)
+
+
 def step_ours(run, index, step):
-    """One step of training; seconds of each of STAGES, and the batch."""
-    times = [wait(run.device)]
-    batch, names = batch_of(run, index, step)
-    batch = batch.to(run.device)
-    times.append(wait(run.device))
-    with run.autocast():
-        parts = run.model(batch, names)
+    """One step of `run` on examples `index`; seconds of each of STAGES."""
+
+    def inputs():
+        batch, names = batch_of(run, index, step)
+        return batch.to(run.device), names
+
+    def loss(given):
+        with run.autocast():
+            parts = run.model(*given)
         weights = run.paper.PRETRAINING["weights"]
-        loss = sum(weights.get(name, 1.0) * value.float() for name, (value, _) in parts.items())
-    times.append(wait(run.device))
-    loss.backward()
-    times.append(wait(run.device))
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 5.0)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    times.append(wait(run.device))
-    return np.diff(times), batch
+        return sum(weights.get(name, 1.0) * value.float() for name, (value, _) in parts.items())
+
+    return timed(run.device, run.model, run.optimizer, inputs, loss)
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------
@@ -144,10 +158,8 @@ def peak(device, dtype, seconds=1.0):
 def flops(run, batch, names):
     """Products of one forward and backward pass, counted without computing them."""
     state = {name: p.detach().to("meta").requires_grad_() for name, p in run.model.named_parameters()}
-    clean = {f.name: getattr(batch, f.name) for f in data.dataclasses.fields(batch)}
-    batch = data.Batch(**{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in clean.items()})
     with FlopCounterMode(display=False) as counter:
-        parts = torch.func.functional_call(run.model, state, (batch, names))
+        parts = torch.func.functional_call(run.model, state, (batch.to("meta"), names))
         sum(loss for loss, _ in parts.values()).backward()
     return counter.get_total_flops()
 
@@ -189,8 +201,8 @@ def alone(batch, row, t, n, count):
 
 
 class Peer:
-    """transformers' LxmertForPreTraining with the weights of ours, and its step. Words are padded to 20, as its papers'
-    tokenization has them."""
+    """transformers' LxmertForPreTraining with the weights of ours, and its step. Words are padded to 20, as the paper's
+    code has them."""
 
     def __init__(self, run):
         import transformers
@@ -229,20 +241,12 @@ class Peer:
         moved = {name: tensor.to(self.run.device) for name, tensor in tensors.items()}
         return moved | {"obj_labels": {k: tuple(x.to(self.run.device) for x in pair) for k, pair in regions.items()}}
 
-    def step(self, index, step):
-        times = [wait(self.run.device)]
-        inputs = self.inputs(index, step)
-        times.append(wait(self.run.device))
+    def loss(self, inputs):
         with self.run.autocast():
-            loss = self.model(**inputs).loss
-        times.append(wait(self.run.device))
-        loss.backward()
-        times.append(wait(self.run.device))
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        times.append(wait(self.run.device))
-        return np.diff(times)
+            return self.model(**inputs).loss
+
+    def step(self, index, step):
+        return timed(self.run.device, self.model, self.optimizer, lambda: self.inputs(index, step), self.loss)
 
 
 def compare_peer(o, folder, dtype):
@@ -261,11 +265,8 @@ def compare_peer(o, folder, dtype):
         train.compile_layers(run.model)
     times = {"ours": [], "transformers": []}
     for turn in range(o.repeats + 1):  # the first one warms up
-        for name, one in (
-            ("ours", lambda i, g: step_ours(run, g, i)[0]),
-            ("transformers", lambda i, g: peer.step(g, i)),
-        ):
-            taken = sum(one(i, group) for i, group in enumerate(groups))
+        for name, step in (("ours", partial(step_ours, run)), ("transformers", peer.step)):
+            taken = sum(step(group, i) for i, group in enumerate(groups))
             if turn:
                 times[name].append(taken)
     examples = o.batch_size * len(groups)
@@ -275,17 +276,26 @@ def compare_peer(o, folder, dtype):
         print(f"{name:13s} {dtype}: {examples / np.median(np.sum(taken, 1)):7.2f} examples/s   ({share})")
     ratios = [np.sum(b) / np.sum(a) for a, b in zip(*times.values(), strict=True)]
     print(f"ratio {dtype}: {np.median(ratios):.2f} (of {len(ratios)} turns: {min(ratios):.2f} to {max(ratios):.2f})")
+    for side in times:
+        in_a_process(peak_memory, o, folder, dtype, side)
 
 
-def only_peer(o, folder, dtype):
-    """The peer alone, for its memory."""
+def peak_memory(o, folder, dtype, side):
+    """A few steps of one side alone, and what they took: to be called in a process of its own."""
     run, groups = make_run(o, "lxmert", "base", dtype, folder)
-    peer = Peer(run)
-    run.model = run.optimizer = None
-    gc.collect()
+    step = partial(step_ours, run)
+    if side == "transformers":
+        step, run.model, run.optimizer = Peer(run).step, None, None
     for i, group in enumerate(groups):
-        peer.step(group, i)
-    print(f"transformers {dtype}: peak memory {memory(run.device):.2f} GiB")
+        step(group, i)
+    print(f"{side:13s} {dtype}: peak memory {memory(run.device):.2f} GiB", flush=True)
+
+
+def in_a_process(function, *arguments):
+    """function(*arguments) in a process that ends with it: a process's peak memory never falls."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
 
 
 def memory(device):
@@ -311,7 +321,7 @@ def measure(o, folder, model, size, dtype):
     if o.compile:
         train.compile_layers(run.model)
     for turn in range(o.repeats + 1):
-        taken = np.array([step_ours(run, group, i)[0] for i, group in enumerate(groups)])
+        taken = np.array([step_ours(run, group, i) for i, group in enumerate(groups)])
         if turn:
             times.append(taken.sum(0))
     best = max(best, peak(run.device, kind))
@@ -323,33 +333,32 @@ def measure(o, folder, model, size, dtype):
           f"{useful / seconds / best:.0%} | {best / 1e9:.0f} | {memory(run.device):.1f} | {stages} |", flush=True)  # fmt: skip
 
 
+def sizes_with(model, layers):
+    """Config fields of a model with so many layers; ViLBERT's upper half exchanges with as many visual layers."""
+    if model == "vilbert":
+        half = layers // 2
+        connections = tuple((i, layers - half + i) for i in range(half))
+        return {"layers": layers, "visual_layers": half, "connections": connections}
+    return {"language_layers" if model == "lxmert" else "layers": layers}
+
+
 def sweep(o, folder):
-    """Seconds of a step while one thing grows; a star where doubling it costs more than 2.3 times as much."""
-    given = vars(o).copy()
-    layers = {"uniter": "layers", "vilbert": "layers", "lxmert": "language_layers"}
+    """Seconds of a step while one thing grows; a star where twice as much costs more than 2.3 times as much."""
     grid = {"batch_size": (2, 4, 8, 16, 32), "words": (8, 16, 32, 64, 128), "regions": (9, 18, 36, 72, 144)}
     print("| | what | value | seconds a step | times the one before |\n|---|---|---|---|---|")
     for model in o.models:
         for what, values in {**grid, "layers": (3, 6, 12)}.items():
             before = None
             for value in values:
-                changed = argparse.Namespace(**given)
-                sizes = {layers[model]: value} if what == "layers" else {}
+                changed, sizes = copy.copy(o), sizes_with(model, value) if what == "layers" else {}
+                changed.words = o.words or 9
                 if what != "layers":
                     setattr(changed, what, (value, value) if what == "regions" else value)
-                if model == "vilbert" and what == "layers":
-                    sizes |= {
-                        "visual_layers": value // 2,
-                        "connections": tuple((i, value // 2 + i) for i in range(value // 2)),
-                    }
-                changed.words = changed.words or 9
                 run, groups = make_run(changed, model, o.sizes[0], o.dtypes[0], folder, **sizes)
-                seconds = min(step_ours(run, groups[0], 0)[0].sum() for _ in range(3))
-                ratio = "" if before is None else f"{seconds / before:.2f}{' *' * (seconds > 2.3 * before)}"
+                seconds = min(step_ours(run, groups[0], 0).sum() for _ in range(3))
+                ratio = "" if before is None else f"{seconds / before:.2f}{' *' if seconds > 2.3 * before else ''}"
                 print(f"| {model} | {what} | {value} | {seconds:.3f} | {ratio} |", flush=True)
-                before = seconds
-                del run
-                gc.collect()
+                before, run = seconds, None  # its memory, before the next one's
 
 
 def main():
@@ -365,7 +374,6 @@ def main():
     add("--repeats", type=int, default=3, help="turns that count, after one that warms up")
     add("--compile", action="store_true", help="with compiled layers")
     add("--peer", choices=["transformers"], help="compare LXMERT with that library's")
-    add("--peer-memory", action="store_true", help="the peer alone, for its peak memory")
     add("--sweep", action="store_true")
     add("--device", default="auto")
     o = parser.parse_args()
@@ -375,7 +383,7 @@ def main():
             return sweep(o, folder)
         if o.peer:
             for dtype in o.dtypes:
-                (only_peer if o.peer_memory else compare_peer)(o, folder, dtype)
+                compare_peer(o, folder, dtype)
             return None
         print("| model | format | examples/s | words + regions/s | share of peak | useful share | peak GFLOP/s | memory GiB | "
               f"{' / '.join(STAGES)} % |\n{'|---' * 9}|")  # fmt: skip
@@ -383,8 +391,7 @@ def main():
             for size in o.sizes:
                 if size in train.PAPERS[model][0].PRESETS:
                     for dtype in o.dtypes:
-                        measure(o, folder, model, size, dtype)
-                        gc.collect()
+                        in_a_process(measure, o, folder, model, size, dtype)
     return None
 
 

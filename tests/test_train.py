@@ -163,6 +163,8 @@ def test_comparison_says_tie_where_the_spread_covers_the_lead():
 
 def test_compiled_layers_compute_the_same_and_are_compiled_once(monkeypatch):
     """With a back end that counts graphs in place of the real one, which would take minutes."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)  # else it gives up without a word
     graphs, model = [], small_model("lxmert")[1].float()  # it attends to itself and across
     batches = [masked_batch(rows, 0) for rows in (5, 7, 9)]
     batches = [dataclasses.replace(b, text=b.text[:, :t], text_mask=b.text_mask[:, :t], segments=b.segments[:, :t])
@@ -170,8 +172,11 @@ def test_compiled_layers_compute_the_same_and_are_compiled_once(monkeypatch):
     plain = [model.encode(batch).pooled for batch in batches]
     compiled = torch.nn.Module.compile
 
+    def backend(graph, _):  # one for all modules, as the real one is: another one would count as a new compilation
+        return graphs.append(graph) or graph.forward
+
     def counting(module, **settings):
-        compiled(module, backend=lambda graph, _: graphs.append(graph) or graph.forward, **settings)
+        compiled(module, backend=backend, **settings)
 
     monkeypatch.setattr(torch.nn.Module, "compile", counting)
     train.compile_layers(model)
@@ -198,8 +203,21 @@ def test_the_benchmark_counts_padding_apart(tmp_path):
     part = benchmark.useful_flops(run, index, 0, {}) / benchmark.flops(run, batch, names)
     real = (batch.text_mask.sum() + batch.region_mask.sum()) / (batch.text_mask.numel() + batch.region_mask.numel())
     assert part < 1 and abs(part - float(real)) < 0.25
-    times, _ = benchmark.step_ours(run, index, 0)
+    times = benchmark.step_ours(run, index, 0)
     assert times.shape == (4,) and (times > 0).all()
+
+
+@pytest.mark.parametrize("model", ["vilbert", "lxmert"])
+def test_two_streams_predict_in_true_pairs_alone_and_mask_15_percent_of_the_regions(model, tmp_path):
+    """UNITER's rule, one region a picture at least, would mask a quarter of these."""
+    o = argparse.Namespace(device="cpu", batch_size=4, batches=1, words=9, regions=(4, 4))
+    run, _ = benchmark.make_run(o, model, "tiny", "f32", tmp_path)
+    batch, _ = benchmark.batch_of(run, np.arange(512), 0)
+    for index, length in ((batch.word_index, 9), (batch.region_index, 4)):
+        assert len(index) and batch.matched[index // length].all()
+    assert 200 < batch.matched.sum() < 312
+    share, sigma = batch.masked_regions.float().mean(), (0.15 * 0.85 / (512 * 4)) ** 0.5
+    assert abs(share - 0.15) < 4 * sigma
 
 
 def test_recall_counts_every_right_picture_once():
