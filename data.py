@@ -312,7 +312,7 @@ def may_say(scene, *expressions, asked=None):
     return (scene.split == "compose") == any(pair in HELD_OUT for pair in pairs)
 
 
-def captions(scene, count=4):
+def captions(scene, count=8):
     """Up to `count` true captions of which every content word can be found from the picture and the other words.
 
     A single thing is named by colour and shape where no other thing has either; else by size, colour and shape, if no

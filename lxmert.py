@@ -27,6 +27,7 @@ from torch import nn
 from common import (
     AttentionBlock,
     ContrastHead,
+    Dropout,
     Encoding,
     HeadTransform,
     LayerNorm,
@@ -112,7 +113,7 @@ class TextEmbedding(nn.Module):
         self.words = nn.Embedding(config.vocab_size, config.hidden, padding_idx=0)
         self.positions = nn.Embedding(config.max_positions, config.hidden, padding_idx=0)
         self.types = nn.Embedding(config.types, config.hidden, padding_idx=0)
-        self.norm, self.dropout = LayerNorm(config.hidden), nn.Dropout(config.dropout)
+        self.norm, self.dropout = LayerNorm(config.hidden), Dropout(config.dropout)
 
     def forward(self, ids, segments, before=0):
         positions = torch.arange(before, before + ids.shape[1], device=ids.device)
@@ -130,7 +131,7 @@ class RegionEmbedding(nn.Module):
         super().__init__()
         self.features, self.features_norm = nn.Linear(config.feature_size, config.hidden), LayerNorm(config.hidden)
         self.boxes, self.boxes_norm = nn.Linear(4, config.hidden), LayerNorm(config.hidden)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, features, boxes):
         looks, place = self.features_norm(self.features(features)), self.boxes_norm(self.boxes(boxes))

@@ -18,6 +18,7 @@ all processes. Two processes equal one with the double batch, but `--accumulate 
 """
 
 import argparse
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -202,6 +203,14 @@ def processes():
     if not dist.is_initialized():
         dist.init_process_group()
     return dist.get_rank(), dist.get_world_size()
+
+
+def keep_freed_memory():
+    """Has the C library keep freed memory for the next step. By default glibc gives large blocks back to the system, and
+    getting them again costs a page fault every 4 KiB: a quarter of LXMERT-base's step in bfloat16."""
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(-4, 0)  # M_MMAP_MAX: all blocks, the large ones too, are parts of the heap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose free end is never given back
 
 
 def pick_device(name):
@@ -1629,6 +1638,7 @@ def main(argv=None):
     """Runs every model and seed asked for. Exit code 0, or 2 with one line on stderr."""
     try:
         options = parse(argv)
+        keep_freed_memory()
         models = list(PAPERS) if options.model == "all" else [options.model]
         runs = [settle(options, m, s) for m in models for s in range(options.seed, options.seed + options.seeds)]
         results = [train(o) for o in runs]

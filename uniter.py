@@ -22,6 +22,7 @@ from torch import nn
 
 from common import (
     ContrastHead,
+    Dropout,
     Encoding,
     HeadTransform,
     LayerNorm,
@@ -104,7 +105,7 @@ class TextEmbedding(nn.Module):
         self.words = nn.Embedding(config.vocab_size, config.hidden, padding_idx=0)
         self.positions = nn.Embedding(config.max_positions, config.hidden)
         self.types = nn.Embedding(config.types, config.hidden)
-        self.norm, self.dropout = LayerNorm(config.hidden), nn.Dropout(config.dropout)
+        self.norm, self.dropout = LayerNorm(config.hidden), Dropout(config.dropout)
 
     def forward(self, ids, segments, before=0):
         positions = torch.arange(before, before + ids.shape[1], device=ids.device)
@@ -124,7 +125,7 @@ class RegionEmbedding(nn.Module):
         self.features, self.features_norm = nn.Linear(config.feature_size, config.hidden), LayerNorm(config.hidden)
         self.boxes, self.boxes_norm = nn.Linear(7, config.hidden), LayerNorm(config.hidden)
         self.mask = nn.Parameter(torch.randn(config.feature_size) * 0.02)
-        self.norm, self.dropout = LayerNorm(config.hidden), nn.Dropout(config.dropout)
+        self.norm, self.dropout = LayerNorm(config.hidden), Dropout(config.dropout)
 
     def forward(self, features, boxes, types, masked=None):
         if masked is not None:
@@ -316,7 +317,7 @@ class PairedAttentionHead(nn.Module):
         self.left = MultiHeadAttention(width, config.attention_heads, config.dropout)
         self.right = MultiHeadAttention(width, config.attention_heads, config.dropout)
         self.join, self.score, self.output = nn.Linear(2 * width, width), nn.Linear(width, 1), nn.Linear(2 * width, 2)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def pool(self, attended, own, mask):
         x = self.dropout(F.relu(self.join(torch.cat([attended, own], -1))))  # (B, S, 2C) -> (B, S, C)

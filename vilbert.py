@@ -25,6 +25,7 @@ from torch import nn
 from common import (
     AttentionBlock,
     ContrastHead,
+    Dropout,
     Encoding,
     FeedForward,
     LayerNorm,
@@ -124,7 +125,7 @@ class TextEmbedding(nn.Module):
         self.positions = nn.Embedding(config.max_positions, config.hidden)
         self.types = nn.Embedding(config.types, config.hidden)
         self.tasks = nn.Embedding(config.task_tokens, config.hidden) if config.task_tokens else None
-        self.norm, self.dropout = LayerNorm(config.hidden), nn.Dropout(config.dropout)
+        self.norm, self.dropout = LayerNorm(config.hidden), Dropout(config.dropout)
 
     def forward(self, ids, segments, tasks=None, before=0):
         positions = torch.arange(before, before + ids.shape[1], device=ids.device)
@@ -146,7 +147,7 @@ class RegionEmbedding(nn.Module):
         super().__init__()
         width = config.visual_hidden
         self.features, self.boxes = nn.Linear(config.feature_size, width), nn.Linear(5, width)
-        self.norm, self.dropout = LayerNorm(width), nn.Dropout(config.dropout)
+        self.norm, self.dropout = LayerNorm(width), Dropout(config.dropout)
 
     def forward(self, features, boxes, mask):
         count = mask.sum(1, keepdim=True).clamp(min=1)[:, :, None]  # (B, 1, 1)
@@ -245,7 +246,7 @@ class ViLBERT(nn.Module):
         self.connections = nn.ModuleList(CoAttentionLayer(config) for _ in config.connections)
         self.text_pooler = Pooler(config.hidden, config.shared, torch.relu)
         self.region_pooler = Pooler(config.visual_hidden, config.shared, torch.relu)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
         initialise(self, config.hidden)
         centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6, 0.04])
@@ -468,7 +469,7 @@ class WeightNormClassifier(nn.Module):
 
     def __init__(self, width, inner, out):
         super().__init__()
-        layers = WeightNormLinear(width, inner), nn.ReLU(), nn.Dropout(0.5), WeightNormLinear(inner, out)
+        layers = WeightNormLinear(width, inner), nn.ReLU(), Dropout(0.5), WeightNormLinear(inner, out)
         self.main = nn.Sequential(*layers)
 
     def forward(self, x):

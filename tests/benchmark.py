@@ -35,6 +35,7 @@ import train
 
 CLASSES, ATTRIBUTES, WIDTH = 1601, 400, 2048
 STAGES = ("data", "forward", "backward", "optimizer")
+WARM_UP = 2  # turns that do not count: memory and, if asked for, compilation settle in them
 
 # ---- what is measured ------------------------------------------------------------------------------------------
 
@@ -249,46 +250,58 @@ class Peer:
         return timed(self.run.device, self.model, self.optimizer, lambda: self.inputs(index, step), self.loss)
 
 
-def compare_peer(o, folder, dtype):
-    """Ours and the peer's in turn over the same examples; both losses first, without dropout and in float32."""
+def side(o, dtype, name, pipe):
+    """One side of the comparison, in a process of its own, as its memory is to be its own. Sends its loss without dropout
+    in float32; then for every True that it gets, the seconds of each of STAGES over all examples; at last its peak memory.
+    """
     hidden = torch.finfo(torch.float32).min if dtype == "f32" else torch.finfo(torch.bfloat16).min
-    run, groups = make_run(o, "lxmert", "base", dtype, folder, hidden_score=hidden, region_factor=6.67)
-    peer = Peer(run)
-    run.model.eval(), peer.model.eval()
-    with torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder:
+        run, groups = make_run(o, "lxmert", "base", dtype, Path(folder), hidden_score=hidden, region_factor=6.67)
+    if name != "transformers":
+        train.keep_freed_memory()
+    if name == "ours":
+        model, step = run.model.eval(), partial(step_ours, run)
         batch, names = batch_of(run, groups[0], 0)
-        ours = sum(float(loss) for loss, _ in run.model(batch.to(run.device), names).values())
-        theirs = float(peer.model(**peer.inputs(groups[0], 0)).loss)
-    print(f"losses without dropout: ours {ours:.5f}, transformers' {theirs:.5f}, apart by {abs(ours - theirs):.1e}")
-    run.model.train(), peer.model.train()
-    if o.compile:
-        train.compile_layers(run.model)
-    times = {"ours": [], "transformers": []}
-    for turn in range(o.repeats + 1):  # the first one warms up
-        for name, step in (("ours", partial(step_ours, run)), ("transformers", peer.step)):
-            taken = sum(step(group, i) for i, group in enumerate(groups))
-            if turn:
+        with torch.no_grad():
+            pipe.send(sum(float(loss) for loss, _ in model(batch.to(run.device), names).values()))
+        if o.compile:
+            train.compile_layers(model)
+    else:
+        peer = Peer(run)
+        model, step, run.model, run.optimizer = peer.model.eval(), peer.step, None, None
+        with torch.no_grad():
+            pipe.send(float(model(**peer.inputs(groups[0], 0)).loss))
+    model.train()
+    while pipe.recv():
+        pipe.send(sum(step(group, i) for i, group in enumerate(groups)))
+    pipe.send(memory(run.device))
+
+
+def compare_peer(o, dtype):
+    """Ours and the peer's in turn over the same examples: the peer as it ships, and with the memory setting of ours."""
+    spawn, sides, times = multiprocessing.get_context("spawn"), {}, {}
+    for name in ("ours", "transformers", "transformers, freed memory kept"):
+        sides[name], end = spawn.Pipe()
+        spawn.Process(target=side, args=(o, dtype, name, end), daemon=True).start()
+        end.close()  # else this process would wait for ever for one that failed
+        times[name] = []
+        print(f"{name}: loss without dropout {sides[name].recv():.5f}", flush=True)
+    for turn in range(-WARM_UP, o.repeats):
+        for name, pipe in sides.items():
+            pipe.send(True)
+            taken = pipe.recv()
+            if turn >= 0:
                 times[name].append(taken)
-    examples = o.batch_size * len(groups)
+    examples = o.batch_size * o.batches
+    print(
+        f"| LXMERT-base, {dtype} | examples/s | ours is faster by | memory GiB | {' / '.join(STAGES)} % |\n{'|---' * 5}|"
+    )
     for name, taken in times.items():
-        split = np.mean(taken, 0) / np.sum(np.mean(taken, 0))
-        share = ", ".join(f"{stage} {100 * part:.0f}%" for stage, part in zip(STAGES, split, strict=True))
-        print(f"{name:13s} {dtype}: {examples / np.median(np.sum(taken, 1)):7.2f} examples/s   ({share})")
-    ratios = [np.sum(b) / np.sum(a) for a, b in zip(*times.values(), strict=True)]
-    print(f"ratio {dtype}: {np.median(ratios):.2f} (of {len(ratios)} turns: {min(ratios):.2f} to {max(ratios):.2f})")
-    for side in times:
-        in_a_process(peak_memory, o, folder, dtype, side)
-
-
-def peak_memory(o, folder, dtype, side):
-    """A few steps of one side alone, and what they took: to be called in a process of its own."""
-    run, groups = make_run(o, "lxmert", "base", dtype, folder)
-    step = partial(step_ours, run)
-    if side == "transformers":
-        step, run.model, run.optimizer = Peer(run).step, None, None
-    for i, group in enumerate(groups):
-        step(group, i)
-    print(f"{side:13s} {dtype}: peak memory {memory(run.device):.2f} GiB", flush=True)
+        sides[name].send(False)
+        ratios = np.sum(taken, 1) / np.sum(times["ours"], 1)
+        split = " / ".join(f"{100 * part:.0f}" for part in np.mean(taken, 0) / np.sum(np.mean(taken, 0)))
+        print(f"| {name} | {examples / np.median(np.sum(taken, 1)):.2f} | {np.median(ratios):.2f} ({ratios.min():.2f} to "
+              f"{ratios.max():.2f}) | {sides[name].recv():.2f} | {split} |", flush=True)  # fmt: skip
 
 
 def in_a_process(function, *arguments):
@@ -310,6 +323,7 @@ def memory(device):
 
 def measure(o, folder, model, size, dtype):
     """A row of the table."""
+    train.keep_freed_memory()
     run, groups = make_run(o, model, size, dtype, folder)
     kind = torch.float32 if dtype == "f32" else torch.bfloat16
     best, times, known = peak(run.device, kind), [], {}
@@ -320,9 +334,9 @@ def measure(o, folder, model, size, dtype):
         counted, useful = counted + flops(run, batch, names), useful + useful_flops(run, group, i, known)
     if o.compile:
         train.compile_layers(run.model)
-    for turn in range(o.repeats + 1):
+    for turn in range(-WARM_UP, o.repeats):
         taken = np.array([step_ours(run, group, i) for i, group in enumerate(groups)])
-        if turn:
+        if turn >= 0:
             times.append(taken.sum(0))
     best = max(best, peak(run.device, kind))
     seconds = np.median(np.sum(times, 1))
@@ -371,7 +385,7 @@ def main():
     add("--words", type=int, help="word pieces of each example (default: as VQA's questions)")
     add("--regions", type=int, nargs=2, default=(36, 36), metavar=("FEWEST", "MOST"))
     add("--batches", type=int, default=4, help="batches in a turn")
-    add("--repeats", type=int, default=3, help="turns that count, after one that warms up")
+    add("--repeats", type=int, default=3, help="turns that count")
     add("--compile", action="store_true", help="with compiled layers")
     add("--peer", choices=["transformers"], help="compare LXMERT with that library's")
     add("--sweep", action="store_true")
@@ -383,7 +397,7 @@ def main():
             return sweep(o, folder)
         if o.peer:
             for dtype in o.dtypes:
-                compare_peer(o, folder, dtype)
+                compare_peer(o, dtype)
             return None
         print("| model | format | examples/s | words + regions/s | share of peak | useful share | peak GFLOP/s | memory GiB | "
               f"{' / '.join(STAGES)} % |\n{'|---' * 9}|")  # fmt: skip

@@ -130,6 +130,26 @@ def test_padding_changes_nothing():
     close(layer(longer, bias)[:, :4], layer(x), 1e-11)
 
 
+@pytest.mark.parametrize("p, shape", [(0.1, (300, 333)), (0.5, (7, 11, 1301)), (0.0, (3, 5)), (1.0, (3, 5))])
+def test_drop(p, shape):
+    """The share of zeros, their independence of place, the scale of the rest, and a gradient that passes where x does."""
+    x = torch.rand(shape).add(1).requires_grad_()
+    torch.manual_seed(0)
+    y = common.drop(x, p)
+    gone = y == 0
+    sigma = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs(gone.float().mean() - p) <= 5 * sigma
+    pairs = (gone.flatten()[1:] & gone.flatten()[:-1]).float().mean()
+    assert abs(pairs - p * p) <= 10 * sigma
+    torch.testing.assert_close(y[~gone], (x / (1 - p) if p < 1 else x)[~gone])
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach() / x.detach())
+    torch.manual_seed(0)
+    assert common.drop(x, p).equal(y)
+    if 0 < p < 1:
+        assert not common.drop(x, p).equal(y)
+
+
 def test_dropout_is_for_training_only():
     layer, x = common.TransformerLayer(12, 3, 40, dropout=0.5).double(), randn(2, 4, 12)
     assert not torch.equal(layer(x), layer(x))
