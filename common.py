@@ -113,7 +113,7 @@ def drop(x, p):
     On a CPU torch draws a mask one value at a time, which is a tenth of a step in bfloat16. Here 64 random bits serve
     four values, so p is rounded to 1/65536.
     """
-    if p == 0 or p == 1 or x.device.type != "cpu":
+    if p == 0 or p == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2**15 .. 2**15 - 1

@@ -42,7 +42,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CACHE = Path(".cache")
-VERSION = 10  # raise it whenever scenes, detector or region features change: it is part of every cache key
+VERSION = 11  # raise it whenever scenes, detector or region features change: it is part of every cache key
 SPLITS = ("train", "val", "test", "compose")
 SCENES = {"train": 10_000, "val": 500, "test": 1_000, "compose": 500}  # pictures a split
 TASKS = ("pretrain", "vqa", "ve", "nlvr2", "vcr", "retrieval", "refer", "caption")

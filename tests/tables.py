@@ -185,7 +185,7 @@ def draw(points, learned, path, width=640, height=400):
         pen.circle(place(*p), 4 * scale, fill="#2060a0")
     x, y = place(*learned)
     pen.circle((x, y), 7 * scale, outline="#c02020", width=3 * scale)
-    pen.text((x, y - 14 * scale), f"learned: {learned[0]:.3f}", fill="#c02020", font=font, anchor="mb")
+    pen.text((x, y + 14 * scale), f"learned: {learned[0]:.3f}", fill="#c02020", font=font, anchor="mt")
     image.resize((width, height), Image.Resampling.LANCZOS).save(path)
 
 
@@ -194,7 +194,8 @@ def table_of_students(o):
     model, task, found, speed = o.models[0], o.tasks[0], {}, {}
     for seed in range(o.seeds):
         options, teacher = ("--model", model, "--task", task, "--seed", seed), f"{task}-teacher-{seed}"
-        found.setdefault("teacher", []).append(run(o, teacher, *options)[COLUMNS[task][0]])
+        sizes = ("--config", *o.teacher) if o.teacher else ()
+        found.setdefault("teacher", []).append(run(o, teacher, *options, *sizes)[COLUMNS[task][0]])
         speed.setdefault("teacher", examples_per_second(o.out / teacher))
         for name, kind in TEACH.items():
             learn = ("--teacher", o.out / teacher / "best.pt", "--distill", kind) if kind else ()
@@ -241,6 +242,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=list(train.PAPERS), choices=train.PAPERS)
     parser.add_argument("--tasks", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     parser.add_argument("--seeds", type=int, default=1, help="runs of a cell; table tasks: of vqa, nlvr2 and refer")
+    parser.add_argument("--teacher", nargs="+", default=[], help="distill: --config of the teacher")
     parser.add_argument("--student", nargs="+", default=["layers=1"], help="distill: --config of the student")
     mine, more = sys.argv[1:], []
     if "--" in mine:
