@@ -16,6 +16,7 @@ backward; "useful" leaves out those on padding: each example counted alone, at i
 import argparse
 import copy
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
@@ -280,6 +281,7 @@ def side(o, dtype, name, pipe):
 def compare_peer(o, dtype):
     """Ours and the peer's in turn over the same examples: the peer as it ships, and with the memory setting of ours."""
     spawn, sides, times = multiprocessing.get_context("spawn"), {}, {}
+    os.environ.pop("OMP_WAIT_POLICY", None)  # the sides that have to wait must not hold the cores
     for name in ("ours", "transformers", "transformers, freed memory kept"):
         sides[name], end = spawn.Pipe()
         spawn.Process(target=side, args=(o, dtype, name, end), daemon=True).start()
