@@ -212,8 +212,8 @@ def processes():
 
 
 def keep_freed_memory():
-    """Has the C library keep freed memory for the next step. By default glibc gives large blocks back to the system, and
-    getting them again costs a page fault every 4 KiB: a quarter of LXMERT-base's step in bfloat16."""
+    """Has the C library keep freed memory for the next step. By default glibc gives large blocks back to the system,
+    and getting them again costs a page fault every 4 KiB: an eighth of LXMERT-base's step in bfloat16, or more."""
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-4, 0)  # M_MMAP_MAX: all blocks, the large ones too, are parts of the heap
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose free end is never given back
