@@ -506,13 +506,14 @@ def test_dot_products_and_matching_scores_one_pair_at_a_time(own_run):
 
 
 def test_two_processes_contrast_as_one_with_the_double_batch(pictures, tmp_path, here):
-    options = ["--objectives", "itc", "--data", pictures, "--steps", 3]
+    # with seed 0 one weight of 16,384 has a gradient near zero, whose rounding AdamW blows up to 2.2e-6
+    options = ["--objectives", "itc", "--data", pictures, "--steps", 3, "--seed", 1]
     here(*options, "--batch-size", 8, "--out", "one")
     run(*options, "--out", "two", cwd=tmp_path, processes=2)
     here(*options, "--accumulate", 2, "--out", "parts", "--temperature", "0.2:0.1")
     one, two, parts = (state_of(tmp_path / out) for out in ("one", "two", "parts"))
     for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=5e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(one[name], two[name], atol=2e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     name = "heads.itc.project_text.weight"
     assert (one[name] - parts[name]).abs().max() > 1e-4  # fewer negatives: another gradient, as the docstring says
     assert one["heads.itc.log_scale"] != -math.log(0.07)  # learned
