@@ -469,23 +469,22 @@ def draw(rng, pool, fits, tries=50):
 def statements_of_two(graphs):
     """NLVR2-like statements of two pictures, in fours of which two are true; target 1 = true.
 
-    "exactly one picture shows a red circle", or "both pictures or neither": two left pictures, with one and without,
-    meet two right ones, so neither picture alone says anything. "more circles on the left than on the right", and
-    "fewer": of two pictures with n and n + 1 circles, in both orders, so one picture alone seldom decides.
+    "exactly one picture shows a red circle": two left pictures, with one and without, meet two right ones, so neither
+    picture alone says anything. "more circles on the left than on the right", and "fewer": of two pictures with n and
+    n + 1 circles, n = 0, 1 or 2, in both orders, so one picture alone decides in a third of the pairs, by 0 or 3.
     """
     rng, counts = random.Random(graphs[0].key("statements of two")), {}
     for number, scene in enumerate(graphs):
         for e, things in scene.fits.items():
             counts.setdefault((e, len(things)), []).append(number)
-    for k in range(len(graphs)):
+    for k in range(2 * len(graphs)):
         form = rng.choice((C, S, CS))
         e = rng.choice([e for e in EXPRESSIONS[form] if may_say(graphs[0], e)] or [(None, *rng.choice(HELD_OUT))])
         if rng.random() < 0.5:
-            text, same = rng.choice((("exactly one picture shows {}", 0), ("both pictures or neither show {}", 1)))
-            text = text.format(say(e, article=True))
+            text = f"exactly one picture shows {say(e, article=True)}"
             fits = [lambda i, e=e: graphs[i].count(e), lambda i, e=e: not graphs[i].count(e)]
             left, right = ([draw(rng, range(len(graphs)), fit, 200) for fit in fits] for _ in range(2))
-            four = [(text, a, b, int((i == j) == same)) for i, a in enumerate(left) for j, b in enumerate(right)]
+            four = [(text, a, b, int(i != j)) for i, a in enumerate(left) for j, b in enumerate(right)]
             kind = "one"
         else:
             n = rng.choice((0, 1, 2))

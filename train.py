@@ -595,6 +595,7 @@ def read_sizes(o, paper):
 def compile_layers(model):
     """Compiles the blocks that all layers of all three models are made of, where they stand: small regions, used many
     times, for any batch and lengths (`dynamic`), so that nothing is compiled anew after the first steps."""
+    torch.fx.experimental._config.use_duck_shape = False  # lengths that are equal at first need not stay so
     for module in model.modules():
         if isinstance(module, common.AttentionBlock | common.FeedForward):
             module.compile(dynamic=True)

@@ -161,11 +161,12 @@ def test_comparison_says_tie_where_the_spread_covers_the_lead():
     assert train.winner(clear) == "a"
 
 
-def test_compiled_layers_compute_the_same_and_are_compiled_once(monkeypatch):
+@pytest.mark.parametrize("model", ["uniter", "vilbert", "lxmert"])
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # else it gives up without a word
+def test_compiled_layers_compute_the_same_and_are_compiled_once(model, monkeypatch):
     """With a back end that counts graphs in place of the real one, which would take minutes."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)  # else it gives up without a word
-    graphs, model = [], small_model("lxmert")[1].float()  # it attends to itself and across
+    graphs, model = [], small_model(model)[1].float()
     batches = [masked_batch(rows, 0) for rows in (5, 7, 9)]
     batches = [dataclasses.replace(b, text=b.text[:, :t], text_mask=b.text_mask[:, :t], segments=b.segments[:, :t])
                for b, t in zip(batches, (6, 5, 4), strict=True)]  # fmt: skip
