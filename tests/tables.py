@@ -194,8 +194,7 @@ def table_of_students(o):
     model, task, found, speed = o.models[0], o.tasks[0], {}, {}
     for seed in range(o.seeds):
         options, teacher = ("--model", model, "--task", task, "--seed", seed), f"{task}-teacher-{seed}"
-        sizes = ("--config", *o.teacher) if o.teacher else ()
-        found.setdefault("teacher", []).append(run(o, teacher, *options, *sizes)[COLUMNS[task][0]])
+        found.setdefault("teacher", []).append(run(o, teacher, *options, "--config", *o.teacher)[COLUMNS[task][0]])
         speed.setdefault("teacher", examples_per_second(o.out / teacher))
         for name, kind in TEACH.items():
             learn = ("--teacher", o.out / teacher / "best.pt", "--distill", kind) if kind else ()
@@ -242,8 +241,8 @@ def main():
     parser.add_argument("--models", nargs="+", default=list(train.PAPERS), choices=train.PAPERS)
     parser.add_argument("--tasks", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     parser.add_argument("--seeds", type=int, default=1, help="runs of a cell; table tasks: of vqa, nlvr2 and refer")
-    parser.add_argument("--teacher", nargs="+", default=[], help="distill: --config of the teacher")
-    parser.add_argument("--student", nargs="+", default=["layers=1"], help="distill: --config of the student")
+    parser.add_argument("--teacher", nargs="+", default=["layers=6"], help="distill: --config of the teacher")
+    parser.add_argument("--student", nargs="+", default=["layers=2"], help="distill: --config of the student")
     mine, more = sys.argv[1:], []
     if "--" in mine:
         mine, more = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
