@@ -431,23 +431,26 @@ class Example(NamedTuple):
 def entailments(graphs):
     """Visual entailment: "the circle is red" of three pictures. It follows where the only circle is red, is
     contradicted where that has another colour, and is neutral where there is no circle to speak of: such a picture
-    leaves it open. Every statement comes once with each answer, in pictures with equally many things."""
+    leaves it open. Every statement comes once with each answer, in pictures with equally many things. Of sizes "large"
+    is said four times as often as "small": were they said alike, word and size would have to be read at once or not
+    at all, and a model does not begin."""
     rng, single, alike = random.Random(graphs[0].key("entailments")), {}, {}
     for number, scene in enumerate(graphs):
         alike.setdefault(len(scene.things), []).append(number)
         for e, things in scene.fits.items():
             if len(things) == 1:
                 single.setdefault((e, len(scene.things)), []).append(number)
-    for number, scene in enumerate(graphs):
-        kind = rng.choice(("color", "shape", "size"))
-        forms = {"color": (S,), "shape": (C,), "size": (C, S, CS)}[kind]
+    for k in range(3 * len(graphs)):
+        number = k % len(graphs)
+        scene, kind = graphs[number], rng.choice(("color", "shape", "size"))
+        forms = {"color": (S, ZS), "shape": (C, ZC), "size": (C, S, CS)}[kind]
         about = [e for e in EXPRESSIONS[rng.choice(forms)] if scene.count(e) == 1]
         if not about:
             continue
         e = rng.choice(about)
         value = getattr(scene.fits[e][0], kind)
-        full = {"color": (None, value, e[2]), "shape": (None, e[1], value), "size": e}[kind]
-        if not may_say(scene, full):
+        full = {"color": (e[0], value, e[2]), "shape": (*e[:2], value), "size": e}[kind]
+        if not may_say(scene, full) or (value == "small" and rng.random() < 0.75):
             continue
         text = f"the {say(e)} is {say((None, None, value), article=True) if kind == 'shape' else value}"
         rivals, strangers = single[e, len(scene.things)], alike[len(scene.things)]
@@ -455,7 +458,7 @@ def entailments(graphs):
         absent = draw(rng, strangers, lambda i, e=e: not graphs[i].count(e))
         if other is not None and absent is not None:
             for answer, picture in zip(ENTAILMENT, (other, number, absent)):
-                yield Example(f"{scene.split}/{number}/{answer}", kind, [(text, picture)], {answer: 1.0})
+                yield Example(f"{scene.split}/{k}/{answer}", kind, [(text, picture)], {answer: 1.0})
 
 
 def draw(rng, pool, fits, tries=50):

@@ -615,7 +615,7 @@ def test_every_task_learns_from_a_teacher(folder, monkeypatch, capsys):
     six = ["--task", SIX, "--batch-size", 4, "--eval-every", 100]
     if not (folder / "uniter/checkpoint.pt").exists():
         assert start(folder, monkeypatch, *six, "--steps", 1, "--out", "uniter") == 0
-    six += ["--teacher", "uniter/checkpoint.pt", "--steps", 7, "--seed", 117]  # all drawn
+    six += ["--teacher", "uniter/checkpoint.pt", "--steps", 7, "--seed", 4]  # all drawn
     assert start(folder, monkeypatch, *six, "--init", "uniter/checkpoint.pt", "--lr", "1e-12", "--out", "same") == 0
     assert start(folder, monkeypatch, *six, "--config", "layers=1", "--out", "student") == 0
     soft = {f"{train.OBJECTIVE.get(task, task)}_soft" for task in SIX.split(",")}
