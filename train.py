@@ -927,17 +927,19 @@ def first_captions(dataset):
 def evaluate_pretraining(run, dataset, examples=1000, candidates=100):
     """Each objective on held-out captions, under a fixed seed, and zero-shot retrieval among `candidates` pictures.
 
-    Accuracies are over masked words, masked regions or pairs. mlm_content masks one word a caption that only the
-    picture tells: a colour, shape, size, number or direction. Beside each: what the most frequent label would get.
+    Accuracies are over masked words, masked regions or pairs. mlm_content masks one word, of every caption of these
+    pictures, that only the picture tells: a colour, shape, size, number or direction. Beside each: what the most
+    frequent label would get.
     """
     kinds, names = np.array(dataset.kind), list(run.objectives)
     captions = first_captions(dataset)[:examples]
+    every = np.flatnonzero((kinds == "caption") & np.isin(dataset.image, dataset.image[captions]))
     questions = np.flatnonzero(kinds != "caption")[:examples]
     content = torch.zeros(run.tokenizer.get_vocab_size(), dtype=torch.bool)
     content[[i for w in data.CONTENT_WORDS if (i := run.tokenizer.token_to_id(w)) is not None]] = True
     sums = {}
     for name in [*names, *["mlm_content"] * ("mlm" in names and run.o.data == "scenes")]:
-        for index in parts(run, dataset, questions if name == "qa" else captions):
+        for index in parts(run, dataset, {"qa": questions, "mlm_content": every}.get(name, captions)):
             rng = np.random.default_rng((1, int(index[0])))
             if name == "mlm_content":
                 batch = make_batch(run, dataset, index, ["mlm"], rng, only=content, one=True)
