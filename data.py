@@ -536,27 +536,34 @@ def choices_with_reasons(graphs):
 
 
 def referring_expressions(graphs):
-    """Referring expressions that fit exactly one thing and of which no word can be left out: every word is shared with
-    a distractor. Or a half of the picture tells things apart that the words do not. target: the thing's box, 0..1."""
+    """Referring expressions that fit exactly one thing, one for each thing of a picture; target: its box, 0..1.
+
+    Kinds, the first that a thing has: "words", of which none can be left out, as every one is shared with a distractor;
+    "side", where the half of the picture tells things apart that the words do not; "spare", of whose words one is
+    needed and shared, another not. Pictures with a thing that has none are left out, so that a picture alone tells
+    nothing; not in split "compose", where only things of held-out pairs are meant.
+    """
     for number, scene in enumerate(graphs):
-        rng, found = random.Random(scene.key("expressions")), {"words": {}, "side": {}}
+        rng, found = random.Random(scene.key("expressions")), {thing: {} for thing in scene.things}
         for e, things in scene.fits.items():
-            if not may_say(scene, e):
+            if not may_say(scene, e) or sum(map(bool, e)) < 2:
                 continue
             shorter = [tuple(w if i != left else None for i, w in enumerate(e)) for left in range(3) if e[left]]
-            if len(things) == 1 and len(shorter) > 1 and all(scene.count(f) > 1 for f in shorter):
-                found["words"][say(e)] = things[0]
-            for axis, words in (("x", ("left of", "right of")), ("y", ("above", "below"))):
-                offs = sorted((getattr(t, axis) - SIDE / 2, t) for t in things) if sum(map(bool, e)) > 1 else []
+            shared = [scene.count(f) > 1 for f in shorter]
+            if len(things) == 1 and any(shared):
+                found[things[0]].setdefault("words" if all(shared) else "spare", []).append(say(e))
+            for axis, (low, high) in (("x", ("left of", "right of")), ("y", ("above", "below"))):
+                offs = sorted((getattr(t, axis) - SIDE / 2, t) for t in things)
                 if len(offs) > 1 and offs[0][0] <= -12 and offs[1][0] >= 12:
-                    found["side"][f"{say(e)} {words[0]} the middle"] = offs[0][1]
+                    found[offs[0][1]].setdefault("side", []).append(f"{say(e)} {low} the middle")
                 if len(offs) > 1 and offs[-1][0] >= 12 and offs[-2][0] <= -12:
-                    found["side"][f"{say(e)} {words[1]} the middle"] = offs[-1][1]
-        for kind, most in (("words", 3), ("side", 1)):
-            for k, text in enumerate(rng.sample(sorted(found[kind]), min(most, len(found[kind])))):
-                t = found[kind][text]
+                    found[offs[-1][1]].setdefault("side", []).append(f"{say(e)} {high} the middle")
+        if scene.split != "compose" and not all(found.values()):
+            continue
+        for k, (t, texts) in enumerate(found.items()):
+            if kind := next((kind for kind in ("words", "side", "spare") if kind in texts), None):
                 box = [v / SIDE for v in (t.x - t.half, t.y - t.half, t.x + t.half, t.y + t.half)]
-                yield Example(f"{scene.split}/{number}/{kind}/{k}", kind, [(text, number)], target=box)
+                yield Example(f"{scene.split}/{number}/{k}", kind, [(rng.choice(texts[kind]), number)], target=box)
 
 
 SCENE_TASKS = {
