@@ -1001,15 +1001,28 @@ def evaluate_vqa(run, dataset, name="vqa", answers=None):
     """Accuracy: the soft score of the answer with the highest logit, mean over questions, also for each kind.
     Entailment is the same with its own three answers.
 
-    Chance: always the training split's most frequent answer; of `answers`, if given, the most frequent here.
+    Chance: to each kind of question the training split's most frequent answer; of `answers`, if given, always the most
+    frequent here.
     """
     hits, kinds = np.zeros(len(dataset)), np.array(dataset.kind)
     for index in parts(run, dataset, np.arange(len(dataset))):
         best = scores_of(run, make_batch(run, dataset, index, [name], None), name)[1].argmax(-1).tolist()
         known = answers or run.answers
         hits[index] = [dataset.answer[i].get(known[b], 0.0) for i, b in zip(index, best, strict=True)]
-    guesses = [[answer.get(a, 0.0) for answer in dataset.answer] for a in answers or run.answers[:1]]
-    return by_kind(total(hits).numpy(), np.array(max(guesses, key=sum)), kinds)
+    if answers:
+        guess = max(([answer.get(a, 0.0) for answer in dataset.answer] for a in answers), key=sum)
+    else:
+        usual = usual_answers(run.sets[name]["train"])
+        guess = [answer.get(usual.get(kind), 0.0) for kind, answer in zip(dataset.kind, dataset.answer, strict=True)]
+    return by_kind(total(hits).numpy(), np.array(guess), kinds)
+
+
+def usual_answers(dataset):
+    """{kind of question: its most frequent answer}, equals by text."""
+    counts = {}
+    for kind, answers in zip(dataset.kind, dataset.answer, strict=True):
+        counts.setdefault(kind, Counter()).update(answers.keys())
+    return {kind: min(count, key=lambda a: (-count[a], a)) for kind, count in counts.items() if count}
 
 
 def by_kind(hits, guess, kinds, name="accuracy"):
@@ -1665,4 +1678,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "RANK" in os.environ:
+        # gloo's threads may outlive the interpreter and abort it in the middle of its end, though all is written
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -15,18 +15,21 @@ backward; "useful" leaves out those on padding: each example counted alone, at i
 
 import argparse
 import copy
+import math
 import multiprocessing
 import os
 import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -199,6 +202,35 @@ def alone(batch, row, t, n, count):
     return part
 
 
+class Products(TorchDispatchMode):
+    """Counts the matrix products that run inside it: `seen[function, layouts of its tensors]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            layouts = tuple((tuple(x.shape), x.stride(), x.dtype) for x in args)
+            self.seen[function, layouts] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def products_alone(seen, device, tries=3):
+    """Seconds of the products `seen` alone, each the best of a few tries on operands of the same layout: what is left
+    of a step if nothing else took time."""
+    total = 0.0
+    for (function, layouts), count in seen.items():
+        operands = [torch.empty_strided(*layout[:2], dtype=layout[2], device=device).normal_() for layout in layouts]
+        best = math.inf
+        for _ in range(tries):
+            start = wait(device)
+            function(*operands)
+            best = min(best, wait(device) - start)
+        total += count * best
+    return total
+
+
 # ---- the peer --------------------------------------------------------------------------------------------------
 
 
@@ -342,11 +374,15 @@ def measure(o, folder, model, size, dtype):
             times.append(taken.sum(0))
     best = max(best, peak(run.device, kind))
     seconds = np.median(np.sum(times, 1))
+    with Products() as products:
+        for i, group in enumerate(groups):
+            step_ours(run, group, i)
+    products = products_alone(products.seen, run.device)
     split = np.mean(times, 0) / np.sum(np.mean(times, 0))
     stages = " / ".join(f"{100 * part:.0f}" for part in split)
     count = o.batch_size * len(groups)
     print(f"| {model} {size} | {dtype} | {count / seconds:.2f} | {real / seconds:.0f} | {counted / seconds / best:.0%} | "
-          f"{useful / seconds / best:.0%} | {best / 1e9:.0f} | {memory(run.device):.1f} | {stages} |", flush=True)  # fmt: skip
+          f"{useful / seconds / best:.0%} | {products / seconds:.0%} | {best / 1e9:.0f} | {memory(run.device):.1f} | {stages} |", flush=True)  # fmt: skip
 
 
 def sizes_with(model, layers):
@@ -401,8 +437,8 @@ def main():
             for dtype in o.dtypes:
                 compare_peer(o, dtype)
             return None
-        print("| model | format | examples/s | words + regions/s | share of peak | useful share | peak GFLOP/s | memory GiB | "
-              f"{' / '.join(STAGES)} % |\n{'|---' * 9}|")  # fmt: skip
+        print("| model | format | examples/s | words + regions/s | share of peak | useful share | products alone | peak GFLOP/s | memory GiB | "
+              f"{' / '.join(STAGES)} % |\n{'|---' * 10}|")  # fmt: skip
         for model in o.models:
             for size in o.sizes:
                 if size in train.PAPERS[model][0].PRESETS:

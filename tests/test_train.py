@@ -238,9 +238,13 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
     monkeypatch.setattr(train, "parts", lambda run, dataset, index: [index])
     monkeypatch.setattr(train, "make_batch", lambda *_, **__: None)
     monkeypatch.setattr(train, "scores_of", lambda *_: (None, best))
-    metrics, chance = train.evaluate_vqa(SimpleNamespace(answers=["yes", "no"]), dataset)
+    asked = [("a", "yes"), ("a", "no"), ("a", "no"), ("b", "yes"), ("b", "maybe"), ("c", "no")]
+    taught = Questions(kind=[kind for kind, _ in asked], answer=[{answer: 1.0} for _, answer in asked])
+    run = SimpleNamespace(answers=["yes", "no"], sets={"vqa": {"train": taught}})
+    metrics, chance = train.evaluate_vqa(run, dataset)
     assert metrics == pytest.approx({"accuracy": 1.3 / 3, "accuracy_a": 0.65, "accuracy_b": 0.0})
-    assert chance == pytest.approx({"accuracy": 1.6 / 3, "accuracy_a": 0.8, "accuracy_b": 0.0})
+    # to questions of kind a "no" is taught most often; of kind b two answers are, of which "maybe" comes first
+    assert chance == pytest.approx({"accuracy": 1.3 / 3, "accuracy_a": 0.15, "accuracy_b": 1.0})
 
 
 # ---- the command line ------------------------------------------------------------------------------------------
