@@ -766,12 +766,56 @@ def generate(model, batch, first, last, beams=1, most=40, cached=True):
 
 # ---- names ------------------------------------------------------------------------------------------------------
 
+BERT_NAMES = [  # (ours, BERT's), in this order: what all three official codes have from BERT
+    ("text_embedding.words", "bert.embeddings.word_embeddings"),
+    ("text_embedding.positions", "bert.embeddings.position_embeddings"),
+    ("text_embedding.types", "bert.embeddings.token_type_embeddings"),
+    ("text_embedding.norm", "bert.embeddings.LayerNorm"),
+    ("feed_forward.up", "intermediate.dense"),
+    ("feed_forward.down", "output.dense"),
+    ("feed_forward.norm", "output.LayerNorm"),
+    ("attention.query", "attention.self.query"),
+    ("attention.key", "attention.self.key"),
+    ("attention.value", "attention.self.value"),
+    ("attention.output", "attention.output.dense"),
+    ("attention.norm", "attention.output.LayerNorm"),
+    ("heads.mlm.transform.norm", "cls.predictions.transform.LayerNorm"),
+    ("heads.mlm.", "cls.predictions."),
+]
+# Old spellings: of a model saved from DistributedDataParallel, and of TF's norms
+OLD_NAMES = [("module.", ""), ("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")]
+
 
 def rename(name, rules):
     """One parameter name under another convention: each rule (old, new) is a plain replacement, applied in order."""
     for old, new in rules:
         name = name.replace(old, new)
     return name
+
+
+def official_names(state, rules, clash):
+    """Our state dict under the official names, the masked-word head's matrix listed too, as the official codes save it:
+    it is the word table. ValueError, saying `clash`, where two of our parameters have one official name."""
+    out = {rename(name, rules): tensor for name, tensor in state.items()}
+    if len(out) < len(state):
+        raise ValueError(clash)
+    if "cls.predictions.bias" in out:
+        out["cls.predictions.decoder.weight"] = state["text_embedding.words.weight"]
+    return out
+
+
+def plain_names(state):
+    """An official state dict without old spellings and without the masked-word head's matrix, the word table again."""
+    plain = {rename(name, OLD_NAMES): tensor for name, tensor in state.items()}
+    return {name: tensor for name, tensor in plain.items() if name != "cls.predictions.decoder.weight"}
+
+
+def our_names(state, names, rules):
+    """An official state dict, in plain names, under ours. names: those of the model that will load it,
+    `model.state_dict()`. Returns (state, unexpected official names); what is missing, the caller sees from the
+    difference to `names`."""
+    ours = {rename(name, rules): name for name in names}
+    return {ours[n]: t for n, t in state.items() if n in ours}, [n for n in state if n not in ours]
 
 
 def bert_names(state):

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import common
 from common import (
     AttentionBlock,
     ContrastHead,
@@ -38,7 +39,6 @@ from common import (
     attention_bias,
     captioning,
     centre_boxes,
-    count_layers,
     cross_entropy,
     image_text_contrast,
     image_text_matching,
@@ -49,10 +49,7 @@ from common import (
     projections,
     question_answering,
     referring_expression,
-    rename,
     retrieval_rank,
-    shape_of,
-    text_sizes,
     visual_commonsense_reasoning,
     visual_entailment,
 )
@@ -428,30 +425,17 @@ SUMMED = ("refer",)  # losses that are sums over the batch, not means
 # ---- official checkpoint names ---------------------------------------------------------------------------------
 
 OFFICIAL = [  # (ours, official), in this order
-    ("text_embedding.words", "bert.embeddings.word_embeddings"),
-    ("text_embedding.positions", "bert.embeddings.position_embeddings"),
-    ("text_embedding.types", "bert.embeddings.token_type_embeddings"),
-    ("text_embedding.norm", "bert.embeddings.LayerNorm"),
     ("region_embedding.features_norm", "bert.encoder.visn_fc.visn_layer_norm"),
     ("region_embedding.features", "bert.encoder.visn_fc.visn_fc"),
     ("region_embedding.boxes_norm", "bert.encoder.visn_fc.box_layer_norm"),
     ("region_embedding.boxes", "bert.encoder.visn_fc.box_fc"),
-    (".text.feed_forward.up", ".lang_inter.dense"),  # in a cross-modality layer
-    (".text.feed_forward.down", ".lang_output.dense"),
-    (".text.feed_forward.norm", ".lang_output.LayerNorm"),
-    (".regions.feed_forward.up", ".visn_inter.dense"),
-    (".regions.feed_forward.down", ".visn_output.dense"),
-    (".regions.feed_forward.norm", ".visn_output.LayerNorm"),
-    ("feed_forward.up", "intermediate.dense"),
-    ("feed_forward.down", "output.dense"),
-    ("feed_forward.norm", "output.LayerNorm"),
-    ("attention.query", "attention.self.query"),
-    ("attention.key", "attention.self.key"),
-    ("attention.value", "attention.self.value"),
-    ("attention.output", "attention.output.dense"),
-    ("attention.norm", "attention.output.LayerNorm"),
-    (".text.attention.", ".lang_self_att."),
+    *common.BERT_NAMES,
+    (".text.attention.", ".lang_self_att."),  # in a cross-modality layer
+    (".text.intermediate.", ".lang_inter."),
+    (".text.output.", ".lang_output."),
     (".regions.attention.", ".visn_self_att."),
+    (".regions.intermediate.", ".visn_inter."),
+    (".regions.output.", ".visn_output."),
     (".cross.output", ".visual_attention.output.dense"),  # so called, but it serves both directions
     (".cross.norm", ".visual_attention.output.LayerNorm"),
     (".cross.", ".visual_attention.att."),
@@ -459,8 +443,6 @@ OFFICIAL = [  # (ours, official), in this order
     ("relation_layers.", "bert.encoder.r_layers."),
     ("cross_layers.", "bert.encoder.x_layers."),
     ("pooler.", "bert.pooler."),
-    ("heads.mlm.transform.norm", "cls.predictions.transform.LayerNorm"),
-    ("heads.mlm.", "cls.predictions."),
     ("heads.itm.", "cls.seq_relationship."),
     ("heads.regions.norm", "obj_predict_head.transform.LayerNorm"),
     ("heads.regions.", "obj_predict_head.transform."),
@@ -484,11 +466,8 @@ def to_official(state):
 
     ValueError for two of the heads vqa, ve and nlvr2: officially they have one name.
     """
-    out = {rename(name, OFFICIAL): tensor for name, tensor in state.items()}
-    if len(out) < len(state):
-        raise ValueError("heads vqa, ve and nlvr2 share one official name: export them from several models")
-    if "cls.predictions.bias" in out:
-        out["cls.predictions.decoder.weight"] = out["bert.embeddings.word_embeddings.weight"]
+    clash = "heads vqa, ve and nlvr2 share one official name: export them from several models"
+    out = common.official_names(state, OFFICIAL, clash)
     if any(name.startswith("logit_fc.") for name in out):  # fine-tuned
         out = {n.replace("bert.", "lxrt_encoder.model.bert.", 1): tensor for n, tensor in out.items()}
     return out
@@ -496,26 +475,19 @@ def to_official(state):
 
 def to_hugging_face(state):
     """Our state dict under the names of transformers' LxmertModel, ...ForPreTraining or ...ForQuestionAnswering."""
-    return {rename(name, HUGGING_FACE): tensor for name, tensor in to_official(state).items()}
+    return {common.rename(name, HUGGING_FACE): tensor for name, tensor in to_official(state).items()}
 
 
 def from_official(state, names):
-    """An official or Hugging Face state dict under our names. names: those of the model that will load it,
-    `model.state_dict()`.
-
-    Accepts the prefixes `module.` and `lxrt_encoder.model.` and TF's gamma and beta. Returns (state, unexpected
-    official names); what is missing, the caller sees from the difference to `names`.
-    """
+    """An official or Hugging Face state dict under our names, see `common.our_names`. Accepts the prefixes `module.`
+    and `lxrt_encoder.model.` and TF's gamma and beta."""
     given = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("module.").removeprefix("lxrt_encoder.model.").removeprefix("module.")
+    for name, tensor in common.plain_names(state).items():
+        name = name.removeprefix("lxrt_encoder.model.")
         if name.startswith(("lxmert.", "embeddings.", "encoder.", "pooler.")):  # Hugging Face, with heads or without
             name = "bert." + name.removeprefix("lxmert.")
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if name != "cls.predictions.decoder.weight":  # tied
-            given[name] = tensor
-    ours = {rename(name, OFFICIAL): name for name in names}
-    return {ours[n]: t for n, t in given.items() if n in ours}, [n for n in given if n not in ours]
+        given[name] = tensor
+    return common.our_names(given, names, OFFICIAL)
 
 
 FROM_BERT = ("text_embedding.", "language_layers.", "pooler.")  # what BERT's weights must supply
@@ -529,12 +501,12 @@ def sizes_of(state, config):
 
     config: as in `common.text_sizes`. KeyError names what is lacking, ValueError tells why.
     """
-    sizes, depth = text_sizes(state, config), count_layers(state, "encoder.layer.")
+    sizes, depth = common.text_sizes(state, config), common.count_layers(state, "encoder.layer.")
     if any("visn_fc." in name for name in state):
-        stacks = depth, count_layers(state, "encoder.r_layers."), count_layers(state, "encoder.x_layers.")
-        sizes["feature_size"] = shape_of(state, "visn_fc.visn_fc.weight")[1]  # (C, F)
-        sizes["classes"] = 1 + shape_of(state, "decoder_dict.obj.weight", (Config.classes - 1,))[0]
-        sizes["attributes"] = shape_of(state, "decoder_dict.attr.weight", (Config.attributes,))[0]
+        stacks = depth, common.count_layers(state, "encoder.r_layers."), common.count_layers(state, "encoder.x_layers.")
+        sizes["feature_size"] = common.shape_of(state, "visn_fc.visn_fc.weight")[1]  # (C, F)
+        sizes["classes"] = 1 + common.shape_of(state, "decoder_dict.obj.weight", (Config.classes - 1,))[0]
+        sizes["attributes"] = common.shape_of(state, "decoder_dict.attr.weight", (Config.attributes,))[0]
     else:
         stacks = max(1, depth * 3 // 4), max(1, depth * 5 // 12), max(1, depth * 5 // 12)
     return sizes | dict(zip(("language_layers", "relation_layers", "cross_layers"), stacks, strict=True))
@@ -559,7 +531,7 @@ def transfer_answers(weight, bias, known, wanted):
 
     weight (A, 2C), bias (A,) of the A answers in `known`; returns the two for the list `wanted`.
     """
-    place = {answer: i for i, answer in enumerate(known)}
+    place = {normalize_lxmert_answer(answer): i for i, answer in enumerate(known)}
     rows = torch.tensor([place.get(normalize_lxmert_answer(answer), -1) for answer in wanted], device=weight.device)
     found = rows >= 0
     return weight[rows] * found[:, None], bias[rows] * found  # row -1 is read, then zeroed
@@ -579,6 +551,6 @@ def transfer_answer_head(state, names, known, wanted):
     weight, bias = state[f"heads.{kind}.3.weight"], state[f"heads.{kind}.3.bias"]
     if len(known) != len(weight):
         raise ValueError(f"its answer head has {len(weight)} rows, the list of answers {len(known)}")
-    weight, bias = transfer_answers(weight, bias, [normalize_lxmert_answer(answer) for answer in known], wanted)
+    weight, bias = transfer_answers(weight, bias, known, wanted)
     state = {n.replace(f"heads.{kind}.", f"heads.{head}."): t for n, t in state.items()}
     return state | {f"heads.{head}.3.weight": weight, f"heads.{head}.3.bias": bias}

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import common
 from common import (
     ContrastHead,
     Dropout,
@@ -34,7 +35,6 @@ from common import (
     attention_bias,
     captioning,
     centre_boxes,
-    count_layers,
     cross_entropy,
     image_text_contrast,
     image_text_matching,
@@ -47,10 +47,7 @@ from common import (
     question_answering,
     refer_scores,
     referring_expression,
-    rename,
     retrieval_rank,
-    shape_of,
-    text_sizes,
     visual_commonsense_reasoning,
     visual_entailment,
 )
@@ -432,28 +429,16 @@ SUMMED = ("refer", "refer_rank")  # losses that are sums over the batch, not mea
 # ---- official checkpoint names ---------------------------------------------------------------------------------
 
 OFFICIAL = [  # (ours, official), in this order
-    ("text_embedding.words", "uniter.embeddings.word_embeddings"),
-    ("text_embedding.positions", "uniter.embeddings.position_embeddings"),
-    ("text_embedding.types", "uniter.embeddings.token_type_embeddings"),
-    ("text_embedding.norm", "uniter.embeddings.LayerNorm"),
+    *common.BERT_NAMES,
     ("region_embedding.features_norm", "uniter.img_embeddings.img_layer_norm"),
     ("region_embedding.features", "uniter.img_embeddings.img_linear"),
     ("region_embedding.boxes_norm", "uniter.img_embeddings.pos_layer_norm"),
     ("region_embedding.boxes", "uniter.img_embeddings.pos_linear"),
     ("region_embedding.norm", "uniter.img_embeddings.LayerNorm"),
     ("region_embedding.mask", "uniter.img_embeddings.mask_embedding.weight"),
-    ("feed_forward.up", "intermediate.dense"),
-    ("feed_forward.down", "output.dense"),
-    ("feed_forward.norm", "output.LayerNorm"),
-    ("attention.query", "attention.self.query"),
-    ("attention.key", "attention.self.key"),
-    ("attention.value", "attention.self.value"),
-    ("attention.output", "attention.output.dense"),
-    ("attention.norm", "attention.output.LayerNorm"),
-    ("layers.", "uniter.encoder.layer."),
-    ("pooler.", "uniter.pooler."),
-    ("heads.mlm.transform.norm", "cls.predictions.transform.LayerNorm"),
-    ("heads.mlm.", "cls.predictions."),
+    ("layers.", "bert.encoder.layer."),
+    ("pooler.", "bert.pooler."),
+    ("bert.", "uniter."),
     ("heads.mrfr.transform.dense", "feat_regress.net.0"),
     ("heads.mrfr.transform.norm", "feat_regress.net.2"),
     ("heads.mrfr.", "feat_regress."),
@@ -474,9 +459,8 @@ def to_official(state):
 
     ValueError for a model with heads for both VQA and entailment: officially they have one name.
     """
-    if any(name.startswith("heads.vqa.") for name in state) and any(name.startswith("heads.ve.") for name in state):
-        raise ValueError("heads vqa and ve share one official name: export them from two models")
-    out = {rename(name, OFFICIAL): tensor for name, tensor in state.items()}
+    clash = "heads vqa and ve share one official name: export them from two models"
+    out = common.official_names(state, OFFICIAL, clash)
     for side in ("attn1", "attn2"):  # torch's MultiheadAttention stacks query, key and value
         for kind in ("weight", "bias"):
             if f"{side}.query.{kind}" in out:
@@ -485,34 +469,26 @@ def to_official(state):
                 out[f"{side}.out_proj.{kind}"] = out.pop(f"{side}.output.{kind}")
     mask = "uniter.img_embeddings.mask_embedding.weight"
     out[mask] = torch.stack([torch.zeros_like(out[mask]), out[mask]])  # (F,) -> (2, F), row 0 = not masked
-    if "cls.predictions.bias" in out:
-        out["cls.predictions.decoder.weight"] = out["uniter.embeddings.word_embeddings.weight"]
     if "feat_regress.bias" in out:
         out["feat_regress.weight"] = out["uniter.img_embeddings.img_linear.weight"]
     return out
 
 
 def from_official(state, names):
-    """An official state dict under our names. names: those of the model that will load it, `model.state_dict()`.
-
-    Accepts the prefixes `module.` and `bert.` and TF's gamma and beta. Returns (state, unexpected official names);
-    what is missing, the caller sees from the difference to `names`.
-    """
+    """An official state dict under our names, see `common.our_names`. Accepts the prefixes `module.` and `bert.` and
+    TF's gamma and beta."""
     given = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("module.")
+    for name, tensor in common.plain_names(state).items():
         name = "uniter." + name.removeprefix("bert.") if name.startswith("bert.") else name
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if ".in_proj_" in name:
             side, kind = name.split(".in_proj_")
             for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 given[f"{side}.{part}.{kind}"] = piece  # (3C, C) -> 3 x (C, C)
         elif name.endswith("mask_embedding.weight"):
             given[name] = tensor[1]
-        elif name not in ("cls.predictions.decoder.weight", "feat_regress.weight"):  # tied
+        elif name != "feat_regress.weight":  # tied
             given[name.replace(".out_proj.", ".output.")] = tensor
-    ours = {rename(name, OFFICIAL): name for name in names}
-    return {ours[n]: t for n, t in given.items() if n in ours}, [n for n in given if n not in ours]
+    return common.our_names(given, names, OFFICIAL)
 
 
 FROM_BERT = ("text_embedding.", "layers.", "pooler.")  # what BERT's weights must supply: all but regions and heads
@@ -522,12 +498,12 @@ def sizes_of(state, config):
     """Config fields that an official state dict, or BERT's, determines (section 3.1: the trunk starts as BERT, whole;
     the masked-word head too). config: as in `common.text_sizes`. KeyError names what is lacking, ValueError tells why.
     """
-    sizes = text_sizes(state, config) | {"layers": count_layers(state, "encoder.layer.")}
+    sizes = common.text_sizes(state, config) | {"layers": common.count_layers(state, "encoder.layer.")}
     if any("img_embeddings." in name for name in state):
-        sizes["feature_size"] = shape_of(state, "img_embeddings.img_linear.weight")[1]  # (C, F)
-        sizes["classes"] = shape_of(state, "region_classifier.net.3.weight", (Config.classes,))[0]
+        sizes["feature_size"] = common.shape_of(state, "img_embeddings.img_linear.weight")[1]  # (C, F)
+        sizes["classes"] = common.shape_of(state, "region_classifier.net.3.weight", (Config.classes,))[0]
     if any(name.endswith("nlvr2_output.weight") for name in state):
-        wide = shape_of(state, "nlvr2_output.weight")[1] > sizes["hidden"]  # (2, 2C), of two vectors, or (2, C)
+        wide = common.shape_of(state, "nlvr2_output.weight")[1] > sizes["hidden"]  # (2, 2C), of two vectors, or (2, C)
         paired = any("attn1." in name for name in state)
         sizes["nlvr2"] = "paired-attention" if paired else "paired" if wide else "triplet"
     if any("re_output.3." in name for name in state):

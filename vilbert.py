@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import common
 from common import (
     AttentionBlock,
     ContrastHead,
@@ -36,7 +37,6 @@ from common import (
     attention_bias,
     captioning,
     centre_boxes,
-    count_layers,
     cross_entropy,
     image_text_contrast,
     image_text_matching,
@@ -47,10 +47,7 @@ from common import (
     prefix_mask,
     projections,
     question_answering,
-    rename,
-    shape_of,
     soft_answer_loss,
-    text_sizes,
 )
 
 # ---- configuration ---------------------------------------------------------------------------------------------
@@ -584,28 +581,11 @@ SUMMED = ()  # losses that are sums over the batch, not means
 # ---- official checkpoint names ---------------------------------------------------------------------------------
 
 OFFICIAL = [  # (ours, official), in this order
-    ("text_embedding.words", "bert.embeddings.word_embeddings"),
-    ("text_embedding.positions", "bert.embeddings.position_embeddings"),
-    ("text_embedding.types", "bert.embeddings.token_type_embeddings"),
     ("text_embedding.tasks", "bert.embeddings.task_embeddings"),
-    ("text_embedding.norm", "bert.embeddings.LayerNorm"),
     ("region_embedding.features", "bert.v_embeddings.image_embeddings"),
     ("region_embedding.boxes", "bert.v_embeddings.image_location_embeddings"),
     ("region_embedding.norm", "bert.v_embeddings.LayerNorm"),
-    ("text_feed_forward.up", "t_intermediate.dense"),
-    ("text_feed_forward.down", "t_output.dense"),
-    ("text_feed_forward.norm", "t_output.LayerNorm"),
-    ("region_feed_forward.up", "v_intermediate.dense"),
-    ("region_feed_forward.down", "v_output.dense"),
-    ("region_feed_forward.norm", "v_output.LayerNorm"),
-    ("feed_forward.up", "intermediate.dense"),
-    ("feed_forward.down", "output.dense"),
-    ("feed_forward.norm", "output.LayerNorm"),
-    ("attention.query", "attention.self.query"),
-    ("attention.key", "attention.self.key"),
-    ("attention.value", "attention.self.value"),
-    ("attention.output", "attention.output.dense"),
-    ("attention.norm", "attention.output.LayerNorm"),
+    *common.BERT_NAMES,
     ("gate_query", "attention.self.dyLinear_q"),
     ("gate_key", "attention.self.dyLinear_k"),
     ("text_reads.query", "biattention.query2"),  # 1 is the picture, 2 the text
@@ -619,13 +599,13 @@ OFFICIAL = [  # (ours, official), in this order
     ("regions_read.output", "biOutput.dense1"),
     ("regions_read.norm", "biOutput.LayerNorm1"),
     ("unused", "biOutput.q_dense"),
+    (".text_", ".t_"),  # what is left in a co-attention layer: text_feed_forward and region_feed_forward
+    (".region_", ".v_"),
     ("text_layers.", "bert.encoder.layer."),
     ("region_layers.", "bert.encoder.v_layer."),
     ("connections.", "bert.encoder.c_layer."),
     ("text_pooler.", "bert.t_pooler."),
     ("region_pooler.", "bert.v_pooler."),
-    ("heads.mlm.transform.norm", "cls.predictions.transform.LayerNorm"),
-    ("heads.mlm.", "cls.predictions."),
     ("heads.mrfr.", "heads.mrc."),  # the official code has one region head, for classes or for features
     ("heads.mrc.0", "cls.imagePredictions.transform.dense"),
     ("heads.mrc.2", "cls.imagePredictions.transform.LayerNorm"),
@@ -647,30 +627,20 @@ def to_official(state):
     """Our state dict under the official names, tied matrices listed twice, as the official code saves them.
 
     ValueError where two of our heads have one official name: mrc and mrfr, vcr and rank."""
-    out = {rename(name, OFFICIAL): tensor for name, tensor in state.items()}
-    if len(out) < len(state):
-        raise ValueError("the official code has one region head (mrc or mrfr) and one choice head (vcr or rank)")
+    clash = "the official code has one region head (mrc or mrfr) and one choice head (vcr or rank)"
+    out = common.official_names(state, OFFICIAL, clash)
     for name in {"cls.bi_seq_relationship.weight", "cls.bi_seq_relationship.bias"} & set(out):
         out[name] = out[name].flip(0)  # (2, C) or (2,): the official class 0 is "match"
-    if "cls.predictions.bias" in out:
-        out["cls.predictions.decoder.weight"] = out["bert.embeddings.word_embeddings.weight"]
     return out
 
 
 def from_official(state, names):
-    """An official state dict under our names. names: those of the model that will load it, `model.state_dict()`.
-
-    Accepts the prefix `module.`, TF's gamma and beta, and BERT's own checkpoints, for the text stream. Returns (state,
-    unexpected official names); what is missing, the caller sees from the difference to `names`.
-    """
+    """An official state dict under our names, see `common.our_names`. Accepts the prefix `module.`, TF's gamma and
+    beta, and BERT's own checkpoints, for the text stream."""
     given = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("module.")
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if name != "cls.predictions.decoder.weight":  # tied
-            given[name] = tensor.flip(0) if name.startswith("cls.bi_seq_relationship.") else tensor
-    ours = {rename(name, OFFICIAL): name for name in names}
-    return {ours[n]: t for n, t in given.items() if n in ours}, [n for n in given if n not in ours]
+    for name, tensor in common.plain_names(state).items():
+        given[name] = tensor.flip(0) if name.startswith("cls.bi_seq_relationship.") else tensor
+    return common.our_names(given, names, OFFICIAL)
 
 
 FROM_BERT = ("text_embedding.", "text_layers.")  # what BERT's weights must supply; its pooler has no place here
@@ -683,17 +653,17 @@ def sizes_of(state, config):
 
     config: as in `common.text_sizes`. KeyError names what is lacking, ValueError tells why.
     """
-    sizes = text_sizes(state, config) | {"layers": count_layers(state, "encoder.layer.")}
+    sizes = common.text_sizes(state, config) | {"layers": common.count_layers(state, "encoder.layer.")}
     if any("v_embeddings." in name for name in state):
-        visual, features = shape_of(state, "v_embeddings.image_embeddings.weight")  # (C, F)
-        shared, depth = shape_of(state, "t_pooler.dense.weight")[0], count_layers(state, "encoder.v_layer.")
-        connected = count_layers(state, "encoder.c_layer.")
+        visual, features = common.shape_of(state, "v_embeddings.image_embeddings.weight")  # (C, F)
+        shared = common.shape_of(state, "t_pooler.dense.weight")[0]
+        depth, connected = (common.count_layers(state, f"encoder.{kind}_layer.") for kind in "vc")
         sizes["feature_size"] = features
-        sizes["visual_intermediate"] = shape_of(state, "encoder.v_layer.0.intermediate.dense.weight")[0]
-        sizes["classes"] = shape_of(state, "cls.imagePredictions.decoder.weight", (Config.classes,))[0]
-        sizes["gqa_answers"] = shape_of(state, "vil_prediction_gqa.logit_fc.3.weight", (Config.gqa_answers,))[0]
+        sizes["visual_intermediate"] = common.shape_of(state, "encoder.v_layer.0.intermediate.dense.weight")[0]
+        sizes["classes"] = common.shape_of(state, "cls.imagePredictions.decoder.weight", (Config.classes,))[0]
+        sizes["gqa_answers"] = common.shape_of(state, "vil_prediction_gqa.logit_fc.3.weight", (Config.gqa_answers,))[0]
         sizes["twelve_in_one"] = any("vil_prediction.logit_fc." in name for name in state)
-        sizes["task_tokens"] = shape_of(state, "embeddings.task_embeddings.weight", (0,))[0]
+        sizes["task_tokens"] = common.shape_of(state, "embeddings.task_embeddings.weight", (0,))[0]
         sizes["dynamic_attention"] = any("dyLinear_q." in name for name in state)
     else:
         depth = connected = max(1, sizes["layers"] // 2)
