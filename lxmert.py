@@ -25,34 +25,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from common import (
-    AttentionBlock,
-    ContrastHead,
-    Dropout,
-    Encoding,
-    HeadTransform,
-    LayerNorm,
-    MaskedLMHead,
-    Pooler,
-    TransformerLayer,
-    at,
-    attention_bias,
-    captioning,
-    centre_boxes,
-    cross_entropy,
-    image_text_contrast,
-    image_text_matching,
-    initialise,
-    masked_lm,
-    mlp,
-    prefix_mask,
-    projections,
-    question_answering,
-    referring_expression,
-    retrieval_rank,
-    visual_commonsense_reasoning,
-    visual_entailment,
-)
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -97,24 +69,7 @@ PRESETS = {
     "base": {},
 }
 
-# ---- embeddings ------------------------------------------------------------------------------------------------
-
-
-class TextEmbedding(nn.Module):
-    """BERT's: norm(word + position + segment), then dropout. ids, segments (B, T) -> (B, T, C)."""
-
-    def __init__(self, config):
-        super().__init__()
-        # all three tables have a "padding" row 0 in the official code: position 0 and segment 0 are used as they were
-        # drawn and never learn. The released weights were trained so, and the fixtures' gradients show it.
-        self.words = nn.Embedding(config.vocab_size, config.hidden, padding_idx=0)
-        self.positions = nn.Embedding(config.max_positions, config.hidden, padding_idx=0)
-        self.types = nn.Embedding(config.types, config.hidden, padding_idx=0)
-        self.norm, self.dropout = LayerNorm(config.hidden), Dropout(config.dropout)
-
-    def forward(self, ids, segments, before=0):
-        positions = torch.arange(before, before + ids.shape[1], device=ids.device)
-        return self.dropout(self.norm(self.words(ids) + self.positions(positions) + self.types(segments)))
+# ---- embeddings: the regions'; the words' is BERT's, `common.TextEmbedding` -------------------------------------
 
 
 class RegionEmbedding(nn.Module):
@@ -126,9 +81,10 @@ class RegionEmbedding(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.features, self.features_norm = nn.Linear(config.feature_size, config.hidden), LayerNorm(config.hidden)
-        self.boxes, self.boxes_norm = nn.Linear(4, config.hidden), LayerNorm(config.hidden)
-        self.dropout = Dropout(config.dropout)
+        width = config.hidden
+        self.features, self.features_norm = nn.Linear(config.feature_size, width), common.LayerNorm(width)
+        self.boxes, self.boxes_norm = nn.Linear(4, width), common.LayerNorm(width)
+        self.dropout = common.Dropout(config.dropout)
 
     def forward(self, features, boxes):
         looks, place = self.features_norm(self.features(features)), self.boxes_norm(self.boxes(boxes))
@@ -152,8 +108,8 @@ class CrossLayer(nn.Module):
     def __init__(self, *sizes):
         super().__init__()
         width, heads, _, dropout = sizes
-        self.cross = AttentionBlock(width, heads, dropout)
-        self.text, self.regions = TransformerLayer(*sizes), TransformerLayer(*sizes)
+        self.cross = common.AttentionBlock(width, heads, dropout)
+        self.text, self.regions = common.TransformerLayer(*sizes), common.TransformerLayer(*sizes)
 
     def read(self, text, regions, text_bias, region_bias, cache):
         """The same for `decode`: the words' half alone, since regions that read the words would tell what comes."""
@@ -177,18 +133,20 @@ class LXMERT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.text_embedding = TextEmbedding(config)
+        # position 0 and segment 0 are "padding" too in the official code: used as they were drawn, they never learn.
+        # The released weights were trained so, and the fixtures' gradients show it.
+        self.text_embedding = common.TextEmbedding(config, padding_idx=0)
         self.region_embedding = RegionEmbedding(config)
         sizes = config.hidden, config.attention_heads, config.intermediate, config.dropout
-        self.language_layers = nn.ModuleList(TransformerLayer(*sizes) for _ in range(config.language_layers))
-        self.relation_layers = nn.ModuleList(TransformerLayer(*sizes) for _ in range(config.relation_layers))
+        self.language_layers = nn.ModuleList(common.TransformerLayer(*sizes) for _ in range(config.language_layers))
+        self.relation_layers = nn.ModuleList(common.TransformerLayer(*sizes) for _ in range(config.relation_layers))
         self.cross_layers = nn.ModuleList(CrossLayer(*sizes) for _ in range(config.cross_layers))
-        self.pooler = Pooler(config.hidden)
+        self.pooler = common.Pooler(config.hidden)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
         if {"mrfr", "mrc", "attr"} & set(config.heads):
-            self.heads["regions"] = HeadTransform(config.hidden)  # the three region heads share it
-        initialise(self, config.hidden)
-        centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6])
+            self.heads["regions"] = common.HeadTransform(config.hidden)  # the three region heads share it
+        common.initialise(self, config.hidden)
+        common.centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6])
 
     def embed_text(self, batch):
         """(B, T, C)"""
@@ -203,16 +161,10 @@ class LXMERT(nn.Module):
         return self.encode(batch, regions=False).text, self.encode(batch, text=False).regions
 
     def decode(self, batch, cache=None):
-        """The text read from left to right, as a prefix language model has it (UniLM, Dong 2019; not in the paper):
-        every word sees the regions and the words up to itself, regions see regions only. Returns (B, T, C).
-        In a cross-modality layer the regions keep to themselves: theirs is the self-attention alone.
-
-        cache: a dict, empty at the first call; batch.text then holds only the pieces that follow those of the calls
-        before. None: the whole text at once.
-        """
-        cache = {} if cache is None else cache
-        hidden = self.config.hidden_score
-        region_bias = attention_bias(batch.region_mask, batch.boxes.dtype, hidden)  # (B, 1, 1, N)
+        """The text read from left to right, for captions (see `common.next_words`). Returns (B, T, C).
+        In a cross-modality layer the regions keep to themselves: theirs is the self-attention alone."""
+        cache, hidden = {} if cache is None else cache, self.config.hidden_score
+        region_bias = common.attention_bias(batch.region_mask, batch.boxes.dtype, hidden)  # (B, 1, 1, N)
         if not cache:
             areas = self.embed_regions(batch)
             for layer in self.relation_layers:
@@ -220,49 +172,15 @@ class LXMERT(nn.Module):
             cache["areas"] = [areas]
             for layer in self.cross_layers[:-1]:
                 cache["areas"].append(layer.regions(cache["areas"][-1], region_bias))
-        before, T = cache.get("words", 0), batch.text.shape[1]
-        cache["words"] = before + T
-        words = self.text_embedding(batch.text, batch.segments, before)
-        bias = attention_bias(prefix_mask(batch.region_mask[:, :0], T, before), words.dtype, hidden)  # (B,1,T,before+T)
+        words, seen = common.next_words(self, batch, cache, batch.region_mask[:, :0])
+        bias = common.attention_bias(seen, words.dtype, hidden)  # (B, 1, T, words so far)
         for layer in self.language_layers:
             words = layer(words, bias, cache=cache)
         for layer, areas in zip(self.cross_layers, cache["areas"], strict=True):
             words = layer.read(words, areas, bias, region_bias, cache)
         return words
 
-    def encode(self, batch, text=True, regions=True, record=False, given=None):
-        """Encoding of words and regions together, or of one of the two alone: then by its own layers, without the
-        cross-modality layers. pooled is the pooler of the first word, or of the regions' mean without words.
-        given: what `unimodal` returned for both, not computed again."""
-        states, maps = {}, {}
-        words, areas = given or (None, None)
-        if text:
-            words = words if given else self.embed_text(batch)
-            text_bias = attention_bias(batch.text_mask, words.dtype, self.config.hidden_score)  # (B, 1, 1, T)
-        if regions:
-            areas = areas if given else self.embed_regions(batch)
-            region_bias = attention_bias(batch.region_mask, areas.dtype, self.config.hidden_score)  # (B, 1, 1, N)
-        if text and not given:
-            words = self.single("text", self.language_layers, words, text_bias, record, states, maps)
-        if regions and not given:
-            areas = self.single("regions", self.relation_layers, areas, region_bias, record, states, maps)
-        if text and regions:
-            for i, layer in enumerate(self.cross_layers):
-                probabilities = [] if record else None
-                words, areas = layer(words, areas, text_bias, region_bias, probabilities)
-                if record:
-                    states[f"cross.{i}.text"], states[f"cross.{i}.regions"] = words, areas
-                    names = "text_to_regions", "regions_to_text", "text", "regions"
-                    maps |= {f"cross.{i}.{name}": p for name, p in zip(names, probabilities, strict=True)}
-        if text:
-            pooled = self.pooler(words)
-        else:
-            seen = batch.region_mask[:, :, None].to(areas.dtype)  # (B, N, 1)
-            mean = (areas * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1.0)  # (B, 1, C)
-            pooled = self.pooler(mean)
-        return Encoding(words, areas, pooled, states, maps)
-
-    def single(self, name, layers, x, bias, record, states, maps):
+    def run(self, name, layers, x, bias, record, states, maps):
         """One modality through its own layers. x (B, S, C), bias (B, 1, 1, S) -> (B, S, C)."""
         if record:
             states[f"{name}.embedding"] = x
@@ -272,6 +190,32 @@ class LXMERT(nn.Module):
             if record:
                 states[f"{name}.{i}"], maps[f"{name}.{i}"] = x, probabilities[0]
         return x
+
+    def encode(self, batch, text=True, regions=True, record=False, given=None):
+        """Encoding of words and regions together, or of one of the two alone: then by its own layers, without the
+        cross-modality layers. pooled is the pooler of the first word, or of the regions' mean without words.
+        given: what `unimodal` returned for both, not computed again."""
+        states, maps, hidden = {}, {}, self.config.hidden_score
+        words, areas = given or (None, None)
+        if text:
+            words = words if given else self.embed_text(batch)
+            text_bias = common.attention_bias(batch.text_mask, words.dtype, hidden)  # (B, 1, 1, T)
+        if regions:
+            areas = areas if given else self.embed_regions(batch)
+            region_bias = common.attention_bias(batch.region_mask, areas.dtype, hidden)  # (B, 1, 1, N)
+        if text and not given:
+            words = self.run("text", self.language_layers, words, text_bias, record, states, maps)
+        if regions and not given:
+            areas = self.run("regions", self.relation_layers, areas, region_bias, record, states, maps)
+        for i, layer in enumerate(self.cross_layers if text and regions else ()):
+            probabilities = [] if record else None
+            words, areas = layer(words, areas, text_bias, region_bias, probabilities)
+            if record:
+                states[f"cross.{i}.text"], states[f"cross.{i}.regions"] = words, areas
+                names = "text_to_regions", "regions_to_text", "text", "regions"
+                maps |= {f"cross.{i}.{name}": p for name, p in zip(names, probabilities, strict=True)}
+        pooled = self.pooler(words if text else common.masked_mean(areas, batch.region_mask)[:, None])  # of (B, 1, C)
+        return common.Encoding(words, areas, pooled, states, maps)
 
     def word_scores(self, states):
         """Scores of the vocabulary by the masked-word head: states (..., C) -> (..., V)."""
@@ -304,8 +248,8 @@ def masked_region_features(model, encoding, batch):
     Divided by the number of ALL real regions, times 1/0.15. batch.region_index (M,), clean_features (B, N, F) the
     features before masking. Scores (M, F).
     """
-    scores = model.heads["mrfr"](model.heads["regions"](at(encoding.regions, batch.region_index)))
-    target = at(batch.clean_features, batch.region_index)
+    scores = model.heads["mrfr"](model.heads["regions"](common.at(encoding.regions, batch.region_index)))
+    target = common.at(batch.clean_features, batch.region_index)
     losses = F.smooth_l1_loss(scores, target.to(scores.dtype), reduction="none").mean(-1)  # (M, F) -> (M,)
     return model.config.region_factor * losses.sum() / batch.region_mask.sum(), scores
 
@@ -318,7 +262,7 @@ def confident_cross_entropy(model, head, encoding, batch, labels, confidence):
     scores = model.heads[head](model.heads["regions"](encoding.regions))  # (B, N, C) -> (B, N, K)
     losses = F.cross_entropy(scores.transpose(1, 2), labels, ignore_index=-1, reduction="none")  # (B, N)
     total = (losses * confidence * batch.region_mask).sum()
-    return model.config.region_factor * total / batch.region_mask.sum(), at(scores, batch.region_index)
+    return model.config.region_factor * total / batch.region_mask.sum(), common.at(scores, batch.region_index)
 
 
 def masked_region_class(model, encoding, batch):
@@ -339,12 +283,10 @@ def masked_region_class_kl(model, encoding, batch):
 
     batch.object_probs (B, N, K), class 0 = background; mean over masked regions and classes. Scores (M, K - 1).
     """
-    scores = model.heads["mrc"](model.heads["regions"](at(encoding.regions, batch.region_index)))
-    target = at(batch.object_probs, batch.region_index)[:, 1:].to(scores.dtype)
-    if len(target) == 0:
-        return scores.sum() * 0.0, scores
+    scores = model.heads["mrc"](model.heads["regions"](common.at(encoding.regions, batch.region_index)))
+    target = common.at(batch.object_probs, batch.region_index)[:, 1:].to(scores.dtype)
     target = target / target.sum(-1, keepdim=True).clamp(min=1e-6)
-    return F.kl_div(scores.log_softmax(-1), target, reduction="none").mean(), scores
+    return F.kl_div(scores.log_softmax(-1), target, reduction="sum") / max(1, target.numel()), scores
 
 
 def image_question_answering(model, encoding, batch):
@@ -364,18 +306,18 @@ def image_question_answering(model, encoding, batch):
 
 
 HEADS = {
-    "mlm": lambda c: MaskedLMHead(c.hidden, c.vocab_size),
+    "mlm": lambda c: common.MaskedLMHead(c.hidden, c.vocab_size),
     "mrfr": lambda c: nn.Linear(c.hidden, c.feature_size),
     "mrc": lambda c: nn.Linear(c.hidden, c.classes - 1),
     "attr": lambda c: nn.Linear(c.hidden, c.attributes),
     "itm": lambda c: nn.Linear(c.hidden, 2),
-    "itc": lambda c: ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
-    "hidden": lambda c: projections(c.hidden, c.hidden, c.teacher_widths),
-    "qa": lambda c: mlp(c.hidden, 2 * c.hidden, c.answers),
-    "vqa": lambda c: mlp(c.hidden, 2 * c.hidden, c.answers),
-    "ve": lambda c: mlp(c.hidden, 2 * c.hidden, 3),
-    "nlvr2": lambda c: mlp(2 * c.hidden, 2 * c.hidden, 2),
-    "vcr": lambda c: mlp(c.hidden, 2 * c.hidden, 2),
+    "itc": lambda c: common.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
+    "hidden": lambda c: common.projections(c.hidden, c.hidden, c.teacher_widths),
+    "qa": lambda c: common.mlp(c.hidden, 2 * c.hidden, c.answers),
+    "vqa": lambda c: common.mlp(c.hidden, 2 * c.hidden, c.answers),
+    "ve": lambda c: common.mlp(c.hidden, 2 * c.hidden, 3),
+    "nlvr2": lambda c: common.mlp(2 * c.hidden, 2 * c.hidden, 2),
+    "vcr": lambda c: common.mlp(c.hidden, 2 * c.hidden, 2),
     "rank": lambda c: nn.Linear(c.hidden, 1),
     "refer": lambda c: nn.Linear(c.hidden, 1),
 }
@@ -384,7 +326,7 @@ HEADS = {
 def question_answering_hard(model, encoding, batch):
     """GQA's alternative (`--mceLoss`): cross-entropy with the best answer, times A, as there. Scores (B, A)."""
     scores = model.heads["vqa"](encoding.pooled)
-    return cross_entropy(scores, batch.answers.argmax(1)) * scores.shape[1], scores
+    return common.cross_entropy(scores, batch.answers.argmax(1)) * scores.shape[1], scores
 
 
 def natural_language_for_visual_reasoning(model, encoding, batch):
@@ -393,33 +335,23 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
     The batch has 2B rows, the statement with each picture in turn; the two pooled vectors are joined.
     """
     scores = model.heads["nlvr2"](encoding.pooled.reshape(len(batch.target), -1))  # (2B, C) -> (B, 2C) -> (B, 2)
-    return cross_entropy(scores, batch.target), scores
+    return common.cross_entropy(scores, batch.target), scores
 
 
-OBJECTIVES = {
-    "mlm": masked_lm,
+# the shared ones: mlm, itm, itc, vqa, ve, vcr, rank, refer, caption; of one name, the paper's own counts
+OBJECTIVES = common.SHARED_OBJECTIVES | {
     "mrfr": masked_region_features,
     "mrc": masked_region_class,
     "mrc_kl": masked_region_class_kl,
     "attr": masked_region_attribute,
-    "itm": image_text_matching,
-    "itc": image_text_contrast,
     "qa": image_question_answering,
-    "vqa": question_answering,
-    "gqa": question_answering,
+    "gqa": common.question_answering,
     "gqa_hard": question_answering_hard,
-    "ve": visual_entailment,
     "nlvr2": natural_language_for_visual_reasoning,
-    "vcr": visual_commonsense_reasoning,
-    "rank": retrieval_rank,
-    "refer": referring_expression,
-    "caption": captioning,
 }
 
-# Text types of VCR: a question and its answer; a question, its answer and the reason
-VCR_TYPES = ((0, 1), (0, 0, 1))
-# False partners of a true pair in retrieval, in the order of the rows
-NEGATIVES = ("image", "text")
+VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
+NEGATIVES = ("image", "text")  # false partners of a true pair in retrieval, in the order of the rows
 SUMMED = ("refer",)  # losses that are sums over the batch, not means
 
 # ---- official checkpoint names ---------------------------------------------------------------------------------
