@@ -1,8 +1,9 @@
 """common.py: the formulas that ViLBERT, LXMERT and UNITER share, written out once.
 
 All three papers build on BERT's post-norm Transformer (Devlin 2019), so its parts are here: scaled dot-product
-attention, multi-head attention (self and cross), feed-forward, layer norm, GELU, pooler and prediction heads; then
-losses and optimal transport, contrast, distillation, metrics, beam search, and what official names have in common.
+attention, multi-head attention (self and cross), feed-forward, layer norm, GELU, the embedding of words, pooler and
+prediction heads; then losses and optimal transport, contrast, objectives that models share, distillation, metrics, beam
+search, and what official names have in common.
 Where torch has a faster kernel, the explicit formula stands first and the kernel beside it; `tests/test_common.py`
 holds the two equal.
 
@@ -45,15 +46,6 @@ def attention_bias(mask, dtype, hidden=-10000.0):
     """
     mask = mask[:, None] if mask.ndim == 2 else mask  # (B, S) -> (B, 1, S)
     return (1.0 - mask[:, None].to(dtype)) * hidden  # (B, 1 or T, S) -> (B, 1, 1 or T, S)
-
-
-def prefix_mask(region_mask, words, before=0):
-    """Who sees what when words are read from left to right beside a picture: every word sees all regions, the words
-    before it and itself. region_mask (B, N) bool. Returns (B, T, N + before + T) bool, True = seen, T = `words`, for
-    the keys [regions; `before` words read earlier; these words]."""
-    everything = torch.ones(words, before + words, dtype=torch.bool, device=region_mask.device)
-    rows = everything.tril(before).expand(len(region_mask), -1, -1)  # (B, T, before + T)
-    return torch.cat([region_mask[:, None].expand(-1, words, -1), rows], 2)
 
 
 def attention(query, key, value, bias=None, dropout=0.0):
@@ -126,6 +118,25 @@ class Dropout(nn.Dropout):
 
     def forward(self, x):
         return drop(x, self.p) if self.training else x
+
+
+class TextEmbedding(nn.Module):
+    """BERT's: norm(word + position + type), then dropout. ids, segments (B, T) -> (B, T, C).
+
+    before: how many words were read earlier, for texts that come in parts. The word table's row 0, the padding, never
+    learns; padding_idx=0: nor do position 0 and type 0.
+    """
+
+    def __init__(self, config, padding_idx=None):
+        super().__init__()
+        self.words = nn.Embedding(config.vocab_size, config.hidden, padding_idx=0)
+        self.positions = nn.Embedding(config.max_positions, config.hidden, padding_idx=padding_idx)
+        self.types = nn.Embedding(config.types, config.hidden, padding_idx=padding_idx)
+        self.norm, self.dropout = LayerNorm(config.hidden), Dropout(config.dropout)
+
+    def forward(self, ids, segments, before=0):
+        positions = torch.arange(before, before + ids.shape[1], device=ids.device)
+        return self.dropout(self.norm(self.words(ids) + self.positions(positions) + self.types(segments)))
 
 
 class MultiHeadAttention(nn.Module):
@@ -284,6 +295,11 @@ def at(states, index):
     Index lists are made on the CPU with the batch, so that a GPU never waits for a boolean mask to be counted.
     """
     return states.flatten(0, 1).index_select(0, index)  # (B,S,C) -> (B*S,C) -> (M,C)
+
+
+def masked_mean(states, mask):
+    """The mean over a row's real positions: states (B, S, C), mask (B, S) bool, True = real -> (B, C); 0 of none."""
+    return states.masked_fill(~mask[:, :, None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def cross_entropy(scores, labels, reduction="mean"):
@@ -477,9 +493,7 @@ class ContrastHead(nn.Module):
 
     def image(self, states, mask):
         """(B, N, C), mask (B, N) bool, True = a region -> (B, E)"""
-        seen = mask[:, :, None].to(states.dtype)  # (B, N, 1)
-        mean = (states * seen).sum(1) / seen.sum(1).clamp(min=1.0)  # (B, C)
-        return unit(self.project_image(mean))
+        return unit(self.project_image(masked_mean(states, mask)))
 
     def forward(self, image, text, pictures):
         """The loss that `kind` names, over the rows of all processes: image, text (B, E), pictures (B,) int64, which
@@ -510,9 +524,20 @@ def masked_lm(model, encoding, batch):
 
     batch.word_index (M,) flat positions of the masked words, word_labels (M,) what they were. Scores (M, V).
     """
-    words = model.text_embedding.words.weight
-    scores = model.heads["mlm"](at(encoding.text, batch.word_index), words)
+    scores = model.word_scores(at(encoding.text, batch.word_index))
     return cross_entropy(scores, batch.word_labels), scores
+
+
+def masked_region_class(model, encoding, batch):
+    """Masked region classification (UNITER 3.2; no objective of ViLBERT's paper, and LXMERT has its own): cross-entropy
+    with the detector's most likely class, background left out.
+
+    batch.region_index (M,) flat positions of the masked regions, object_probs (B, N, K), class 0 = background; mean
+    over masked regions. Scores (M, K).
+    """
+    scores = model.heads["mrc"](at(encoding.regions, batch.region_index))
+    labels = at(batch.object_probs, batch.region_index)[:, 1:].argmax(-1) + 1
+    return cross_entropy(scores, labels), scores
 
 
 def image_text_matching(model, encoding, batch):
@@ -590,6 +615,19 @@ def captioning(model, encoding, batch):
     """
     scores = model.word_scores(at(model.decode(batch), batch.word_index))
     return cross_entropy(scores, batch.word_labels), scores
+
+
+SHARED_OBJECTIVES = {  # each model file adds its own, or puts its own in place of one of these
+    "mlm": masked_lm,
+    "itm": image_text_matching,
+    "itc": image_text_contrast,
+    "vqa": question_answering,
+    "ve": visual_entailment,
+    "vcr": visual_commonsense_reasoning,
+    "rank": retrieval_rank,
+    "refer": referring_expression,
+    "caption": captioning,
+}
 
 
 # ---- distillation: a student learns a teacher's scores, attention and states ------------------------------------
@@ -725,6 +763,23 @@ def bleu(candidates, references, longest=4):
 # ---- generation -------------------------------------------------------------------------------------------------
 
 
+def next_words(model, batch, cache, region_mask):
+    """What the models' `decode` have in common. `decode(batch, cache)` reads a text from left to right, as a prefix
+    language model has it (UniLM, Dong 2019; in none of the papers): every word sees the regions, the words before it
+    and itself; regions see regions only. It returns the words' last states (B, T, C).
+
+    cache: a dict, empty at the first call, in which `decode` keeps what it computed of regions and of earlier words;
+    batch.text then holds only the words that follow those of the calls before. None: the whole text at once.
+    Returns the embedding of batch.text (B, T, C), and who is seen (B, T, N + before + T) bool, the keys being [regions;
+    `before` earlier words; these words]. region_mask (B, N); N = 0 where the words' sequence has no regions in it.
+    """
+    before, T = cache.get("words", 0), batch.text.shape[1]
+    cache["words"] = before + T
+    past = torch.ones(T, before + T, dtype=torch.bool, device=region_mask.device).tril(before)
+    seen = torch.cat([region_mask[:, None].expand(-1, T, -1), past.expand(len(region_mask), -1, -1)], 2)
+    return model.text_embedding(batch.text, batch.segments, before), seen
+
+
 @torch.no_grad()
 def generate(model, batch, first, last, beams=1, most=40, cached=True):
     """Captions of a batch's pictures, word piece by word piece; beams=1 is greedy.
@@ -766,12 +821,56 @@ def generate(model, batch, first, last, beams=1, most=40, cached=True):
 
 # ---- names ------------------------------------------------------------------------------------------------------
 
+BERT_NAMES = [  # (ours, BERT's), in this order: what all three official codes have from BERT
+    ("text_embedding.words", "bert.embeddings.word_embeddings"),
+    ("text_embedding.positions", "bert.embeddings.position_embeddings"),
+    ("text_embedding.types", "bert.embeddings.token_type_embeddings"),
+    ("text_embedding.norm", "bert.embeddings.LayerNorm"),
+    ("feed_forward.up", "intermediate.dense"),
+    ("feed_forward.down", "output.dense"),
+    ("feed_forward.norm", "output.LayerNorm"),
+    ("attention.query", "attention.self.query"),
+    ("attention.key", "attention.self.key"),
+    ("attention.value", "attention.self.value"),
+    ("attention.output", "attention.output.dense"),
+    ("attention.norm", "attention.output.LayerNorm"),
+    ("heads.mlm.transform.norm", "cls.predictions.transform.LayerNorm"),
+    ("heads.mlm.", "cls.predictions."),
+]
+# Old spellings: of a model saved from DistributedDataParallel, and of TF's norms
+OLD_NAMES = [("module.", ""), ("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")]
+
 
 def rename(name, rules):
     """One parameter name under another convention: each rule (old, new) is a plain replacement, applied in order."""
     for old, new in rules:
         name = name.replace(old, new)
     return name
+
+
+def official_names(state, rules, clash):
+    """Our state dict under the official names, the masked-word head's matrix listed too, as the official codes save it:
+    it is the word table. ValueError, saying `clash`, where two of our parameters have one official name."""
+    out = {rename(name, rules): tensor for name, tensor in state.items()}
+    if len(out) < len(state):
+        raise ValueError(clash)
+    if "cls.predictions.bias" in out:
+        out["cls.predictions.decoder.weight"] = state["text_embedding.words.weight"]
+    return out
+
+
+def plain_names(state):
+    """An official state dict without old spellings and without the masked-word head's matrix, the word table again."""
+    plain = {rename(name, OLD_NAMES): tensor for name, tensor in state.items()}
+    return {name: tensor for name, tensor in plain.items() if name != "cls.predictions.decoder.weight"}
+
+
+def our_names(state, names, rules):
+    """An official state dict, in plain names, under ours. names: those of the model that will load it,
+    `model.state_dict()`. Returns (state, unexpected official names); what is missing, the caller sees from the
+    difference to `names`."""
+    ours = {rename(name, rules): name for name in names}
+    return {ours[n]: t for n, t in state.items() if n in ours}, [n for n in state if n not in ours]
 
 
 def bert_names(state):

@@ -24,38 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (
-    AttentionBlock,
-    ContrastHead,
-    Dropout,
-    Encoding,
-    HeadTransform,
-    LayerNorm,
-    MaskedLMHead,
-    Pooler,
-    TransformerLayer,
-    at,
-    attention_bias,
-    captioning,
-    centre_boxes,
-    count_layers,
-    cross_entropy,
-    image_text_contrast,
-    image_text_matching,
-    initialise,
-    masked_lm,
-    mlp,
-    prefix_mask,
-    projections,
-    question_answering,
-    referring_expression,
-    rename,
-    retrieval_rank,
-    shape_of,
-    text_sizes,
-    visual_commonsense_reasoning,
-    visual_entailment,
-)
+import common
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -100,24 +69,7 @@ PRESETS = {
     "base": {},
 }
 
-# ---- embeddings ------------------------------------------------------------------------------------------------
-
-
-class TextEmbedding(nn.Module):
-    """BERT's: norm(word + position + segment), then dropout. ids, segments (B, T) -> (B, T, C)."""
-
-    def __init__(self, config):
-        super().__init__()
-        # all three tables have a "padding" row 0 in the official code: position 0 and segment 0 are used as they were
-        # drawn and never learn. The released weights were trained so, and the fixtures' gradients show it.
-        self.words = nn.Embedding(config.vocab_size, config.hidden, padding_idx=0)
-        self.positions = nn.Embedding(config.max_positions, config.hidden, padding_idx=0)
-        self.types = nn.Embedding(config.types, config.hidden, padding_idx=0)
-        self.norm, self.dropout = LayerNorm(config.hidden), Dropout(config.dropout)
-
-    def forward(self, ids, segments, before=0):
-        positions = torch.arange(before, before + ids.shape[1], device=ids.device)
-        return self.dropout(self.norm(self.words(ids) + self.positions(positions) + self.types(segments)))
+# ---- embeddings: the regions'; the words' is BERT's, `common.TextEmbedding` -------------------------------------
 
 
 class RegionEmbedding(nn.Module):
@@ -129,9 +81,10 @@ class RegionEmbedding(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.features, self.features_norm = nn.Linear(config.feature_size, config.hidden), LayerNorm(config.hidden)
-        self.boxes, self.boxes_norm = nn.Linear(4, config.hidden), LayerNorm(config.hidden)
-        self.dropout = Dropout(config.dropout)
+        width = config.hidden
+        self.features, self.features_norm = nn.Linear(config.feature_size, width), common.LayerNorm(width)
+        self.boxes, self.boxes_norm = nn.Linear(4, width), common.LayerNorm(width)
+        self.dropout = common.Dropout(config.dropout)
 
     def forward(self, features, boxes):
         looks, place = self.features_norm(self.features(features)), self.boxes_norm(self.boxes(boxes))
@@ -155,8 +108,8 @@ class CrossLayer(nn.Module):
     def __init__(self, *sizes):
         super().__init__()
         width, heads, _, dropout = sizes
-        self.cross = AttentionBlock(width, heads, dropout)
-        self.text, self.regions = TransformerLayer(*sizes), TransformerLayer(*sizes)
+        self.cross = common.AttentionBlock(width, heads, dropout)
+        self.text, self.regions = common.TransformerLayer(*sizes), common.TransformerLayer(*sizes)
 
     def read(self, text, regions, text_bias, region_bias, cache):
         """The same for `decode`: the words' half alone, since regions that read the words would tell what comes."""
@@ -180,18 +133,20 @@ class LXMERT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.text_embedding = TextEmbedding(config)
+        # position 0 and segment 0 are "padding" too in the official code: used as they were drawn, they never learn.
+        # The released weights were trained so, and the fixtures' gradients show it.
+        self.text_embedding = common.TextEmbedding(config, padding_idx=0)
         self.region_embedding = RegionEmbedding(config)
         sizes = config.hidden, config.attention_heads, config.intermediate, config.dropout
-        self.language_layers = nn.ModuleList(TransformerLayer(*sizes) for _ in range(config.language_layers))
-        self.relation_layers = nn.ModuleList(TransformerLayer(*sizes) for _ in range(config.relation_layers))
+        self.language_layers = nn.ModuleList(common.TransformerLayer(*sizes) for _ in range(config.language_layers))
+        self.relation_layers = nn.ModuleList(common.TransformerLayer(*sizes) for _ in range(config.relation_layers))
         self.cross_layers = nn.ModuleList(CrossLayer(*sizes) for _ in range(config.cross_layers))
-        self.pooler = Pooler(config.hidden)
+        self.pooler = common.Pooler(config.hidden)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
         if {"mrfr", "mrc", "attr"} & set(config.heads):
-            self.heads["regions"] = HeadTransform(config.hidden)  # the three region heads share it
-        initialise(self, config.hidden)
-        centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6])
+            self.heads["regions"] = common.HeadTransform(config.hidden)  # the three region heads share it
+        common.initialise(self, config.hidden)
+        common.centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6])
 
     def embed_text(self, batch):
         """(B, T, C)"""
@@ -206,16 +161,10 @@ class LXMERT(nn.Module):
         return self.encode(batch, regions=False).text, self.encode(batch, text=False).regions
 
     def decode(self, batch, cache=None):
-        """The text read from left to right, as a prefix language model has it (UniLM, Dong 2019; not in the paper):
-        every word sees the regions and the words up to itself, regions see regions only. Returns (B, T, C).
-        In a cross-modality layer the regions keep to themselves: theirs is the self-attention alone.
-
-        cache: a dict, empty at the first call; batch.text then holds only the pieces that follow those of the calls
-        before. None: the whole text at once.
-        """
-        cache = {} if cache is None else cache
-        hidden = self.config.hidden_score
-        region_bias = attention_bias(batch.region_mask, batch.boxes.dtype, hidden)  # (B, 1, 1, N)
+        """The text read from left to right, for captions (see `common.next_words`). Returns (B, T, C).
+        In a cross-modality layer the regions keep to themselves: theirs is the self-attention alone."""
+        cache, hidden = {} if cache is None else cache, self.config.hidden_score
+        region_bias = common.attention_bias(batch.region_mask, batch.boxes.dtype, hidden)  # (B, 1, 1, N)
         if not cache:
             areas = self.embed_regions(batch)
             for layer in self.relation_layers:
@@ -223,49 +172,15 @@ class LXMERT(nn.Module):
             cache["areas"] = [areas]
             for layer in self.cross_layers[:-1]:
                 cache["areas"].append(layer.regions(cache["areas"][-1], region_bias))
-        before, T = cache.get("words", 0), batch.text.shape[1]
-        cache["words"] = before + T
-        words = self.text_embedding(batch.text, batch.segments, before)
-        bias = attention_bias(prefix_mask(batch.region_mask[:, :0], T, before), words.dtype, hidden)  # (B,1,T,before+T)
+        words, seen = common.next_words(self, batch, cache, batch.region_mask[:, :0])
+        bias = common.attention_bias(seen, words.dtype, hidden)  # (B, 1, T, words so far)
         for layer in self.language_layers:
             words = layer(words, bias, cache=cache)
         for layer, areas in zip(self.cross_layers, cache["areas"], strict=True):
             words = layer.read(words, areas, bias, region_bias, cache)
         return words
 
-    def encode(self, batch, text=True, regions=True, record=False, given=None):
-        """Encoding of words and regions together, or of one of the two alone: then by its own layers, without the
-        cross-modality layers. pooled is the pooler of the first word, or of the regions' mean without words.
-        given: what `unimodal` returned for both, not computed again."""
-        states, maps = {}, {}
-        words, areas = given or (None, None)
-        if text:
-            words = words if given else self.embed_text(batch)
-            text_bias = attention_bias(batch.text_mask, words.dtype, self.config.hidden_score)  # (B, 1, 1, T)
-        if regions:
-            areas = areas if given else self.embed_regions(batch)
-            region_bias = attention_bias(batch.region_mask, areas.dtype, self.config.hidden_score)  # (B, 1, 1, N)
-        if text and not given:
-            words = self.single("text", self.language_layers, words, text_bias, record, states, maps)
-        if regions and not given:
-            areas = self.single("regions", self.relation_layers, areas, region_bias, record, states, maps)
-        if text and regions:
-            for i, layer in enumerate(self.cross_layers):
-                probabilities = [] if record else None
-                words, areas = layer(words, areas, text_bias, region_bias, probabilities)
-                if record:
-                    states[f"cross.{i}.text"], states[f"cross.{i}.regions"] = words, areas
-                    names = "text_to_regions", "regions_to_text", "text", "regions"
-                    maps |= {f"cross.{i}.{name}": p for name, p in zip(names, probabilities, strict=True)}
-        if text:
-            pooled = self.pooler(words)
-        else:
-            seen = batch.region_mask[:, :, None].to(areas.dtype)  # (B, N, 1)
-            mean = (areas * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1.0)  # (B, 1, C)
-            pooled = self.pooler(mean)
-        return Encoding(words, areas, pooled, states, maps)
-
-    def single(self, name, layers, x, bias, record, states, maps):
+    def run(self, name, layers, x, bias, record, states, maps):
         """One modality through its own layers. x (B, S, C), bias (B, 1, 1, S) -> (B, S, C)."""
         if record:
             states[f"{name}.embedding"] = x
@@ -275,6 +190,32 @@ class LXMERT(nn.Module):
             if record:
                 states[f"{name}.{i}"], maps[f"{name}.{i}"] = x, probabilities[0]
         return x
+
+    def encode(self, batch, text=True, regions=True, record=False, given=None):
+        """Encoding of words and regions together, or of one of the two alone: then by its own layers, without the
+        cross-modality layers. pooled is the pooler of the first word, or of the regions' mean without words.
+        given: what `unimodal` returned for both, not computed again."""
+        states, maps, hidden = {}, {}, self.config.hidden_score
+        words, areas = given or (None, None)
+        if text:
+            words = words if given else self.embed_text(batch)
+            text_bias = common.attention_bias(batch.text_mask, words.dtype, hidden)  # (B, 1, 1, T)
+        if regions:
+            areas = areas if given else self.embed_regions(batch)
+            region_bias = common.attention_bias(batch.region_mask, areas.dtype, hidden)  # (B, 1, 1, N)
+        if text and not given:
+            words = self.run("text", self.language_layers, words, text_bias, record, states, maps)
+        if regions and not given:
+            areas = self.run("regions", self.relation_layers, areas, region_bias, record, states, maps)
+        for i, layer in enumerate(self.cross_layers if text and regions else ()):
+            probabilities = [] if record else None
+            words, areas = layer(words, areas, text_bias, region_bias, probabilities)
+            if record:
+                states[f"cross.{i}.text"], states[f"cross.{i}.regions"] = words, areas
+                names = "text_to_regions", "regions_to_text", "text", "regions"
+                maps |= {f"cross.{i}.{name}": p for name, p in zip(names, probabilities, strict=True)}
+        pooled = self.pooler(words if text else common.masked_mean(areas, batch.region_mask)[:, None])  # of (B, 1, C)
+        return common.Encoding(words, areas, pooled, states, maps)
 
     def word_scores(self, states):
         """Scores of the vocabulary by the masked-word head: states (..., C) -> (..., V)."""
@@ -307,8 +248,8 @@ def masked_region_features(model, encoding, batch):
     Divided by the number of ALL real regions, times 1/0.15. batch.region_index (M,), clean_features (B, N, F) the
     features before masking. Scores (M, F).
     """
-    scores = model.heads["mrfr"](model.heads["regions"](at(encoding.regions, batch.region_index)))
-    target = at(batch.clean_features, batch.region_index)
+    scores = model.heads["mrfr"](model.heads["regions"](common.at(encoding.regions, batch.region_index)))
+    target = common.at(batch.clean_features, batch.region_index)
     losses = F.smooth_l1_loss(scores, target.to(scores.dtype), reduction="none").mean(-1)  # (M, F) -> (M,)
     return model.config.region_factor * losses.sum() / batch.region_mask.sum(), scores
 
@@ -321,7 +262,7 @@ def confident_cross_entropy(model, head, encoding, batch, labels, confidence):
     scores = model.heads[head](model.heads["regions"](encoding.regions))  # (B, N, C) -> (B, N, K)
     losses = F.cross_entropy(scores.transpose(1, 2), labels, ignore_index=-1, reduction="none")  # (B, N)
     total = (losses * confidence * batch.region_mask).sum()
-    return model.config.region_factor * total / batch.region_mask.sum(), at(scores, batch.region_index)
+    return model.config.region_factor * total / batch.region_mask.sum(), common.at(scores, batch.region_index)
 
 
 def masked_region_class(model, encoding, batch):
@@ -342,12 +283,10 @@ def masked_region_class_kl(model, encoding, batch):
 
     batch.object_probs (B, N, K), class 0 = background; mean over masked regions and classes. Scores (M, K - 1).
     """
-    scores = model.heads["mrc"](model.heads["regions"](at(encoding.regions, batch.region_index)))
-    target = at(batch.object_probs, batch.region_index)[:, 1:].to(scores.dtype)
-    if len(target) == 0:
-        return scores.sum() * 0.0, scores
+    scores = model.heads["mrc"](model.heads["regions"](common.at(encoding.regions, batch.region_index)))
+    target = common.at(batch.object_probs, batch.region_index)[:, 1:].to(scores.dtype)
     target = target / target.sum(-1, keepdim=True).clamp(min=1e-6)
-    return F.kl_div(scores.log_softmax(-1), target, reduction="none").mean(), scores
+    return F.kl_div(scores.log_softmax(-1), target, reduction="sum") / max(1, target.numel()), scores
 
 
 def image_question_answering(model, encoding, batch):
@@ -367,18 +306,18 @@ def image_question_answering(model, encoding, batch):
 
 
 HEADS = {
-    "mlm": lambda c: MaskedLMHead(c.hidden, c.vocab_size),
+    "mlm": lambda c: common.MaskedLMHead(c.hidden, c.vocab_size),
     "mrfr": lambda c: nn.Linear(c.hidden, c.feature_size),
     "mrc": lambda c: nn.Linear(c.hidden, c.classes - 1),
     "attr": lambda c: nn.Linear(c.hidden, c.attributes),
     "itm": lambda c: nn.Linear(c.hidden, 2),
-    "itc": lambda c: ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
-    "hidden": lambda c: projections(c.hidden, c.hidden, c.teacher_widths),
-    "qa": lambda c: mlp(c.hidden, 2 * c.hidden, c.answers),
-    "vqa": lambda c: mlp(c.hidden, 2 * c.hidden, c.answers),
-    "ve": lambda c: mlp(c.hidden, 2 * c.hidden, 3),
-    "nlvr2": lambda c: mlp(2 * c.hidden, 2 * c.hidden, 2),
-    "vcr": lambda c: mlp(c.hidden, 2 * c.hidden, 2),
+    "itc": lambda c: common.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
+    "hidden": lambda c: common.projections(c.hidden, c.hidden, c.teacher_widths),
+    "qa": lambda c: common.mlp(c.hidden, 2 * c.hidden, c.answers),
+    "vqa": lambda c: common.mlp(c.hidden, 2 * c.hidden, c.answers),
+    "ve": lambda c: common.mlp(c.hidden, 2 * c.hidden, 3),
+    "nlvr2": lambda c: common.mlp(2 * c.hidden, 2 * c.hidden, 2),
+    "vcr": lambda c: common.mlp(c.hidden, 2 * c.hidden, 2),
     "rank": lambda c: nn.Linear(c.hidden, 1),
     "refer": lambda c: nn.Linear(c.hidden, 1),
 }
@@ -387,7 +326,7 @@ HEADS = {
 def question_answering_hard(model, encoding, batch):
     """GQA's alternative (`--mceLoss`): cross-entropy with the best answer, times A, as there. Scores (B, A)."""
     scores = model.heads["vqa"](encoding.pooled)
-    return cross_entropy(scores, batch.answers.argmax(1)) * scores.shape[1], scores
+    return common.cross_entropy(scores, batch.answers.argmax(1)) * scores.shape[1], scores
 
 
 def natural_language_for_visual_reasoning(model, encoding, batch):
@@ -396,62 +335,39 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
     The batch has 2B rows, the statement with each picture in turn; the two pooled vectors are joined.
     """
     scores = model.heads["nlvr2"](encoding.pooled.reshape(len(batch.target), -1))  # (2B, C) -> (B, 2C) -> (B, 2)
-    return cross_entropy(scores, batch.target), scores
+    return common.cross_entropy(scores, batch.target), scores
 
 
-OBJECTIVES = {
-    "mlm": masked_lm,
+# the shared ones: mlm, itm, itc, vqa, ve, vcr, rank, refer, caption; of one name, the paper's own counts
+OBJECTIVES = common.SHARED_OBJECTIVES | {
     "mrfr": masked_region_features,
     "mrc": masked_region_class,
     "mrc_kl": masked_region_class_kl,
     "attr": masked_region_attribute,
-    "itm": image_text_matching,
-    "itc": image_text_contrast,
     "qa": image_question_answering,
-    "vqa": question_answering,
-    "gqa": question_answering,
+    "gqa": common.question_answering,
     "gqa_hard": question_answering_hard,
-    "ve": visual_entailment,
     "nlvr2": natural_language_for_visual_reasoning,
-    "vcr": visual_commonsense_reasoning,
-    "rank": retrieval_rank,
-    "refer": referring_expression,
-    "caption": captioning,
 }
 
-# Text types of VCR: a question and its answer; a question, its answer and the reason
-VCR_TYPES = ((0, 1), (0, 0, 1))
-# False partners of a true pair in retrieval, in the order of the rows
-NEGATIVES = ("image", "text")
+VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
+NEGATIVES = ("image", "text")  # false partners of a true pair in retrieval, in the order of the rows
 SUMMED = ("refer",)  # losses that are sums over the batch, not means
 
 # ---- official checkpoint names ---------------------------------------------------------------------------------
 
 OFFICIAL = [  # (ours, official), in this order
-    ("text_embedding.words", "bert.embeddings.word_embeddings"),
-    ("text_embedding.positions", "bert.embeddings.position_embeddings"),
-    ("text_embedding.types", "bert.embeddings.token_type_embeddings"),
-    ("text_embedding.norm", "bert.embeddings.LayerNorm"),
     ("region_embedding.features_norm", "bert.encoder.visn_fc.visn_layer_norm"),
     ("region_embedding.features", "bert.encoder.visn_fc.visn_fc"),
     ("region_embedding.boxes_norm", "bert.encoder.visn_fc.box_layer_norm"),
     ("region_embedding.boxes", "bert.encoder.visn_fc.box_fc"),
-    (".text.feed_forward.up", ".lang_inter.dense"),  # in a cross-modality layer
-    (".text.feed_forward.down", ".lang_output.dense"),
-    (".text.feed_forward.norm", ".lang_output.LayerNorm"),
-    (".regions.feed_forward.up", ".visn_inter.dense"),
-    (".regions.feed_forward.down", ".visn_output.dense"),
-    (".regions.feed_forward.norm", ".visn_output.LayerNorm"),
-    ("feed_forward.up", "intermediate.dense"),
-    ("feed_forward.down", "output.dense"),
-    ("feed_forward.norm", "output.LayerNorm"),
-    ("attention.query", "attention.self.query"),
-    ("attention.key", "attention.self.key"),
-    ("attention.value", "attention.self.value"),
-    ("attention.output", "attention.output.dense"),
-    ("attention.norm", "attention.output.LayerNorm"),
-    (".text.attention.", ".lang_self_att."),
+    *common.BERT_NAMES,
+    (".text.attention.", ".lang_self_att."),  # in a cross-modality layer
+    (".text.intermediate.", ".lang_inter."),
+    (".text.output.", ".lang_output."),
     (".regions.attention.", ".visn_self_att."),
+    (".regions.intermediate.", ".visn_inter."),
+    (".regions.output.", ".visn_output."),
     (".cross.output", ".visual_attention.output.dense"),  # so called, but it serves both directions
     (".cross.norm", ".visual_attention.output.LayerNorm"),
     (".cross.", ".visual_attention.att."),
@@ -459,8 +375,6 @@ OFFICIAL = [  # (ours, official), in this order
     ("relation_layers.", "bert.encoder.r_layers."),
     ("cross_layers.", "bert.encoder.x_layers."),
     ("pooler.", "bert.pooler."),
-    ("heads.mlm.transform.norm", "cls.predictions.transform.LayerNorm"),
-    ("heads.mlm.", "cls.predictions."),
     ("heads.itm.", "cls.seq_relationship."),
     ("heads.regions.norm", "obj_predict_head.transform.LayerNorm"),
     ("heads.regions.", "obj_predict_head.transform."),
@@ -484,11 +398,8 @@ def to_official(state):
 
     ValueError for two of the heads vqa, ve and nlvr2: officially they have one name.
     """
-    out = {rename(name, OFFICIAL): tensor for name, tensor in state.items()}
-    if len(out) < len(state):
-        raise ValueError("heads vqa, ve and nlvr2 share one official name: export them from several models")
-    if "cls.predictions.bias" in out:
-        out["cls.predictions.decoder.weight"] = out["bert.embeddings.word_embeddings.weight"]
+    clash = "heads vqa, ve and nlvr2 share one official name: export them from several models"
+    out = common.official_names(state, OFFICIAL, clash)
     if any(name.startswith("logit_fc.") for name in out):  # fine-tuned
         out = {n.replace("bert.", "lxrt_encoder.model.bert.", 1): tensor for n, tensor in out.items()}
     return out
@@ -496,26 +407,19 @@ def to_official(state):
 
 def to_hugging_face(state):
     """Our state dict under the names of transformers' LxmertModel, ...ForPreTraining or ...ForQuestionAnswering."""
-    return {rename(name, HUGGING_FACE): tensor for name, tensor in to_official(state).items()}
+    return {common.rename(name, HUGGING_FACE): tensor for name, tensor in to_official(state).items()}
 
 
 def from_official(state, names):
-    """An official or Hugging Face state dict under our names. names: those of the model that will load it,
-    `model.state_dict()`.
-
-    Accepts the prefixes `module.` and `lxrt_encoder.model.` and TF's gamma and beta. Returns (state, unexpected
-    official names); what is missing, the caller sees from the difference to `names`.
-    """
+    """An official or Hugging Face state dict under our names, see `common.our_names`. Accepts the prefixes `module.`
+    and `lxrt_encoder.model.` and TF's gamma and beta."""
     given = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("module.").removeprefix("lxrt_encoder.model.").removeprefix("module.")
+    for name, tensor in common.plain_names(state).items():
+        name = name.removeprefix("lxrt_encoder.model.")
         if name.startswith(("lxmert.", "embeddings.", "encoder.", "pooler.")):  # Hugging Face, with heads or without
             name = "bert." + name.removeprefix("lxmert.")
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if name != "cls.predictions.decoder.weight":  # tied
-            given[name] = tensor
-    ours = {rename(name, OFFICIAL): name for name in names}
-    return {ours[n]: t for n, t in given.items() if n in ours}, [n for n in given if n not in ours]
+        given[name] = tensor
+    return common.our_names(given, names, OFFICIAL)
 
 
 FROM_BERT = ("text_embedding.", "language_layers.", "pooler.")  # what BERT's weights must supply
@@ -529,12 +433,12 @@ def sizes_of(state, config):
 
     config: as in `common.text_sizes`. KeyError names what is lacking, ValueError tells why.
     """
-    sizes, depth = text_sizes(state, config), count_layers(state, "encoder.layer.")
+    sizes, depth = common.text_sizes(state, config), common.count_layers(state, "encoder.layer.")
     if any("visn_fc." in name for name in state):
-        stacks = depth, count_layers(state, "encoder.r_layers."), count_layers(state, "encoder.x_layers.")
-        sizes["feature_size"] = shape_of(state, "visn_fc.visn_fc.weight")[1]  # (C, F)
-        sizes["classes"] = 1 + shape_of(state, "decoder_dict.obj.weight", (Config.classes - 1,))[0]
-        sizes["attributes"] = shape_of(state, "decoder_dict.attr.weight", (Config.attributes,))[0]
+        stacks = depth, common.count_layers(state, "encoder.r_layers."), common.count_layers(state, "encoder.x_layers.")
+        sizes["feature_size"] = common.shape_of(state, "visn_fc.visn_fc.weight")[1]  # (C, F)
+        sizes["classes"] = 1 + common.shape_of(state, "decoder_dict.obj.weight", (Config.classes - 1,))[0]
+        sizes["attributes"] = common.shape_of(state, "decoder_dict.attr.weight", (Config.attributes,))[0]
     else:
         stacks = max(1, depth * 3 // 4), max(1, depth * 5 // 12), max(1, depth * 5 // 12)
     return sizes | dict(zip(("language_layers", "relation_layers", "cross_layers"), stacks, strict=True))
@@ -559,7 +463,7 @@ def transfer_answers(weight, bias, known, wanted):
 
     weight (A, 2C), bias (A,) of the A answers in `known`; returns the two for the list `wanted`.
     """
-    place = {answer: i for i, answer in enumerate(known)}
+    place = {normalize_lxmert_answer(answer): i for i, answer in enumerate(known)}
     rows = torch.tensor([place.get(normalize_lxmert_answer(answer), -1) for answer in wanted], device=weight.device)
     found = rows >= 0
     return weight[rows] * found[:, None], bias[rows] * found  # row -1 is read, then zeroed
@@ -579,6 +483,6 @@ def transfer_answer_head(state, names, known, wanted):
     weight, bias = state[f"heads.{kind}.3.weight"], state[f"heads.{kind}.3.bias"]
     if len(known) != len(weight):
         raise ValueError(f"its answer head has {len(weight)} rows, the list of answers {len(known)}")
-    weight, bias = transfer_answers(weight, bias, [normalize_lxmert_answer(answer) for answer in known], wanted)
+    weight, bias = transfer_answers(weight, bias, known, wanted)
     state = {n.replace(f"heads.{kind}.", f"heads.{head}."): t for n, t in state.items()}
     return state | {f"heads.{head}.3.weight": weight, f"heads.{head}.3.bias": bias}

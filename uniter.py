@@ -20,40 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (
-    ContrastHead,
-    Dropout,
-    Encoding,
-    HeadTransform,
-    LayerNorm,
-    MaskedLMHead,
-    MultiHeadAttention,
-    Pooler,
-    TransformerLayer,
-    at,
-    attention_bias,
-    captioning,
-    centre_boxes,
-    count_layers,
-    cross_entropy,
-    image_text_contrast,
-    image_text_matching,
-    initialise,
-    masked_lm,
-    mlp,
-    optimal_transport,
-    prefix_mask,
-    projections,
-    question_answering,
-    refer_scores,
-    referring_expression,
-    rename,
-    retrieval_rank,
-    shape_of,
-    text_sizes,
-    visual_commonsense_reasoning,
-    visual_entailment,
-)
+import common
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -94,22 +61,7 @@ PRESETS = {
     "large": {"hidden": 1024, "layers": 24, "attention_heads": 16, "intermediate": 4096},
 }
 
-# ---- embeddings ------------------------------------------------------------------------------------------------
-
-
-class TextEmbedding(nn.Module):
-    """BERT's: norm(word + position + type), then dropout. ids, segments (B, T) -> (B, T, C)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.words = nn.Embedding(config.vocab_size, config.hidden, padding_idx=0)
-        self.positions = nn.Embedding(config.max_positions, config.hidden)
-        self.types = nn.Embedding(config.types, config.hidden)
-        self.norm, self.dropout = LayerNorm(config.hidden), Dropout(config.dropout)
-
-    def forward(self, ids, segments, before=0):
-        positions = torch.arange(before, before + ids.shape[1], device=ids.device)
-        return self.dropout(self.norm(self.words(ids) + self.positions(positions) + self.types(segments)))
+# ---- embeddings: the regions'; the words' is BERT's, `common.TextEmbedding` -------------------------------------
 
 
 class RegionEmbedding(nn.Module):
@@ -122,10 +74,11 @@ class RegionEmbedding(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.features, self.features_norm = nn.Linear(config.feature_size, config.hidden), LayerNorm(config.hidden)
-        self.boxes, self.boxes_norm = nn.Linear(7, config.hidden), LayerNorm(config.hidden)
+        width = config.hidden
+        self.features, self.features_norm = nn.Linear(config.feature_size, width), common.LayerNorm(width)
+        self.boxes, self.boxes_norm = nn.Linear(7, width), common.LayerNorm(width)
         self.mask = nn.Parameter(torch.randn(config.feature_size) * 0.02)
-        self.norm, self.dropout = LayerNorm(config.hidden), Dropout(config.dropout)
+        self.norm, self.dropout = common.LayerNorm(width), common.Dropout(config.dropout)
 
     def forward(self, features, boxes, types, masked=None):
         if masked is not None:
@@ -149,14 +102,14 @@ class UNITER(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.text_embedding = TextEmbedding(config)
+        self.text_embedding = common.TextEmbedding(config)
         self.region_embedding = RegionEmbedding(config)
         sizes = config.hidden, config.attention_heads, config.intermediate, config.dropout
-        self.layers = nn.ModuleList(TransformerLayer(*sizes) for _ in range(config.layers))
-        self.pooler = Pooler(config.hidden)
+        self.layers = nn.ModuleList(common.TransformerLayer(*sizes) for _ in range(config.layers))
+        self.pooler = common.Pooler(config.hidden)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
-        initialise(self, config.hidden)
-        centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6, 0.2, 0.2, 0.04])
+        common.initialise(self, config.hidden)
+        common.centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6, 0.2, 0.2, 0.04])
 
     def embed_text(self, batch):
         """(B, T, C)"""
@@ -164,9 +117,7 @@ class UNITER(nn.Module):
 
     def embed_regions(self, batch):
         """(B, N, C). Pictures have type 1; the second picture of a pair has type 2."""
-        types = (
-            batch.region_types + 1 if batch.region_types is not None else torch.ones_like(batch.boxes[..., 0]).long()
-        )
+        types = torch.ones_like(batch.boxes[..., 0]).long() if batch.region_types is None else batch.region_types + 1
         types = self.text_embedding.types(types)  # (B, N) -> (B, N, C)
         return self.region_embedding(batch.features, batch.boxes, types, batch.masked_regions)
 
@@ -175,21 +126,14 @@ class UNITER(nn.Module):
         return self.embed_text(batch), self.embed_regions(batch)
 
     def decode(self, batch, cache=None):
-        """The text read from left to right, as a prefix language model has it (UniLM, Dong 2019; not in the paper):
-        every word sees the regions and the words up to itself, regions see regions only. Returns (B, T, C).
-
-        cache: a dict, empty at the first call; batch.text then holds only the pieces that follow those of the calls
-        before. None: the whole text at once.
-        """
+        """The text read from left to right, for captions (see `common.next_words`). Returns (B, T, C)."""
         cache = {} if cache is None else cache
         if not cache:
-            x, bias = self.embed_regions(batch), attention_bias(batch.region_mask, batch.boxes.dtype)
+            x, bias = self.embed_regions(batch), common.attention_bias(batch.region_mask, batch.boxes.dtype)
             for layer in self.layers:
                 x = layer(x, bias, cache=cache)
-        before, T = cache.get("words", 0), batch.text.shape[1]
-        cache["words"] = before + T
-        x = self.text_embedding(batch.text, batch.segments, before)
-        bias = attention_bias(prefix_mask(batch.region_mask, T, before), x.dtype)  # (B, 1, T, N + before + T)
+        x, seen = common.next_words(self, batch, cache, batch.region_mask)
+        bias = common.attention_bias(seen, x.dtype)  # (B, 1, T, N + words so far)
         for layer in self.layers:
             x = layer(x, bias, cache=cache)
         return x
@@ -198,28 +142,21 @@ class UNITER(nn.Module):
         """Encoding of words and regions together, or of one of the two alone (text-only, image-only). given: what
         `unimodal` returned for both, not computed again."""
         words, areas = given or (None, None)
-        parts, masks = [], []
+        parts = []  # of the one sequence: states and mask
         if text:
-            parts, masks = [self.embed_text(batch) if words is None else words], [batch.text_mask]
+            parts.append((words if given else self.embed_text(batch), batch.text_mask))
         if regions:
-            areas = self.embed_regions(batch) if areas is None else areas
-            parts, masks = parts + [areas], masks + [batch.region_mask]
-        x = torch.cat(parts, 1)  # (B, T, C), (B, N, C) -> (B, T+N, C)
-        bias = attention_bias(torch.cat(masks, 1), x.dtype)  # (B, 1, 1, T+N)
-        states, maps = {"embedding": x}, {}
+            parts.append((areas if given else self.embed_regions(batch), batch.region_mask))
+        x, mask = (torch.cat(part, 1) for part in zip(*parts, strict=True))  # (B, T, C), (B, N, C) -> (B, T+N, C)
+        bias = common.attention_bias(mask, x.dtype)  # (B, 1, 1, T+N)
+        states, maps = {"embedding": x} if record else {}, {}
         for i, layer in enumerate(self.layers):
             probabilities = [] if record else None
             x = layer(x, bias, probabilities)
             if record:
                 states[f"layer.{i}"], maps[f"layer.{i}"] = x, probabilities[0]
-        words = batch.text.shape[1] if text else 0
-        return Encoding(
-            x[:, :words] if text else None,
-            x[:, words:] if regions else None,
-            self.pooler(x),
-            states if record else {},
-            maps,
-        )
+        T = batch.text.shape[1] if text else 0
+        return common.Encoding(x[:, :T] if text else None, x[:, T:] if regions else None, self.pooler(x), states, maps)
 
     def word_scores(self, states):
         """Scores of the vocabulary by the masked-word head: states (..., C) -> (..., V)."""
@@ -250,30 +187,19 @@ def masked_region_features(model, encoding, batch):
     (B, N, F) the features before masking. Scores (M, F).
     """
     weight = model.region_embedding.features.weight  # (C, F)
-    scores = model.heads["mrfr"](at(encoding.regions, batch.region_index), weight)
-    target = at(batch.clean_features, batch.region_index)
-    if len(target) == 0:
-        return scores.sum() * 0.0, scores
-    return F.mse_loss(scores, target.to(scores.dtype)), scores
-
-
-def masked_region_class(model, encoding, batch):
-    """Masked region classification: cross-entropy with the detector's most likely class, background left out.
-
-    batch.object_probs (B, N, K), class 0 = background; mean over masked regions. Scores (M, K).
-    """
-    scores = model.heads["mrc"](at(encoding.regions, batch.region_index))
-    labels = at(batch.object_probs, batch.region_index)[:, 1:].argmax(-1) + 1
-    return cross_entropy(scores, labels), scores
+    scores = model.heads["mrfr"](common.at(encoding.regions, batch.region_index), weight)
+    target = common.at(batch.clean_features, batch.region_index).to(scores.dtype)
+    return F.mse_loss(scores, target, reduction="sum") / max(1, target.numel()), scores
 
 
 def masked_region_class_kl(model, encoding, batch):
-    """The same with soft labels: KL(c || g) = sum_k c_k (log c_k - log g_k), c the detector's distribution.
+    """Classification with soft labels: KL(c || g) = sum_k c_k (log c_k - log g_k), c the detector's distribution.
 
-    The mean is over masked regions AND classes, as the official training has it (its validation divides by regions).
+    batch.object_probs (B, N, K). The mean is over masked regions AND classes, as the official training has it (its
+    validation divides by regions). Scores (M, K).
     """
-    scores = model.heads["mrc"](at(encoding.regions, batch.region_index))
-    target = at(batch.object_probs, batch.region_index).to(scores.dtype)
+    scores = model.heads["mrc"](common.at(encoding.regions, batch.region_index))
+    target = common.at(batch.object_probs, batch.region_index).to(scores.dtype)
     return F.kl_div(scores.log_softmax(-1), target, reduction="sum") / max(1, target.numel()), scores
 
 
@@ -283,7 +209,7 @@ def word_region_alignment(model, encoding, batch):
     (sum of distances over matched rows - sum over mismatched rows) / B. [CLS] and [SEP] count as words.
     Scores: the distances (B,).
     """
-    distance, _, _ = optimal_transport(encoding.text, encoding.regions, batch.text_mask, batch.region_mask)
+    distance, _, _ = common.optimal_transport(encoding.text, encoding.regions, batch.text_mask, batch.region_mask)
     return (distance * (2 * batch.matched - 1)).mean(), distance
 
 
@@ -295,7 +221,7 @@ class FeatureRegressionHead(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.transform = HeadTransform(config.hidden)
+        self.transform = common.HeadTransform(config.hidden)
         self.bias = nn.Parameter(torch.zeros(config.feature_size))
 
     def forward(self, x, weight):
@@ -314,10 +240,10 @@ class PairedAttentionHead(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.hidden
-        self.left = MultiHeadAttention(width, config.attention_heads, config.dropout)
-        self.right = MultiHeadAttention(width, config.attention_heads, config.dropout)
+        self.left = common.MultiHeadAttention(width, config.attention_heads, config.dropout)
+        self.right = common.MultiHeadAttention(width, config.attention_heads, config.dropout)
         self.join, self.score, self.output = nn.Linear(2 * width, width), nn.Linear(width, 1), nn.Linear(2 * width, 2)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = common.Dropout(config.dropout)
 
     def pool(self, attended, own, mask):
         x = self.dropout(F.relu(self.join(torch.cat([attended, own], -1))))  # (B, S, 2C) -> (B, S, C)
@@ -325,7 +251,7 @@ class PairedAttentionHead(nn.Module):
         return (scores.softmax(1) * x).sum(1)  # (B, C)
 
     def forward(self, x, mask):
-        left, right, bias = x[0::2], x[1::2], attention_bias(mask, x.dtype)
+        left, right, bias = x[0::2], x[1::2], common.attention_bias(mask, x.dtype)
         pooled_left = self.pool(self.left(left, right, bias[1::2]), left, mask[0::2])
         pooled_right = self.pool(self.right(right, left, bias[0::2]), right, mask[1::2])
         return self.output(torch.cat([pooled_left, pooled_right], -1))  # (B, 2C) -> (B, 2)
@@ -341,20 +267,20 @@ def nlvr2_head(config):
 def refer_head(config):
     """A score per region: linear, or with one hidden layer."""
     hidden = config.hidden
-    return nn.Linear(hidden, 1) if config.refer_layers == 1 else mlp(hidden, hidden, 1)
+    return nn.Linear(hidden, 1) if config.refer_layers == 1 else common.mlp(hidden, hidden, 1)
 
 
 HEADS = {
-    "mlm": lambda c: MaskedLMHead(c.hidden, c.vocab_size),
+    "mlm": lambda c: common.MaskedLMHead(c.hidden, c.vocab_size),
     "mrfr": FeatureRegressionHead,
-    "mrc": lambda c: mlp(c.hidden, c.hidden, c.classes),
+    "mrc": lambda c: common.mlp(c.hidden, c.hidden, c.classes),
     "itm": lambda c: nn.Linear(c.hidden, 2),
-    "itc": lambda c: ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
-    "hidden": lambda c: projections(c.hidden, c.hidden, c.teacher_widths),
-    "vqa": lambda c: mlp(c.hidden, 2 * c.hidden, c.answers),
-    "ve": lambda c: mlp(c.hidden, 2 * c.hidden, 3),
+    "itc": lambda c: common.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
+    "hidden": lambda c: common.projections(c.hidden, c.hidden, c.teacher_widths),
+    "vqa": lambda c: common.mlp(c.hidden, 2 * c.hidden, c.answers),
+    "ve": lambda c: common.mlp(c.hidden, 2 * c.hidden, 3),
     "nlvr2": nlvr2_head,
-    "vcr": lambda c: mlp(c.hidden, 2 * c.hidden, 2, nn.ReLU),
+    "vcr": lambda c: common.mlp(c.hidden, 2 * c.hidden, 2, nn.ReLU),
     "rank": lambda c: nn.Linear(c.hidden, 1),
     "refer": refer_head,
 }
@@ -372,7 +298,7 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
     else:
         rows = len(batch.target)
         scores = model.heads["nlvr2"](encoding.pooled.reshape(rows, -1))  # (2B, C) -> (B, 2C), or (B, C) as it is
-    return cross_entropy(scores, batch.target), scores
+    return common.cross_entropy(scores, batch.target), scores
 
 
 @torch.no_grad()
@@ -387,12 +313,14 @@ def hard_negatives(model, batch, k):
 
 
 def referring_expression_rank(model, encoding, batch, negative=None, margin=0.2, hard=0.3):
-    """The same by a margin: sum over rows of max(0, margin + s(negative region) - s(target)), s the sigmoid.
+    """`common.referring_expression` by a margin: the sum over rows of
+
+        max(0, margin + s(negative region) - s(target)),   s the sigmoid.
 
     negative (B,): the region to push down; None draws it, with probability `hard` the best-scored wrong region, else
     any wrong one. ValueError for a row with a single region, where there is none (the official code loops forever).
     """
-    scores = refer_scores(model, encoding, batch)
+    scores = common.refer_scores(model, encoding, batch)
     if negative is None:
         if (batch.region_mask.sum(1) < 2).any():
             raise ValueError("the ranking loss needs two regions in every row: use the classification loss")
@@ -405,55 +333,33 @@ def referring_expression_rank(model, encoding, batch, negative=None, margin=0.2,
     return F.relu(margin + above).sum(), scores
 
 
-OBJECTIVES = {
-    "mlm": masked_lm,
+# the shared ones: mlm, itm, itc, vqa, ve, vcr, rank, refer, caption; of one name, the paper's own counts
+OBJECTIVES = common.SHARED_OBJECTIVES | {
     "mrfr": masked_region_features,
-    "mrc": masked_region_class,
+    "mrc": common.masked_region_class,
     "mrc_kl": masked_region_class_kl,
-    "itm": image_text_matching,
-    "itc": image_text_contrast,
     "wra": word_region_alignment,
-    "vqa": question_answering,
-    "ve": visual_entailment,
     "nlvr2": natural_language_for_visual_reasoning,
-    "vcr": visual_commonsense_reasoning,
-    "rank": retrieval_rank,
-    "refer": referring_expression,
     "refer_rank": referring_expression_rank,
-    "caption": captioning,
 }
 
-# Text types of VCR: a question and its answer; a question, its answer and the reason
-VCR_TYPES = ((0, 2), (0, 2, 3))
-# False partners of a true pair in retrieval, in the order of the rows
-NEGATIVES = ("image", "text")
+VCR_TYPES = ((0, 2), (0, 2, 3))  # text types: a question and its answer; a question, its answer and the reason
+NEGATIVES = ("image", "text")  # false partners of a true pair in retrieval, in the order of the rows
 SUMMED = ("refer", "refer_rank")  # losses that are sums over the batch, not means
 
 # ---- official checkpoint names ---------------------------------------------------------------------------------
 
 OFFICIAL = [  # (ours, official), in this order
-    ("text_embedding.words", "uniter.embeddings.word_embeddings"),
-    ("text_embedding.positions", "uniter.embeddings.position_embeddings"),
-    ("text_embedding.types", "uniter.embeddings.token_type_embeddings"),
-    ("text_embedding.norm", "uniter.embeddings.LayerNorm"),
+    *common.BERT_NAMES,
     ("region_embedding.features_norm", "uniter.img_embeddings.img_layer_norm"),
     ("region_embedding.features", "uniter.img_embeddings.img_linear"),
     ("region_embedding.boxes_norm", "uniter.img_embeddings.pos_layer_norm"),
     ("region_embedding.boxes", "uniter.img_embeddings.pos_linear"),
     ("region_embedding.norm", "uniter.img_embeddings.LayerNorm"),
     ("region_embedding.mask", "uniter.img_embeddings.mask_embedding.weight"),
-    ("feed_forward.up", "intermediate.dense"),
-    ("feed_forward.down", "output.dense"),
-    ("feed_forward.norm", "output.LayerNorm"),
-    ("attention.query", "attention.self.query"),
-    ("attention.key", "attention.self.key"),
-    ("attention.value", "attention.self.value"),
-    ("attention.output", "attention.output.dense"),
-    ("attention.norm", "attention.output.LayerNorm"),
-    ("layers.", "uniter.encoder.layer."),
-    ("pooler.", "uniter.pooler."),
-    ("heads.mlm.transform.norm", "cls.predictions.transform.LayerNorm"),
-    ("heads.mlm.", "cls.predictions."),
+    ("layers.", "bert.encoder.layer."),
+    ("pooler.", "bert.pooler."),
+    ("bert.", "uniter."),
     ("heads.mrfr.transform.dense", "feat_regress.net.0"),
     ("heads.mrfr.transform.norm", "feat_regress.net.2"),
     ("heads.mrfr.", "feat_regress."),
@@ -474,9 +380,8 @@ def to_official(state):
 
     ValueError for a model with heads for both VQA and entailment: officially they have one name.
     """
-    if any(name.startswith("heads.vqa.") for name in state) and any(name.startswith("heads.ve.") for name in state):
-        raise ValueError("heads vqa and ve share one official name: export them from two models")
-    out = {rename(name, OFFICIAL): tensor for name, tensor in state.items()}
+    clash = "heads vqa and ve share one official name: export them from two models"
+    out = common.official_names(state, OFFICIAL, clash)
     for side in ("attn1", "attn2"):  # torch's MultiheadAttention stacks query, key and value
         for kind in ("weight", "bias"):
             if f"{side}.query.{kind}" in out:
@@ -485,34 +390,26 @@ def to_official(state):
                 out[f"{side}.out_proj.{kind}"] = out.pop(f"{side}.output.{kind}")
     mask = "uniter.img_embeddings.mask_embedding.weight"
     out[mask] = torch.stack([torch.zeros_like(out[mask]), out[mask]])  # (F,) -> (2, F), row 0 = not masked
-    if "cls.predictions.bias" in out:
-        out["cls.predictions.decoder.weight"] = out["uniter.embeddings.word_embeddings.weight"]
     if "feat_regress.bias" in out:
         out["feat_regress.weight"] = out["uniter.img_embeddings.img_linear.weight"]
     return out
 
 
 def from_official(state, names):
-    """An official state dict under our names. names: those of the model that will load it, `model.state_dict()`.
-
-    Accepts the prefixes `module.` and `bert.` and TF's gamma and beta. Returns (state, unexpected official names);
-    what is missing, the caller sees from the difference to `names`.
-    """
+    """An official state dict under our names, see `common.our_names`. Accepts the prefixes `module.` and `bert.` and
+    TF's gamma and beta."""
     given = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("module.")
+    for name, tensor in common.plain_names(state).items():
         name = "uniter." + name.removeprefix("bert.") if name.startswith("bert.") else name
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if ".in_proj_" in name:
             side, kind = name.split(".in_proj_")
             for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 given[f"{side}.{part}.{kind}"] = piece  # (3C, C) -> 3 x (C, C)
         elif name.endswith("mask_embedding.weight"):
             given[name] = tensor[1]
-        elif name not in ("cls.predictions.decoder.weight", "feat_regress.weight"):  # tied
+        elif name != "feat_regress.weight":  # tied
             given[name.replace(".out_proj.", ".output.")] = tensor
-    ours = {rename(name, OFFICIAL): name for name in names}
-    return {ours[n]: t for n, t in given.items() if n in ours}, [n for n in given if n not in ours]
+    return common.our_names(given, names, OFFICIAL)
 
 
 FROM_BERT = ("text_embedding.", "layers.", "pooler.")  # what BERT's weights must supply: all but regions and heads
@@ -522,12 +419,12 @@ def sizes_of(state, config):
     """Config fields that an official state dict, or BERT's, determines (section 3.1: the trunk starts as BERT, whole;
     the masked-word head too). config: as in `common.text_sizes`. KeyError names what is lacking, ValueError tells why.
     """
-    sizes = text_sizes(state, config) | {"layers": count_layers(state, "encoder.layer.")}
+    sizes = common.text_sizes(state, config) | {"layers": common.count_layers(state, "encoder.layer.")}
     if any("img_embeddings." in name for name in state):
-        sizes["feature_size"] = shape_of(state, "img_embeddings.img_linear.weight")[1]  # (C, F)
-        sizes["classes"] = shape_of(state, "region_classifier.net.3.weight", (Config.classes,))[0]
+        sizes["feature_size"] = common.shape_of(state, "img_embeddings.img_linear.weight")[1]  # (C, F)
+        sizes["classes"] = common.shape_of(state, "region_classifier.net.3.weight", (Config.classes,))[0]
     if any(name.endswith("nlvr2_output.weight") for name in state):
-        wide = shape_of(state, "nlvr2_output.weight")[1] > sizes["hidden"]  # (2, 2C), of two vectors, or (2, C)
+        wide = common.shape_of(state, "nlvr2_output.weight")[1] > sizes["hidden"]  # (2, 2C), of two vectors, or (2, C)
         paired = any("attn1." in name for name in state)
         sizes["nlvr2"] = "paired-attention" if paired else "paired" if wide else "triplet"
     if any("re_output.3." in name for name in state):

@@ -16,42 +16,12 @@ Letters: B batch, T text positions, N regions, C width, F region-feature width, 
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (
-    AttentionBlock,
-    ContrastHead,
-    Dropout,
-    Encoding,
-    FeedForward,
-    LayerNorm,
-    MaskedLMHead,
-    Pooler,
-    TransformerLayer,
-    at,
-    attention_bias,
-    captioning,
-    centre_boxes,
-    count_layers,
-    cross_entropy,
-    image_text_contrast,
-    image_text_matching,
-    initialise,
-    iou,
-    masked_lm,
-    mlp,
-    prefix_mask,
-    projections,
-    question_answering,
-    rename,
-    shape_of,
-    soft_answer_loss,
-    text_sizes,
-)
+import common
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -110,29 +80,7 @@ PRESETS = {
     "base": {},
 }
 
-# ---- embeddings ------------------------------------------------------------------------------------------------
-
-
-class TextEmbedding(nn.Module):
-    """BERT's: norm(word + position + type), then dropout. ids, segments (B, T) -> (B, T, C).
-
-    With task tokens (12-in-1), tasks (B,) puts a task's vector behind [CLS], without position or type: (B, T+1, C).
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.words = nn.Embedding(config.vocab_size, config.hidden, padding_idx=0)
-        self.positions = nn.Embedding(config.max_positions, config.hidden)
-        self.types = nn.Embedding(config.types, config.hidden)
-        self.tasks = nn.Embedding(config.task_tokens, config.hidden) if config.task_tokens else None
-        self.norm, self.dropout = LayerNorm(config.hidden), Dropout(config.dropout)
-
-    def forward(self, ids, segments, tasks=None, before=0):
-        positions = torch.arange(before, before + ids.shape[1], device=ids.device)
-        x = self.words(ids) + self.positions(positions) + self.types(segments)
-        if tasks is not None:
-            x = torch.cat([x[:, :1], self.tasks(tasks)[:, None], x[:, 1:]], 1)  # (B, T+1, C)
-        return self.dropout(self.norm(x))
+# ---- embeddings: the regions'; the words' is BERT's, `common.TextEmbedding` -------------------------------------
 
 
 class RegionEmbedding(nn.Module):
@@ -147,11 +95,10 @@ class RegionEmbedding(nn.Module):
         super().__init__()
         width = config.visual_hidden
         self.features, self.boxes = nn.Linear(config.feature_size, width), nn.Linear(5, width)
-        self.norm, self.dropout = LayerNorm(width), Dropout(config.dropout)
+        self.norm, self.dropout = common.LayerNorm(width), common.Dropout(config.dropout)
 
     def forward(self, features, boxes, mask):
-        count = mask.sum(1, keepdim=True).clamp(min=1)[:, :, None]  # (B, 1, 1)
-        mean = features.masked_fill(~mask[:, :, None], 0.0).sum(1, keepdim=True) / count  # (B, 1, F)
+        mean = common.masked_mean(features, mask)[:, None]  # (B, 1, F)
         boxes = torch.cat([boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(boxes), 1, 4), boxes], 1)  # (B, 1+N, 4)
         area = (boxes[..., 2:] - boxes[..., :2]).prod(-1, keepdim=True)  # (B, 1+N, 1)
         looks = self.features(torch.cat([mean, features], 1))  # (B, 1+N, F) -> (B, 1+N, C)
@@ -171,10 +118,11 @@ class CoAttentionLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         text, visual, inner = config.hidden, config.visual_hidden, config.shared
-        self.text_reads = AttentionBlock(text, config.shared_heads, config.dropout, context_width=visual, inner=inner)
-        self.regions_read = AttentionBlock(visual, config.shared_heads, config.dropout, context_width=text, inner=inner)
-        self.text_feed_forward = FeedForward(text, config.intermediate, config.dropout)
-        self.region_feed_forward = FeedForward(visual, config.visual_intermediate, config.dropout)
+        heads, dropout = config.shared_heads, config.dropout
+        self.text_reads = common.AttentionBlock(text, heads, dropout, context_width=visual, inner=inner)
+        self.regions_read = common.AttentionBlock(visual, heads, dropout, context_width=text, inner=inner)
+        self.text_feed_forward = common.FeedForward(text, config.intermediate, dropout)
+        self.region_feed_forward = common.FeedForward(visual, config.visual_intermediate, dropout)
         # in every released checkpoint, and counted in the paper's size, but no output depends on them
         self.unused1, self.unused2 = nn.Linear(inner, visual), nn.Linear(inner, text)
         self.unused1.requires_grad_(False), self.unused2.requires_grad_(False)
@@ -185,7 +133,7 @@ class CoAttentionLayer(nn.Module):
         return self.text_feed_forward(words), self.region_feed_forward(areas)
 
 
-class DynamicLayer(TransformerLayer):
+class DynamicLayer(common.TransformerLayer):
     """A region layer that the text steers (an option of 12-in-1's code): queries and keys times 1 + sigmoid(W t + b).
 
     x (B, 1+N, C); t (B, 1, C') the mean of the text's states, None for a plain layer.
@@ -236,28 +184,37 @@ class ViLBERT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.schedule = config, schedule(config)
-        self.text_embedding = TextEmbedding(config)
+        # so many steps come before the first co-attention
+        self.apart = sum(config.connections[0]) if config.connections else len(self.schedule)
+        self.text_embedding = common.TextEmbedding(config)
+        if config.task_tokens:
+            self.text_embedding.tasks = nn.Embedding(config.task_tokens, config.hidden)
         self.region_embedding = RegionEmbedding(config)
         sizes = config.hidden, config.attention_heads, config.intermediate, config.dropout
-        self.text_layers = nn.ModuleList(TransformerLayer(*sizes) for _ in range(config.layers))
+        self.text_layers = nn.ModuleList(common.TransformerLayer(*sizes) for _ in range(config.layers))
         sizes = config.visual_hidden, config.visual_heads, config.visual_intermediate, config.dropout
-        layer = partial(DynamicLayer, config.hidden) if config.dynamic_attention else TransformerLayer
+        layer = partial(DynamicLayer, config.hidden) if config.dynamic_attention else common.TransformerLayer
         self.region_layers = nn.ModuleList(layer(*sizes) for _ in range(config.visual_layers))
         self.connections = nn.ModuleList(CoAttentionLayer(config) for _ in config.connections)
-        self.text_pooler = Pooler(config.hidden, config.shared, torch.relu)
-        self.region_pooler = Pooler(config.visual_hidden, config.shared, torch.relu)
-        self.dropout = Dropout(config.dropout)
+        self.text_pooler = common.Pooler(config.hidden, config.shared, torch.relu)
+        self.region_pooler = common.Pooler(config.visual_hidden, config.shared, torch.relu)
+        self.dropout = common.Dropout(config.dropout)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
-        initialise(self, config.hidden)
-        centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6, 0.04])
+        common.initialise(self, config.hidden)
+        common.centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6, 0.04])
 
     def task(self, batch):
         """batch.task (B,), where the model has task tokens and the batch names tasks; else None."""
         return getattr(batch, "task", None) if self.config.task_tokens else None
 
     def embed_text(self, batch):
-        """(B, T, C), or (B, T+1, C) with a task token."""
-        return self.text_embedding(batch.text, batch.segments, self.task(batch))
+        """(B, T, C). 12-in-1 puts the task's vector, without position or type, behind [CLS]: (B, T+1, C)."""
+        embedding, task = self.text_embedding, self.task(batch)
+        x = embedding(batch.text, batch.segments)
+        if task is None:
+            return x
+        token = embedding.dropout(embedding.norm(embedding.tasks(task)))[:, None]  # (B, 1, C)
+        return torch.cat([x[:, :1], token, x[:, 1:]], 1)
 
     def embed_regions(self, batch):
         """(B, 1+N, C), the whole image first."""
@@ -265,37 +222,26 @@ class ViLBERT(nn.Module):
 
     def fuse(self, words, areas):
         """The pair's vector (section 2.2): product or sum of the first positions' ReLU poolers. One alone: its own."""
-        pooled = [self.text_pooler(words)] if words is not None else []
-        pooled += [self.region_pooler(areas)] if areas is not None else []
-        if len(pooled) == 2:
-            pooled = [pooled[0] + pooled[1] if self.config.fusion == "sum" else pooled[0] * pooled[1]]
-        return self.dropout(pooled[0])
+        if words is None or areas is None:
+            return self.dropout(self.text_pooler(words) if areas is None else self.region_pooler(areas))
+        words, areas = self.text_pooler(words), self.region_pooler(areas)  # (B, shared)
+        return self.dropout(words + areas if self.config.fusion == "sum" else words * areas)
 
     def unimodal(self, batch):
         """What each modality computes alone, for `encode(given=)`: its layers before the first co-attention. (B, T, C),
         (B, 1+N, C)"""
-        words, areas = self.embed_text(batch), self.embed_regions(batch)
-        task = words.shape[1] - batch.text.shape[1]
-        word_bias = attention_bias(F.pad(batch.text_mask, (task, 0), value=True), words.dtype)
-        area_bias = attention_bias(F.pad(batch.region_mask, (1, 0), value=True), areas.dtype)
-        for kind, i in takewhile(lambda step: step[0] != "cross", self.schedule):
-            if kind == "text":
-                words = self.text_layers[i](words, word_bias)
-            else:
-                areas = self.region_layers[i](areas, area_bias)
-        return words, areas
+        steps = self.schedule[: self.apart]
+        words, _, _ = self.run(batch, {"text": self.embed_text(batch)}, steps)
+        areas, _, _ = self.run(batch, {"regions": self.embed_regions(batch)}, steps)
+        return words["text"], areas["regions"]
 
     def decode(self, batch, cache=None):
-        """The text read from left to right, as a prefix language model has it (UniLM, Dong 2019; not in the paper):
-        every word sees the regions and the words up to itself, regions see regions only. Returns (B, T, C).
+        """The text read from left to right, for captions (see `common.next_words`). Returns (B, T, C).
         In a co-attention layer the regions keep to themselves: theirs is the feed-forward alone. Options of 12-in-1
-        (task tokens, dynamic attention) and frozen layers are not looked at.
-
-        cache: a dict, empty at the first call; batch.text then holds only the pieces that follow those of the calls
-        before. None: the whole text at once.
-        """
+        (task tokens, dynamic attention) and frozen layers are not looked at."""
         cache = {} if cache is None else cache
-        area_bias = attention_bias(F.pad(batch.region_mask, (1, 0), value=True), batch.boxes.dtype)  # (B, 1, 1, 1+N)
+        mask = F.pad(batch.region_mask, (1, 0), value=True)  # the whole image is always there
+        area_bias = common.attention_bias(mask, batch.boxes.dtype)  # (B, 1, 1, 1+N)
         if not cache:
             areas, cache["areas"] = self.embed_regions(batch), []
             for kind, i in self.schedule:
@@ -304,10 +250,8 @@ class ViLBERT(nn.Module):
                 elif kind == "cross":
                     cache["areas"].append(areas)
                     areas = self.connections[i].region_feed_forward(areas)
-        before, T = cache.get("words", 0), batch.text.shape[1]
-        cache["words"] = before + T
-        words = self.text_embedding(batch.text, batch.segments, before=before)
-        bias = attention_bias(prefix_mask(batch.region_mask[:, :0], T, before), words.dtype)  # (B, 1, T, before + T)
+        words, seen = common.next_words(self, batch, cache, batch.region_mask[:, :0])
+        bias = common.attention_bias(seen, words.dtype)  # (B, 1, T, words so far)
         for kind, i in self.schedule:
             if kind == "text":
                 words = self.text_layers[i](words, bias, cache=cache)
@@ -317,46 +261,51 @@ class ViLBERT(nn.Module):
                 words = layer.text_feed_forward(words)
         return words
 
+    def run(self, batch, x, steps, record=False):
+        """One stream or both through those steps of the schedule that concern them; co-attention concerns both.
+
+        x {"text": (B, T, C), "regions": (B, 1+N, C)}: what stands in front, task token or whole image, is no padding.
+        Returns x, and what `encode` records of the steps, states and maps.
+        """
+        config, masks, states, maps = self.config, {}, {}, {}
+        for side in x:
+            mask = batch.text_mask if side == "text" else batch.region_mask
+            masks[side] = F.pad(mask, (x[side].shape[1] - mask.shape[1], 0), value=True)
+        bias = {side: common.attention_bias(masks[side], x[side].dtype) for side in x}  # (B, 1, 1, T), (B, 1, 1, 1+N)
+        layers = {"text": self.text_layers, "regions": self.region_layers}
+        frozen = {"text": config.frozen_layers, "regions": config.frozen_visual_layers}
+        for kind, i in steps:
+            seen = [] if record else None
+            if kind == "cross" and len(x) == 2:
+                words, areas = self.connections[i](x["text"], x["regions"], bias["text"], bias["regions"], seen)
+                x = {"text": words, "regions": areas}
+            elif kind in x:
+                steered = kind == "regions" and config.dynamic_attention and "text" in x
+                mean = [common.masked_mean(x["text"], masks["text"])[:, None]] if steered else []  # (B, 1, C)
+                new = layers[kind][i](x[kind], bias[kind], seen, *mean)
+                x = x | {kind: new.detach() if i + 1 == frozen[kind] else new}
+            if seen and kind == "cross":
+                states |= {f"cross.{i}.{side}": x[side] for side in x}
+                maps[f"cross.{i}.text_to_regions"], maps[f"cross.{i}.regions_to_text"] = seen
+            elif seen:
+                states[f"{kind}.{i}"], maps[f"{kind}.{i}"] = x[kind], seen[0]
+        return x, states, maps
+
     def encode(self, batch, text=True, regions=True, record=False, given=None):
         """Encoding of words and regions, or of one of the two alone: its own stream without the co-attention layers.
         pooled is (B, shared) in all cases. given: what `unimodal` returned for both, not computed again."""
-        config, task = self.config, int(self.task(batch) is not None)
-        words, areas, states, maps = None, None, {}, {}
+        x, steps = {}, self.schedule[self.apart :] if given else self.schedule
         if text:
-            words = given[0] if given else self.embed_text(batch)
-            word_mask = F.pad(batch.text_mask, (task, 0), value=True)
-            word_bias, states["text.embedding"] = attention_bias(word_mask, words.dtype), words  # (B, 1, 1, T)
+            x["text"] = given[0] if given else self.embed_text(batch)
         if regions:
-            areas = given[1] if given else self.embed_regions(batch)
-            area_mask = F.pad(batch.region_mask, (1, 0), value=True)
-            area_bias, states["regions.embedding"] = attention_bias(area_mask, areas.dtype), areas  # (B, 1, 1, 1+N)
-        done = len([*takewhile(lambda step: step[0] != "cross", self.schedule)]) if given else 0
-        for kind, i in self.schedule[done:]:
-            probabilities, name = [] if record else None, f"{kind}.{i}"
-            names = [f"{name}.text_to_regions", f"{name}.regions_to_text"] if kind == "cross" else [name]
-            if kind == "cross" and text and regions:
-                words, areas = self.connections[i](words, areas, word_bias, area_bias, probabilities)
-                new = {f"{name}.text": words, f"{name}.regions": areas}
-            elif kind == "text" and text:
-                words = self.text_layers[i](words, word_bias, probabilities)
-                words = words.detach() if i + 1 == config.frozen_layers else words
-                new = {name: words}
-            elif kind == "regions" and regions:
-                mean = ()
-                if config.dynamic_attention and text:  # over words: (B, 1, C)
-                    mean = ((words * word_mask[:, :, None]).sum(1, True) / word_mask.sum(1)[:, None, None],)
-                areas = self.region_layers[i](areas, area_bias, probabilities, *mean)
-                areas = areas.detach() if i + 1 == config.frozen_visual_layers else areas
-                new = {name: areas}
-            else:
-                continue  # a stream that was left out
-            if record:
-                states.update(new)
-                maps.update(zip(names, probabilities, strict=True))
+            x["regions"] = given[1] if given else self.embed_regions(batch)
+        states = {f"{side}.embedding": x[side] for side in x} if record else {}
+        x, later, maps = self.run(batch, x, steps, record)
+        words, areas = x.get("text"), x.get("regions")
         pooled = self.fuse(words, areas)
-        if task and text:
+        if text and self.task(batch) is not None:
             words = torch.cat([words[:, :1], words[:, 2:]], 1)  # (B, T+1, C) -> (B, T, C)
-        return Encoding(words, areas[:, 1:] if regions else None, pooled, states if record else {}, maps)
+        return common.Encoding(words, areas[:, 1:] if regions else None, pooled, states | later, maps)
 
     def word_scores(self, states):
         """Scores of the vocabulary by the masked-word head: states (..., C) -> (..., V)."""
@@ -386,11 +335,9 @@ def masked_region_features(model, encoding, batch):
 
     batch.region_index (M,), clean_features (B, N, F) the features before masking. Scores (M, F).
     """
-    scores = model.heads["mrfr"](at(encoding.regions, batch.region_index))
-    target = at(batch.clean_features, batch.region_index)
-    if len(target) == 0:
-        return scores.sum() * 0.0, scores
-    return F.mse_loss(scores, target.to(scores.dtype)), scores
+    scores = model.heads["mrfr"](common.at(encoding.regions, batch.region_index))
+    target = common.at(batch.clean_features, batch.region_index).to(scores.dtype)
+    return F.mse_loss(scores, target, reduction="sum") / max(1, target.numel()), scores
 
 
 def draw_regions(batch, near, far):
@@ -416,36 +363,24 @@ def noise_contrastive_regions(model, encoding, batch, negatives=None, count=128)
     negatives (M, n): flat positions in the batch; None draws int(0.7 count) from other pictures, int(0.3 count) from
     the same. Head and clean features as in regression. Scores (M, 1 + n), the positive first.
     """
-    predicted, index = model.heads["mrfr"](at(encoding.regions, batch.region_index)), batch.region_index
+    predicted, index = model.heads["mrfr"](common.at(encoding.regions, batch.region_index)), batch.region_index
     if len(index) == 0:
         return predicted.sum() * 0.0, predicted[:, :1]
     if negatives is None:
         negatives = draw_regions(batch, near=int(0.3 * count), far=int(0.7 * count))
     scores = predicted @ batch.clean_features.flatten(0, 1).to(predicted.dtype).T  # (M, F) @ (F, B*N) -> (M, B*N)
     scores = scores.gather(1, torch.cat([index[:, None], negatives], 1))  # (M, 1 + n)
-    return cross_entropy(scores, torch.zeros_like(index)), scores
-
-
-def masked_region_class(model, encoding, batch):
-    """Masked region classification: cross-entropy with the detector's most likely class, background left out.
-
-    batch.object_probs (B, N, K), class 0 = background; mean over masked regions. Scores (M, K). Not in the paper.
-    """
-    scores = model.heads["mrc"](at(encoding.regions, batch.region_index))
-    labels = at(batch.object_probs, batch.region_index)[:, 1:].argmax(-1) + 1
-    return cross_entropy(scores, labels), scores
+    return common.cross_entropy(scores, torch.zeros_like(index)), scores
 
 
 def masked_region_class_kl(model, encoding, batch):
     """The paper's, with soft labels: KL(c || g) = sum_k c_k (log c_k - log g_k), c the detector's distribution.
 
-    The mean is over masked regions, the sum over classes.
+    batch.object_probs (B, N, K). The mean is over masked regions, the sum over classes. Scores (M, K).
     """
-    scores = model.heads["mrc"](at(encoding.regions, batch.region_index))
-    target = at(batch.object_probs, batch.region_index).to(scores.dtype)
-    if len(target) == 0:
-        return scores.sum() * 0.0, scores
-    return F.kl_div(scores.log_softmax(-1), target, reduction="batchmean"), scores
+    scores = model.heads["mrc"](common.at(encoding.regions, batch.region_index))
+    target = common.at(batch.object_probs, batch.region_index).to(scores.dtype)
+    return F.kl_div(scores.log_softmax(-1), target, reduction="sum") / max(1, len(target)), scores
 
 
 # ---- task heads: the same signature ----------------------------------------------------------------------------
@@ -469,7 +404,7 @@ class WeightNormClassifier(nn.Module):
 
     def __init__(self, width, inner, out):
         super().__init__()
-        layers = WeightNormLinear(width, inner), nn.ReLU(), Dropout(0.5), WeightNormLinear(inner, out)
+        layers = WeightNormLinear(width, inner), nn.ReLU(), common.Dropout(0.5), WeightNormLinear(inner, out)
         self.main = nn.Sequential(*layers)
 
     def forward(self, x):
@@ -478,20 +413,20 @@ class WeightNormClassifier(nn.Module):
 
 def answer_head(config, answers):
     """12-in-1 changed the head: GELU and layer norm."""
-    return (mlp if config.twelve_in_one else WeightNormClassifier)(config.shared, 2 * config.shared, answers)
+    return (common.mlp if config.twelve_in_one else WeightNormClassifier)(config.shared, 2 * config.shared, answers)
 
 
 HEADS = {
-    "mlm": lambda c: MaskedLMHead(c.hidden, c.vocab_size),
-    "mrfr": lambda c: mlp(c.visual_hidden, c.visual_hidden, c.feature_size),
-    "mrc": lambda c: mlp(c.visual_hidden, c.visual_hidden, c.classes),
+    "mlm": lambda c: common.MaskedLMHead(c.hidden, c.vocab_size),
+    "mrfr": lambda c: common.mlp(c.visual_hidden, c.visual_hidden, c.feature_size),
+    "mrc": lambda c: common.mlp(c.visual_hidden, c.visual_hidden, c.classes),
     "itm": lambda c: nn.Linear(c.shared, 2),
-    "itc": lambda c: ContrastHead(c.hidden, c.visual_hidden, c.hidden, c.contrast),
-    "hidden": lambda c: projections(c.hidden, c.visual_hidden, c.teacher_widths),
+    "itc": lambda c: common.ContrastHead(c.hidden, c.visual_hidden, c.hidden, c.contrast),
+    "hidden": lambda c: common.projections(c.hidden, c.visual_hidden, c.teacher_widths),
     "vqa": lambda c: answer_head(c, c.answers),
     "gqa": lambda c: answer_head(c, c.gqa_answers),
     "ve": lambda c: nn.Linear(c.shared, 3),
-    "nlvr2": lambda c: mlp(2 * c.shared, 2 * c.shared, 2),
+    "nlvr2": lambda c: common.mlp(2 * c.shared, 2 * c.shared, 2),
     "vcr": lambda c: nn.Linear(c.shared, 1),
     "rank": lambda c: nn.Linear(c.shared, 1),
     "refer": lambda c: nn.Linear(c.visual_hidden, 1),
@@ -515,17 +450,12 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
     return F.binary_cross_entropy_with_logits(scores, F.one_hot(batch.target, 2).to(scores.dtype)), scores
 
 
-def choice(model, encoding, batch, head, target, group):
-    """Cross-entropy over each `group` rows' scores; target (B,) 1 = the right row of its group. Scores (B,)."""
-    scores = model.heads[head](encoding.pooled).squeeze(-1)  # (B, 1) -> (B,)
-    return cross_entropy(scores.view(-1, group), target.view(-1, group).argmax(1)), scores  # (B,) -> (groups, group)
-
-
 def visual_commonsense_reasoning(model, encoding, batch, group=None):
     """VCR: one row a choice, batch.target (rows,) 1 = the right one; cross-entropy within a question's `group` rows, by
     default as many as there are for each right one. Scores (rows,). Types: 0 question, 1 choice."""
     group = group or len(batch.target) // int(batch.target.sum())
-    return choice(model, encoding, batch, "vcr", batch.target, group)
+    scores = model.heads["vcr"](encoding.pooled).squeeze(-1)  # (rows, 1) -> (rows,)
+    return common.cross_entropy(scores.view(-1, group), batch.target.view(-1, group).argmax(1)), scores
 
 
 def retrieval_rank(model, encoding, batch, group=4):
@@ -533,8 +463,9 @@ def retrieval_rank(model, encoding, batch, group=4):
 
     Rows B = groups x group; 4 is one true pair with a false text, a false picture and a hard false text. Scores (B,).
     """
-    first = torch.arange(len(batch.text), device=batch.text.device) % group == 0
-    return choice(model, encoding, batch, "rank", first.long(), group)
+    scores = model.heads["rank"](encoding.pooled).squeeze(-1)  # (B, 1) -> (B,)
+    first = torch.zeros(len(scores) // group, dtype=torch.long, device=scores.device)
+    return common.cross_entropy(scores.view(-1, group), first), scores
 
 
 def refer_scores(model, encoding, batch):
@@ -552,60 +483,37 @@ def referring_expression(model, encoding, batch):
     scores, target = refer_scores(model, encoding, batch), batch.target
     if not target.is_floating_point():
         meant = batch.boxes.gather(1, target[:, None, None].expand(-1, 1, 4))  # (B, N, 4) -> (B, 1, 4)
-        target = iou(batch.boxes, meant) * batch.region_mask
+        target = common.iou(batch.boxes, meant) * batch.region_mask
         target = target.masked_fill(target < 0.5, 0.0)
-    return soft_answer_loss(scores, target.to(scores.dtype)), scores
+    return common.soft_answer_loss(scores, target.to(scores.dtype)), scores
 
 
-OBJECTIVES = {
-    "mlm": masked_lm,
+# the shared ones: mlm, itm, itc, vqa, ve, vcr, rank, refer, caption; of one name, the paper's own counts
+OBJECTIVES = common.SHARED_OBJECTIVES | {
     "mrfr": masked_region_features,
     "nce": noise_contrastive_regions,
-    "mrc": masked_region_class,
+    "mrc": common.masked_region_class,
     "mrc_kl": masked_region_class_kl,
-    "itm": image_text_matching,
-    "itc": image_text_contrast,
-    "vqa": question_answering,
-    "gqa": partial(question_answering, head="gqa"),
+    "gqa": partial(common.question_answering, head="gqa"),
     "ve": visual_entailment,
     "nlvr2": natural_language_for_visual_reasoning,
     "vcr": visual_commonsense_reasoning,
     "rank": retrieval_rank,
     "refer": referring_expression,
-    "caption": captioning,
 }
 
-# Text types of VCR: a question and its answer; a question, its answer and the reason
-VCR_TYPES = ((0, 1), (0, 0, 1))
-# False partners of a true pair in retrieval, in the order of the rows
-NEGATIVES = ("text", "image", "text")
+VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
+NEGATIVES = ("text", "image", "text")  # false partners of a true pair in retrieval, in the order of the rows
 SUMMED = ()  # losses that are sums over the batch, not means
 
 # ---- official checkpoint names ---------------------------------------------------------------------------------
 
 OFFICIAL = [  # (ours, official), in this order
-    ("text_embedding.words", "bert.embeddings.word_embeddings"),
-    ("text_embedding.positions", "bert.embeddings.position_embeddings"),
-    ("text_embedding.types", "bert.embeddings.token_type_embeddings"),
     ("text_embedding.tasks", "bert.embeddings.task_embeddings"),
-    ("text_embedding.norm", "bert.embeddings.LayerNorm"),
     ("region_embedding.features", "bert.v_embeddings.image_embeddings"),
     ("region_embedding.boxes", "bert.v_embeddings.image_location_embeddings"),
     ("region_embedding.norm", "bert.v_embeddings.LayerNorm"),
-    ("text_feed_forward.up", "t_intermediate.dense"),
-    ("text_feed_forward.down", "t_output.dense"),
-    ("text_feed_forward.norm", "t_output.LayerNorm"),
-    ("region_feed_forward.up", "v_intermediate.dense"),
-    ("region_feed_forward.down", "v_output.dense"),
-    ("region_feed_forward.norm", "v_output.LayerNorm"),
-    ("feed_forward.up", "intermediate.dense"),
-    ("feed_forward.down", "output.dense"),
-    ("feed_forward.norm", "output.LayerNorm"),
-    ("attention.query", "attention.self.query"),
-    ("attention.key", "attention.self.key"),
-    ("attention.value", "attention.self.value"),
-    ("attention.output", "attention.output.dense"),
-    ("attention.norm", "attention.output.LayerNorm"),
+    *common.BERT_NAMES,
     ("gate_query", "attention.self.dyLinear_q"),
     ("gate_key", "attention.self.dyLinear_k"),
     ("text_reads.query", "biattention.query2"),  # 1 is the picture, 2 the text
@@ -619,13 +527,13 @@ OFFICIAL = [  # (ours, official), in this order
     ("regions_read.output", "biOutput.dense1"),
     ("regions_read.norm", "biOutput.LayerNorm1"),
     ("unused", "biOutput.q_dense"),
+    (".text_", ".t_"),  # what is left in a co-attention layer: text_feed_forward and region_feed_forward
+    (".region_", ".v_"),
     ("text_layers.", "bert.encoder.layer."),
     ("region_layers.", "bert.encoder.v_layer."),
     ("connections.", "bert.encoder.c_layer."),
     ("text_pooler.", "bert.t_pooler."),
     ("region_pooler.", "bert.v_pooler."),
-    ("heads.mlm.transform.norm", "cls.predictions.transform.LayerNorm"),
-    ("heads.mlm.", "cls.predictions."),
     ("heads.mrfr.", "heads.mrc."),  # the official code has one region head, for classes or for features
     ("heads.mrc.0", "cls.imagePredictions.transform.dense"),
     ("heads.mrc.2", "cls.imagePredictions.transform.LayerNorm"),
@@ -647,30 +555,20 @@ def to_official(state):
     """Our state dict under the official names, tied matrices listed twice, as the official code saves them.
 
     ValueError where two of our heads have one official name: mrc and mrfr, vcr and rank."""
-    out = {rename(name, OFFICIAL): tensor for name, tensor in state.items()}
-    if len(out) < len(state):
-        raise ValueError("the official code has one region head (mrc or mrfr) and one choice head (vcr or rank)")
+    clash = "the official code has one region head (mrc or mrfr) and one choice head (vcr or rank)"
+    out = common.official_names(state, OFFICIAL, clash)
     for name in {"cls.bi_seq_relationship.weight", "cls.bi_seq_relationship.bias"} & set(out):
         out[name] = out[name].flip(0)  # (2, C) or (2,): the official class 0 is "match"
-    if "cls.predictions.bias" in out:
-        out["cls.predictions.decoder.weight"] = out["bert.embeddings.word_embeddings.weight"]
     return out
 
 
 def from_official(state, names):
-    """An official state dict under our names. names: those of the model that will load it, `model.state_dict()`.
-
-    Accepts the prefix `module.`, TF's gamma and beta, and BERT's own checkpoints, for the text stream. Returns (state,
-    unexpected official names); what is missing, the caller sees from the difference to `names`.
-    """
+    """An official state dict under our names, see `common.our_names`. Accepts the prefix `module.`, TF's gamma and
+    beta, and BERT's own checkpoints, for the text stream."""
     given = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("module.")
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if name != "cls.predictions.decoder.weight":  # tied
-            given[name] = tensor.flip(0) if name.startswith("cls.bi_seq_relationship.") else tensor
-    ours = {rename(name, OFFICIAL): name for name in names}
-    return {ours[n]: t for n, t in given.items() if n in ours}, [n for n in given if n not in ours]
+    for name, tensor in common.plain_names(state).items():
+        given[name] = tensor.flip(0) if name.startswith("cls.bi_seq_relationship.") else tensor
+    return common.our_names(given, names, OFFICIAL)
 
 
 FROM_BERT = ("text_embedding.", "text_layers.")  # what BERT's weights must supply; its pooler has no place here
@@ -683,17 +581,17 @@ def sizes_of(state, config):
 
     config: as in `common.text_sizes`. KeyError names what is lacking, ValueError tells why.
     """
-    sizes = text_sizes(state, config) | {"layers": count_layers(state, "encoder.layer.")}
+    sizes = common.text_sizes(state, config) | {"layers": common.count_layers(state, "encoder.layer.")}
     if any("v_embeddings." in name for name in state):
-        visual, features = shape_of(state, "v_embeddings.image_embeddings.weight")  # (C, F)
-        shared, depth = shape_of(state, "t_pooler.dense.weight")[0], count_layers(state, "encoder.v_layer.")
-        connected = count_layers(state, "encoder.c_layer.")
+        visual, features = common.shape_of(state, "v_embeddings.image_embeddings.weight")  # (C, F)
+        shared = common.shape_of(state, "t_pooler.dense.weight")[0]
+        depth, connected = (common.count_layers(state, f"encoder.{kind}_layer.") for kind in "vc")
         sizes["feature_size"] = features
-        sizes["visual_intermediate"] = shape_of(state, "encoder.v_layer.0.intermediate.dense.weight")[0]
-        sizes["classes"] = shape_of(state, "cls.imagePredictions.decoder.weight", (Config.classes,))[0]
-        sizes["gqa_answers"] = shape_of(state, "vil_prediction_gqa.logit_fc.3.weight", (Config.gqa_answers,))[0]
+        sizes["visual_intermediate"] = common.shape_of(state, "encoder.v_layer.0.intermediate.dense.weight")[0]
+        sizes["classes"] = common.shape_of(state, "cls.imagePredictions.decoder.weight", (Config.classes,))[0]
+        sizes["gqa_answers"] = common.shape_of(state, "vil_prediction_gqa.logit_fc.3.weight", (Config.gqa_answers,))[0]
         sizes["twelve_in_one"] = any("vil_prediction.logit_fc." in name for name in state)
-        sizes["task_tokens"] = shape_of(state, "embeddings.task_embeddings.weight", (0,))[0]
+        sizes["task_tokens"] = common.shape_of(state, "embeddings.task_embeddings.weight", (0,))[0]
         sizes["dynamic_attention"] = any("dyLinear_q." in name for name in state)
     else:
         depth = connected = max(1, sizes["layers"] // 2)

@@ -359,7 +359,7 @@ def uniter_objective(objective, fixture, task, dtype, rubbish):
 def uniter_vcr_eval(fixture, task, dtype, rubbish):
     model, batch, _ = uniter_setup(fixture, task, dtype, rubbish)
     batch.target = torch.zeros(len(batch.text), dtype=torch.long)
-    return {"scores": uniter.visual_commonsense_reasoning(model, model.encode(batch), batch)[1][:, None]}
+    return {"scores": uniter.OBJECTIVES["vcr"](model, model.encode(batch), batch)[1][:, None]}
 
 
 def transported(encoding, batch, dtype):
@@ -374,7 +374,7 @@ def uniter_itm(fixture, task, dtype, rubbish):
     batch.matched = x["targets"]
     encoding = model.encode(batch)
     encoding.text.retain_grad(), encoding.regions.retain_grad()
-    itm, scores = uniter.image_text_matching(model, encoding, batch)
+    itm, scores = uniter.OBJECTIVES["itm"](model, encoding, batch)
     wra, distance = uniter.word_region_alignment(model, encoding, batch)
     _, plan, cost = transported(encoding, batch, dtype)
     text_grad, region_grad = torch.autograd.grad(wra, [encoding.text, encoding.regions], retain_graph=True)
@@ -448,7 +448,7 @@ def uniter_hard_negatives(fixture, task, dtype, rubbish):
         hard = uniter.hard_negatives(model, batch, size)
     few, encoding = encode(hard)
     few.group = size + 1
-    loss, hard_scores = uniter.retrieval_rank(model, encoding, few, group=size + 1)
+    loss, hard_scores = uniter.OBJECTIVES["rank"](model, encoding, few, group=size + 1)
     each = elementwise("rank", hard_scores, few)
     return {
         "all_scores": scores,
@@ -787,7 +787,8 @@ def vilbert_losses(model, encoding, batch, x, negatives=None):
     else:
         negatives = negatives.flatten(0, 1)[batch.region_index]
         image = vilbert.noise_contrastive_regions(model, encoding, batch, negatives)[0]
-    losses = vilbert.masked_lm(model, encoding, batch)[0], image, vilbert.image_text_matching(model, encoding, batch)[0]
+    mlm, itm = (vilbert.OBJECTIVES[name](model, encoding, batch)[0] for name in ("mlm", "itm"))
+    losses = mlm, image, itm
     names = "masked_lm_loss", "masked_img_loss", "next_sentence_loss", "total_loss"
     return {name: loss[None] for name, loss in zip(names, (*losses, sum(losses)), strict=True)}
 

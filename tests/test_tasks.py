@@ -439,7 +439,7 @@ def test_a_summed_loss_counts_as_a_mean_whatever_the_parts(name):
         model.zero_grad()
         loss = train.backward(run, [batch.rows(torch.tensor(p)) for p in parts], ["refer"])["refer"]
         found.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    scores = train.PAPERS[name][0].referring_expression(model, model.encode(batch), batch)[1]
+    scores = train.PAPERS[name][0].OBJECTIVES["refer"](model, model.encode(batch), batch)[1]
     assert found[0][0].item() == pytest.approx(torch.nn.functional.cross_entropy(scores, batch.target).item(), rel=1e-6)
     for whole, split in zip(*found, strict=True):
         torch.testing.assert_close(whole, split, atol=1e-6, rtol=1e-6)

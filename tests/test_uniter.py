@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import uniter
 
 B, T, N, F_SIZE, V, K, A = 4, 6, 5, 10, 23, 7, 9
@@ -388,7 +389,7 @@ def test_rank_margin():
         model.heads["rank"].weight[0, 0] = 1.0
     pooled = torch.zeros(9, 16).double()
     pooled[:, 0] = scores
-    loss, got = uniter.retrieval_rank(model, SimpleNamespace(pooled=pooled), None)
+    loss, got = uniter.OBJECTIVES["rank"](model, SimpleNamespace(pooled=pooled), None)
     close(got, scores)
     s = scores.sigmoid().tolist()
     want = [max(0, 0.2 + s[3 * g + i] - s[3 * g]) for g in range(3) for i in (1, 2)]
@@ -421,7 +422,7 @@ def test_refer_rank_draws_a_wrong_region(hard):
     """Never the target, never padding; with `hard` the best-scored wrong one, without it every wrong one in turn."""
     model, batch = tiny(), batch_of()
     encoding = model.encode(batch)
-    scores = uniter.refer_scores(model, encoding, batch)
+    scores = common.refer_scores(model, encoding, batch)
     chance, seen = scores.sigmoid(), [set() for _ in range(B)]
     for i in range(B):  # one row at a time: the loss tells which region was drawn
         one = rows(batch, slice(i, i + 1))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import uniter
 import vilbert
 
@@ -294,7 +295,7 @@ def test_task_losses_by_closed_forms():
     batch.boxes[:, 4] = batch.boxes[0, 0]  # the last region of row 0 overlaps its target fully
     loss, score = model(batch, ("refer",))["refer"]
     assert (score[~batch.region_mask] < -9000).all()
-    given = vilbert.iou(batch.boxes, batch.boxes[torch.arange(4), batch.target][:, None]) * batch.region_mask
+    given = common.iou(batch.boxes, batch.boxes[torch.arange(4), batch.target][:, None]) * batch.region_mask
     batch.target = given.where(given >= 0.5, 0.0)
     assert batch.target[0, 0] == batch.target[0, 4] == 1.0
     torch.testing.assert_close(model(batch, ("refer",))["refer"][0], loss)
