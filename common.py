@@ -13,6 +13,7 @@ F region-feature width, V vocabulary, A answers, K region classes, M masked posi
 
 import math
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -279,11 +280,22 @@ def initialise(model, width):
 
 
 @torch.no_grad()
-def centre_boxes(linear, box):
-    """Starts the bias of a box projection at -W box, box (P,) a box in the middle of the picture: W b + bias is then
-    W (b - box). With bias 0 all boxes, being positive numbers, start with much the same direction, which the norm that
-    follows keeps. Any trained bias replaces this one; the README's decisions have what it is worth."""
-    linear.bias.copy_(-linear.weight @ linear.weight.new_tensor(box))
+def spread_boxes(linear):
+    """Starts a box projection so that a box's centre and its sides tell about as much as its features do:
+
+        W b + bias = sum over the four of  g (value - mean) / spread,   g (C,) drawn from N(0, 1/4)
+
+    with mean 0.5 and spread 0.25 for centre x and y, 0.25 and 0.1 for width and height, so that such boxes give outputs
+    of variance 1. linear: P numbers -> C, the first four of them x1, y1, x2, y2; the columns of the others start at 0.
+    In BERT's initialisation all boxes, being positive numbers, start with much the same direction, sides hardly count,
+    and where features and boxes are added up before a norm (ViLBERT) boxes do not. Trained weights replace these; the
+    README's decisions have what it is worth.
+    """
+    centre = torch.randn(len(linear.weight), 2) * 0.5 / 0.25  # (C, 2), of x and y
+    sides = torch.randn(len(linear.weight), 2) * 0.5 / 0.1
+    linear.weight.zero_()
+    linear.weight[:, :4] = torch.cat([centre / 2 - sides, centre / 2 + sides], 1)
+    linear.bias.copy_(-linear.weight[:, :4] @ torch.tensor([0.375, 0.375, 0.625, 0.625]))  # the mean box
 
 
 # ---- losses -----------------------------------------------------------------------------------------------------
@@ -320,6 +332,12 @@ def soft_answer_loss(scores, targets):
     return F.binary_cross_entropy_with_logits(scores, targets) * scores.shape[1]
 
 
+def exact(device):
+    """Inside it nothing is cast to half precision, whatever autocast says; some devices have no autocast."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
 def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iterations=50):
     """Word-region alignment: the inexact proximal point method IPOT (Xie 2018; UNITER 3.2 and algorithm 1).
 
@@ -331,7 +349,7 @@ def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iteration
     gradient, as in the official code; all is computed in float32 at least, since exp(-C / beta) underflows in half.
     """
     dtype = torch.promote_types(text.dtype, torch.float32)
-    with torch.autocast(text.device.type, enabled=False):
+    with exact(text.device):
         words = text.to(dtype) / text.to(dtype).norm(dim=-1, keepdim=True).clamp(min=1e-5)
         areas = regions.to(dtype) / regions.to(dtype).norm(dim=-1, keepdim=True).clamp(min=1e-5)
         pairs = text_mask[:, :, None] & region_mask[:, None, :]  # (B, T, N)
@@ -361,7 +379,7 @@ def pair_cosines(image, text, same=None):
     if image.shape != text.shape:
         raise ValueError(f"pictures {tuple(image.shape)} and texts {tuple(text.shape)} are not pairs: shapes differ")
     dtype = torch.promote_types(image.dtype, torch.float32)
-    with torch.autocast(image.device.type, enabled=False):
+    with exact(image.device):
         cosines = image.to(dtype) @ text.to(dtype).T  # (B, C) @ (C, B) -> (B, B)
     negative = ~torch.eye(len(image), dtype=torch.bool, device=image.device)
     return cosines, negative if same is None else negative & ~same

@@ -64,7 +64,7 @@ PRESETS = {
         "intermediate": 512,
         "max_positions": 128,
         "dropout": 0.0,
-        "region_factor": 1.0,  # else the region losses drown the others in a short run
+        "region_factor": 0.2,  # else the region losses drown the others in a short run
     },
     "base": {},
 }
@@ -146,7 +146,7 @@ class LXMERT(nn.Module):
         if {"mrfr", "mrc", "attr"} & set(config.heads):
             self.heads["regions"] = common.HeadTransform(config.hidden)  # the three region heads share it
         common.initialise(self, config.hidden)
-        common.centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6])
+        common.spread_boxes(self.region_embedding.boxes)
 
     def embed_text(self, batch):
         """(B, T, C)"""
@@ -234,6 +234,7 @@ PRETRAINING = {
     "mask_false_pairs": False,  # 12-in-1's setting: nothing is to be predicted there; the official code does
     "second_half": ("qa",),  # questions are answered in the second half of the steps only (3.3)
     "joined": {},
+    "rate": 2.0,  # of the learning rate, against fine-tuning: 1e-4 at base size
     "weights": {},  # factors of the loss; 1 where none is named
     # of the masked features, the rest stays as it is (BERT's rule); a picture may have none
     "region_masking": {"zero": 0.8, "random": 0.1, "force_one": False},

@@ -687,8 +687,9 @@ def learning_rate(step, peak, warmup, steps):
 
 
 def default_rate(width):
-    """Peak learning rate of a model so wide: the papers' for base and large, more for the narrow ones of --size tiny.
-    By the width, not by --size, as --init may bring any."""
+    """Peak learning rate of a model so wide in fine-tuning: the papers' for base and large, more for the narrow ones of
+    --size tiny. By the width, not by --size, as --init may bring any. Pretraining has `PRETRAINING["rate"]` times this.
+    """
     return 1e-3 if width <= 256 else 5e-5 if width < 1024 else 3e-5
 
 
@@ -1243,7 +1244,7 @@ def train(o):
     run.model = build(run, checkpoint).to(device)
     if teacher:
         match_teacher(run, teacher)
-    o.lr = o.lr or default_rate(run.model.config.hidden)
+    o.lr = o.lr or default_rate(run.model.config.hidden) * (paper.PRETRAINING["rate"] if o.task == "pretrain" else 1.0)
     set_temperature(run, 0.0)
     if o.compile:
         compile_layers(run.model)

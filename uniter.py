@@ -9,8 +9,8 @@ What the model does, in five lines:
 
 Known deviations: sequences are padded, not packed, which changes no valid position; row 0 of the official mask
 embedding, zeroed there at each use, does not exist here; widths and heights are computed, official files hold them in
-float16; a model from scratch starts with centred boxes and, if narrow, wider weights (`common.initialise`,
-`centre_boxes`). Errors of the official code are listed in the README's errata.
+float16; a model from scratch starts with boxes that count and, if narrow, wider weights (`common.initialise`,
+`spread_boxes`). Errors of the official code are listed in the README's errata.
 Letters: B batch, T text positions, N regions, C width, F region-feature width, V vocabulary, K classes, M masked.
 """
 
@@ -109,7 +109,7 @@ class UNITER(nn.Module):
         self.pooler = common.Pooler(config.hidden)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
         common.initialise(self, config.hidden)
-        common.centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6, 0.2, 0.2, 0.04])
+        common.spread_boxes(self.region_embedding.boxes)
 
     def embed_text(self, batch):
         """(B, T, C)"""
@@ -174,6 +174,7 @@ PRETRAINING = {
     "objectives": {"mlm": 4, "mrfr": 1, "mrc_kl": 1, "itm": 2},
     "conditional": True,  # one objective a step: while words are masked no region is, and the other way round
     "joined": {"itm": ("wra",)},  # computed in the same step, on the same pairs
+    "rate": 1.0,  # of the learning rate, against fine-tuning: 5e-5 at base size
     "weights": {"wra": 0.1},  # factors of the loss; 1 where none is named
     "region_masking": {"zero": 1.0, "random": 0.0},  # a masked region's feature is always zeroed (section 3.2)
     "mismatch": "image",  # a negative pair keeps its sentence and gets another picture

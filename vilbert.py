@@ -201,7 +201,7 @@ class ViLBERT(nn.Module):
         self.dropout = common.Dropout(config.dropout)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
         common.initialise(self, config.hidden)
-        common.centre_boxes(self.region_embedding.boxes, [0.4, 0.4, 0.6, 0.6, 0.04])
+        common.spread_boxes(self.region_embedding.boxes)
 
     def task(self, batch):
         """batch.task (B,), where the model has task tokens and the batch names tasks; else None."""
@@ -323,6 +323,7 @@ PRETRAINING = {
     "conditional": False,  # all in one step: words and regions are masked together
     "mask_false_pairs": False,  # 12-in-1's setting: nothing is to be predicted there; ViLBERT's own code did
     "joined": {},
+    "rate": 2.0,  # of the learning rate, against fine-tuning: 1e-4 at base size
     "weights": {},  # the losses are added up as they are
     # one masked region in ten keeps its feature; a picture may have none
     "region_masking": {"zero": 0.9, "random": 0.0, "force_one": False},

@@ -189,10 +189,23 @@ def test_initialise(width, std):
     assert (model[2].weight == 1).all() and (model[2].bias == 0).all()
 
 
-def test_centred_boxes_map_the_middle_to_nothing():
-    linear, middle = nn.Linear(4, 8), [0.4, 0.4, 0.6, 0.6]
-    common.centre_boxes(linear, middle)
-    close(linear(torch.tensor(middle)), torch.zeros(8), 1e-6)
+@pytest.mark.parametrize("numbers", [4, 5, 7])
+def test_spread_boxes_let_places_and_sides_count_alike(numbers):
+    """Boxes with the means and spreads of the docstring: outputs have mean 0 and variance 1, a quarter from each."""
+    torch.manual_seed(0)
+    linear = nn.Linear(numbers, 4000)
+    common.spread_boxes(linear)
+    z = torch.randn(4000, 4)  # centre x, y, width, height, standardised
+    centre, sides = 0.5 + 0.25 * z[:, :2], 0.25 + 0.1 * z[:, 2:]
+    boxes = torch.cat([centre - sides / 2, centre + sides / 2, torch.rand(4000, numbers - 4)], 1)
+    out = linear(boxes)  # (4000, P) -> (4000, 4000)
+    assert abs(out.mean().item()) < 0.02 and abs(out.var().item() - 1) < 0.03
+    for i in range(4):
+        without = z.clone()
+        without[:, i] = 0
+        centre, sides = 0.5 + 0.25 * without[:, :2], 0.25 + 0.1 * without[:, 2:]
+        alone = out - linear(torch.cat([centre - sides / 2, centre + sides / 2, boxes[:, 4:]], 1))
+        assert abs(alone.var().item() - 0.25) < 0.02, i
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------

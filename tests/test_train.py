@@ -15,6 +15,7 @@ import benchmark
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import data
@@ -206,6 +207,17 @@ def test_the_benchmark_counts_padding_apart(tmp_path):
     assert part < 1 and abs(part - float(real)) < 0.25
     times = benchmark.step_ours(run, index, 0)
     assert times.shape == (4,) and (times > 0).all()
+
+
+@pytest.mark.parametrize("model", train.PAPERS)
+def test_the_benchmark_counts_whatever_a_step_trains(model, tmp_path):
+    o = argparse.Namespace(device="cpu", batch_size=4, batches=1, words=9, regions=(4, 4))
+    run, (index,) = benchmark.make_run(o, model, "tiny", "f32", tmp_path)
+    for names in {tuple(benchmark.batch_of(run, index, step)[1]) for step in range(20)}:
+        batch = train.make_batch(run, run.splits["train"], index, list(names), np.random.default_rng(0))
+        with FlopCounterMode(display=False) as counter:
+            sum(loss for loss, _ in run.model(batch, names).values()).backward()
+        assert benchmark.flops(run, batch, names) == counter.get_total_flops() > 1e6, names
 
 
 @pytest.mark.parametrize("model", ["vilbert", "lxmert"])
