@@ -51,6 +51,7 @@ class Config:
     contrast: str = "infonce"  # loss of the objective itc; or "hinge", "sigmoid", "dcl"
     teacher_widths: tuple = ()  # widths (text, regions) of the teacher that the head "hidden" projects to
     region_factor: float = 1 / 0.15  # of the three region losses, undoes the masking rate; Hugging Face has 6.67
+    answer_factor: float = 1.0  # of pretraining's question answering
     hidden_score: float = -10000.0  # what hides a key; Hugging Face has the dtype's minimum
 
 
@@ -64,7 +65,8 @@ PRESETS = {
         "intermediate": 512,
         "max_positions": 128,
         "dropout": 0.0,
-        "region_factor": 0.2,  # else the region losses drown the others in a short run
+        "region_factor": 0.2,  # else these four losses drown the words in a short run
+        "answer_factor": 0.2,
     },
     "base": {},
 }
@@ -291,7 +293,8 @@ def masked_region_class_kl(model, encoding, batch):
 
 
 def image_question_answering(model, encoding, batch):
-    """Image question answering (3.1.3): cross-entropy over the answers, mean over the rows that have one.
+    """Image question answering (3.1.3): cross-entropy over the answers, mean over the rows that have one, times
+    config.answer_factor, in the paper 1.
 
     batch.answer_labels (B,), -1 = no question; where a question has several answers, one drawn in proportion to their
     scores. Mismatched rows (batch.matched 0) have no answer. Scores (B, A).
@@ -299,7 +302,7 @@ def image_question_answering(model, encoding, batch):
     scores, labels = model.heads["qa"](encoding.pooled), batch.answer_labels
     if batch.matched is not None:
         labels = labels.masked_fill(batch.matched == 0, -1)
-    total = F.cross_entropy(scores, labels, ignore_index=-1, reduction="sum")
+    total = model.config.answer_factor * F.cross_entropy(scores, labels, ignore_index=-1, reduction="sum")
     return total / (labels >= 0).sum().clamp(min=1), scores
 
 

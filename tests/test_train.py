@@ -72,6 +72,12 @@ def test_learning_rate_is_two_straight_lines():
     assert rates[-1] == 1e-8
 
 
+def test_default_rates_at_base_size_are_the_papers():
+    for paper, pretraining in ((uniter, 5e-5), (train.vilbert, 1e-4), (lxmert, 1e-4)):
+        assert train.default_rate(paper, 768, "pretrain") == pretraining
+        assert train.default_rate(paper, 768, "vqa") == 5e-5
+
+
 def test_only_matrices_decay():
     model = uniter.UNITER(uniter.Config(**uniter.PRESETS["tiny"], vocab_size=30, feature_size=8, classes=5))
     optimizer = train.make_optimizer(model, 0.01)

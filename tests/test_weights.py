@@ -201,7 +201,14 @@ HEADS = {"num_attention_heads": 4, "v_num_attention_heads": 4, "bi_num_attention
         # the factor is no size: files are read with the official one, not with the tiny preset's
         (
             "lxmert",
-            {"cross_layers": 1, "relation_layers": 2, "language_layers": 3, "types": 1, "region_factor": 1 / 0.15},
+            {
+                "cross_layers": 1,
+                "relation_layers": 2,
+                "language_layers": 3,
+                "types": 1,
+                "region_factor": 1 / 0.15,
+                "answer_factor": 1.0,
+            },
         ),
     ],
 )
