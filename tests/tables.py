@@ -47,11 +47,11 @@ TEACH |= {"all three": "logits,attention,hidden"}
 # ---- runs ------------------------------------------------------------------------------------------------------
 
 
-def run(o, name, *arguments, minutes=None):
+def run(o, name, *arguments, minutes=None, steps=None):
     """result.json of a run of train.py in folder `name`; trains unless it is there already."""
     folder = o.out / name
     if not (folder / "result.json").is_file():
-        command, steps = ["--log-every", 200, *arguments, *o.more], o.steps
+        command, steps = ["--log-every", 200, *arguments, *o.more], steps or o.steps
         if steps is None:
             trial = folder.with_name(folder.name + "-trial")
             done = start(trial, *command, "--steps", 30, "--eval-every", 30)
@@ -107,7 +107,7 @@ def table_of_tasks(o):
     """Three models x seven tasks x two starts, then the first model without words or without picture, one seed."""
     rows = {}
     for model in o.models:
-        run(o, f"{model}-pretrain", "--model", model, minutes=o.pretrain_minutes)
+        run(o, f"{model}-pretrain", "--model", model, minutes=o.pretrain_minutes, steps=o.pretrain_steps)
     variants = [(m, start, ()) for m in o.models for start in ("pretrained", "untrained")]
     variants += [(o.models[0], f"pretrained, without {what}", ("--ablate", what)) for what in ("text", "image")]
     for model, name, extra in variants:
@@ -132,7 +132,7 @@ def table_of_objectives(o):
     for name, names in OBJECTIVES.items():
         init = ("--init", o.out / f"objectives-{name}/checkpoint.pt") if names else ()
         if names:
-            run(o, f"objectives-{name}", "--objectives", names, minutes=o.pretrain_minutes)
+            run(o, f"objectives-{name}", "--objectives", names, minutes=o.pretrain_minutes, steps=o.pretrain_steps)
         for task in ("nlvr2", "vqa"):
             options = ("--task", task, *init)
             results = [run(o, f"objectives-{name}-{task}-{s}", *options, "--seed", s) for s in range(o.seeds)]
@@ -238,6 +238,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=2.0, help="training time of a run")
     parser.add_argument("--pretrain-minutes", type=float, default=5.0, help="training time of a pretraining")
     parser.add_argument("--steps", type=int, help="steps of each run, whatever its time")
+    parser.add_argument("--pretrain-steps", type=int, help="steps of a pretraining (default: --steps)")
     parser.add_argument("--models", nargs="+", default=list(train.PAPERS), choices=train.PAPERS)
     parser.add_argument("--tasks", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     parser.add_argument("--seeds", type=int, default=1, help="runs of a cell; table tasks: of vqa, nlvr2 and refer")

@@ -78,6 +78,12 @@ def test_default_rates_at_base_size_are_the_papers():
         assert train.default_rate(paper, 768, "vqa") == 5e-5
 
 
+def test_default_steps_of_pretraining():
+    """UNITER alone takes more, as each of its steps trains one objective; side by side all take equally many."""
+    for model, choice, steps in (("uniter", "uniter", 3600), ("lxmert", "lxmert", 2400), ("uniter", "all", 2400)):
+        assert train.settle(train.parse(["--model", choice]), model, 0).steps == steps
+
+
 def test_only_matrices_decay():
     model = uniter.UNITER(uniter.Config(**uniter.PRESETS["tiny"], vocab_size=30, feature_size=8, classes=5))
     optimizer = train.make_optimizer(model, 0.01)
