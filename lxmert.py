@@ -13,8 +13,9 @@ vary, and the means over regions leave padding out. Rows without label give a lo
 optimizer, BertAdam, is not copied: Adam without bias correction, eps 1e-6 outside the root, decay on every parameter,
 biases and norms included, and a first update with learning rate 0 (tests/test_golden.py replays it). Where paper and
 code differ, the code is followed: feature regression is smooth-L1, not L2; classes and attributes are learned on all
-regions, weighted by the detector's confidence, not on the masked ones alone. In false pairs no word or region is to be
-predicted (as in 12-in-1), in the official code they are; the README's decisions have what that is worth.
+regions, weighted by the detector's confidence, not on the masked ones alone. In false pairs, a quarter of all, no word
+or region is to be predicted (as in 12-in-1); in the official code they are a half and all is; the README's decisions
+have what that is worth.
 Letters: B batch, T text positions, N regions, C width, F region-feature width, V vocabulary, K classes, M masked.
 """
 
@@ -240,6 +241,7 @@ PRETRAINING = {
     "weights": {},  # factors of the loss; 1 where none is named
     # of the masked features, the rest stays as it is (BERT's rule); a picture may have none
     "region_masking": {"zero": 0.8, "random": 0.1, "force_one": False},
+    "false_pairs": 0.25,  # in the official code a half, all of which predict words; here they would be lost to them
     "mismatch": "text",  # a negative pair keeps its image and gets another sentence
     "over_all_regions": ("mrfr", "mrc", "attr"),  # means over all regions, not over the masked ones
 }

@@ -402,14 +402,16 @@ def stream(o, dataset, slots, skip):
 # ---- batches -----------------------------------------------------------------------------------------------------
 
 
-def make_batch(run, dataset, index, names, rng, **words):
+def make_batch(run, dataset, index, names, rng, false=None, **words):
     """Examples `index` as the objectives `names` need them: pairs mismatched, words masked, regions masked.
-    `words`: arguments of data.mask_words in place of the run's."""
+    false: the share of false pairs, by default as the paper's file has it; `words`: arguments of data.mask_words in
+    place of the run's."""
     if names[0] in DOWNSTREAM:
         return ablate(task_batch(run, dataset, index, names[0], rng), run.o.ablate)
     images, matched = None, None
     if PAIRS & set(names):
-        index, images, matched = data.mismatch(dataset, index, rng, replace=run.paper.PRETRAINING["mismatch"])
+        false = run.paper.PRETRAINING["false_pairs"] if false is None else false
+        index, images, matched = data.mismatch(dataset, index, rng, false, run.paper.PRETRAINING["mismatch"])
     batch = data.collate(dataset, index, images, answers=run.columns() if run.answers else None)
     if matched is not None:
         batch.matched = matched
@@ -948,7 +950,7 @@ def evaluate_pretraining(run, dataset, examples=1000, candidates=100):
             if name == "mlm_content":
                 batch = make_batch(run, dataset, index, ["mlm"], rng, only=content, one=True)
             else:
-                batch = make_batch(run, dataset, index, [name], rng)
+                batch = make_batch(run, dataset, index, [name], rng, false=0.5)
             count(run.paper, sums, name, batch, *scores_of(run, batch, name.removesuffix("_content")))
     metrics, chance = {}, {}
     gathered = [sums] * run.world

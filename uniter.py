@@ -177,6 +177,7 @@ PRETRAINING = {
     "rate": 1.0,  # of the learning rate, against fine-tuning: 5e-5 at base size
     "weights": {"wra": 0.1},  # factors of the loss; 1 where none is named
     "region_masking": {"zero": 1.0, "random": 0.0},  # a masked region's feature is always zeroed (section 3.2)
+    "false_pairs": 0.5,
     "mismatch": "image",  # a negative pair keeps its sentence and gets another picture
 }
 

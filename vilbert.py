@@ -327,6 +327,7 @@ PRETRAINING = {
     "weights": {},  # the losses are added up as they are
     # one masked region in ten keeps its feature; a picture may have none
     "region_masking": {"zero": 0.9, "random": 0.0, "force_one": False},
+    "false_pairs": 0.5,
     "mismatch": "text",  # a negative pair keeps its picture and gets another sentence
 }
 
