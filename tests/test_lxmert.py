@@ -270,6 +270,8 @@ def test_questions_count_where_there_is_an_answer_and_a_match():
     batch.matched = None
     loss, scores = model(batch, ["qa"])["qa"]
     torch.testing.assert_close(loss, F.cross_entropy(scores[:3], torch.tensor([3, 2, 6])))
+    model.config.answer_factor = 0.2
+    torch.testing.assert_close(model(batch, ["qa"])["qa"][0], 0.2 * loss)
 
 
 def test_nothing_masked_and_nothing_answered_is_zero_not_nan():

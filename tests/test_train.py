@@ -232,6 +232,21 @@ def test_the_benchmark_counts_whatever_a_step_trains(model, tmp_path):
         assert benchmark.flops(run, batch, names) == counter.get_total_flops() > 1e6, names
 
 
+def test_the_benchmark_sees_every_product():
+    """The products it would time alone hold all the arithmetic that torch's own counter finds."""
+    layer, x = common.TransformerLayer(16, 2, 32), torch.randn(3, 5, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    with benchmark.Products() as products:
+        layer(x).sum().backward()
+    found = 0
+    for (_, layouts), count in products.seen.items():
+        (*rows, inner), (*_, columns) = layouts[-2][0], layouts[-1][0]  # of addmm the bias comes first
+        found += 2 * count * math.prod(rows) * inner * columns
+    assert found == counter.get_total_flops()
+    assert 0 < benchmark.products_alone(products.seen, torch.device("cpu")) < 1
+
+
 @pytest.mark.parametrize("model", ["vilbert", "lxmert"])
 def test_two_streams_predict_in_true_pairs_alone_and_mask_15_percent_of_the_regions(model, tmp_path):
     """UNITER's rule, one region a picture at least, would mask a quarter of these."""
