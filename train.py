@@ -692,8 +692,8 @@ def learning_rate(step, peak, warmup, steps):
 
 def default_rate(paper, width, task):
     """Peak learning rate of a model so wide: the papers' for base and large, more for the narrow ones of --size tiny. By
-    the width, not by --size, as --init may bring any. ViLBERT's and LXMERT's papers pretrain at twice the rate at which
-    they fine-tune."""
+    the width, not by --size, as --init may bring any. ViLBERT and LXMERT pretrain at 1e-4, about twice the rate at
+    which they fine-tune."""
     rate = 1e-3 if width <= 256 else 5e-5 if width < 1024 else 3e-5
     return rate * (paper.PRETRAINING["rate"] if task == "pretrain" else 1.0)
 
@@ -950,6 +950,7 @@ def evaluate_pretraining(run, dataset, examples=1000, candidates=100):
             if name == "mlm_content":
                 batch = make_batch(run, dataset, index, ["mlm"], rng, only=content, one=True)
             else:
+                # half false whatever training has, so that chance is the same for all models
                 batch = make_batch(run, dataset, index, [name], rng, false=0.5)
             count(run.paper, sums, name, batch, *scores_of(run, batch, name.removesuffix("_content")))
     metrics, chance = {}, {}
@@ -1686,7 +1687,7 @@ def main(argv=None):
 if __name__ == "__main__":
     code = main()
     if "RANK" in os.environ:
-        # gloo's threads may outlive the interpreter and abort it in the middle of its end, though all is written
+        # gloo's threads may outlive the interpreter and abort it while it ends; by now all is written
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

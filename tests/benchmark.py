@@ -10,7 +10,8 @@ goes; and the ratio to a peer, measured in the same run. No test: nothing here a
 Examples are drawn: words with the lengths of VQA v2 questions (mean 9 with [CLS] and [SEP]) or `--words`, `--regions`
 with random features of width 2048, 1,600 classes and 400 attributes, from a memory-mapped store as in training. Peak is
 the best of square matrix products in the same format, before and after. Counted are the products of forward and
-backward; "useful" leaves out those on padding: each example counted alone, at its own length.
+backward; "useful" leaves out those on padding: each example counted alone, at its own length. "Products alone" is the share of
+a step that its matrix products would take if each was timed by itself: no step can be shorter than that.
 """
 
 import argparse
