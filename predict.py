@@ -9,8 +9,9 @@
     python predict.py out/uniter-caption/best.pt --image a.png --beams 3
     python predict.py out/uniter-vqa/best.pt --export vqa.bin
 
-Regions are cut as in training: the boxes that are given, or else the whole picture and the cells of a grid. best.pt has
-the weights that were best on the val split, checkpoint.pt the last ones.
+Regions are the boxes that are given, --boxes once a picture, or else the whole picture and the cells of a grid. What was trained
+on scenes has seen the boxes of things only: give it those. best.pt has the weights that were best on the val split, checkpoint.pt
+the last ones.
 """
 
 import json
@@ -122,6 +123,8 @@ def answer(o, model, tokenizer, checkpoint, task):
     paper = PAPERS[checkpoint["model"]][0]
     size = checkpoint.get("patch", 12), checkpoint.get("grid", 6)
     pictures = [regions(file, boxes, *size) for file, boxes in zip(o.image, o.boxes or [None] * len(o.image))]
+    if not o.boxes and "scenes" in checkpoint.get("data", "").split(","):
+        print("predict.py: trained on boxes of things, asked about a grid; give --boxes", file=sys.stderr)
     if task == "nlvr2":
         batch = make_batch(tokenizer, [o.text] * 2, pictures)
         batch.region_types = torch.arange(2)[:, None].expand(batch.region_mask.shape)

@@ -7,7 +7,7 @@
     python train.py --model all --task vqa --seeds 3                  compare the models, with the spread over seeds
     torchrun --nproc_per_node=2 train.py --model uniter               several processes, the same gradients
     python train.py --model uniter --objectives mlm,mrfr,mrc_kl,itm,itc --rerank 20    retrieval in two stages
-    python train.py --model uniter --config layers=1 --teacher out/uniter-pretrain/best.pt    a smaller student
+    python train.py --model uniter --config layers=1 --teacher out/uniter-pretrain/best.pt --out out/student    a smaller one
 
 Read top to bottom: options, device and processes, data, batches, model, how weights fit it, optimizer, distillation,
 evaluation, retrieval, loop, printing, files, main.
@@ -116,7 +116,7 @@ def parse(argv=None):
     add("--rerank", type=int, metavar="K", help="test retrieval in two stages too: the K best by itc, ranked anew")
     add("--mask", type=float, help="share of the words that pretraining masks (default: 0.15; on scenes 0.3)")
     add("--ablate", choices=["text", "image"], help="take the words or the picture away, to see what the rest is worth")
-    add("--limit", type=int, help="use only the first N training examples")
+    add("--limit", type=int, help="use N of the training examples, drawn at random")
     add("--mine", type=int, default=4, help="retrieval: false partners to choose the hardest of, in the second half")
     add("--pool", type=int, default=200, help="retrieval, captions: pictures of the test, with a caption each")
     add("--beams", type=int, default=1, help="beam width for the test's captions; 1 is greedy")
@@ -150,6 +150,10 @@ def refuse(options):
         raise Stop(f"--data: give one source for all tasks or one each; --task has {len(tasks)}")
     if options.ablate == "text" and "caption" in tasks:
         raise Stop("--ablate text leaves captions nothing to learn; use --ablate image")
+    if options.ablate and "pretrain" in tasks:
+        raise Stop("--ablate is for the tasks: pretraining has words and regions to predict from each other")
+    if options.patch != 12 and "scenes" in options.data.split(","):
+        raise Stop("--patch is for your own pictures: the regions of scenes are 12 pixels wide")
     if (options.fresh or options.partial) and not options.init:
         raise Stop(f"--{'fresh' if options.fresh else 'partial'} says how to use --init; give --init too")
     for part in options.distill.split(","):
@@ -176,12 +180,18 @@ def temperatures(text):
     return first, last
 
 
+def folder_of(options, model_name):
+    """Where the runs of a model go: --out, or out/ and what is trained on what."""
+    without = f"-without-{options.ablate}" if options.ablate else ""
+    return Path(options.out or f"out/{model_name}-{options.task.replace(',', '+')}{without}")
+
+
 def settle(options, model_name, seed):
     """One run's own options: model and seed fixed, defaults that depend on them filled in. Returns a new namespace."""
     o = argparse.Namespace(**vars(options))
     o.model, o.seed = model_name, seed
     o.tasks = o.task.split(",")
-    base = Path(o.out or f"out/{model_name}-{'+'.join(o.tasks)}")
+    base = folder_of(o, model_name)
     if o.out and options.model == "all":
         base = base / model_name
     o.out = base / f"seed{seed}" if options.seeds > 1 else base
@@ -198,6 +208,9 @@ def settle(options, model_name, seed):
     for name in ("init", "teacher", "export_official"):
         if given := getattr(o, name):
             setattr(o, name, given.replace("{model}", model_name).replace("{seed}", str(seed)))
+    for name in ("init", "teacher"):
+        if (given := getattr(o, name)) and Path(given).resolve().parent == o.out.resolve() and not o.resume:
+            raise Stop(f"--{name} {given}: this run would write over it; give another --out")
     return o
 
 
@@ -234,6 +247,7 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         raise Stop(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     return device
 
@@ -364,7 +378,11 @@ def encode_texts(o, sets, checkpoint):
         raise Stop(f"{o.init}: no tokenizer.json or vocab.txt beside it; give --vocab those word pieces")
     else:
         # scenes: from the texts of all tasks, whatever the task, so that a pretrained model can be given any later
-        text = data.load("scenes", "pretrain", "train", o.limit).text + data.scene_texts() if "scenes" in o.data else []
+        text = (
+            data.load("scenes", "pretrain", "train", o.limit).text + data.scene_texts()
+            if "scenes" in o.data.split(",")
+            else []
+        )
         text += [part for split in every if split.split == "train" and split.name != "scenes" for part in split.parts()]
         tokenizer = data.read_tokenizer(o.vocab) if o.vocab else data.train_tokenizer(text)
     for split in every:
@@ -430,12 +448,13 @@ def task_batch(run, dataset, index, name, rng):
     """Examples `index` as the objective of a downstream task needs them."""
     if name == "rank":
         index, images = partners(run, dataset, index, rng)
-        return data.collate(dataset, index.ravel(), images.ravel())  # (B, 1 + negatives) -> rows
+        batch = data.collate(dataset, index.ravel(), images.ravel())  # (B, 1 + negatives) -> rows
+        return dataclasses.replace(batch, ids=[dataset.ids[i] for i in index[:, 0]])  # of the examples, not of the rows
     batch = data.collate(dataset, index, answers=run.columns("ve") if name == "ve" else None)
     if name == "nlvr2":
         batch.target = torch.from_numpy(dataset.target[index])
         side = torch.arange(len(batch.text))[:, None] % 2  # 0 the left picture, 1 the right one
-        batch.region_types = side.expand(batch.region_mask.shape)
+        batch.region_types = side.expand(batch.region_mask.shape).contiguous()  # or it could not be pinned
         if getattr(run.model.config, "nlvr2", "") == "triplet":
             batch = data.join_pictures(batch)
     elif name == "vcr":
@@ -599,6 +618,7 @@ def read_sizes(o, paper):
 def compile_layers(model):
     """Compiles the blocks that all layers of all three models are made of, where they stand: small regions, used many
     times, for any batch and lengths (`dynamic`), so that nothing is compiled anew after the first steps."""
+    torch._dynamo.config.recompile_limit = 64  # of one block: each width, number format and use of it counts
     torch.fx.experimental._config.use_duck_shape = False  # lengths that are equal at first need not stay so
     for module in model.modules():
         if isinstance(module, common.AttentionBlock | common.FeedForward):
@@ -1052,18 +1072,21 @@ def evaluate_choice(run, task, dataset):
         if task == "refer":
             clean = data.collate(dataset, index)  # with the boxes that --ablate takes away
             hit = overlaps(dataset, index, clean) > 0.5  # (B, N)
-            right[index] = hit.gather(1, scores.argmax(1, keepdim=True))[:, 0]
+            right[index] = share_right(scores.masked_fill(~clean.region_mask, -math.inf), hit)
             guess[index], reachable[index] = hit.sum(1) / clean.region_mask.sum(1), hit.any(1)
         else:
             scores = scores.view(len(index), -1)  # (B, 2), or (B * choices,) -> (B, choices)
-            right[index] = scores.argmax(1).numpy() == dataset.target[index]
+            truth = torch.from_numpy(dataset.target[index]).long()
+            right[index] = share_right(scores, torch.nn.functional.one_hot(truth, scores.shape[1]).bool())
     right, guess, reachable = (total(x).numpy() for x in (right, guess, reachable))
     kinds = np.array(dataset.kind)
     if task == "refer":
         metrics, chance = by_kind(right, guess, kinds)
         return metrics | {"reachable": reachable.mean()}, chance
     if task == "nlvr2":
-        return by_kind(right, np.full(len(dataset), max(dataset.target.mean(), 1 - dataset.target.mean())), kinds)
+        true = {kind: dataset.target[kinds == kind].mean() for kind in set(dataset.kind)}
+        usual = {kind: max(share, 1 - share) for kind, share in true.items()}
+        return by_kind(right, np.array([usual[kind] for kind in kinds]), kinds)
     metrics, chance = {}, {}
     for kind, name in (("answer", "q_a"), ("reason", "qa_r")):
         if (kinds == kind).any():
@@ -1073,6 +1096,13 @@ def evaluate_choice(run, task, dataset):
     if both:
         metrics["q_ar_accuracy"], chance["q_ar_accuracy"] = float(np.mean(both)), 1 / dataset.group**2
     return metrics, chance
+
+
+def share_right(scores, hit):
+    """Which part of the best-scored candidates is right: 0 or 1, but where several share the best score, as they do without
+    picture or words, their mean. scores (B, K), hit (B, K) bool -> (B,)"""
+    best = scores == scores.amax(1, keepdim=True)
+    return (best & hit).sum(1) / best.sum(1).clamp(min=1)
 
 
 def evaluate_captions(run, dataset, index):
@@ -1097,14 +1127,13 @@ def evaluate_captions(run, dataset, index):
         dist.all_gather_object(gathered, own)
     own, true = {image: words for some in gathered for image, words in some.items()}, {}
     for i in examples:
-        ids = dataset.tokens[dataset.offsets[i] : dataset.offsets[i + 1]].tolist()
+        ids = dataset.tokens[dataset.offsets[i] + 1 : dataset.offsets[i + 1] - 1].tolist()  # without [CLS] and [SEP]
         true.setdefault(int(dataset.image[i]), []).append(run.tokenizer.decode(ids).split())
     order = sorted(own)
     said, references = [own[image] for image in order], [true[image] for image in order]
     strangers = [true[image][0] for image in [*order[1:], order[0]]]
     metrics = {"perplexity": math.exp(loss / max(1, pieces)), "bleu4": common.bleu(said, references)}
-    chance = {"bleu4": common.bleu(strangers, references)}
-    return metrics, chance
+    return metrics, {"bleu4": common.bleu(strangers, references)} if len(order) > 1 else {}
 
 
 # ---- retrieval ---------------------------------------------------------------------------------------------------
@@ -1112,7 +1141,7 @@ def evaluate_captions(run, dataset, index):
 
 def pair_scores(model, pooled, head):
     """How well pairs match: the log odds of head "itm", or the one score of "rank". (rows, C) -> (rows,) float64"""
-    logits = model.heads[head](pooled).double().cpu()  # (rows, 2) or (rows, 1)
+    logits = model.heads[head](pooled).cpu().double()  # (rows, 2) or (rows, 1); Apple's GPUs have no float64
     return logits[:, 1] - logits[:, 0] if head == "itm" else logits[:, 0]
 
 
@@ -1146,7 +1175,7 @@ def dot_products(run, dataset, texts, pictures):
                     found = head.text(run.model.encode(batch, regions=False).text)
                 else:
                     found = head.image(run.model.encode(batch, text=False).regions, batch.region_mask)
-            vectors[part] = found.double().cpu()
+            vectors[part] = found.cpu().double()
         sides.append(total(vectors))
     return sides[0] @ sides[1].T  # (texts, E) @ (E, pictures)
 
@@ -1238,6 +1267,10 @@ def train(o):
     objectives = objectives_of(o, paper)
     sources = o.data.split(",") * (len(o.tasks) if "," not in o.data else 1)
     sets = {task: read_data(o, objectives, task, source) for task, source in zip(o.tasks, sources, strict=True)}
+    if len(widths := {splits["train"].store.width for splits in sets.values()}) > 1:
+        raise Stop(
+            f"--data: features of {' and '.join(map(str, sorted(widths)))} numbers; tasks trained together need one --patch"
+        )
     asked = sets.get("vqa") or sets.get("pretrain")
     objectives = drop_unfounded(objectives, asked["train"]) if o.task == "pretrain" else objectives
     tokenizer = encode_texts(o, sets, checkpoint or teacher)
@@ -1260,8 +1293,8 @@ def train(o):
             run.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError:
             raise Stop(f"--resume: {last} is of a run with other heads; give the options that it had") from None
-        torch.set_rng_state(checkpoint["rng"])
         run.progress = checkpoint["progress"]
+    seed_dropout(run, checkpoint["rng"].get(device.type, []) if o.resume else [])
     if o.export_official:
         if Path(o.export_official).is_dir():
             raise Stop(f"--export-official {o.export_official}: is a folder; give a file name")
@@ -1272,6 +1305,20 @@ def train(o):
     if o.export_official and rank == 0:
         data.save(official(o.model, run.model.state_dict()), Path(o.export_official))
     return result
+
+
+def seed_dropout(run, states):
+    """Sets the generator that dropout draws from: to this process's of the saved `states`, if there is one; else each
+    process but the first goes on with numbers of its own."""
+    if run.rank < len(states):
+        generator_of(run.device).set_rng_state(states[run.rank])
+    elif run.rank:
+        torch.manual_seed(int(np.random.SeedSequence((run.o.seed, run.rank)).generate_state(1)[0]))
+
+
+def generator_of(device):
+    """The torch module whose get_rng_state and set_rng_state are those of a device: torch, torch.cuda or torch.mps."""
+    return torch if device.type == "cpu" else torch.get_device_module(device)
 
 
 def set_temperature(run, part):
@@ -1306,9 +1353,11 @@ def loop(run):
             set_rate(run.optimizer, step, learning_rate(step, o.lr, o.warmup * o.steps, o.steps))
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
-            progress["step"] = step
+            progress["step"], due = step, step % o.log_every == 0 or step == o.steps
+            if due and run.device.type != "cpu":
+                float(norm)  # what a GPU still has to do belongs to the time of these steps
             log.add(step, losses, norm, batches, ready - start, time.perf_counter() - start)
-            if step % o.log_every == 0 or step == o.steps:
+            if due:
                 log.line()
             if step % o.eval_every == 0 or step == o.steps:
                 validate(run, log)
@@ -1390,6 +1439,7 @@ def finish(run):
     if any("val" in splits for splits in run.sets.values()) and best.is_file():
         run.model.load_state_dict(load_checkpoint(best)["state"])
     result = {"model": o.model, "task": o.task, "split": "test", "data": o.data, "steps": o.steps, "seed": o.seed}
+    result |= {"ablate": o.ablate} if o.ablate else {}
     kept = [p for name, p in run.model.named_parameters() if not name.startswith("heads.hidden.")]  # see projections
     result["parameters"] = sum(p.numel() for p in kept)
     result["seconds"] = round(progress["seconds"], 1)
@@ -1565,7 +1615,11 @@ def write(path, text):
 
 
 def save_checkpoint(run, name):
-    """All that is needed to go on or to predict, written to a temporary name, then renamed."""
+    """All that is needed to go on or to predict, written to a temporary name, then renamed. All processes call it."""
+    own = generator_of(run.device).get_rng_state()
+    states = [torch.empty_like(own) for _ in range(run.world)] if run.world > 1 else [own]
+    if run.world > 1:
+        dist.all_gather(states, own)
     if run.rank:
         return
     config = asdict(run.model.config)
@@ -1575,10 +1629,11 @@ def save_checkpoint(run, name):
         "config": {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()},
         "state": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
+        "rng": {run.device.type: states},  # of every process
         "progress": dict(run.progress),
         "tokenizer": run.tokenizer.to_str(),
         "answers": run.answers,
+        "data": run.o.data,
         "patch": run.o.patch,
         "grid": run.o.grid,
     }
@@ -1670,9 +1725,13 @@ def main(argv=None):
         keep_freed_memory()
         models = list(PAPERS) if options.model == "all" else [options.model]
         runs = [settle(options, m, s) for m in models for s in range(options.seed, options.seed + options.seeds)]
+        started = [(o.out / "checkpoint.pt").is_file() for o in runs]
+        if options.resume and any(started):
+            for o, resume in zip(runs, started, strict=True):
+                o.resume = resume
         results = [train(o) for o in runs]
         if len(results) > 1:
-            compare(results, Path(options.out or f"out/{options.model}-{options.task}"))
+            compare(results, folder_of(options, options.model))
         if dist.is_initialized():
             dist.barrier()  # a process that leaves early breaks the others' last reduction
     except DataError as error:

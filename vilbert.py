@@ -99,7 +99,8 @@ class RegionEmbedding(nn.Module):
 
     def forward(self, features, boxes, mask):
         mean = common.masked_mean(features, mask)[:, None]  # (B, 1, F)
-        boxes = torch.cat([boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(boxes), 1, 4), boxes], 1)  # (B, 1+N, 4)
+        whole = (torch.arange(4, device=boxes.device) > 1).to(boxes.dtype)  # 0, 0, 1, 1
+        boxes = torch.cat([whole.expand(len(boxes), 1, 4), boxes], 1)  # (B, 1+N, 4)
         area = (boxes[..., 2:] - boxes[..., :2]).prod(-1, keepdim=True)  # (B, 1+N, 1)
         looks = self.features(torch.cat([mean, features], 1))  # (B, 1+N, F) -> (B, 1+N, C)
         return self.dropout(self.norm(looks + self.boxes(torch.cat([boxes, area], -1))))

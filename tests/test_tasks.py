@@ -516,6 +516,38 @@ def test_the_matrix_of_all_pairs_equals_scoring_each_pair(name, cache, tokenizer
             )
 
 
+def test_a_caption_repeated_word_for_word_has_bleu_1(cache, tokenizer, monkeypatch):
+    dataset = data.scenes("val", "caption", 30, cache=cache).encode(tokenizer)
+    index = train.first_captions(dataset)
+    run = SimpleNamespace(o=SimpleNamespace(ablate=None, beams=1), rank=0, world=1, paper=uniter, tokenizer=tokenizer)
+    run.model, run.device, run.autocast, run.answers = None, torch.device("cpu"), train.nullcontext, []
+    pieces = [dataset.tokens[a + 1 : b - 1].tolist() for a, b in itertools.pairwise(dataset.offsets)]
+    turn = iter(train.parts(run, dataset, index))
+    monkeypatch.setattr(train, "scores_of", lambda *_: (torch.tensor(0.0), None))
+    monkeypatch.setattr(common, "generate", lambda *_: [pieces[i] for i in next(turn)])
+    metrics, chance = train.evaluate_captions(run, dataset, index)
+    assert metrics["bleu4"] == 1.0 > chance["bleu4"]
+
+
+@pytest.mark.parametrize("task", [task for task in data.TASKS if task not in ("pretrain", "vqa")])
+def test_a_task_s_batch_can_be_pinned_and_names_its_examples(task, cache, tokenizer):
+    """Page-locked memory has no place for tensors that repeat a row without holding it (a stride of 0)."""
+    dataset = data.scenes("train", task, 20, cache=cache).encode(tokenizer)
+    run = SimpleNamespace(
+        o=SimpleNamespace(ablate=None, mine=1, steps=10), paper=uniter, sets={task: {"train": dataset}}
+    )
+    run.model, run.progress = make("uniter", heads=("rank",)), {"step": 0}
+    run.columns = lambda name="vqa": dict.fromkeys(data.ENTAILMENT, 0)
+    name = train.OBJECTIVE.get(task, task)
+    batch = train.make_batch(run, dataset, np.arange(4), [name], np.random.default_rng(0))
+    assert len(batch.ids) == 4
+    for field in dataclasses.fields(batch):
+        if isinstance(tensor := getattr(batch, field.name), torch.Tensor):
+            assert all(stride > 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1), (
+                field
+            )
+
+
 # ---- the command line ------------------------------------------------------------------------------------------
 
 QUICK = ["--steps", "2", "--batch-size", "8", "--log-every", "1", "--dtype", "f32", "--device", "cpu", "--pool", "10"]
@@ -706,6 +738,8 @@ def test_own_data_of_several_tasks(folder, monkeypatch, capsys):
         (train, ["--task", "vqa,pretrain"], "alone"),
         (train, ["--task", "vqa,refer", "--data", "a,b,c"], "--data"),
         (train, ["--task", "caption", "--ablate", "text"], "--ablate"),
+        (train, ["--ablate", "image"], "--ablate"),
+        (train, ["--task", "vqa", "--patch", "8"], "--patch"),
         (predict, ["none.pt", "--image", "0.png"], "none.pt"),
         (predict, ["uniter/checkpoint.pt", "--image", "none.png", "--text", "x"], "none.png"),
         (predict, ["uniter/checkpoint.pt", "--image", "0.png"], "--text"),

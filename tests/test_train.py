@@ -736,3 +736,62 @@ def test_rerank_from_the_command_line(pictures, tmp_path, here, capsys):
     assert {"full_text_to_image_r1", "two_stage_image_to_text_r1", "dot_seconds"} <= set(result)
     assert result["full_text_to_image_r1"] == result["text_to_image_r1"]  # four pictures in the test split: all of them
     assert result["dot_text_to_image_r1"] == result["itc_text_to_image_r1"]
+
+
+# ---- devices and processes -------------------------------------------------------------------------------------
+
+
+def test_a_gpu_named_without_its_number_is_the_first(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)  # torch's own refuses a device without number
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert train.pick_device("cuda") == torch.device("cuda:0") and seen == [torch.device("cuda:0")]
+    assert train.pick_device("cuda:1") == torch.device("cuda:1")
+
+
+def test_each_process_drops_other_values_and_goes_on_with_its_own():
+    o, device, draws = SimpleNamespace(seed=0), torch.device("cpu"), []
+    for rank in (0, 1, 2):
+        torch.manual_seed(0)
+        train.seed_dropout(SimpleNamespace(o=o, rank=rank, device=device), [])
+        draws.append(torch.rand(5))
+    torch.manual_seed(0)
+    assert torch.equal(draws[0], torch.rand(5)) and len({tuple(d.tolist()) for d in draws}) == 3
+    states = [torch.Generator().manual_seed(seed).get_state() for seed in (5, 6)]
+    train.seed_dropout(SimpleNamespace(o=o, rank=1, device=device), states)
+    assert torch.equal(torch.rand(5), torch.rand(5, generator=torch.Generator().manual_seed(6)))
+
+
+def test_a_checkpoint_has_the_random_numbers_of_every_process(pictures, tmp_path):
+    run("--data", pictures, "--steps", 1, "--config", "dropout=0.1", "--out", "two", cwd=tmp_path, processes=2)
+    states = train.load_checkpoint(tmp_path / "two/checkpoint.pt")["rng"]["cpu"]
+    assert len(states) == 2 and not torch.equal(*states)
+
+
+def test_resume_of_several_runs_takes_up_each_where_it_is(pictures, tmp_path, here):
+    options = ["--task", "vqa", "--data", pictures, "--steps", 2, "--seeds", 2, "--out", "runs"]
+    here(*options)
+    second = state_of(tmp_path / "runs/seed1")
+    for file in (tmp_path / "runs/seed1").iterdir():
+        file.unlink()  # as if the first had just ended
+    here(*options, "--resume")
+    again = state_of(tmp_path / "runs/seed1")
+    assert all(torch.equal(second[name], again[name]) for name in second)
+    assert len(json.loads((tmp_path / "runs/comparison.json").read_text())["runs"]) == 2
+
+
+def test_a_run_does_not_write_over_what_it_starts_from(pictures, here, capsys):
+    options = ["--task", "vqa", "--data", pictures, "--steps", 1]
+    here(*options)
+    for option in ("--init", "--teacher"):
+        here(*options, option, "out/uniter-vqa/best.pt", code=2)
+        assert f"{option} out/uniter-vqa/best.pt: this run would write over it" in capsys.readouterr().err
+    here(*options, "--init", "out/uniter-vqa/best.pt", "--ablate", "image")
+    assert Path("out/uniter-vqa-without-image/best.pt").is_file()
+
+
+def test_a_tie_counts_as_the_share_that_is_right():
+    scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    hit = torch.tensor([[True, True, False], [False, True, True], [True, False, False]])
+    torch.testing.assert_close(train.share_right(scores, hit), torch.tensor([0.5, 0.0, 1 / 3]))
