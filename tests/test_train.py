@@ -417,7 +417,7 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 def test_scenes_by_default(here, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SCENES", {"train": 40, "val": 20, "test": 130, "compose": 20})
-    here("--limit", "40", "--steps", 1)
+    here("--limit", "40", "--steps", 1, "--patch", 12)
     result = json.loads((tmp_path / "out/uniter-pretrain/result.json").read_text())
     assert result["data"] == "scenes" and result["chance"]["text_to_image_r1"] == 0.01
 
