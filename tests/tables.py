@@ -6,14 +6,14 @@
     python tests/tables.py temperature    contrast alone: recall of dot products against the temperature, with a picture
     python tests/tables.py distill        how much of the gap between teacher and student each of the losses closes
 
-A run has --steps, or what `--minutes` buys: its speed is measured in a trial of 30 steps. Runs that are done (they have
-a result.json) are not repeated, so that the command can go on after an interruption. What follows `--` goes to every run.
+A run has --steps, or what `--minutes` buys: the speed is measured in a trial of 60 steps, one for all starts and seeds of a
+model's task. Runs that are done (they have a result.json) are not repeated, so that the command can go on after an
+interruption. What follows `--` goes to every run.
 """
 
 import argparse
 import json
 import math
-import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -21,13 +21,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import train  # isort: skip  before torch: it tells torch's threads how to wait
+
+import torch
+
 import common
 import data
-import train
 
 COLUMNS = {  # task: the metrics of its cells
     "vqa": ("accuracy",),
@@ -38,8 +40,9 @@ COLUMNS = {  # task: the metrics of its cells
     "refer": ("accuracy", "detected_accuracy"),
     "caption": ("bleu4", "perplexity"),
 }
+SEEDED = ("vqa", "nlvr2", "refer")  # tasks whose cells have several seeds
 OBJECTIVES = {"none": None, "mlm": "mlm", "itm": "itm", "mlm+itm": "mlm,itm"}
-OBJECTIVES |= {"mlm+itm+mrm": "mlm,itm,mrfr,mrc_kl", "mlm+itm+mrm+wra": "mlm,itm,mrfr,mrc_kl,wra"}
+OBJECTIVES |= {"mlm+itm+mrm": "mlm,itm,mrfr,mrc_kl", "mlm+itm+mrm+wra, the default": None}
 TEMPERATURES = ("0.01", "0.02", "0.03", "0.05", "0.07", "0.1", "0.2", "0.5", "1.0", "learned")
 TEACH = {"student alone": None, "logits": "logits", "attention": "attention", "hidden": "hidden"}
 TEACH |= {"all three": "logits,attention,hidden"}
@@ -47,23 +50,29 @@ TEACH |= {"all three": "logits,attention,hidden"}
 # ---- runs ------------------------------------------------------------------------------------------------------
 
 
-def run(o, name, *arguments, minutes=None, steps=None):
+def run(o, name, *arguments, steps=None):
     """result.json of a run of train.py in folder `name`; trains unless it is there already."""
     folder = o.out / name
     if not (folder / "result.json").is_file():
-        command, steps = ["--log-every", 200, *arguments, *o.more], steps or o.steps
-        if steps is None:
-            trial = folder.with_name(folder.name + "-trial")
-            done = start(trial, *command, "--steps", 30, "--eval-every", 30)
-            shutil.rmtree(trial)
-            steps = max(10, int(60 * (minutes or o.minutes) * done["steps"] / max(done["seconds"], 0.1)))
-        start(folder, *command, "--steps", steps)
+        start(folder, *arguments, *o.more, *(("--steps", steps) if steps else ()))
     return json.loads((folder / "result.json").read_text())
+
+
+def bought(o, name, *arguments, times=1):
+    """--steps, or those that --minutes buy: by the speed of a trial of 60 steps, made once for all runs of a kind; that
+    many `times`."""
+    if o.steps:
+        return times * o.steps
+    trial = o.out / f"{name}-trial/result.json"
+    if not trial.is_file():
+        start(trial.parent, *arguments, *o.more, "--steps", 60, "--eval-every", 60)
+    done = json.loads(trial.read_text())
+    return max(10, int(60 * times * o.minutes * done["steps"] / max(done["seconds"], 0.1)))
 
 
 def start(folder, *arguments):
     """train.py; a failure ends this program too."""
-    if train.main([*map(str, arguments), "--out", str(folder)]):
+    if train.main(["--log-every", "200", *map(str, arguments), "--out", str(folder)]):
         sys.exit(2)
     return json.loads((folder / "result.json").read_text())
 
@@ -90,7 +99,7 @@ def spread(values, scale=100):
 def cell(results, names):
     """ "93.1 ± 0.4 / 88.0": each metric over the runs."""
     values = {name: [r[name] for r in results if name in r] for name in names}
-    return " / ".join(spread(v, 1 if name == "perplexity" else 100) for name, v in values.items())
+    return " / ".join(spread(v, 1 if name == "perplexity" else 100) for name, v in values.items() if v)
 
 
 def table(rows, columns):
@@ -103,11 +112,24 @@ def table(rows, columns):
 # ---- tables ----------------------------------------------------------------------------------------------------
 
 
+def runs(o, model, task, name, seeds, pretraining=(), extra=(), times=1):
+    """The results of a task's runs, and their steps. pretraining: folder and options of the run of train.py that they
+    start from, () for none; extra: options of these runs, which have `times` the steps."""
+    options, init = ("--model", model, "--task", task), ()
+    if pretraining:
+        folder, *objectives = pretraining
+        run(o, folder, "--model", model, *objectives, steps=o.pretrain_steps)
+        init = ("--init", o.out / folder / "checkpoint.pt")
+    steps, results = bought(o, f"{model}-{task}", *options, times=times), []
+    for seed in range(seeds):
+        results.append(run(o, f"{model}-{task}-{name}-{seed}", *options, *init, *extra, "--seed", seed, steps=steps))
+    return results, steps
+
+
 def table_of_tasks(o):
-    """Three models x seven tasks x two starts, then the first model without words or without picture, one seed."""
-    rows = {}
-    for model in o.models:
-        run(o, f"{model}-pretrain", "--model", model, minutes=o.pretrain_minutes, steps=o.pretrain_steps)
+    """Three models x seven tasks x two starts; then the first model, one seed, without words or without picture, and on
+    the tasks of SEEDED at once, in as many steps as the three together."""
+    rows, all_steps = {"chance": {}}, {}
     variants = [(m, start, ()) for m in o.models for start in ("pretrained", "untrained")]
     variants += [(o.models[0], f"pretrained, without {what}", ("--ablate", what)) for what in ("text", "image")]
     for model, name, extra in variants:
@@ -115,40 +137,46 @@ def table_of_tasks(o):
         for task in o.tasks:
             if task == "caption" and "text" in extra:
                 continue
-            init = () if name == "untrained" else ("--init", o.out / f"{model}-pretrain/checkpoint.pt")
-            folder = f"{model}-{task}-{name.replace(', ', '-').replace(' ', '-')}"
-            options = ("--model", model, "--task", task, *init, *extra)
-            seeds = o.seeds if task in ("vqa", "nlvr2", "refer") and not extra else 1
-            results = [run(o, f"{folder}-{seed}", *options, "--seed", seed) for seed in range(seeds)]
+            start = () if name == "untrained" else (f"{model}-pretrain",)
+            folder = name.replace(", ", "-").replace(" ", "-")
+            seeds = o.seeds if task in SEEDED and not extra else 1
+            results, steps = runs(o, model, task, folder, seeds, start, extra)
             row[task] = cell(results, COLUMNS[task])
+            all_steps.setdefault(f"{model}, steps", {})[task] = f"{steps:,}"
             if name == "pretrained" and model == o.models[0]:
-                rows.setdefault("chance", {})[task] = cell([results[0]["chance"]], COLUMNS[task])
-    return table(rows, o.tasks)
+                rows["chance"][task] = cell([results[0]["chance"]], COLUMNS[task])
+    if len(together := [task for task in SEEDED if task in o.tasks]) > 1:
+        model, row = o.models[0], rows.setdefault(f"{o.models[0]}, pretrained, {len(together)} tasks at once", {})
+        results, _ = runs(o, model, ",".join(together), "pretrained", 1, (f"{model}-pretrain",), times=len(together))
+        for task in together:  # "vqa_accuracy", "detected_refer_accuracy"
+            own = {name.replace(f"{task}_", ""): value for name, value in results[0].items() if f"{task}_" in name}
+            row[task] = cell([own], COLUMNS[task])
+    return table(rows | all_steps, o.tasks)
 
 
 def table_of_objectives(o):
-    """UNITER's table 2 in small: which objectives of pretraining help nlvr2 and vqa."""
+    """UNITER's table 2 in small: which objectives of pretraining help nlvr2 and vqa. The first and the last row are
+    those of the table of tasks."""
     rows = {}
-    for name, names in OBJECTIVES.items():
-        init = ("--init", o.out / f"objectives-{name}/checkpoint.pt") if names else ()
-        if names:
-            run(o, f"objectives-{name}", "--objectives", names, minutes=o.pretrain_minutes, steps=o.pretrain_steps)
+    for name, given in OBJECTIVES.items():
+        folder, start = f"pretrained-{name}", (f"uniter-pretrain-{name}", "--objectives", given)
+        if given is None:
+            folder, start = ("untrained", ()) if name == "none" else ("pretrained", ("uniter-pretrain",))
         for task in ("nlvr2", "vqa"):
-            options = ("--task", task, *init)
-            results = [run(o, f"objectives-{name}-{task}-{s}", *options, "--seed", s) for s in range(o.seeds)]
-            rows.setdefault(name, {})[task] = cell(results, ("accuracy",))
+            results, _ = runs(o, "uniter", task, folder, o.seeds, start)
+            rows.setdefault(name, {})[task] = cell(results, COLUMNS[task])
     return table(rows, ("nlvr2", "vqa"))
 
 
 def table_of_temperatures(o):
     """R@1 of dot products among 500 test scenes, mean of both ways, against the temperature of itc."""
-    rows, points = {}, {}
+    rows, points, options = {}, {}, ("--model", o.models[0], "--objectives", "itc")
+    steps = bought(o, "temperature", *options)
     for value in TEMPERATURES:
         found, ends = [], []
         for seed in range(o.seeds):
-            name = f"temperature-{value}-{seed}"
-            options = ("--model", o.models[0], "--objectives", "itc", "--temperature", value, "--seed", seed)
-            ends.append(run(o, name, *options)["temperature"])
+            name, extra = f"temperature-{value}-{seed}", ("--temperature", value, "--seed", seed)
+            ends.append(run(o, name, *options, *extra, steps=steps)["temperature"])
             restored, dataset, texts = restore(o.out / name)
             with torch.inference_mode():
                 dots = train.dot_products(restored, dataset, texts[:500], dataset.image[texts[:500]])
@@ -192,14 +220,17 @@ def draw(points, learned, path, width=640, height=400):
 def table_of_students(o):
     """Teacher, student alone, and the student with each of the three losses and with all, on the first of --tasks."""
     model, task, found, speed = o.models[0], o.tasks[0], {}, {}
+    options = ("--model", model, "--task", task)
+    steps = [bought(o, f"{task}-{who}", *options, "--config", *getattr(o, who)) for who in ("teacher", "student")]
     for seed in range(o.seeds):
-        options, teacher = ("--model", model, "--task", task, "--seed", seed), f"{task}-teacher-{seed}"
-        found.setdefault("teacher", []).append(run(o, teacher, *options, "--config", *o.teacher)[COLUMNS[task][0]])
+        teacher, extra = f"{task}-teacher-{seed}", ("--seed", seed, "--config", *o.teacher)
+        found.setdefault("teacher", []).append(run(o, teacher, *options, *extra, steps=steps[0])[COLUMNS[task][0]])
         speed.setdefault("teacher", examples_per_second(o.out / teacher))
         for name, kind in TEACH.items():
-            learn = ("--teacher", o.out / teacher / "best.pt", "--distill", kind) if kind else ()
+            extra = ("--seed", seed, "--config", *o.student)
+            extra += ("--teacher", o.out / teacher / "best.pt", "--distill", kind) if kind else ()
             folder = f"{task}-{name.replace(' ', '-')}-{seed}"
-            result = run(o, folder, *options, "--config", *o.student, *learn)
+            result = run(o, folder, *options, *extra, steps=steps[1])
             found.setdefault(name, []).append(result[COLUMNS[task][0]])
             speed.setdefault(name, examples_per_second(o.out / folder))
     alone, gap = np.mean(found["student alone"]), np.mean(found["teacher"]) - np.mean(found["student alone"])
@@ -236,9 +267,8 @@ def main():
     parser.add_argument("which", choices=TABLES)
     parser.add_argument("--out", type=Path, default=Path("out/tables"), help="folder of all runs and the tables")
     parser.add_argument("--minutes", type=float, default=2.0, help="training time of a run")
-    parser.add_argument("--pretrain-minutes", type=float, default=5.0, help="training time of a pretraining")
     parser.add_argument("--steps", type=int, help="steps of each run, whatever its time")
-    parser.add_argument("--pretrain-steps", type=int, help="steps of a pretraining (default: --steps)")
+    parser.add_argument("--pretrain-steps", type=int, help="steps of a pretraining (default: those of train.py)")
     parser.add_argument("--models", nargs="+", default=list(train.PAPERS), choices=train.PAPERS)
     parser.add_argument("--tasks", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     parser.add_argument("--seeds", type=int, default=1, help="runs of a cell; table tasks: of vqa, nlvr2 and refer")
