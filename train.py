@@ -156,9 +156,13 @@ def refuse(options):
         raise Stop("--patch is for your own pictures: the regions of scenes are 12 pixels wide")
     if (options.fresh or options.partial) and not options.init:
         raise Stop(f"--{'fresh' if options.fresh else 'partial'} says how to use --init; give --init too")
+    if options.objectives and options.task != "pretrain":
+        raise Stop("--objectives are those of pretraining; a --task has its own")
     for part in options.distill.split(","):
         if part not in DISTILL:
             raise Stop(f"--distill: {part!r} is none of {', '.join(DISTILL)}")
+    if options.distill != "logits" and not options.teacher:
+        raise Stop(f"--distill {options.distill} says what to learn from --teacher; give --teacher too")
     if options.rerank and options.task != "pretrain" and "retrieval" not in tasks:
         raise Stop("--rerank is for --task retrieval, or for pretraining with --objectives ...,itm,itc")
     for name, several in (("seed", options.seeds > 1), ("model", options.model == "all")):
@@ -920,7 +924,8 @@ def evaluate_task(run, task, dataset):
         return evaluate_choice(run, task, dataset)
     if task == "pretrain":
         return evaluate_pretraining(run, dataset)
-    most = 100 if dataset.split == "val" else min(run.o.pool, 1000)  # a full matrix of more takes hours
+    most = 100 if dataset.split == "val" else run.o.pool
+    most = min(most, 1000) if task == "retrieval" else most  # a full matrix of more takes hours
     index = first_captions(dataset)[:most]
     if task == "caption":
         return evaluate_captions(run, dataset, index)

@@ -29,17 +29,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train  # isort: skip  before torch: it tells torch's threads how to wait
-
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import lxmert
+import train  # after torch, so that its threads wait as torch has it: three sides share the cores in --peer
 
 CLASSES, ATTRIBUTES, WIDTH = 1601, 400, 2048
 STAGES = ("data", "forward", "backward", "optimizer")

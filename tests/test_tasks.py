@@ -739,6 +739,8 @@ def test_own_data_of_several_tasks(folder, monkeypatch, capsys):
         (train, ["--task", "vqa,refer", "--data", "a,b,c"], "--data"),
         (train, ["--task", "caption", "--ablate", "text"], "--ablate"),
         (train, ["--ablate", "image"], "--ablate"),
+        (train, ["--task", "vqa", "--objectives", "mlm"], "--objectives"),
+        (train, ["--task", "vqa", "--distill", "hidden"], "--teacher"),
         (train, ["--task", "vqa", "--patch", "8"], "--patch"),
         (predict, ["none.pt", "--image", "0.png"], "none.pt"),
         (predict, ["uniter/checkpoint.pt", "--image", "none.png", "--text", "x"], "none.png"),
