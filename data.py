@@ -1492,8 +1492,9 @@ def preview(out, seed=0, scale=3):
 
 def check(file, task):
     """Reads a JSONL file with all its pictures and prints a line of statistics; DataError at the first mistake."""
-    records, sets = read_jsonl(file, task), [load_jsonl(file, task, split) for split in ("train", "val", "test")]
-    store = sets[0].store
+    records = read_jsonl(file, task)
+    for split in ("test", "val", "train"):  # each, as some mistakes show only when a split's examples are made
+        store = load_jsonl(file, task, split).store
     splits = ", ".join(f"{n} {split}" for split, n in Counter(record["split"] for record in records).items())
     answers = {answer for record in records for answer in record.get("answer", ())}
     regions = f"{store.offsets[-1] / len(store):.1f} regions of width {store.width} each"

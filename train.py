@@ -1069,7 +1069,7 @@ def evaluate_choice(run, task, dataset):
 
     vcr: the answer (Q-A), the reason given the right answer (QA-R), and both (Q-AR). refer: the best-scored region
     overlaps the box meant by more than one half; `reachable` is the share where some region does.
-    Chance: the more frequent truth; one choice of all; the share of the regions that would be right.
+    Chance: the more frequent truth of each kind of statement; one choice of all; the share of the regions that would be right.
     """
     right, guess, reachable = np.zeros((3, len(dataset)))
     for index in parts(run, dataset, np.arange(len(dataset))):
@@ -1299,7 +1299,7 @@ def train(o):
         except ValueError:
             raise Stop(f"--resume: {last} is of a run with other heads; give the options that it had") from None
         run.progress = checkpoint["progress"]
-    seed_dropout(run, checkpoint["rng"].get(device.type, []) if o.resume else [])
+    seed_dropout(run, checkpoint.get("generators", {}).get(device.type, []) if o.resume else [])
     if o.export_official:
         if Path(o.export_official).is_dir():
             raise Stop(f"--export-official {o.export_official}: is a folder; give a file name")
@@ -1634,7 +1634,7 @@ def save_checkpoint(run, name):
         "config": {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()},
         "state": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
-        "rng": {run.device.type: states},  # of every process
+        "generators": {run.device.type: states},  # of dropout, in every process
         "progress": dict(run.progress),
         "tokenizer": run.tokenizer.to_str(),
         "answers": run.answers,

@@ -130,17 +130,17 @@ def table_of_tasks(o):
     """Three models x seven tasks x two starts; then the first model, one seed, without words or without picture, and on
     the tasks of SEEDED at once, in as many steps as the three together."""
     rows, all_steps = {"chance": {}}, {}
-    variants = [(m, start, ()) for m in o.models for start in ("pretrained", "untrained")]
+    variants = [(m, name, ()) for m in o.models for name in ("pretrained", "untrained")]
     variants += [(o.models[0], f"pretrained, without {what}", ("--ablate", what)) for what in ("text", "image")]
     for model, name, extra in variants:
         row = rows.setdefault(f"{model}, {name}", {})
         for task in o.tasks:
             if task == "caption" and "text" in extra:
                 continue
-            start = () if name == "untrained" else (f"{model}-pretrain",)
+            pretraining = () if name == "untrained" else (f"{model}-pretrain",)
             folder = name.replace(", ", "-").replace(" ", "-")
             seeds = o.seeds if task in SEEDED and not extra else 1
-            results, steps = runs(o, model, task, folder, seeds, start, extra)
+            results, steps = runs(o, model, task, folder, seeds, pretraining, extra)
             row[task] = cell(results, COLUMNS[task])
             all_steps.setdefault(f"{model}, steps", {})[task] = f"{steps:,}"
             if name == "pretrained" and model == o.models[0]:
@@ -159,11 +159,11 @@ def table_of_objectives(o):
     those of the table of tasks."""
     rows = {}
     for name, given in OBJECTIVES.items():
-        folder, start = f"pretrained-{name}", (f"uniter-pretrain-{name}", "--objectives", given)
+        folder, pretraining = f"pretrained-{name}", (f"uniter-pretrain-{name}", "--objectives", given)
         if given is None:
-            folder, start = ("untrained", ()) if name == "none" else ("pretrained", ("uniter-pretrain",))
+            folder, pretraining = ("untrained", ()) if name == "none" else ("pretrained", ("uniter-pretrain",))
         for task in ("nlvr2", "vqa"):
-            results, _ = runs(o, "uniter", task, folder, o.seeds, start)
+            results, _ = runs(o, "uniter", task, folder, o.seeds, pretraining)
             rows.setdefault(name, {})[task] = cell(results, COLUMNS[task])
     return table(rows, ("nlvr2", "vqa"))
 

@@ -474,7 +474,8 @@ def test_choices_are_scored_as_counted_by_hand(monkeypatch):
     assert metrics == {"q_a_accuracy": 0.5, "qa_r_accuracy": 1.0, "q_ar_accuracy": 0.5}
     assert chance == {"q_a_accuracy": 0.5, "qa_r_accuracy": 0.5, "q_ar_accuracy": 0.25}
     metrics, chance = train.evaluate_choice(None, "nlvr2", dataset)
-    assert metrics == {"accuracy": 0.75, "accuracy_answer": 0.5, "accuracy_reason": 1.0} and chance["accuracy"] == 0.75
+    assert metrics == {"accuracy": 0.75, "accuracy_answer": 0.5, "accuracy_reason": 1.0}
+    assert chance == {"accuracy": 0.75, "accuracy_answer": 1.0, "accuracy_reason": 0.5}
 
 
 def test_regions_are_right_above_one_half(cache, tokenizer, monkeypatch):
@@ -546,6 +547,29 @@ def test_a_task_s_batch_can_be_pinned_and_names_its_examples(task, cache, tokeni
             assert all(stride > 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1), (
                 field
             )
+
+
+def test_check_reads_every_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data.draw_scene(data.make_scene(0, "train", 0)).save("0.png")
+    line = {"image": "0.png", "text": "which?", "choices": ["a", "b"], "label": 0}
+    lines = [line, {**line, "split": "val"}, {**line, "choices": ["a", "b", "c"], "split": "test"}]
+    Path("own.jsonl").write_text("\n".join(map(json.dumps, [*lines, {**line, "split": "test"}])))
+    with pytest.raises(data.DataError, match="choices"):
+        data.check("own.jsonl", "vcr")
+
+
+def test_tasks_trained_together_need_features_of_one_width(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data.draw_scene(data.make_scene(0, "train", 0)).save("0.png")
+    np.savez(
+        "0.npz", features=np.ones((2, 7)), boxes=np.array([[0, 0, 9, 9], [5, 5, 20, 20]]), size=np.array([112, 112])
+    )
+    for key, file in (("image", "0.png"), ("features", "0.npz")):
+        line = {key: file, "text": "is it red?", "answer": "yes"}
+        Path(f"{key}.jsonl").write_text("\n".join(json.dumps({**line, "split": s}) for s in ("train", "val")))
+    assert train.main(["--task", "vqa,caption", "--data", "image.jsonl,features.jsonl"]) == 2
+    assert "features of 7 and 432 numbers" in capsys.readouterr().err
 
 
 # ---- the command line ------------------------------------------------------------------------------------------

@@ -765,7 +765,7 @@ def test_each_process_drops_other_values_and_goes_on_with_its_own():
 
 def test_a_checkpoint_has_the_random_numbers_of_every_process(pictures, tmp_path):
     run("--data", pictures, "--steps", 1, "--config", "dropout=0.1", "--out", "two", cwd=tmp_path, processes=2)
-    states = train.load_checkpoint(tmp_path / "two/checkpoint.pt")["rng"]["cpu"]
+    states = train.load_checkpoint(tmp_path / "two/checkpoint.pt")["generators"]["cpu"]
     assert len(states) == 2 and not torch.equal(*states)
 
 
