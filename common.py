@@ -462,7 +462,7 @@ class GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        rank, counts = dist.get_rank(), torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
+        rank, counts = dist.get_rank(), torch.zeros(dist.get_world_size(), dtype=torch.long)  # CPU: nobody waits for x
         counts[rank] = len(x)
         dist.all_reduce(counts)
         start = int(counts[:rank].sum())
@@ -603,10 +603,11 @@ def refer_scores(model, encoding, batch):
 
 
 def referring_expression(model, encoding, batch):
-    """Referring expressions (UNITER 4): cross-entropy over the regions, batch.target (B,) the one meant; SUMMED over the
-    batch, as in the official code. Scores (B, N)."""
-    scores = refer_scores(model, encoding, batch)
-    return cross_entropy(scores, batch.target, reduction="sum"), scores
+    """Referring expressions (UNITER 4): cross-entropy over the regions, SUMMED over the batch, as in the official code.
+    batch.target (B,) int64, the region meant, or (B, N) float, its overlaps with all: the largest counts. Scores (B, N).
+    """
+    scores, target = refer_scores(model, encoding, batch), batch.target
+    return cross_entropy(scores, target if target.ndim == 1 else target.argmax(1), reduction="sum"), scores
 
 
 # ---- objectives that no paper has, the same for the three -------------------------------------------------------

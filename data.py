@@ -80,7 +80,7 @@ class Batch:
     matched: torch.Tensor | None = None  # (B,) int64, 1 = text and picture belong together
     answers: torch.Tensor | None = None  # (B,A) float32 soft targets
     answer_labels: torch.Tensor | None = None  # (B,) int64, one answer of each row, -1 = none
-    target: torch.Tensor | None = None  # int64: the region meant, (B,); true or false of two pictures; the right choice
+    target: torch.Tensor | None = None  # (B,) int64, a truth or a choice; (B,N) float, overlap with the box meant
     pictures: torch.Tensor | None = None  # (B,) int64, the picture's row in its store
     pair_index: torch.Tensor | None = None  # (M,) int64 into B, rows whose text and picture belong together
     ids: list | None = None  # B example ids, for error messages

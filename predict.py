@@ -143,7 +143,7 @@ def answer(o, model, tokenizer, checkpoint, task):
             begin = (o.text, o.answer) if o.answer else (o.text,)
             batch = make_batch(tokenizer, [(*begin, choice) for choice in o.choices], [picture] * len(o.choices))
             batch.segments = train.text_types(paper, batch.segments)
-            batch.target = torch.eye(len(o.choices), dtype=torch.long)[0]
+            batch.target, batch.ids = torch.eye(len(o.choices), dtype=torch.long)[0], [o.text]
             found = ranked(model(batch, ["vcr"])["vcr"][1].softmax(0), o.choices, o.top)
         else:
             batch = make_batch(tokenizer, [o.text], [picture])

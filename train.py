@@ -466,7 +466,7 @@ def task_batch(run, dataset, index, name, rng):
         right = torch.from_numpy(dataset.target[index])
         batch.target = torch.nn.functional.one_hot(right, dataset.group).flatten()  # (B, choices) -> (rows,)
     elif name == "refer":
-        batch.target = overlaps(dataset, index, batch).argmax(1)
+        batch.target = overlaps(dataset, index, batch)
     elif name == "caption":
         batch = data.next_words(batch)
     return batch
@@ -867,8 +867,7 @@ def with_teacher(run, batch, names):
             if name == "mrfr":  # features are no classes
                 pair = [x.flatten() for x in pair]
             if name in ("vcr", "rank"):  # (rows,) -> (groups, rows of one): the classes are the choices
-                groups = int(batch.target.sum()) if name == "vcr" else len(batch.text) // (1 + len(run.paper.NEGATIVES))
-                pair = [x.view(groups, -1) for x in pair]
+                pair = [x.view(len(batch.ids), -1) for x in pair]
             parts[f"{name}_soft"] = common.soft_label_loss(*pair), None
     if "attention" in wanted:
         losses = []
@@ -924,15 +923,23 @@ def evaluate_task(run, task, dataset):
         return evaluate_choice(run, task, dataset)
     if task == "pretrain":
         return evaluate_pretraining(run, dataset)
-    most = 100 if dataset.split == "val" else run.o.pool
-    most = min(most, 1000) if task == "retrieval" else most  # a full matrix of more takes hours
-    index = first_captions(dataset)[:most]
+    index = tested(run, task, dataset)
     if task == "caption":
         return evaluate_captions(run, dataset, index)
     metrics = retrieval(run, dataset, index, "rank")
     chance = recall_chance(metrics, len(index))
     metrics["mean_recall"], chance["mean_recall"] = (float(np.mean([*m.values()])) for m in (metrics, chance))
     return metrics, chance
+
+
+def tested(run, task, dataset):
+    """Numbers of the examples that a task is tested on: retrieval and captions on one of each picture of --pool, on val
+    of a hundred; the others on all."""
+    if task not in ("retrieval", "caption"):
+        return np.arange(len(dataset))
+    most = 100 if dataset.split == "val" else run.o.pool
+    most = min(most, 1000) if task == "retrieval" else most  # a full matrix of more takes hours
+    return first_captions(dataset)[:most]
 
 
 def scores_of(run, batch, name):
@@ -1454,7 +1461,7 @@ def finish(run):
         metrics, chance = evaluate(run, split)
         if not metrics:
             continue
-        examples = sum(len(splits[split]) for splits in run.sets.values() if split in splits)
+        examples = sum(len(tested(run, task, s[split])) for task, s in run.sets.items() if split in s)
         say(table(f"{o.model} {o.task}, split {split}, {examples} examples", metrics, chance))
         prefix = "" if split == "test" else f"{split}_"
         result |= {prefix + name: round(float(value), 5) for name, value in metrics.items()}

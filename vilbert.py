@@ -351,7 +351,7 @@ def draw_regions(batch, near, far):
     own = real & (row[:, None] == rows)  # (M, B*N)
     other = real & ~own
     own = own.scatter(1, batch.region_index[:, None], False)  # itself is the positive
-    if not (own | other).any(1).all():
+    if real.is_cpu and not (own | other).any(1).all():  # a GPU would be waited for; there the draw below fails
         raise ValueError("the NCE objective needs a second region in the batch")
     other, own = torch.where(other.any(1, True), other, own), torch.where(own.any(1, True), own, other)
     draws = [torch.multinomial(pool.float(), n, replacement=True) for pool, n in ((other, far), (own, near)) if n]
@@ -455,8 +455,8 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
 
 def visual_commonsense_reasoning(model, encoding, batch, group=None):
     """VCR: one row a choice, batch.target (rows,) 1 = the right one; cross-entropy within a question's `group` rows, by
-    default as many as there are for each right one. Scores (rows,). Types: 0 question, 1 choice."""
-    group = group or len(batch.target) // int(batch.target.sum())
+    default as many as there are for each of batch.ids. Scores (rows,). Types: 0 question, 1 choice."""
+    group = group or len(batch.target) // len(batch.ids)
     scores = model.heads["vcr"](encoding.pooled).squeeze(-1)  # (rows, 1) -> (rows,)
     return common.cross_entropy(scores.view(-1, group), batch.target.view(-1, group).argmax(1)), scores
 
@@ -479,16 +479,16 @@ def refer_scores(model, encoding, batch):
 
 def referring_expression(model, encoding, batch):
     """Referring expressions (section 3.2): binary cross-entropy, summed over regions, mean over the batch, against the
-    regions' overlap with the one meant, 0 where it is below one half. Scores (B, N).
+    regions' overlap with what is meant, 0 where it is below one half. Scores (B, N).
 
-    batch.target (B,) int64, the region meant, or (B, N) float, the overlaps themselves.
+    batch.target (B, N) float, the overlaps, or (B,) int64, the region meant: then the overlaps with that one.
     """
     scores, target = refer_scores(model, encoding, batch), batch.target
-    if not target.is_floating_point():
+    if target.ndim == 1:
         meant = batch.boxes.gather(1, target[:, None, None].expand(-1, 1, 4))  # (B, N, 4) -> (B, 1, 4)
         target = common.iou(batch.boxes, meant) * batch.region_mask
-        target = target.masked_fill(target < 0.5, 0.0)
-    return common.soft_answer_loss(scores, target.to(scores.dtype)), scores
+    target = target.masked_fill(target < 0.5, 0.0).to(scores.dtype)
+    return common.soft_answer_loss(scores, target), scores
 
 
 # the shared ones: mlm, itm, itc, vqa, ve, vcr, rank, refer, caption; of one name, the paper's own counts

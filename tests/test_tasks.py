@@ -481,21 +481,24 @@ def test_choices_are_scored_as_counted_by_hand(monkeypatch):
 def test_regions_are_right_above_one_half(cache, tokenizer, monkeypatch):
     dataset = data.scenes("detected", "refer", 40, cache=cache).encode(tokenizer)
     run = SimpleNamespace(o=SimpleNamespace(ablate=None), rank=0, world=1, paper=uniter, answers=[])
-    best, chance = [], []
+    best, chance, overlaps = [], [], []
     for i in range(len(dataset)):
         boxes = dataset.store.gather(dataset.image[i : i + 1])["boxes"][0]
         overlap = [float(common.iou(box, torch.tensor(dataset.target[i]).float())) for box in boxes]
         best.append(int(np.argmax(overlap)))
+        overlaps.append(overlap)
         chance.append(np.mean([o > 0.5 for o in overlap]))
 
     def scores_of(run, batch, name):
-        return None, torch.nn.functional.one_hot(batch.target, batch.boxes.shape[1]).float()
+        return None, torch.nn.functional.one_hot(batch.target.argmax(1), batch.boxes.shape[1]).float()
 
     monkeypatch.setattr(train, "scores_of", scores_of)
     metrics, found = train.evaluate_choice(run, "refer", dataset)
     assert metrics["accuracy"] == metrics["reachable"] == 1.0 and found["accuracy"] == pytest.approx(np.mean(chance))
     batch = train.make_batch(run, dataset, np.arange(len(dataset)), ["refer"], None)
-    assert batch.target.tolist() == best
+    assert batch.target.argmax(1).tolist() == best
+    for row, overlap, real in zip(batch.target, overlaps, batch.region_mask, strict=True):
+        assert row[real].tolist() == pytest.approx(overlap) and (row[~real] < 0).all()
     monkeypatch.setattr(train, "scores_of", lambda *a: (None, -scores_of(*a)[1]))  # any wrong region, or padding
     assert train.evaluate_choice(run, "refer", dataset)[0]["accuracy"] < 0.1
 
@@ -547,6 +550,30 @@ def test_a_task_s_batch_can_be_pinned_and_names_its_examples(task, cache, tokeni
             assert all(stride > 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1), (
                 field
             )
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_no_step_waits_for_a_value(name, cache, tokenizer):
+    """A GPU that is asked for a value must first do all that it was given. On the device "meta" tensors have no values:
+    whoever asks for one fails. All objectives that train.py trains, forward and backward."""
+    paper, cls = train.PAPERS[name]
+    options = train.settle(train.parse(["--model", name]), name, 0)
+    pretraining = {*train.MASKED_WORDS, *train.MASKED_REGIONS, *train.PAIRS, "itc", "qa"} & {*paper.OBJECTIVES}
+    trained = dict.fromkeys(pretraining, "vqa")  # on the scenes of questions, whose texts have answers
+    trained |= {train.OBJECTIVE.get(task, task): task for task in data.TASKS if task != "pretrain"}
+    sets = {task: data.scenes("train", task, 20, cache=cache).encode(tokenizer) for task in trained.values()}
+    run = SimpleNamespace(o=options, paper=paper, tokenizer=tokenizer, answers=["red"], progress={"step": 0})
+    run.columns = lambda task="vqa": dict.fromkeys(data.ENTAILMENT if task == "ve" else run.answers, 0)
+    sizes = {**paper.PRESETS["tiny"], "dropout": 0.1, "vocab_size": tokenizer.get_vocab_size(), "classes": 7}
+    sizes |= {"attributes": 8, "answers": 1, "types": 4, "feature_size": sets["vqa"].store.width}
+    known = {field.name for field in dataclasses.fields(paper.Config)}
+    config = paper.Config(**{k: v for k, v in sizes.items() if k in known}, heads=train.heads_of(paper, trained))
+    with torch.device("meta"):
+        run.model = getattr(paper, cls)(config)
+    for objective, task in trained.items():
+        batch = train.make_batch(run, sets[task], np.arange(8), [objective], np.random.default_rng(0))
+        loss, _ = run.model(batch.to("meta"), [objective])[objective]
+        loss.backward()
 
 
 def test_check_reads_every_split(tmp_path, monkeypatch):

@@ -274,7 +274,7 @@ def test_negatives_are_real_regions():
 def test_task_losses_by_closed_forms():
     heads = ("vqa", "gqa", "ve", "nlvr2", "vcr", "rank", "refer")
     model, batch = tiny(heads=heads, gqa_answers=7).eval(), make_batch()
-    batch.target = torch.tensor([0, 0, 1, 0])
+    batch.target, batch.ids = torch.tensor([0, 0, 1, 0]), ["a question"]
     scores = model(batch, ("rank", "vcr"))
     for name, right in (("rank", 0), ("vcr", 2)):
         loss, score = scores[name]
@@ -293,10 +293,14 @@ def test_task_losses_by_closed_forms():
     torch.testing.assert_close(loss, -(score * sign).sigmoid().log().mean())
     batch.target = torch.tensor([0, 1, 2, 3])
     batch.boxes[:, 4] = batch.boxes[0, 0]  # the last region of row 0 overlaps its target fully
-    loss, score = model(batch, ("refer",))["refer"]
+    by_index, score = model(batch, ("refer",))["refer"]
     assert (score[~batch.region_mask] < -9000).all()
     given = common.iou(batch.boxes, batch.boxes[torch.arange(4), batch.target][:, None]) * batch.region_mask
-    batch.target = given.where(given >= 0.5, 0.0)
-    assert batch.target[0, 0] == batch.target[0, 4] == 1.0
-    torch.testing.assert_close(model(batch, ("refer",))["refer"][0], loss)
-    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(score, batch.target, reduction="sum") / 4)
+    assert given[0, 0] == given[0, 4] == 1.0
+    losses = []
+    for batch.target in (given, given * 0.45):  # in the second no region overlaps by one half
+        label = batch.target.where(batch.target >= 0.5, 0.0)
+        loss, score = model(batch, ("refer",))["refer"]
+        torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(score, label, reduction="sum") / 4)
+        losses.append(loss)
+    torch.testing.assert_close(by_index, losses[0])
