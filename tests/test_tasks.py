@@ -664,6 +664,8 @@ def test_each_task_alone_from_a_pretrained_model(task, folder, monkeypatch, caps
     printed = capsys.readouterr().out
     assert "pre/checkpoint.pt: a checkpoint" in printed and "chance" in printed
     assert json.loads((folder / task / "result.json").read_text())["task"] == task
+    if task in ("retrieval", "caption"):  # of --pool pictures, however many captions there are
+        assert "split test, 10 examples" in printed
     if task == "retrieval":  # zero-shot at step 0, before any training: what the matching head says
         first = json.loads((folder / "retrieval/log.jsonl").read_text().splitlines()[0])
         assert first["step"] == 0 and 0 <= first["text_to_image_r10"] <= 1 and first["chance"]["text_to_image_r10"] > 0
