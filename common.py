@@ -12,9 +12,9 @@ F region-feature width, V vocabulary, A answers, K region classes, M masked posi
 """
 
 import math
-from collections import Counter
+import os
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -738,47 +738,6 @@ def iou(a, b, least=0.0):
     return torch.where(union > 0, shared / union, 0.0)
 
 
-def recall_at(scores, truth, ks=(1, 5, 10)):
-    """Retrieval: the part of the queries with a true match among the k best-scored candidates, both ways.
-
-    scores (texts, pictures); truth (texts,), each text's picture. A picture may have several texts: the best-ranked one
-    counts; pictures without a text are candidates only. Ties, and scores that are not a number, count against us.
-    Returns {"text_to_image_r1": .., "image_to_text_r1": .., ...}.
-    """
-    own = scores.gather(1, truth[:, None])  # (texts, 1)
-    to_image = (~(scores < own)).sum(1)  # (texts,): rank of the true picture, 1 = best
-    rank = torch.stack([(~(scores[:, i] < scores[text, i])).sum() for text, i in enumerate(truth)])  # among the texts
-    to_text = torch.full((scores.shape[1],), len(scores) + 1).scatter_reduce(0, truth, rank, "amin")[truth.unique()]
-    ways = {"text_to_image": to_image, "image_to_text": to_text}
-    return {f"{way}_r{k}": (ranks <= k).double().mean().item() for k in ks for way, ranks in ways.items()}
-
-
-def bleu(candidates, references, longest=4):
-    """Corpus BLEU (Papineni 2002, section 2.3), in 0..1, without smoothing.
-
-        BLEU = min(1, exp(1 - r / c)) * (p_1 p_2 ... p_longest)^(1 / longest)
-
-    p_n: n-grams of all candidates that a reference of theirs has, each counted at most as often as in the reference
-    that has it most often, divided by all n-grams of the candidates. c: the candidates' words; r: the words of the
-    reference nearest in length to each, the shorter of two equally near.
-    candidates: a list of word lists; references: for each a list of word lists, at least one. 0 if some p_n is 0.
-    """
-    hits, totals, c, r = [0] * longest, [0] * longest, 0, 0
-    for words, true in zip(candidates, references, strict=True):
-        c, r = c + len(words), r + min((abs(len(t) - len(words)), len(t)) for t in true)[1]
-        for n in range(1, longest + 1):
-            grams, *theirs = (Counter(zip(*(w[i:] for i in range(n)), strict=False)) for w in (words, *true))
-            most = Counter()
-            for their in theirs:
-                most |= their  # the larger count of each
-            hits[n - 1] += (grams & most).total()
-            totals[n - 1] += grams.total()
-    if not all(hits):
-        return 0.0
-    precision = math.exp(sum(math.log(h / t) for h, t in zip(hits, totals, strict=True)) / longest)
-    return precision * min(1.0, math.exp(1 - r / c))
-
-
 # ---- generation -------------------------------------------------------------------------------------------------
 
 
@@ -799,144 +758,41 @@ def next_words(model, batch, cache, region_mask):
     return model.text_embedding(batch.text, batch.segments, before), seen
 
 
-@torch.no_grad()
-def generate(model, batch, first, last, beams=1, most=40, cached=True):
-    """Captions of a batch's pictures, word piece by word piece; beams=1 is greedy.
-
-    Beam search: of all ways to lengthen the `beams` likeliest beginnings by one piece the `beams` likeliest are kept;
-    one that ends with `last` keeps its log probability. The likeliest of the last beams is returned, by the plain sum
-    of log probabilities, so that enough beams find the likeliest caption of all.
-
-    model.decode(batch, cache) -> (B, T, C) and model.word_scores(states) -> (B, T, V); batch: its text is not read.
-    first, last: piece ids that begin and end a text. cached=False reads every beginning anew, for tests. Returns a list
-    of B lists of piece ids without first and last, at most `most` long.
-    """
-    rows = torch.arange(len(batch.features), device=batch.features.device)
-    batch = replace(batch, ids=None).rows(rows.repeat_interleave(beams))
-    text = torch.full((len(rows) * beams, 1), first, device=rows.device)  # (B*beams, 1)
-    scores = torch.full((len(rows), beams), -math.inf, device=rows.device)
-    scores[:, 0] = 0.0  # all beams begin alike: only one of them counts
-    ended, cache = torch.zeros_like(text[:, 0], dtype=torch.bool), {}
-    for _ in range(most):
-        new = text[:, -1:] if cached else text
-        batch.text, batch.text_mask = new, torch.ones_like(new, dtype=torch.bool)
-        batch.segments = torch.zeros_like(new)
-        states = model.decode(batch, cache if cached else None)[:, -1]  # (B*beams, T, C) -> (B*beams, C)
-        chances = model.word_scores(states).float().log_softmax(-1)  # (B*beams, V)
-        chances[ended] = -math.inf
-        chances[ended, last] = 0.0
-        V = chances.shape[-1]
-        total = scores[:, :, None] + chances.view(len(rows), beams, V)  # (B, beams, V)
-        scores, best = total.flatten(1).topk(beams)  # (B, beams*V) -> (B, beams)
-        parent = (rows[:, None] * beams + best // V).flatten()  # (B, beams) -> (B*beams,)
-        text = torch.cat([text[parent], (best % V).view(-1, 1)], 1)
-        ended = ended[parent] | (text[:, -1] == last)
-        cache = {k: tuple(x[parent] for x in v) if isinstance(v, tuple) else v for k, v in cache.items()}
-        if ended.all():
-            break
-    found = text.view(len(rows), beams, -1)[:, 0, 1:].tolist()  # topk sorts: beam 0 is the likeliest
-    return [pieces[: pieces.index(last)] if last in pieces else pieces for pieces in found]
-
-
 # ---- names ------------------------------------------------------------------------------------------------------
 
-BERT_NAMES = [  # (ours, BERT's), in this order: what all three official codes have from BERT
-    ("text_embedding.words", "bert.embeddings.word_embeddings"),
-    ("text_embedding.positions", "bert.embeddings.position_embeddings"),
-    ("text_embedding.types", "bert.embeddings.token_type_embeddings"),
-    ("text_embedding.norm", "bert.embeddings.LayerNorm"),
-    ("feed_forward.up", "intermediate.dense"),
-    ("feed_forward.down", "output.dense"),
-    ("feed_forward.norm", "output.LayerNorm"),
-    ("attention.query", "attention.self.query"),
-    ("attention.key", "attention.self.key"),
-    ("attention.value", "attention.self.value"),
-    ("attention.output", "attention.output.dense"),
-    ("attention.norm", "attention.output.LayerNorm"),
-    ("heads.mlm.transform.norm", "cls.predictions.transform.LayerNorm"),
-    ("heads.mlm.", "cls.predictions."),
-]
-# Old spellings: of a model saved from DistributedDataParallel, and of TF's norms
-OLD_NAMES = [("module.", ""), ("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")]
+
+class DataError(ValueError):
+    """Something is wrong with the user's files. The message is one line: where, what is wrong, how to mend it."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.split()))  # some messages of numpy and Pillow, quoted in ours, have more
 
 
-def rename(name, rules):
-    """One parameter name under another convention: each rule (old, new) is a plain replacement, applied in order."""
-    for old, new in rules:
-        name = name.replace(old, new)
-    return name
+# ---- several processes, messages --------------------------------------------------------------------------------------
 
 
-def official_names(state, rules, clash):
-    """Our state dict under the official names, the masked-word head's matrix listed too, as the official codes save it:
-    it is the word table. ValueError, saying `clash`, where two of our parameters have one official name."""
-    out = {rename(name, rules): tensor for name, tensor in state.items()}
-    if len(out) < len(state):
-        raise ValueError(clash)
-    if "cls.predictions.bias" in out:
-        out["cls.predictions.decoder.weight"] = state["text_embedding.words.weight"]
-    return out
+class Stop(DataError):
+    """What ends the program with one line on stderr and exit code 2 where no file is to blame."""
 
 
-def plain_names(state):
-    """An official state dict without old spellings and without the masked-word head's matrix, the word table again."""
-    plain = {rename(name, OLD_NAMES): tensor for name, tensor in state.items()}
-    return {name: tensor for name, tensor in plain.items() if name != "cls.predictions.decoder.weight"}
+def processes():
+    """(rank, world) under torchrun, (0, 1) without. Tensors on GPUs go by NCCL, those on CPUs by gloo."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group()
+    return dist.get_rank(), dist.get_world_size()
 
 
-def our_names(state, names, rules):
-    """An official state dict, in plain names, under ours. names: those of the model that will load it,
-    `model.state_dict()`. Returns (state, unexpected official names); what is missing, the caller sees from the
-    difference to `names`."""
-    ours = {rename(name, rules): name for name in names}
-    return {ours[n]: t for n, t in state.items() if n in ours}, [n for n in state if n not in ours]
+def total(values):
+    """The sum over all processes of numbers or of a tensor, as a float64 tensor on the CPU: no GPU is waited for."""
+    tensor = torch.as_tensor(values, dtype=torch.float64).clone()
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
-def bert_names(state):
-    """BERT's own state dict under the names `bert.embeddings...`, `bert.encoder...`, `bert.pooler...`, `cls...`.
-
-    Takes away `module.`; turns UNITER's `uniter.` for `bert.` back; puts `bert.` where a bare BertModel was saved.
-    KeyError if it holds no BERT: RoBERTa, DistilBERT and others have their own prefixes or layers.
-    """
-    out = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("module.").replace("uniter.", "bert.")
-        out["bert." * name.startswith(("embeddings.", "encoder.", "pooler.")) + name] = tensor
-    for name in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.self.query.weight"):
-        if name not in out:
-            raise KeyError(name)
-    return out
-
-
-def shape_of(state, ending, default=None):
-    """The shape of the one parameter whose name ends in `ending`, whatever stands before it; else `default`.
-    KeyError without either."""
-    found = next((tuple(tensor.shape) for name, tensor in state.items() if name.endswith(ending)), default)
-    if found is None:
-        raise KeyError(ending)
-    return found
-
-
-def count_layers(state, stack):
-    """How many layers a state dict has under `stack`, e.g. "encoder.layer.": the different numbers that follow it."""
-    return len({name.split(stack, 1)[1].split(".")[0] for name in state if stack in name})
-
-
-def text_sizes(state, config):
-    """The Config fields that every one of the official state dicts, and BERT's, determines: those of the text.
-
-    config: what the file's config.json says, {} without one. The number of heads is in no weight: it is taken from
-    there, else heads are 64 wide, as in every published size but MiniLM's. ValueError if the width does not allow it.
-    """
-    vocab_size, hidden = shape_of(state, "embeddings.word_embeddings.weight")
-    heads = config.get("num_attention_heads", hidden // 64 if hidden % 64 == 0 else 0)
-    if type(heads) is not int or heads < 1 or hidden % heads:
-        raise ValueError(f"{hidden} wide with {heads or 'an unknown number of'} heads; put its config.json beside it")
-    return {
-        "vocab_size": vocab_size,
-        "hidden": hidden,
-        "attention_heads": heads,
-        "intermediate": shape_of(state, "encoder.layer.0.intermediate.dense.weight")[0],
-        "max_positions": shape_of(state, "embeddings.position_embeddings.weight")[0],
-        "types": shape_of(state, "embeddings.token_type_embeddings.weight")[0],
-    }
+def say(text):
+    """A line on stdout, from the first process only."""
+    if processes()[0] == 0:
+        print(text, flush=True)

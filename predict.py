@@ -22,10 +22,12 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import checkpoints
 import common
 import data
-import train
-from train import PAPERS, Stop
+import tasks
+from checkpoints import PAPERS
+from common import Stop
 
 
 def parse(argv=None):
@@ -50,7 +52,7 @@ def parse(argv=None):
 
 def load(o):
     """(model, tokenizer, checkpoint, task), ready to be asked. Stop if the checkpoint does not fit what is asked."""
-    checkpoint = train.load_checkpoint(o.checkpoint)
+    checkpoint = checkpoints.load_checkpoint(o.checkpoint)
     tasks = checkpoint["task"].split(",")
     task = o.task or tasks[0]
     if task not in tasks:
@@ -138,11 +140,11 @@ def answer(o, model, tokenizer, checkpoint, task):
         if task == "caption":
             batch = make_batch(tokenizer, [""], [picture])
             ends = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
-            found = tokenizer.decode(common.generate(model, batch, *ends, o.beams)[0])
+            found = tokenizer.decode(tasks.generate(model, batch, *ends, o.beams)[0])
         elif task == "vcr":
             begin = (o.text, o.answer) if o.answer else (o.text,)
             batch = make_batch(tokenizer, [(*begin, choice) for choice in o.choices], [picture] * len(o.choices))
-            batch.segments = train.text_types(paper, batch.segments)
+            batch.segments = tasks.text_types(paper, batch.segments)
             batch.target, batch.ids = torch.eye(len(o.choices), dtype=torch.long)[0], [o.text]
             found = ranked(model(batch, ["vcr"])["vcr"][1].softmax(0), o.choices, o.top)
         else:
@@ -174,11 +176,11 @@ def main(argv=None):
     try:
         o = parse(argv)
         if o.export:
-            checkpoint = train.load_checkpoint(o.checkpoint)
-            data.save(train.official(checkpoint["model"], checkpoint["state"]), Path(o.export))
+            checkpoint = checkpoints.load_checkpoint(o.checkpoint)
+            checkpoints.save(checkpoints.official(checkpoint["model"], checkpoint["state"]), Path(o.export))
         else:
             print(*answer(o, *load(o)), sep="\n")
-    except data.DataError as error:
+    except common.DataError as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -35,8 +35,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import checkpoints
 import data
-import lxmert
+import tasks
 import train  # after torch, so that its threads wait as torch has it: three sides share the cores in --peer
 
 CLASSES, ATTRIBUTES, WIDTH = 1601, 400, 2048
@@ -80,7 +81,7 @@ def make_run(o, model, size, dtype, folder, **sizes):
     """A train.Run of one model on drawn examples, ready to step, and the examples of each step. Seeded: two calls
     give the same weights and examples."""
     options = train.settle(train.parse(["--model", model, "--device", o.device]), model, 0)
-    paper, rng = train.PAPERS[model][0], np.random.default_rng(0)
+    paper, rng = checkpoints.PAPERS[model][0], np.random.default_rng(0)
     vocabulary, answers = paper.Config.vocab_size, getattr(paper.Config, "answers", 1)
     answers = [str(i) for i in range(answers if model == "lxmert" else 1)]
     dataset = make_dataset(folder, rng, o.words, o.regions, vocabulary, len(answers))
@@ -92,9 +93,9 @@ def make_run(o, model, size, dtype, folder, **sizes):
         options, paper, objectives, {"pretrain": {"train": dataset}}, tokenizer, answers, device, dtype, 0, 1
     )
     config = {**paper.PRESETS[size], "classes": CLASSES, "attributes": ATTRIBUTES, **sizes}
-    config["heads"] = train.heads_of(paper, objectives)
+    config["heads"] = tasks.heads_of(paper, objectives)
     torch.manual_seed(0)
-    run.model = getattr(paper, train.PAPERS[model][1])(paper.Config(**config)).to(device).train()
+    run.model = getattr(paper, checkpoints.PAPERS[model][1])(paper.Config(**config)).to(device).train()
     run.optimizer = train.make_optimizer(run.model, 0.01)
     train.set_rate(run.optimizer, 1, 1e-6)  # a rate that leaves the weights as they are, but does the work
     groups = data.batches(dataset.lengths(), np.random.default_rng(1), size=o.batch_size)
@@ -105,7 +106,7 @@ def batch_of(run, index, step):
     """The batch of a step and the objectives it trains; the same for the same step."""
     rng = np.random.default_rng((2, step))
     names = train.step_objectives(run.paper, run.objectives, np.random.default_rng((3, step)))
-    return train.make_batch(run, run.splits["train"], index, names, rng), names
+    return tasks.make_batch(run, run.splits["train"], index, names, rng), names
 
 
 def wait(device):
@@ -247,7 +248,7 @@ class Peer:
             vocab_size=run.model.config.vocab_size, num_qa_labels=run.model.config.answers,
             num_object_labels=CLASSES - 1, num_attr_labels=ATTRIBUTES)  # fmt: skip
         self.model, self.run = transformers.LxmertForPreTraining(config).to(run.device), run
-        self.model.load_state_dict(lxmert.to_hugging_face(run.model.state_dict()), strict=False)
+        self.model.load_state_dict(checkpoints.lxmert_to_hugging_face(run.model.state_dict()), strict=False)
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-9, fused=True)
 
@@ -419,7 +420,7 @@ def sweep(o, folder):
 def main():
     parser = argparse.ArgumentParser(description="Measure pretraining steps.")
     add = parser.add_argument
-    add("--models", nargs="+", default=list(train.PAPERS), choices=train.PAPERS)
+    add("--models", nargs="+", default=list(checkpoints.PAPERS), choices=checkpoints.PAPERS)
     add("--sizes", nargs="+", default=["base"], choices=["tiny", "base", "large"])
     add("--dtypes", nargs="+", default=["f32", "bf16"], choices=["f32", "bf16"])
     add("--batch-size", type=int, default=16)
@@ -444,7 +445,7 @@ def main():
               f"{' / '.join(STAGES)} % |\n{'|---' * 10}|")  # fmt: skip
         for model in o.models:
             for size in o.sizes:
-                if size in train.PAPERS[model][0].PRESETS:
+                if size in checkpoints.PAPERS[model][0].PRESETS:
                     for dtype in o.dtypes:
                         in_a_process(measure, o, folder, model, size, dtype)
     return None

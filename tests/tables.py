@@ -24,11 +24,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import checkpoints
+import tasks
+
 import train  # isort: skip  before torch: it tells torch's threads how to wait
 
 import torch
 
-import common
 import data
 
 COLUMNS = {  # task: the metrics of its cells
@@ -80,14 +82,14 @@ def start(folder, *arguments):
 def restore(folder):
     """A trained model as the functions of train.py want it, on the CPU in float32, with captions of the test scenes, one
     a picture: run, dataset, examples."""
-    checkpoint = train.load_checkpoint(folder / "best.pt")
-    paper, name = train.PAPERS[checkpoint["model"]]
+    checkpoint = checkpoints.load_checkpoint(folder / "best.pt")
+    paper, name = checkpoints.PAPERS[checkpoint["model"]]
     model = getattr(paper, name)(paper.Config(**checkpoint["config"])).eval()
     model.load_state_dict(checkpoint["state"])
     names = {"o": SimpleNamespace(ablate=None), "device": torch.device("cpu"), "autocast": nullcontext}
     tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
     dataset = data.load("scenes", "caption", "test").encode(tokenizer, max_length=60)
-    return SimpleNamespace(model=model, rank=0, world=1, **names), dataset, train.first_captions(dataset)
+    return SimpleNamespace(model=model, rank=0, world=1, **names), dataset, tasks.first_captions(dataset)
 
 
 def spread(values, scale=100):
@@ -179,8 +181,8 @@ def table_of_temperatures(o):
             ends.append(run(o, name, *options, *extra, steps=steps)["temperature"])
             restored, dataset, texts = restore(o.out / name)
             with torch.inference_mode():
-                dots = train.dot_products(restored, dataset, texts[:500], dataset.image[texts[:500]])
-            recalls = common.recall_at(dots, torch.arange(len(dots)))
+                dots = tasks.dot_products(restored, dataset, texts[:500], dataset.image[texts[:500]])
+            recalls = tasks.recall_at(dots, torch.arange(len(dots)))
             found.append((recalls["text_to_image_r1"] + recalls["image_to_text_r1"]) / 2)
         points[value] = float(np.mean(ends)), float(np.mean(found))
         rows[f"learned, ends at {points[value][0]:.3f}" if value == "learned" else value] = {"R@1": spread(found)}
@@ -269,7 +271,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=2.0, help="training time of a run")
     parser.add_argument("--steps", type=int, help="steps of each run, whatever its time")
     parser.add_argument("--pretrain-steps", type=int, help="steps of a pretraining (default: those of train.py)")
-    parser.add_argument("--models", nargs="+", default=list(train.PAPERS), choices=train.PAPERS)
+    parser.add_argument("--models", nargs="+", default=list(checkpoints.PAPERS), choices=checkpoints.PAPERS)
     parser.add_argument("--tasks", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     parser.add_argument("--seeds", type=int, default=1, help="runs of a cell; table tasks: of vqa, nlvr2 and refer")
     parser.add_argument("--teacher", nargs="+", default=["layers=6"], help="distill: --config of the teacher")
@@ -280,7 +282,7 @@ def main():
     o = parser.parse_args(mine)
     o.more = more
     text = TABLES[o.which](o)
-    train.write(o.out / f"{o.which}.md", text + "\n")
+    checkpoints.write(o.out / f"{o.which}.md", text + "\n")
     print(f"\n{text}")
 
 

@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
 import data
+from prepare import scenes
 
 COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"]
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
@@ -58,7 +60,7 @@ def clause_holds(clause, things):
         return any(a is not b and clear(a, b) and main_direction(a, b) == where for a in first for b in second)
     if m := re.fullmatch(rf"{THING} {WHERE} the middle", clause):
         off = {"left of": -1, "right of": 1}.get(m[4], 0), {"above": -1, "below": 1}.get(m[4], 0)
-        middle = data.SIDE / 2
+        middle = scenes.SIDE / 2
         return any((t.x - middle) * off[0] + (t.y - middle) * off[1] >= 12 for t in matching(things, *m.groups()[:3]))
     if m := re.fullmatch(rf"(?:exactly )?({'|'.join(NUMBERS)}) {THING}", clause):
         return len(matching(things, *m.groups()[1:])) == NUMBERS.index(m[1])
@@ -89,7 +91,7 @@ def answer_to(question, things):
         return yes[n > k if m[1] == "more" else n < k]
     if m := re.fullmatch(rf"(?:is|does) the {THING} (?:lie )?(left or right of|above or below) the middle\?", question):
         (thing,) = matching(things, *m.groups()[:3])
-        off = (thing.x if m[4].startswith("left") else thing.y) - data.SIDE / 2
+        off = (thing.x if m[4].startswith("left") else thing.y) - scenes.SIDE / 2
         assert abs(off) >= 12
         return m[4].split()[0 if off < 0 else 2]
     raise AssertionError(f"no such question: {question!r}")
@@ -107,18 +109,18 @@ def pairs_bound(text, things, answer=None):
 
 @pytest.fixture(scope="module")
 def graphs():
-    return {split: [data.make_scene(0, split, i) for i in range(200)] for split in data.SPLITS}
+    return {split: [scenes.make_scene(0, split, i) for i in range(200)] for split in data.SPLITS}
 
 
 def test_scenes_are_a_function_of_seed_split_and_index(graphs):
     for split in data.SPLITS:
-        again = data.make_scene(0, split, 7)
+        again = scenes.make_scene(0, split, 7)
         assert again.things == graphs[split][7].things
-        assert data.captions(again) == data.captions(graphs[split][7])
-        assert data.questions(again) == data.questions(graphs[split][7])
-        assert data.draw_scene(again).tobytes() == data.draw_scene(graphs[split][7]).tobytes()
-        assert all(np.array_equal(a, b) for a, b in zip(data.detect(again).values(), data.detect(again).values()))
-    first = {tuple(data.make_scene(seed, split, 0).things) for seed in (0, 1) for split in data.SPLITS}
+        assert scenes.captions(again) == scenes.captions(graphs[split][7])
+        assert scenes.questions(again) == scenes.questions(graphs[split][7])
+        assert scenes.draw_scene(again).tobytes() == scenes.draw_scene(graphs[split][7]).tobytes()
+        assert all(np.array_equal(a, b) for a, b in zip(scenes.detect(again).values(), scenes.detect(again).values()))
+    first = {tuple(scenes.make_scene(seed, split, 0).things) for seed in (0, 1) for split in data.SPLITS}
     assert len(first) == 8  # seeds and splits differ
 
 
@@ -130,15 +132,15 @@ def test_scene_graphs_are_within_their_bounds(graphs):
             h = min(a.y + a.half, b.y + b.half) - max(a.y - a.half, b.y - b.half)
             assert max(w, 0) * max(h, 0) <= 0.2501 * (2 * a.half) ** 2
         for t in scene.things:
-            assert t.half <= t.x <= data.SIDE - t.half and t.half <= t.y <= data.SIDE - t.half
+            assert t.half <= t.x <= scenes.SIDE - t.half and t.half <= t.y <= scenes.SIDE - t.half
 
 
 def test_captions_and_answers_are_true(graphs):
     kinds = Counter()
     for scene in chain(*graphs.values()):
-        for caption in data.captions(scene):
+        for caption in scenes.captions(scene):
             assert holds(caption, scene.things), (caption, scene)
-        for kind, question, answer in data.questions(scene):
+        for kind, question, answer in scenes.questions(scene):
             assert answer_to(question, scene.things) == answer, (question, scene)
             kinds[kind] += 1
     assert len(kinds) == 7 and min(kinds.values()) > 300, kinds
@@ -151,14 +153,14 @@ def test_every_content_word_of_a_caption_has_one_right_answer(graphs):
     relations = (["left", "right"], ["above", "below"])
     tried = Counter()
     for scene in chain(*graphs.values()):
-        for caption in data.captions(scene):
+        for caption in scenes.captions(scene):
             words = re.findall(r"\w+|,", caption)
             for i, word in enumerate(words):
                 for group in (*groups, *relations):
                     for other in group if word in group else ():
                         changed = " ".join([*words[:i], other, *words[i + 1 :]]).replace(" ,", ",")
                         if other == word:
-                            assert word in data.CONTENT_WORDS and changed == caption
+                            assert word in scenes.CONTENT_WORDS and changed == caption
                         else:
                             assert not holds(changed, scene.things), (caption, changed)
                             tried[word] += 1
@@ -166,25 +168,25 @@ def test_every_content_word_of_a_caption_has_one_right_answer(graphs):
 
 
 def test_captions_tell_scenes_apart(graphs):
-    scenes = graphs["val"][:100]
-    extra = [sum(holds(c, other.things) for other in scenes) - 1 for scene in scenes for c in data.captions(scene)[:1]]
+    drawn = graphs["val"][:100]
+    extra = [sum(holds(c, other.things) for other in drawn) - 1 for scene in drawn for c in scenes.captions(scene)[:1]]
     assert len(extra) > 80 and np.mean(np.array(extra) == 0) > 0.75 and np.mean(extra) < 0.5, np.mean(extra)
 
 
 def test_words_never_bind_a_held_out_pair_outside_compose(graphs):
-    assert len({c for c, _ in data.HELD_OUT}) == len({s for _, s in data.HELD_OUT}) == 6
-    for split, scenes in graphs.items():
-        for scene in scenes:
-            for text, answer in [(c, None) for c in data.captions(scene)] + [q[1:] for q in data.questions(scene)]:
-                bound = pairs_bound(text, scene.things, answer) & set(data.HELD_OUT)
+    assert len({c for c, _ in scenes.HELD_OUT}) == len({s for _, s in scenes.HELD_OUT}) == 6
+    for split, drawn in graphs.items():
+        for scene in drawn:
+            for text, answer in [(c, None) for c in scenes.captions(scene)] + [q[1:] for q in scenes.questions(scene)]:
+                bound = pairs_bound(text, scene.things, answer) & set(scenes.HELD_OUT)
                 assert bool(bound) == (split == "compose"), (split, text)
-    shown = [(t.color, t.shape) in data.HELD_OUT for scene in graphs["train"] for t in scene.things]
+    shown = [(t.color, t.shape) in scenes.HELD_OUT for scene in graphs["train"] for t in scene.things]
     assert 0.05 < np.mean(shown) < 0.25  # but they do stand in pictures
 
 
 def test_questions_alone_do_not_give_the_answer():
     def drawn(split, count):
-        return [q for i in range(count) for q in data.questions(data.make_scene(0, split, i))]
+        return [q for i in range(count) for q in scenes.questions(scenes.make_scene(0, split, i))]
 
     by_text, by_kind = defaultdict(Counter), defaultdict(Counter)
     for kind, text, answer in drawn("train", 3000):
@@ -205,7 +207,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(cache):
-    return data.scenes("train", "pretrain", 60, cache=cache)
+    return scenes.scenes("train", "pretrain", 60, cache=cache)
 
 
 @pytest.fixture(scope="module")
@@ -241,38 +243,38 @@ def test_store_gathers_what_a_plain_loop_reads(dataset):
                 got[name][row, : stop - start].numpy(), array[start:stop].astype(got[name].numpy().dtype)
             )
             assert not got[name][row, stop - start :].any()
-    scene = data.make_scene(0, "train", 5)
-    boxes = data.detect(scene)["boxes"]
-    features = data.region_features(data.draw_scene(scene), boxes)
+    scene = scenes.make_scene(0, "train", 5)
+    boxes = scenes.detect(scene)["boxes"]
+    features = data.region_features(scenes.draw_scene(scene), boxes)
     assert np.abs(got["features"][0, : len(boxes)].numpy() - features).max() < 2e-3
-    assert np.abs(got["boxes"][0, : len(boxes)].numpy() * data.SIDE - boxes).max() < 1e-4
+    assert np.abs(got["boxes"][0, : len(boxes)].numpy() * scenes.SIDE - boxes).max() < 1e-4
 
 
 def test_imitated_detector_is_mostly_right():
     right, false, seen = [], 0, 0
     for i in range(300):
-        scene = data.make_scene(0, "test", i)
-        found = data.detect(scene)
+        scene = scenes.make_scene(0, "test", i)
+        found = scenes.detect(scene)
         assert np.allclose(found["object_probs"].sum(1), 1)
         assert np.array_equal(found["objects"], found["object_probs"][:, 1:].argmax(1))
         centres = (found["boxes"][:, :2] + found["boxes"][:, 2:]) / 2
         for thing in scene.things:
             near = [j for j in range(len(centres)) if found["object_conf"][j] > 0.7]
             j = min(near, key=lambda j: np.abs(centres[j] - (thing.x, thing.y)).sum())
-            right.append(data.SHAPES[found["objects"][j]] == thing.shape)
+            right.append(scenes.SHAPES[found["objects"][j]] == thing.shape)
         false, seen = false + len(centres) - len(scene.things), seen + 1
     assert 0.94 < np.mean(right) < 0.99 and 0.8 < false / seen < 1.2
 
 
 def test_two_processes_may_make_the_same_store(tmp_path):
     fork = multiprocessing.get_context("fork")
-    runs = [fork.Process(target=data.scenes, args=("val", "vqa", 20), kwargs={"cache": tmp_path}) for _ in range(2)]
+    runs = [fork.Process(target=scenes.scenes, args=("val", "vqa", 20), kwargs={"cache": tmp_path}) for _ in range(2)]
     for run in runs:
         run.start()
     for run in runs:
         run.join()
     assert [run.exitcode for run in runs] == [0, 0]
-    assert len(data.scenes("val", "vqa", 20, cache=tmp_path)) == 160
+    assert len(scenes.scenes("val", "vqa", 20, cache=tmp_path)) == 160
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -287,7 +289,7 @@ def test_answers_are_sorted_and_subsets_keep_their_tokens(dataset, tokenizer):
     assert part.offsets.tolist() == part.encode(tokenizer, 32).offsets.tolist()
     again = part.tokens.copy()
     assert again.tolist() == dataset.subset(index).tokens.tolist()
-    assert set(data.scenes("train", "vqa", 60, cache=dataset.store.folder.parent).kind) == set(data.QUESTIONS)
+    assert set(scenes.scenes("train", "vqa", 60, cache=dataset.store.folder.parent).kind) == set(scenes.QUESTIONS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,7 +333,7 @@ def test_tokenizer_is_greedy_wordpiece_and_deterministic(tmp_path):
     cased = data.read_tokenizer(tmp_path / "cased.txt")
     assert cased.encode("Table").tokens == ["Table"] and cased.encode("table").tokens == greedy("table", vocab)
     (tmp_path / "bad.txt").write_text("\n".join(lines[1:]))
-    with pytest.raises(data.DataError, match="bad.txt"):
+    with pytest.raises(common.DataError, match="bad.txt"):
         data.read_tokenizer(tmp_path / "bad.txt")
 
 
@@ -545,7 +547,7 @@ def test_bad_lines_are_named_in_one_line(own, cache, line, task, message):
     if task == "nlvr2":
         del good["image"]
     path = own(good, "", line)
-    with pytest.raises(data.DataError, match=message) as error:
+    with pytest.raises(common.DataError, match=message) as error:
         data.load_jsonl(path, task, "train", cache=cache)
     assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
 
@@ -564,7 +566,7 @@ def test_own_data_becomes_a_dataset(own, cache, capsys):
     assert "all features are equal" in capsys.readouterr().err
     data.load(str(own({**F, "features": "unit.npz"})), "vqa", "train", cache=cache)
     assert "0..1" in capsys.readouterr().err
-    with pytest.raises(data.DataError, match="no such file"):
+    with pytest.raises(common.DataError, match="no such file"):
         data.load("nowhere.jsonl", "vqa", "train", cache=cache)
 
 

@@ -17,21 +17,24 @@ import pytest
 import torch
 from test_data import A_THING, COLORS, SHAPES, THING, matching
 
+import checkpoints
 import common
 import data
 import lxmert
 import predict
+import tasks
 import train
 import uniter
 import vilbert
+from prepare import scenes
 
 ROOT = Path(__file__).parent.parent
-PAPERS = list(train.PAPERS)
+PAPERS = list(checkpoints.PAPERS)
 
 
 def make(name, seed=0, **changes):
     """A tiny model in float64 with random biases and norms, which an untrained one has not."""
-    paper, cls = train.PAPERS[name]
+    paper, cls = checkpoints.PAPERS[name]
     sizes = {**paper.PRESETS["tiny"], "vocab_size": 30, "feature_size": 8, "classes": 5, **changes}
     torch.manual_seed(seed)
     model = getattr(paper, cls)(paper.Config(**sizes)).double().eval()
@@ -160,13 +163,13 @@ def test_enough_beams_find_the_likeliest_of_all_texts_and_one_beam_is_greedy():
     texts, lengths, better = ended + list(itertools.product((1, 2, 3), repeat=4)), set(), 0
     for toy in map(Toy, range(12)):
         best = max(texts, key=toy.chance)
-        found = common.generate(toy, batch, first=1, last=0, beams=250, most=4, cached=False)
+        found = tasks.generate(toy, batch, first=1, last=0, beams=250, most=4, cached=False)
         assert found == [[p for p in best if p]] * 2
         greedy = []
         while len(greedy) < 4 and 0 not in greedy:
             past = ([0, 0, 0, 1] + greedy)[-3:]
             greedy.append(int(toy.table[tuple(past)].argmax()))
-        found = common.generate(toy, batch, first=1, last=0, beams=1, most=4, cached=False)
+        found = tasks.generate(toy, batch, first=1, last=0, beams=1, most=4, cached=False)
         assert found == [[p for p in greedy if p]] * 2
         lengths.add(len(best))
         better += toy.chance(best) > toy.chance(greedy) + 1e-9
@@ -178,7 +181,7 @@ def test_captions_with_and_without_the_cache_are_the_same(name):
     model, batch = make(name, heads=("mlm",)), make_batch()
     model.heads["mlm"].bias.data[3] -= 2  # or a caption of random weights might end at once
     for beams in (1, 3):
-        cached, plain = (common.generate(model, batch, 2, 3, beams, most=8, cached=c) for c in (True, False))
+        cached, plain = (tasks.generate(model, batch, 2, 3, beams, most=8, cached=c) for c in (True, False))
         assert cached == plain and all(1 < len(c) <= 8 for c in cached)
 
 
@@ -187,42 +190,44 @@ def test_captions_with_and_without_the_cache_are_the_same(name):
 
 @pytest.fixture(scope="module")
 def graphs():
-    return {split: [data.make_scene(0, split, i) for i in range(n)] for split, n in (("train", 500), ("compose", 150))}
+    return {
+        split: [scenes.make_scene(0, split, i) for i in range(n)] for split, n in (("train", 500), ("compose", 150))
+    }
 
 
 def both(graphs, task):
     """(scenes, examples) of both splits; a task must offer something in each."""
     for split in graphs:
-        examples = list(data.SCENE_TASKS[task](graphs[split]))
+        examples = list(scenes.SCENE_TASKS[task](graphs[split]))
         assert len(examples) > 50
         yield graphs[split], examples
 
 
 def bound(text):
     """Pairs of colour and shape that an expression of the text puts into words."""
-    return {(m[2], m[3]) for m in re.finditer(rf"(?<![a-z]){THING}(?![a-z])", text)} & set(data.HELD_OUT)
+    return {(m[2], m[3]) for m in re.finditer(rf"(?<![a-z]){THING}(?![a-z])", text)} & set(scenes.HELD_OUT)
 
 
 def test_entailment_by_brute_force(graphs):
-    for scenes, examples in both(graphs, "ve"):
+    for drawn, examples in both(graphs, "ve"):
         answers, sizes = {}, {}
         for example in examples:
             ((text, picture),), (answer,) = example.rows, example.answer
             m = re.fullmatch(rf"the {THING} is (?:an? )?(\w+)", text)
-            found = matching(scenes[picture].things, *m.groups()[:3])
+            found = matching(drawn[picture].things, *m.groups()[:3])
             assert len(found) < 2
             truth = "entailment" if found and m[4] in found[0][:3] else "contradiction" if found else "neutral"
             assert answer == truth
             answers.setdefault(text, Counter())[answer] += 1
-            sizes.setdefault(len(scenes[picture].things), Counter())[answer] += 1
+            sizes.setdefault(len(drawn[picture].things), Counter())[answer] += 1
             full = (m[2] or m[4], m[3] if m[3] != "thing" else m[4])
-            assert (full in data.HELD_OUT) == (scenes[0].split == "compose")
+            assert (full in scenes.HELD_OUT) == (drawn[0].split == "compose")
         for counts in (*answers.values(), *sizes.values()):  # neither the words nor the number of things tell
             assert len(counts) == 3 and len(set(counts.values())) == 1
 
 
 def test_statements_of_two_pictures_by_brute_force(graphs):
-    for scenes, examples in both(graphs, "nlvr2"):
+    for drawn, examples in both(graphs, "nlvr2"):
         alone, seen = {}, Counter()
         for four in zip(*[iter(examples)] * 4, strict=True):
             assert sum(e.target for e in four) == 2
@@ -230,13 +235,13 @@ def test_statements_of_two_pictures_by_brute_force(graphs):
                 (text, left), (again, right) = example.rows
                 assert text == again and left != right
                 if m := re.fullmatch(rf"(exactly one picture shows) {A_THING}", text):
-                    n, k = (bool(matching(scenes[p].things, *m.groups()[1:])) for p in (left, right))
+                    n, k = (bool(matching(drawn[p].things, *m.groups()[1:])) for p in (left, right))
                     assert example.target == (n != k)
                 else:
                     m = re.fullmatch(rf"(more|fewer) {THING} on the left than on the right", text)
-                    n, k = (len(matching(scenes[p].things, *m.groups()[1:])) for p in (left, right))
+                    n, k = (len(matching(drawn[p].things, *m.groups()[1:])) for p in (left, right))
                     assert example.target == (n > k if m[1] == "more" else n < k)
-                assert bool(bound(text)) == (scenes[0].split == "compose")
+                assert bool(bound(text)) == (drawn[0].split == "compose")
                 seen[example.kind] += 1
                 for side, number in (("left", n), ("right", k)):
                     alone.setdefault((example.kind, m[1], side, number), []).append(example.target)
@@ -251,37 +256,37 @@ def test_statements_of_two_pictures_by_brute_force(graphs):
 
 
 def test_choices_and_reasons_by_brute_force(graphs):
-    for scenes, examples in both(graphs, "vcr"):
+    for drawn, examples in both(graphs, "vcr"):
         places = Counter(e.target for e in examples)
         assert all(abs(places[i] / len(examples) - 0.25) < 4 * math.sqrt(0.19 / len(examples)) for i in range(4))
         for answer, reason in zip(*[iter(examples)] * 2, strict=True):
             assert answer.id == reason.id and (answer.kind, reason.kind) == ("answer", "reason")
-            things = scenes[answer.rows[0][1]].things
+            things = drawn[answer.rows[0][1]].things
             m = re.fullmatch(rf"what (color|shape) is the {THING}\?", answer.rows[0][0][0])
             (thing,) = matching(things, *m.groups()[1:])
             right = [getattr(thing, m[1]) == text[1] for text, _ in answer.rows]
             assert right.index(True) == answer.target and sum(right) == 1
-            held = thing[1:3] in data.HELD_OUT
-            assert held == (scenes[0].split == "compose")
+            held = thing[1:3] in scenes.HELD_OUT
+            assert held == (drawn[0].split == "compose")
             wrong = {(m[3] or t[1], m[4] if m[4] != "thing" else t[1]) for t, _ in answer.rows} - {thing[1:3]}
-            assert not wrong & set(data.HELD_OUT) and len(wrong) == 3
+            assert not wrong & set(scenes.HELD_OUT) and len(wrong) == 3
             assert all(text[:2] == answer.rows[answer.target][0] for text, _ in reason.rows)
             others = [re.fullmatch(rf"it is with {A_THING}", text[2]).groups() for text, _ in reason.rows]
             right = [bool(matching(things, *other)) for other in others]
             assert right.index(True) == reason.target and sum(right) == 1
             assert len({c for _, c, _ in others}) == len({s for _, _, s in others}) == 2 and len(set(others)) == 4
-            assert not {other[1:] for other in others} & set(data.HELD_OUT)
+            assert not {other[1:] for other in others} & set(scenes.HELD_OUT)
 
 
 def test_expressions_fit_one_thing_and_each_thing_has_one(graphs):
-    for scenes, examples in both(graphs, "refer"):
-        compose, meant, kinds = scenes[0].split == "compose", {}, Counter()
+    for drawn, examples in both(graphs, "refer"):
+        compose, meant, kinds = drawn[0].split == "compose", {}, Counter()
         for example in examples:
             ((text, picture),) = example.rows
-            things = scenes[picture].things
+            things = drawn[picture].things
             m = re.fullmatch(rf"{THING}(?: (left of|right of|above|below) the middle)?", text)
             words = [None if w == "thing" else w for w in m.groups()[:3]]
-            found, middle = matching(things, *words), data.SIDE / 2
+            found, middle = matching(things, *words), scenes.SIDE / 2
             shared = [len(matching(things, *words[:i], None, *words[i + 1 :])) > 1 for i in range(3) if words[i]]
             assert len(shared) > 1
             if m[4]:
@@ -293,13 +298,13 @@ def test_expressions_fit_one_thing_and_each_thing_has_one(graphs):
                 assert any(shared) and example.kind == ("words" if all(shared) else "spare")
             (thing,) = found
             box = [thing.x - thing.half, thing.y - thing.half, thing.x + thing.half, thing.y + thing.half]
-            assert np.allclose(np.array(example.target) * data.SIDE, box)
+            assert np.allclose(np.array(example.target) * scenes.SIDE, box)
             assert bool(bound(text)) == compose
             meant.setdefault(picture, []).append(thing)
             kinds[example.kind] += 1
         for picture, found in meant.items():  # a picture alone leaves all its things equally likely
-            assert len(set(found)) == len(found) and (compose or set(found) == set(scenes[picture].things))
-        assert compose or (len(meant) > 0.5 * len(scenes) and min(kinds.values()) > 0.1 * len(examples))
+            assert len(set(found)) == len(found) and (compose or set(found) == set(drawn[picture].things))
+        assert compose or (len(meant) > 0.5 * len(drawn) and min(kinds.values()) > 0.1 * len(examples))
         assert len(kinds) == 3
 
 
@@ -313,11 +318,11 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.train_tokenizer(data.scene_texts(60))
+    return data.train_tokenizer(scenes.scene_texts(60))
 
 
 def test_rows_of_choices_are_question_answer_and_reason(cache, tokenizer):
-    dataset = data.scenes("train", "vcr", 40, cache=cache).encode(tokenizer, max_length=60)
+    dataset = scenes.scenes("train", "vcr", 40, cache=cache).encode(tokenizer, max_length=60)
     cls, sep = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
     index = np.array([1, 0])  # a reason, which has three segments, and an answer
     batch = data.collate(dataset, index)
@@ -330,9 +335,9 @@ def test_rows_of_choices_are_question_answer_and_reason(cache, tokenizer):
             pieces, types = pieces + [*ids, sep], types + [number] * len(ids) + [number + (not last)]
         assert batch.text[row, : len(pieces)].tolist() == pieces and batch.text_mask[row].sum() == len(pieces)
         assert batch.segments[row, : len(pieces)].tolist() == types
-    uniters = train.text_types(uniter, batch.segments)[batch.text_mask]
+    uniters = tasks.text_types(uniter, batch.segments)[batch.text_mask]
     assert torch.equal(uniters, torch.tensor([0, 2, 3])[batch.segments[batch.text_mask]])
-    other = train.text_types(lxmert, batch.segments)
+    other = tasks.text_types(lxmert, batch.segments)
     assert torch.equal(other[:4], (batch.segments[:4] == 2).long()) and torch.equal(other[4:], batch.segments[4:])
     part = dataset.subset(np.array([3, 1]))
     assert torch.equal(data.collate(part, np.array([1])).text, data.collate(dataset, np.array([1])).text)
@@ -347,7 +352,7 @@ def test_long_texts_lose_the_question_not_the_choice(tokenizer):
 
 
 def test_pictures_are_joined_row_by_row(cache, tokenizer):
-    dataset = data.scenes("train", "nlvr2", 40, cache=cache).encode(tokenizer)
+    dataset = scenes.scenes("train", "nlvr2", 40, cache=cache).encode(tokenizer)
     two = data.collate(dataset, np.array([0, 5, 9]))
     two.region_types = (torch.arange(6) % 2)[:, None].expand(two.region_mask.shape)
     one = data.join_pictures(dataclasses.replace(two, target=torch.arange(3)))
@@ -367,7 +372,7 @@ def test_the_next_word_is_the_label():
 
 
 def test_true_and_detected_boxes_of_the_same_expressions(cache):
-    true, found = (data.scenes(split, "refer", 60, cache=cache) for split in ("test", "detected"))
+    true, found = (scenes.scenes(split, "refer", 60, cache=cache) for split in ("test", "detected"))
     assert true.text == found.text and "object_probs" not in true.store.fields
     best = {}
     for name, dataset in (("true", true), ("detected", found)):
@@ -381,7 +386,7 @@ def test_true_and_detected_boxes_of_the_same_expressions(cache):
 
 
 def test_false_partners_are_false_and_mined_ones_are_the_hardest(cache, tokenizer):
-    dataset = data.scenes("train", "retrieval", 40, cache=cache).encode(tokenizer)
+    dataset = scenes.scenes("train", "retrieval", 40, cache=cache).encode(tokenizer)
     model = SimpleNamespace(train=lambda: 0, eval=lambda: 0, heads={"rank": lambda pooled: pooled})
     # the more a picture's number and a text's length say, the better the "match"
     model.encode = lambda batch: SimpleNamespace(
@@ -392,7 +397,7 @@ def test_false_partners_are_false_and_mined_ones_are_the_hardest(cache, tokenize
     words, regions = np.diff(dataset.offsets), np.diff(dataset.store.offsets)
     for step, mined in ((0, False), (5, True)):
         run.progress = {"step": step}
-        texts, images = train.partners(run, dataset, index, np.random.default_rng(0))
+        texts, images = tasks.partners(run, dataset, index, np.random.default_rng(0))
         assert texts.shape == images.shape == (10, 4)
         assert (texts[:, 0] == index).all() and (images[:, 0] == dataset.image[index]).all()
         for column, kind in enumerate(("text", "image", "text"), 1):
@@ -413,13 +418,13 @@ def test_the_matching_head_becomes_the_rank_head_and_types_are_widened():
         )
         o = SimpleNamespace(init="x", model=name, partial=False, tasks=["retrieval", "nlvr2"])
         checkpoint = {"state": old.state_dict(), "answers": []}
-        new.load_state_dict(train.fitting(o, new.state_dict(), checkpoint, [])[0])
+        new.load_state_dict(checkpoints.fitting(o, new.state_dict(), checkpoint, [])[0])
         batch = make_batch()
         odds = old.heads["itm"](old.encode(batch).pooled)
         torch.testing.assert_close(new.heads["rank"](new.encode(batch).pooled)[:, 0], odds[:, 1] - odds[:, 0])
     before, after = (m.text_embedding.types.weight for m in (make("uniter"), make("uniter", types=4)))
     o.model, checkpoint["state"] = "uniter", {"text_embedding.types.weight": before}
-    state, _ = train.fitting(o, {"text_embedding.types.weight": after}, checkpoint, [])
+    state, _ = checkpoints.fitting(o, {"text_embedding.types.weight": after}, checkpoint, [])
     assert torch.equal(state["text_embedding.types.weight"], before[[0, 1, 1, 0]])
 
 
@@ -433,13 +438,13 @@ def test_tasks_are_drawn_by_size():
 def test_a_summed_loss_counts_as_a_mean_whatever_the_parts(name):
     model, found = make(name, heads=("refer",)), []
     batch = dataclasses.replace(make_batch(rows=4), target=torch.tensor([0, 1, 2, 2]), ids=[""] * 4)
-    run = SimpleNamespace(model=model, paper=train.PAPERS[name][0], teacher=None)
+    run = SimpleNamespace(model=model, paper=checkpoints.PAPERS[name][0], teacher=None)
     run.device, run.autocast = torch.device("cpu"), train.nullcontext
     for parts in ([[0, 1, 2, 3]], [[0], [1, 2, 3]]):
         model.zero_grad()
         loss = train.backward(run, [batch.rows(torch.tensor(p)) for p in parts], ["refer"])["refer"]
         found.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    scores = train.PAPERS[name][0].OBJECTIVES["refer"](model, model.encode(batch), batch)[1]
+    scores = checkpoints.PAPERS[name][0].OBJECTIVES["refer"](model, model.encode(batch), batch)[1]
     assert found[0][0].item() == pytest.approx(torch.nn.functional.cross_entropy(scores, batch.target).item(), rel=1e-6)
     for whole, split in zip(*found, strict=True):
         torch.testing.assert_close(whole, split, atol=1e-6, rtol=1e-6)
@@ -450,15 +455,15 @@ def test_a_summed_loss_counts_as_a_mean_whatever_the_parts(name):
 
 def test_bleu_by_hand():
     the = ["the", "cat", "is", "on", "the", "mat"], ["there", "is", "a", "cat", "on", "the", "mat"]
-    assert common.bleu([["the"] * 7], [the], longest=1) == pytest.approx(2 / 7)  # Papineni's example 2
+    assert tasks.bleu([["the"] * 7], [the], longest=1) == pytest.approx(2 / 7)  # Papineni's example 2
     said, true = ["a", "b", "c", "d", "e", "f"], ["a", "b", "c", "d", "x", "f", "g"]
     value = (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
-    assert common.bleu([said], [[true]]) == pytest.approx(math.exp(1 - 7 / 6) * value)
-    assert common.bleu([said], [[true, ["z", "z", "z", "z", "z", "z"]]]) == pytest.approx(value)  # the nearer length
-    assert common.bleu([true], [[said]]) == pytest.approx((5 / 7 * 3 / 6 * 2 / 5 * 1 / 4) ** 0.25)  # long: no penalty
+    assert tasks.bleu([said], [[true]]) == pytest.approx(math.exp(1 - 7 / 6) * value)
+    assert tasks.bleu([said], [[true, ["z", "z", "z", "z", "z", "z"]]]) == pytest.approx(value)  # the nearer length
+    assert tasks.bleu([true], [[said]]) == pytest.approx((5 / 7 * 3 / 6 * 2 / 5 * 1 / 4) ** 0.25)  # long: no penalty
     corpus = (5 + 5) / (6 + 7), (3 + 3) / (5 + 6), (2 + 2) / (4 + 5), (1 + 1) / (3 + 4)
-    assert common.bleu([said, true], [[true], [said]]) == pytest.approx(math.prod(corpus) ** 0.25)
-    assert common.bleu([["a", "b"]], [[["a", "b"]]]) == 0.0  # no 4-gram
+    assert tasks.bleu([said, true], [[true], [said]]) == pytest.approx(math.prod(corpus) ** 0.25)
+    assert tasks.bleu([["a", "b"]], [[["a", "b"]]]) == 0.0  # no 4-gram
 
 
 def test_choices_are_scored_as_counted_by_hand(monkeypatch):
@@ -466,20 +471,20 @@ def test_choices_are_scored_as_counted_by_hand(monkeypatch):
         target=np.array([0, 1, 0, 0]), kind=["answer", "reason"] * 2, ids=["a", "a", "b", "b"], group=2
     )
     dataset = type("D", (SimpleNamespace,), {"__len__": lambda self: 4})(**vars(dataset))
-    monkeypatch.setattr(train, "parts", lambda run, dataset, index: [index])
-    monkeypatch.setattr(train, "make_batch", lambda *_: None)
+    monkeypatch.setattr(tasks, "parts", lambda run, dataset, index: [index])
+    monkeypatch.setattr(tasks, "make_batch", lambda *_: None)
     scores = torch.tensor([2.0, 1, 0, 1, 0, 1, 3, 1])  # right, right, wrong, right
-    monkeypatch.setattr(train, "scores_of", lambda *_: (None, scores))
-    metrics, chance = train.evaluate_choice(None, "vcr", dataset)
+    monkeypatch.setattr(tasks, "scores_of", lambda *_: (None, scores))
+    metrics, chance = tasks.evaluate_choice(None, "vcr", dataset)
     assert metrics == {"q_a_accuracy": 0.5, "qa_r_accuracy": 1.0, "q_ar_accuracy": 0.5}
     assert chance == {"q_a_accuracy": 0.5, "qa_r_accuracy": 0.5, "q_ar_accuracy": 0.25}
-    metrics, chance = train.evaluate_choice(None, "nlvr2", dataset)
+    metrics, chance = tasks.evaluate_choice(None, "nlvr2", dataset)
     assert metrics == {"accuracy": 0.75, "accuracy_answer": 0.5, "accuracy_reason": 1.0}
     assert chance == {"accuracy": 0.75, "accuracy_answer": 1.0, "accuracy_reason": 0.5}
 
 
 def test_regions_are_right_above_one_half(cache, tokenizer, monkeypatch):
-    dataset = data.scenes("detected", "refer", 40, cache=cache).encode(tokenizer)
+    dataset = scenes.scenes("detected", "refer", 40, cache=cache).encode(tokenizer)
     run = SimpleNamespace(o=SimpleNamespace(ablate=None), rank=0, world=1, paper=uniter, answers=[])
     best, chance, overlaps = [], [], []
     for i in range(len(dataset)):
@@ -492,27 +497,27 @@ def test_regions_are_right_above_one_half(cache, tokenizer, monkeypatch):
     def scores_of(run, batch, name):
         return None, torch.nn.functional.one_hot(batch.target.argmax(1), batch.boxes.shape[1]).float()
 
-    monkeypatch.setattr(train, "scores_of", scores_of)
-    metrics, found = train.evaluate_choice(run, "refer", dataset)
+    monkeypatch.setattr(tasks, "scores_of", scores_of)
+    metrics, found = tasks.evaluate_choice(run, "refer", dataset)
     assert metrics["accuracy"] == metrics["reachable"] == 1.0 and found["accuracy"] == pytest.approx(np.mean(chance))
-    batch = train.make_batch(run, dataset, np.arange(len(dataset)), ["refer"], None)
+    batch = tasks.make_batch(run, dataset, np.arange(len(dataset)), ["refer"], None)
     assert batch.target.argmax(1).tolist() == best
     for row, overlap, real in zip(batch.target, overlaps, batch.region_mask, strict=True):
         assert row[real].tolist() == pytest.approx(overlap) and (row[~real] < 0).all()
-    monkeypatch.setattr(train, "scores_of", lambda *a: (None, -scores_of(*a)[1]))  # any wrong region, or padding
-    assert train.evaluate_choice(run, "refer", dataset)[0]["accuracy"] < 0.1
+    monkeypatch.setattr(tasks, "scores_of", lambda *a: (None, -scores_of(*a)[1]))  # any wrong region, or padding
+    assert tasks.evaluate_choice(run, "refer", dataset)[0]["accuracy"] < 0.1
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_matrix_of_all_pairs_equals_scoring_each_pair(name, cache, tokenizer, monkeypatch):
-    dataset = data.scenes("train", "retrieval", 40, cache=cache).encode(tokenizer)
+    dataset = scenes.scenes("train", "retrieval", 40, cache=cache).encode(tokenizer)
     index = np.unique(dataset.image, return_index=True)[1][:6]
     model = make(name, heads=("rank",), vocab_size=tokenizer.get_vocab_size(), feature_size=432).float()
     run = SimpleNamespace(model=model, device=torch.device("cpu"), autocast=train.nullcontext, rank=0, world=1)
     run.o, seen = SimpleNamespace(ablate=None), []
-    monkeypatch.setattr(common, "recall_at", lambda scores, truth: seen.append(scores))
+    monkeypatch.setattr(tasks, "recall_at", lambda scores, truth: seen.append(scores))
     with torch.no_grad():
-        train.retrieval(run, dataset, index, "rank")
+        tasks.retrieval(run, dataset, index, "rank")
         for i, j in itertools.product(range(6), range(6)):
             batch = data.collate(dataset, index[[i]], dataset.image[index[[j]]])
             assert float(model.heads["rank"](model.encode(batch).pooled)) == pytest.approx(
@@ -521,29 +526,29 @@ def test_the_matrix_of_all_pairs_equals_scoring_each_pair(name, cache, tokenizer
 
 
 def test_a_caption_repeated_word_for_word_has_bleu_1(cache, tokenizer, monkeypatch):
-    dataset = data.scenes("val", "caption", 30, cache=cache).encode(tokenizer)
-    index = train.first_captions(dataset)
+    dataset = scenes.scenes("val", "caption", 30, cache=cache).encode(tokenizer)
+    index = tasks.first_captions(dataset)
     run = SimpleNamespace(o=SimpleNamespace(ablate=None, beams=1), rank=0, world=1, paper=uniter, tokenizer=tokenizer)
     run.model, run.device, run.autocast, run.answers = None, torch.device("cpu"), train.nullcontext, []
     pieces = [dataset.tokens[a + 1 : b - 1].tolist() for a, b in itertools.pairwise(dataset.offsets)]
-    turn = iter(train.parts(run, dataset, index))
-    monkeypatch.setattr(train, "scores_of", lambda *_: (torch.tensor(0.0), None))
-    monkeypatch.setattr(common, "generate", lambda *_: [pieces[i] for i in next(turn)])
-    metrics, chance = train.evaluate_captions(run, dataset, index)
+    turn = iter(tasks.parts(run, dataset, index))
+    monkeypatch.setattr(tasks, "scores_of", lambda *_: (torch.tensor(0.0), None))
+    monkeypatch.setattr(tasks, "generate", lambda *_: [pieces[i] for i in next(turn)])
+    metrics, chance = tasks.evaluate_captions(run, dataset, index)
     assert metrics["bleu4"] == 1.0 > chance["bleu4"]
 
 
 @pytest.mark.parametrize("task", [task for task in data.TASKS if task not in ("pretrain", "vqa")])
 def test_a_task_s_batch_can_be_pinned_and_names_its_examples(task, cache, tokenizer):
     """Page-locked memory has no place for tensors that repeat a row without holding it (a stride of 0)."""
-    dataset = data.scenes("train", task, 20, cache=cache).encode(tokenizer)
+    dataset = scenes.scenes("train", task, 20, cache=cache).encode(tokenizer)
     run = SimpleNamespace(
         o=SimpleNamespace(ablate=None, mine=1, steps=10), paper=uniter, sets={task: {"train": dataset}}
     )
     run.model, run.progress = make("uniter", heads=("rank",)), {"step": 0}
     run.columns = lambda name="vqa": dict.fromkeys(data.ENTAILMENT, 0)
-    name = train.OBJECTIVE.get(task, task)
-    batch = train.make_batch(run, dataset, np.arange(4), [name], np.random.default_rng(0))
+    name = tasks.OBJECTIVE.get(task, task)
+    batch = tasks.make_batch(run, dataset, np.arange(4), [name], np.random.default_rng(0))
     assert len(batch.ids) == 4
     for field in dataclasses.fields(batch):
         if isinstance(tensor := getattr(batch, field.name), torch.Tensor):
@@ -556,39 +561,39 @@ def test_a_task_s_batch_can_be_pinned_and_names_its_examples(task, cache, tokeni
 def test_no_step_waits_for_a_value(name, cache, tokenizer):
     """A GPU that is asked for a value must first do all that it was given. On the device "meta" tensors have no values:
     whoever asks for one fails. All objectives that train.py trains, forward and backward."""
-    paper, cls = train.PAPERS[name]
+    paper, cls = checkpoints.PAPERS[name]
     options = train.settle(train.parse(["--model", name]), name, 0)
-    pretraining = {*train.MASKED_WORDS, *train.MASKED_REGIONS, *train.PAIRS, "itc", "qa"} & {*paper.OBJECTIVES}
+    pretraining = {*tasks.MASKED_WORDS, *tasks.MASKED_REGIONS, *tasks.PAIRS, "itc", "qa"} & {*paper.OBJECTIVES}
     trained = dict.fromkeys(pretraining, "vqa")  # on the scenes of questions, whose texts have answers
-    trained |= {train.OBJECTIVE.get(task, task): task for task in data.TASKS if task != "pretrain"}
-    sets = {task: data.scenes("train", task, 20, cache=cache).encode(tokenizer) for task in trained.values()}
+    trained |= {tasks.OBJECTIVE.get(task, task): task for task in data.TASKS if task != "pretrain"}
+    sets = {task: scenes.scenes("train", task, 20, cache=cache).encode(tokenizer) for task in trained.values()}
     run = SimpleNamespace(o=options, paper=paper, tokenizer=tokenizer, answers=["red"], progress={"step": 0})
     run.columns = lambda task="vqa": dict.fromkeys(data.ENTAILMENT if task == "ve" else run.answers, 0)
     sizes = {**paper.PRESETS["tiny"], "dropout": 0.1, "vocab_size": tokenizer.get_vocab_size(), "classes": 7}
     sizes |= {"attributes": 8, "answers": 1, "types": 4, "feature_size": sets["vqa"].store.width}
     known = {field.name for field in dataclasses.fields(paper.Config)}
-    config = paper.Config(**{k: v for k, v in sizes.items() if k in known}, heads=train.heads_of(paper, trained))
+    config = paper.Config(**{k: v for k, v in sizes.items() if k in known}, heads=tasks.heads_of(paper, trained))
     with torch.device("meta"):
         run.model = getattr(paper, cls)(config)
     for objective, task in trained.items():
-        batch = train.make_batch(run, sets[task], np.arange(8), [objective], np.random.default_rng(0))
+        batch = tasks.make_batch(run, sets[task], np.arange(8), [objective], np.random.default_rng(0))
         loss, _ = run.model(batch.to("meta"), [objective])[objective]
         loss.backward()
 
 
 def test_check_reads_every_split(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data.draw_scene(data.make_scene(0, "train", 0)).save("0.png")
+    scenes.draw_scene(scenes.make_scene(0, "train", 0)).save("0.png")
     line = {"image": "0.png", "text": "which?", "choices": ["a", "b"], "label": 0}
     lines = [line, {**line, "split": "val"}, {**line, "choices": ["a", "b", "c"], "split": "test"}]
     Path("own.jsonl").write_text("\n".join(map(json.dumps, [*lines, {**line, "split": "test"}])))
-    with pytest.raises(data.DataError, match="choices"):
+    with pytest.raises(common.DataError, match="choices"):
         data.check("own.jsonl", "vcr")
 
 
 def test_tasks_trained_together_need_features_of_one_width(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    data.draw_scene(data.make_scene(0, "train", 0)).save("0.png")
+    scenes.draw_scene(scenes.make_scene(0, "train", 0)).save("0.png")
     np.savez(
         "0.npz", features=np.ones((2, 7)), boxes=np.array([[0, 0, 9, 9], [5, 5, 20, 20]]), size=np.array([112, 112])
     )
@@ -612,7 +617,7 @@ def folder(tmp_path_factory):
 
 def start(folder, monkeypatch, *arguments):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(data, "SCENES", {"train": 40, "val": 20, "test": 20, "compose": 20})
+    monkeypatch.setattr(scenes, "SCENES", {"train": 40, "val": 20, "test": 20, "compose": 20})
     code = train.main([*QUICK, *map(str, arguments)])
     return code
 
@@ -638,7 +643,7 @@ def test_six_tasks_at_once_and_what_their_checkpoint_says(name, folder, monkeypa
         assert 0 <= result[metric] <= 1 and 0 <= result["chance"][metric] <= 1
     assert result["caption_perplexity"] > 1 and "detected" in printed
     for i in (0, 1):
-        data.draw_scene(data.make_scene(0, "test", i)).save(folder / f"{i}.png")
+        scenes.draw_scene(scenes.make_scene(0, "test", i)).save(folder / f"{i}.png")
     boxes = ["--boxes", "[[0,0,40,40],[30,30,90,90],[50,0,80,30]]"]
     for task, more, pattern in (
         ("ve", [], r"\w+ 0\.\d+  \w+ 0\.\d+  \w+ 0\.\d+"),
@@ -672,10 +677,10 @@ def test_each_task_alone_from_a_pretrained_model(task, folder, monkeypatch, caps
     if task == "caption":  # the best weights are those of the lowest perplexity
         log = [json.loads(line) for line in (folder / "caption/log.jsonl").read_text().splitlines()]
         best = min((line for line in log if "perplexity" in line), key=lambda line: line["perplexity"])
-        assert train.load_checkpoint(folder / "caption/best.pt")["progress"]["step"] == best["step"] > 0
+        assert checkpoints.load_checkpoint(folder / "caption/best.pt")["progress"]["step"] == best["step"] > 0
     if task == "vqa":
         picture = folder / "0.png"
-        data.draw_scene(data.make_scene(0, "test", 0)).save(picture)
+        scenes.draw_scene(scenes.make_scene(0, "test", 0)).save(picture)
         command = [
             sys.executable,
             ROOT / "predict.py",
@@ -707,7 +712,7 @@ def test_every_task_learns_from_a_teacher(folder, monkeypatch, capsys):
     six += ["--teacher", "uniter/checkpoint.pt", "--steps", 6]
     assert start(folder, monkeypatch, *six, "--init", "uniter/checkpoint.pt", "--lr", "1e-12", "--out", "same") == 0
     assert start(folder, monkeypatch, *six, "--config", "layers=1", "--out", "student") == 0
-    soft = {f"{train.OBJECTIVE.get(task, task)}_soft" for task in SIX.split(",")}
+    soft = {f"{tasks.OBJECTIVE.get(task, task)}_soft" for task in SIX.split(",")}
     same, other = losses(folder, "same"), losses(folder, "student")
     assert soft <= set(same) and soft <= set(other)
     assert max(abs(v) for name in soft for v in same[name]) < 1e-6 < min(v for name in soft for v in other[name])
@@ -750,14 +755,14 @@ def test_the_other_wirings_of_two_pictures(wiring, folder, monkeypatch, capsys):
     )
     pair = ["--image", folder / "0.png", "--image", folder / "1.png", "--text", "more circles"]
     for i in (0, 1):
-        data.draw_scene(data.make_scene(0, "test", i)).save(folder / f"{i}.png")
+        scenes.draw_scene(scenes.make_scene(0, "test", i)).save(folder / f"{i}.png")
     assert predict.main([*map(str, [f"{wiring}/best.pt", *pair])]) == 0
 
 
 def test_own_data_of_several_tasks(folder, monkeypatch, capsys):
     lines = {"nlvr2": [], "vcr": [], "refer": [], "ve": [], "caption": []}
     for i in range(24):
-        data.draw_scene(data.make_scene(0, "train", i)).save(folder / f"own{i}.png")
+        scenes.draw_scene(scenes.make_scene(0, "train", i)).save(folder / f"own{i}.png")
         common_ = {"image": f"own{i}.png", "text": "a red circle?", "split": ("train", "train", "val", "test")[i % 4]}
         two = {k: v for k, v in common_.items() if k != "image"} | {"images": [f"own{i}.png", "own0.png"]}
         lines["nlvr2"].append({**two, "label": i % 8 < 4})
@@ -776,7 +781,7 @@ def test_own_data_of_several_tasks(folder, monkeypatch, capsys):
     assert result["chance"]["vcr_q_ar_accuracy"] == pytest.approx(1 / 9, abs=1e-4)
     assert start(folder, monkeypatch, *arguments, "--steps", 8, "--resume") == 0
     dataset = data.load(str(folder / "refer.jsonl"), "refer", "train", patch=4)
-    assert np.allclose(dataset.target[0] * data.SIDE, [10, 10, 50, 40])
+    assert np.allclose(dataset.target[0] * scenes.SIDE, [10, 10, 50, 40])
     bad = {**lines["vcr"][1], "choices": ["a", "b"]}
     (folder / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [lines["vcr"][0], bad]))
     assert start(folder, monkeypatch, "--task", "vcr", "--data", "bad.jsonl") == 2
@@ -810,7 +815,7 @@ def test_bad_requests_are_one_line_and_exit_code_2(program, arguments, message, 
     monkeypatch.chdir(folder)
     if "uniter/checkpoint.pt" in arguments and not (folder / "uniter/checkpoint.pt").exists():
         assert start(folder, monkeypatch, "--task", SIX, "--out", "uniter") == 0
-    data.draw_scene(data.make_scene(0, "test", 0)).save(folder / "0.png")
+    scenes.draw_scene(scenes.make_scene(0, "test", 0)).save(folder / "0.png")
     capsys.readouterr()
     assert program.main(arguments) == 2
     error = capsys.readouterr().err

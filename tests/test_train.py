@@ -17,11 +17,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoints
 import common
 import data
+import distill
 import lxmert
+import tasks
 import train
 import uniter
+from prepare import scenes
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,8 +36,8 @@ def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     lines = []
     for i in range(24):
-        scene = data.make_scene(0, "train", i)
-        data.draw_scene(scene).save(folder / f"{i}.png")
+        scene = scenes.make_scene(0, "train", i)
+        scenes.draw_scene(scene).save(folder / f"{i}.png")
         boxes = [[t.x - t.half, t.y - t.half, t.x + t.half, t.y + t.half] for t in scene.things]
         answer = "yes" if any(thing.color == "red" for thing in scene.things) else "no"
         split = "train" if i < 16 else "val" if i < 20 else "test"
@@ -59,7 +63,7 @@ def run(*arguments, cwd, processes=1, check=True):
 
 
 def state_of(folder):
-    return train.load_checkpoint(Path(folder) / "checkpoint.pt")["state"]
+    return checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")["state"]
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------
@@ -73,7 +77,7 @@ def test_learning_rate_is_two_straight_lines():
 
 
 def test_default_rates_at_base_size_are_the_papers():
-    for paper, pretraining in ((uniter, 5e-5), (train.vilbert, 1e-4), (lxmert, 1e-4)):
+    for paper, pretraining in ((uniter, 5e-5), (checkpoints.vilbert, 1e-4), (lxmert, 1e-4)):
         assert train.default_rate(paper, 768, "pretrain") == pretraining
         assert train.default_rate(paper, 768, "vqa") == 5e-5
 
@@ -170,8 +174,8 @@ def test_parts_of_unlike_size_give_the_gradients_of_the_whole(names):
 def test_comparison_says_tie_where_the_spread_covers_the_lead():
     close = {"a": {"mean": 0.91, "spread": 0.02}, "b": {"mean": 0.90, "spread": 0.01}}
     clear = {"a": {"mean": 0.95, "spread": 0.01}, "b": {"mean": 0.90, "spread": 0.01}}
-    assert train.winner(close) == "tie"
-    assert train.winner(clear) == "a"
+    assert tasks.winner(close) == "tie"
+    assert tasks.winner(clear) == "a"
 
 
 @pytest.mark.parametrize("model", ["uniter", "vilbert", "lxmert"])
@@ -221,12 +225,12 @@ def test_the_benchmark_counts_padding_apart(tmp_path):
     assert times.shape == (4,) and (times > 0).all()
 
 
-@pytest.mark.parametrize("model", train.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.PAPERS)
 def test_the_benchmark_counts_whatever_a_step_trains(model, tmp_path):
     o = argparse.Namespace(device="cpu", batch_size=4, batches=1, words=9, regions=(4, 4))
     run, (index,) = benchmark.make_run(o, model, "tiny", "f32", tmp_path)
     for names in {tuple(benchmark.batch_of(run, index, step)[1]) for step in range(20)}:
-        batch = train.make_batch(run, run.splits["train"], index, list(names), np.random.default_rng(0))
+        batch = tasks.make_batch(run, run.splits["train"], index, list(names), np.random.default_rng(0))
         with FlopCounterMode(display=False) as counter:
             sum(loss for loss, _ in run.model(batch, names).values()).backward()
         assert benchmark.flops(run, batch, names) == counter.get_total_flops() > 1e6, names
@@ -263,7 +267,7 @@ def test_two_streams_predict_in_true_pairs_alone_and_mask_15_percent_of_the_regi
 
 def test_recall_counts_every_right_picture_once():
     scores = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 2.0], [2.0, 0.0, 1.0]])
-    recalls = common.recall_at(scores, torch.arange(3), ks=(1, 2))
+    recalls = tasks.recall_at(scores, torch.arange(3), ks=(1, 2))
     assert recalls["text_to_image_r1"] == pytest.approx(1 / 3)
     assert recalls["text_to_image_r2"] == pytest.approx(1.0)
 
@@ -275,13 +279,13 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
     answers = [{"yes": 1.0}, {"no": 0.3, "yes": 0.6}, {"maybe": 1.0}]
     dataset = Questions(answer=answers, kind=["a", "a", "b"])
     best = torch.nn.functional.one_hot(torch.tensor([0, 1, 0]), 2).float()  # yes, no, yes
-    monkeypatch.setattr(train, "parts", lambda run, dataset, index: [index])
-    monkeypatch.setattr(train, "make_batch", lambda *_, **__: None)
-    monkeypatch.setattr(train, "scores_of", lambda *_: (None, best))
+    monkeypatch.setattr(tasks, "parts", lambda run, dataset, index: [index])
+    monkeypatch.setattr(tasks, "make_batch", lambda *_, **__: None)
+    monkeypatch.setattr(tasks, "scores_of", lambda *_: (None, best))
     asked = [("a", "yes"), ("a", "no"), ("a", "no"), ("b", "yes"), ("b", "maybe"), ("c", "no")]
     taught = Questions(kind=[kind for kind, _ in asked], answer=[{answer: 1.0} for _, answer in asked])
     run = SimpleNamespace(answers=["yes", "no"], sets={"vqa": {"train": taught}})
-    metrics, chance = train.evaluate_vqa(run, dataset)
+    metrics, chance = tasks.evaluate_vqa(run, dataset)
     assert metrics == pytest.approx({"accuracy": 1.3 / 3, "accuracy_a": 0.65, "accuracy_b": 0.0})
     # to questions of kind a "no" is taught most often; of kind b two answers are, of which "maybe" comes first
     assert chance == pytest.approx({"accuracy": 1.3 / 3, "accuracy_a": 0.15, "accuracy_b": 1.0})
@@ -290,7 +294,7 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
 # ---- the command line ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", train.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.PAPERS)
 def test_pretrain_then_vqa(model, pictures, tmp_path):
     done = run("--model", model, "--data", pictures, "--steps", 3, cwd=tmp_path)
     assert "chance" in done.stdout
@@ -301,7 +305,7 @@ def test_pretrain_then_vqa(model, pictures, tmp_path):
     assert "heads.vqa" in done.stdout and "at random" in done.stdout
     result = json.loads((tmp_path / f"out/{model}-vqa/result.json").read_text())
     assert 0 <= result["accuracy"] <= 1 and "accuracy" in result["chance"]
-    assert train.load_checkpoint(tmp_path / f"out/{model}-vqa/checkpoint.pt")["answers"] == ["no", "yes"]
+    assert checkpoints.load_checkpoint(tmp_path / f"out/{model}-vqa/checkpoint.pt")["answers"] == ["no", "yes"]
     steps = [json.loads(line) for line in (tmp_path / f"out/{model}-vqa/log.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps if "lr" in s] == [1, 2, 3]
 
@@ -319,7 +323,7 @@ def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path):
     process.stdout.read()
     error = process.stderr.read().decode()
     assert process.wait(60) == 2 and "--resume" in error and "Traceback" not in error
-    stopped = train.load_checkpoint(tmp_path / "parts/checkpoint.pt")["progress"]["step"]
+    stopped = checkpoints.load_checkpoint(tmp_path / "parts/checkpoint.pt")["progress"]["step"]
     assert 4 <= stopped < 12
     run(*options, "--out", "parts", "--resume", cwd=tmp_path)
     whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
@@ -346,20 +350,20 @@ def test_all_models_and_seeds_end_in_one_table(pictures, tmp_path):
     options = ["--model", "all", "--task", "vqa", "--data", pictures, "--steps", 1, "--seeds", 2, "--out", "cmp"]
     done = run(*options, cwd=tmp_path)
     table = (tmp_path / "cmp/comparison.md").read_text()
-    assert table in done.stdout and all(model in table for model in train.PAPERS)
+    assert table in done.stdout and all(model in table for model in checkpoints.PAPERS)
     runs = json.loads((tmp_path / "cmp/comparison.json").read_text())["runs"]
-    assert len(runs) == 2 * len(train.PAPERS)
+    assert len(runs) == 2 * len(checkpoints.PAPERS)
     mean = json.loads((tmp_path / "cmp/comparison.json").read_text())["table"]["accuracy"]["lxmert"]["mean"]
     assert mean == pytest.approx(np.mean([r["accuracy"] for r in runs if r["model"] == "lxmert"]))
 
 
 def test_ablation_removes_a_modality():
-    batch = train.ablate(masked_batch(3, 0), "image")
+    batch = tasks.ablate(masked_batch(3, 0), "image")
     assert not batch.region_mask.any() and not batch.features.any() and not batch.boxes.any()
     batch = masked_batch(3, 0)
     batch.text_mask[0, 4:] = False
     first, last = batch.text[:, 0].clone(), torch.stack([batch.text[0, 3], batch.text[1, 5], batch.text[2, 5]])
-    batch = train.ablate(batch, "text")
+    batch = tasks.ablate(batch, "text")
     assert batch.text.tolist() == torch.stack([first, last], 1).tolist() and batch.text_mask.all()
 
 
@@ -408,15 +412,15 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, pictures, tmp
 
 def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     target = tmp_path / "result.json"
-    train.write(target, "old")
+    checkpoints.write(target, "old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        train.write(target, "new")
+        checkpoints.write(target, "new")
     assert target.read_text() == "old"
 
 
 def test_scenes_by_default(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SCENES", {"train": 40, "val": 20, "test": 130, "compose": 20})
+    monkeypatch.setattr(scenes, "SCENES", {"train": 40, "val": 20, "test": 130, "compose": 20})
     here("--limit", "40", "--steps", 1, "--patch", 12)
     result = json.loads((tmp_path / "out/uniter-pretrain/result.json").read_text())
     assert result["data"] == "scenes" and result["chance"]["text_to_image_r1"] == 0.01
@@ -427,12 +431,14 @@ def test_scenes_by_default(here, tmp_path, monkeypatch):
 
 def small_model(name, **changes):
     """A float64 model with narrow layers and weights far from zero, so that every term shows."""
-    paper, sizes = train.PAPERS[name][0], {"hidden": 16, "attention_heads": 2, "intermediate": 32}
+    paper, sizes = checkpoints.PAPERS[name][0], {"hidden": 16, "attention_heads": 2, "intermediate": 32}
     if name == "vilbert":
         sizes |= {"visual_hidden": 8, "visual_heads": 2, "visual_intermediate": 16, "shared": 8, "shared_heads": 2}
     sizes |= {"vocab_size": 30, "feature_size": 8, "classes": 5, "heads": ("mlm", "mrfr", "itm", "itc")}
     torch.manual_seed(0)
-    model = getattr(paper, train.PAPERS[name][1])(paper.Config(**paper.PRESETS["tiny"] | sizes | changes)).double()
+    model = getattr(paper, checkpoints.PAPERS[name][1])(
+        paper.Config(**paper.PRESETS["tiny"] | sizes | changes)
+    ).double()
     for key, parameter in model.named_parameters():
         if "norm" not in key and parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -444,7 +450,7 @@ def as_double(batch, **changes):
     return data.Batch(**fields | changes)
 
 
-@pytest.mark.parametrize("name", train.PAPERS)
+@pytest.mark.parametrize("name", checkpoints.PAPERS)
 def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     """By hand: row by row, each modality encoded with the other one's input destroyed."""
     paper, model = small_model(name)
@@ -470,7 +476,7 @@ def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     target, scores = torch.arange(4), cosines / 0.07 + hidden
     want = (torch.nn.functional.cross_entropy(scores, target) + torch.nn.functional.cross_entropy(scores.T, target)) / 2
     assert loss.item() == pytest.approx(want.item(), abs=1e-5)
-    assert train.items(paper, "itc", batch) == 4
+    assert tasks.items(paper, "itc", batch) == 4
 
 
 def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
@@ -485,11 +491,11 @@ def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
         asked.extend(zip(texts.tolist(), (pictures - 10).tolist(), strict=True))
         return fine[texts, pictures - 10]
 
-    monkeypatch.setattr(train, "dot_products", lambda *_: dots)
-    monkeypatch.setattr(train, "matching_scores", matching)
+    monkeypatch.setattr(tasks, "dot_products", lambda *_: dots)
+    monkeypatch.setattr(tasks, "matching_scores", matching)
     for k in (1, 2, 4, 20):
         asked.clear()
-        got = train.two_stage(None, dataset, np.arange(n), np.arange(10, 10 + m), k)
+        got = tasks.two_stage(None, dataset, np.arange(n), np.arange(10, 10 + m), k)
         ranks, near = {"text_to_image": [], "image_to_text": []}, set()
         for text in range(n):
             best = sorted(range(m), key=lambda i, t=text: -dots[t, i])[:k]
@@ -537,9 +543,9 @@ def test_dot_products_and_matching_scores_one_pair_at_a_time(own_run):
     run, dataset = own_run
     texts, images = np.array([3, 0, 5, 4]), dataset.image[[5, 4, 1]]
     with torch.inference_mode():
-        dots = train.dot_products(run, dataset, texts, images)
+        dots = tasks.dot_products(run, dataset, texts, images)
         rows, columns = np.repeat(texts, 3), np.tile(images, 4)
-        matching = train.matching_scores(run, dataset, rows, columns).view(4, 3)
+        matching = tasks.matching_scores(run, dataset, rows, columns).view(4, 3)
         for i, text in enumerate(texts):
             for j, image in enumerate(images):
                 batch = data.collate(dataset, np.array([text]), np.array([image]))
@@ -591,7 +597,7 @@ def taught(student, teacher, distill, **changes):
                            soft=("mlm", "mrfr", "itm"), device=torch.device("cpu"), autocast=train.nullcontext)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", train.PAPERS)
+@pytest.mark.parametrize("name", checkpoints.PAPERS)
 def test_nothing_is_left_to_learn_from_oneself(name):
     """Teacher = student, projections the identity: every loss of the teacher is 0; each grows with another student."""
     widths = (16, 8 if name == "vilbert" else 16)
@@ -601,14 +607,14 @@ def test_nothing_is_left_to_learn_from_oneself(name):
         torch.nn.init.eye_(layer.weight)
     batch = as_double(masked_batch(3, 0))
     batch.region_mask[1, 2:] = False
-    parts = train.with_teacher(run, batch, ["mlm", "itm"])
-    extra = train.distilled(run, ["mlm", "itm"])
+    parts = distill.with_teacher(run, batch, ["mlm", "itm"])
+    extra = distill.distilled(run, ["mlm", "itm"])
     assert set(extra) == {"mlm_soft", "itm_soft", "attention_kl", "attention_mse", "hidden"}
     for loss in extra:
         assert abs(parts[loss][0].item()) < 1e-12, loss
     for parameter in run.model.parameters():
         parameter.data *= 0.9
-    parts = train.with_teacher(run, batch, ["mlm", "itm"])
+    parts = distill.with_teacher(run, batch, ["mlm", "itm"])
     assert all(parts[loss][0] > 1e-5 for loss in extra)
 
 
@@ -620,7 +626,7 @@ def test_distillation_matches_layers_and_leaves_padding_out():
     batch.region_mask[1, 2:] = False
     real = torch.cat([batch.text_mask, batch.region_mask], 1)
     student, teacher = (m.encode(batch, record=True) for m in (run.model, run.teacher))
-    parts = train.with_teacher(run, batch, ["itm"])
+    parts = distill.with_teacher(run, batch, ["itm"])
     project, total = run.model.heads["hidden"]["text"], 0.0
     for own, other in (("embedding", "embedding"), ("layer.0", "layer.2")):
         wrong = (project(student.states[own]) - teacher.states[other]).square()
@@ -655,7 +661,7 @@ def test_a_whole_image_that_one_model_lacks_is_left_out():
             b = b / b.sum(-1, keepdim=True)
             rows.append((b * (b.log() - a.log())).sum(-1).mean())
         total.append(sum(rows) / 3)
-    parts = train.with_teacher(run, batch, ["itm"])
+    parts = distill.with_teacher(run, batch, ["itm"])
     assert parts["attention_kl"][0].item() == pytest.approx((sum(total) / len(total)).item())
     names = [("text.embedding",) * 2, ("regions.embedding",) * 2, ("text.0", "text.1"), ("text.1", "text.3")]
     names += [("regions.0", "regions.1"), *((f"cross.{i}.{side}",) * 2 for i in (0, 1) for side in masks)]
@@ -676,18 +682,18 @@ def test_one_architecture_teaches_another(student, teacher):
         run.o.distill = "logits,attention,hidden"
     batch = as_double(masked_batch(3, 0))
     batch.region_mask[1, 2:] = False
-    parts = train.with_teacher(run, batch, ["mlm", "itm"])
+    parts = distill.with_teacher(run, batch, ["mlm", "itm"])
     sum(loss for loss, _ in parts.values()).backward()
     assert all(p.grad is None for p in run.teacher.parameters())
     assert run.model.heads["hidden"]["regions"].weight.grad.abs().max() > 0
-    before = {name: parts[name][0].item() for name in train.distilled(run, ["mlm", "itm"])}
+    before = {name: parts[name][0].item() for name in distill.distilled(run, ["mlm", "itm"])}
     batch.features[1, 2:] += 1.0  # padding must not matter
-    after = train.with_teacher(run, batch, ["mlm", "itm"])
+    after = distill.with_teacher(run, batch, ["mlm", "itm"])
     assert before == pytest.approx({name: after[name][0].item() for name in before})
     if student == "uniter":
         run.o.distill = "attention"
-        with pytest.raises(train.Stop, match="no map of uniter"):
-            train.with_teacher(run, batch, ["mlm"])
+        with pytest.raises(common.Stop, match="no map of uniter"):
+            distill.with_teacher(run, batch, ["mlm"])
 
 
 @pytest.mark.parametrize(
@@ -715,7 +721,7 @@ def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsy
     here(*options, *small, "--out", "student")
     logged = [json.loads(line) for line in (tmp_path / "student/log.jsonl").read_text().splitlines()]
     assert {"vqa", "vqa_soft", "attention_kl", "attention_mse", "hidden"} <= set(logged[1])
-    student, teacher = (train.load_checkpoint(tmp_path / f) for f in ("student/best.pt", "uniter.pt"))
+    student, teacher = (checkpoints.load_checkpoint(tmp_path / f) for f in ("student/best.pt", "uniter.pt"))
     assert student["config"]["layers"] == 1 and student["state"]["pooler.dense.weight"].shape == (64, 64)
     assert student["tokenizer"] == teacher["tokenizer"] and student["answers"] == teacher["answers"]
     here(*options, *small, "--out", "student", "--resume", "--steps", 3)
@@ -765,7 +771,7 @@ def test_each_process_drops_other_values_and_goes_on_with_its_own():
 
 def test_a_checkpoint_has_the_random_numbers_of_every_process(pictures, tmp_path):
     run("--data", pictures, "--steps", 1, "--config", "dropout=0.1", "--out", "two", cwd=tmp_path, processes=2)
-    states = train.load_checkpoint(tmp_path / "two/checkpoint.pt")["generators"]["cpu"]
+    states = checkpoints.load_checkpoint(tmp_path / "two/checkpoint.pt")["generators"]["cpu"]
     assert len(states) == 2 and not torch.equal(*states)
 
 
@@ -794,4 +800,4 @@ def test_a_run_does_not_write_over_what_it_starts_from(pictures, here, capsys):
 def test_a_tie_counts_as_the_share_that_is_right():
     scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     hit = torch.tensor([[True, True, False], [False, True, True], [True, False, False]])
-    torch.testing.assert_close(train.share_right(scores, hit), torch.tensor([0.5, 0.0, 1 / 3]))
+    torch.testing.assert_close(tasks.share_right(scores, hit), torch.tensor([0.5, 0.0, 1 / 3]))

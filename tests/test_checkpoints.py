@@ -16,13 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
 import data
 import lxmert
 import predict
 import train
 import uniter
 import vilbert
-from data import DataError
+from common import DataError
 
 REFERENCE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[2] / "shared" / "reference")
 SENTENCES = """Is there evidence of a pneumothorax?|A café on the naïve coast, 3.5 km off.|UPPER and lower CASE|
@@ -39,12 +40,12 @@ def options(path, model="uniter", **changes):
 
 
 def checkpoint_of(path, model):
-    return train.load_weights(options(path, model))
+    return checkpoints.load_weights(options(path, model))
 
 
 def model_of(checkpoint, model, heads=(), **changes):
     """The model of a checkpoint's sizes on the meta device, which costs no memory, or with `real=True` on the CPU."""
-    paper, name = train.PAPERS[model]
+    paper, name = checkpoints.PAPERS[model]
     with torch.device("cpu" if changes.pop("real", False) else "meta"):
         return getattr(paper, name)(paper.Config(**checkpoint["config"] | {"heads": heads} | changes))
 
@@ -55,7 +56,7 @@ def fit(path, model, heads=(), partial=False, answers=(), **changes):
     built = model_of(checkpoint, model, heads, real=True, **{"feature_size": 8, "classes": 5} | changes)
     o = options(path, model)
     o.partial = partial
-    state, report = train.fitting(o, built.state_dict(), checkpoint, list(answers))
+    state, report = checkpoints.fitting(o, built.state_dict(), checkpoint, list(answers))
     built.load_state_dict(state)
     return built.eval(), report
 
@@ -93,7 +94,7 @@ def test_words_become_the_ids_that_bert_knows(file, minilm, bert):
     assert [row.tolist() for row in rows] == [row[m].tolist() for row, m in zip(ids, mask, strict=True)]
 
 
-@pytest.mark.parametrize("model", train.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.PAPERS)
 def test_text_alone_is_encoded_as_by_bert(model, minilm, bert):
     """UNITER's trunk is the whole BERT, ViLBERT's text stream too, LXMERT's language layers are BERT's first four."""
     inputs, expected = bert
@@ -147,7 +148,7 @@ def bert_state(prefix="bert.", gamma=False, heads=True, hidden=64, layers=4, wor
     return state
 
 
-@pytest.mark.parametrize("model", train.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.PAPERS)
 def test_every_spelling_of_bert_gives_the_same_model(model, tmp_path):
     """Hugging Face's names, TensorFlow's gamma and beta, a bare BertModel, a wrapped one, UNITER's own init files."""
     plain = bert_state()
@@ -161,7 +162,7 @@ def test_every_spelling_of_bert_gives_the_same_model(model, tmp_path):
         torch.save(state, tmp_path / f"{kind}.bin")
         torch.manual_seed(0)
         built[kind] = fit(tmp_path / f"{kind}.bin", model, heads=("mlm", "itm"))[0].state_dict()
-    trunk = train.PAPERS[model][0].FROM_BERT
+    trunk = checkpoints.FORMATS[model].from_bert
     for kind, state in built.items():
         names = [name for name in state if name.startswith(trunk if kind == "bare" else (*trunk, "heads.mlm"))]
         for name in names:
@@ -182,8 +183,8 @@ def test_bert_base_has_the_sizes_of_the_papers():
         shapes[f"bert.embeddings.{name}_embeddings.weight"] = (rows, 768)
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     for paper in (uniter, vilbert, lxmert):
-        assert paper.Config(**paper.sizes_of(state, {})) == paper.Config(vocab_size=30522)
-    assert uniter.sizes_of(state, {"num_attention_heads": 16})["attention_heads"] == 16
+        assert paper.Config(**checkpoints.FORMATS[paper.__name__].sizes_of(state, {})) == paper.Config(vocab_size=30522)
+    assert checkpoints.uniter_sizes_of(state, {"num_attention_heads": 16})["attention_heads"] == 16
 
 
 HEADS = {"num_attention_heads": 4, "v_num_attention_heads": 4, "bi_num_attention_heads": 4}
@@ -214,14 +215,14 @@ HEADS = {"num_attention_heads": 4, "v_num_attention_heads": 4, "bi_num_attention
 )
 def test_every_size_that_the_names_tell_is_found(model, changes):
     """What ViLBERT's names do not tell, heads and connections, stands in its config.json."""
-    paper = train.PAPERS[model][0]
+    paper = checkpoints.PAPERS[model][0]
     expected = paper.Config(**{**paper.PRESETS["tiny"], "vocab_size": 20, "feature_size": 6, **changes})
     with torch.device("meta"):
-        state = getattr(paper, train.PAPERS[model][1])(expected).state_dict()
+        state = getattr(paper, checkpoints.PAPERS[model][1])(expected).state_dict()
     config = dict(HEADS)
     if model == "vilbert":
         config["v_biattention_id"], config["t_biattention_id"] = zip(*expected.connections, strict=True)
-    found = paper.sizes_of(paper.to_official(state), config)
+    found = checkpoints.FORMATS[model].sizes_of(checkpoints.FORMATS[model].to_official(state), config)
     assert paper.Config(**found | {"heads": expected.heads, "dropout": 0.0}) == expected
 
 
@@ -251,7 +252,7 @@ def test_official_files_at_full_size_load_save_and_load(file, tmp_path):
     path = REFERENCE / f"names_{file}.json"
     if not path.exists():
         pytest.skip(f"no {path}")
-    paper, shapes = train.PAPERS[model][0], dict(json.loads(path.read_text()))
+    paper, shapes = checkpoints.PAPERS[model][0], dict(json.loads(path.read_text()))
     # one number in memory and in the file, seen as a full-size tensor; tied matrices and the unused mask row as saved
     ties = {"cls.predictions.decoder.weight": "embeddings.word_embeddings.weight"}
     ties |= {"feat_regress.weight": "uniter.img_embeddings.img_linear.weight"}
@@ -272,7 +273,7 @@ def test_official_files_at_full_size_load_save_and_load(file, tmp_path):
         rows = next((n for head, n in answers.items() if head in heads), 1)
         checkpoint["answers"] = answers = [str(i) for i in range(rows)]
         own = model_of(checkpoint, model, heads, answers=rows).state_dict()
-        fitted, report = train.fitting(options("weights.pth", model), own, checkpoint, answers)
+        fitted, report = checkpoints.fitting(options("weights.pth", model), own, checkpoint, answers)
         report = report.splitlines()
         assert report[1].startswith(f"         loaded {len(own)}: ")
         assert [line.split(":")[0] for line in report[2:]] == [
@@ -280,7 +281,7 @@ def test_official_files_at_full_size_load_save_and_load(file, tmp_path):
             "         at random 0",
             "         ignored 0",
         ]
-        back = (lxmert.to_hugging_face if "hf" in file else paper.to_official)(fitted)
+        back = (checkpoints.lxmert_to_hugging_face if "hf" in file else checkpoints.FORMATS[model].to_official)(fitted)
     assert {name: list(tensor.shape) for name, tensor in back.items()} == shapes
     assert all(torch.equal(tensor, back[name]) for name, tensor in state.items())
 
@@ -348,7 +349,7 @@ def main(own, folder, *arguments):
     return train.main([*small, "--device", "cpu", "--out", str(folder / "out"), *arguments])
 
 
-@pytest.mark.parametrize("model", train.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.PAPERS)
 def test_what_is_exported_comes_back(model, own, tmp_path, capsys):
     """A pretrained model under official names, the best weights, not the last; taken up again nothing is left over."""
     vocabulary(tmp_path / "vocab.txt", 58)
@@ -357,9 +358,9 @@ def test_what_is_exported_comes_back(model, own, tmp_path, capsys):
     options = ["--model", model, "--objectives", objectives, "--vocab", str(tmp_path / "vocab.txt")]
     assert main(own, tmp_path, *options, "--export-official", str(out)) == 0
     capsys.readouterr()
-    best = train.load_checkpoint(tmp_path / "out/best.pt")["state"]
+    best = checkpoints.load_checkpoint(tmp_path / "out/best.pt")["state"]
     official = torch.load(out)
-    assert set(official) == set(train.PAPERS[model][0].to_official(best))
+    assert set(official) == set(checkpoints.FORMATS[model].to_official(best))
     (tmp_path / "all_ans.json").write_text('["no", "yes"]')
     again = tmp_path / "again.bin"
     options = ["--model", model, "--objectives", objectives, "--init", str(tmp_path / "{model}.bin"), "--steps", "0"]
@@ -378,7 +379,7 @@ def test_a_control_has_the_sizes_and_words_but_random_weights(own, tmp_path, cap
     for kind, flags in {"bert": [], "fresh": ["--fresh"], "other": ["--fresh", "--seed", "1"]}.items():
         options = ["--task", "vqa", "--init", str(tmp_path), "--lr", "1e-9", *flags]
         assert main(own, tmp_path / kind, *options) == 0
-        states[kind] = train.load_checkpoint(tmp_path / kind / "out/checkpoint.pt")
+        states[kind] = checkpoints.load_checkpoint(tmp_path / kind / "out/checkpoint.pt")
     assert "all weights at random" in capsys.readouterr().out
     assert states["bert"]["config"] == states["fresh"]["config"] and states["fresh"]["config"]["hidden"] == 64
     assert states["bert"]["tokenizer"] == states["fresh"]["tokenizer"]
@@ -410,7 +411,7 @@ def test_a_run_that_began_with_bert_resumes_from_its_own_checkpoint(own, tmp_pat
             patch.setattr(train, "interruptible", stop_after_two)
             assert main(own, parts, *options, *kind) == 2
         assert main(own, parts, *options, *kind, "--resume") == 0
-        whole, parts = (train.load_checkpoint(folder / "out/checkpoint.pt")["state"] for folder in (whole, parts))
+        whole, parts = (checkpoints.load_checkpoint(folder / "out/checkpoint.pt")["state"] for folder in (whole, parts))
         assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -420,11 +421,11 @@ def test_a_run_that_began_with_bert_resumes_from_its_own_checkpoint(own, tmp_pat
 def fitted(model, state, own, known=(), wanted=(), **changes):
     """`train.fitting` for a checkpoint of this repository: the state and the report."""
     checkpoint = {"state": state, "answers": list(known)}
-    return train.fitting(options("x.pt", model) if not changes else changes["o"], own, checkpoint, list(wanted))
+    return checkpoints.fitting(options("x.pt", model) if not changes else changes["o"], own, checkpoint, list(wanted))
 
 
 def make(model, **changes):
-    paper, name = train.PAPERS[model]
+    paper, name = checkpoints.PAPERS[model]
     sizes = {
         **paper.PRESETS["tiny"],
         "vocab_size": 20,
@@ -447,11 +448,11 @@ def test_the_type_table_of_uniter_grows_as_the_official_code_grows_it():
         fitted("vilbert", make("vilbert"), make("vilbert", types=3))
 
 
-@pytest.mark.parametrize("model", train.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.PAPERS)
 def test_an_official_matching_head_becomes_the_rank_head(model):
     state, own = make(model), make(model, heads=("rank",))
-    file = {"state": train.PAPERS[model][0].to_official(state), "answers": [], "kind": model}
-    found, _ = train.fitting(options("x.pth", model), own, file, [])
+    file = {"state": checkpoints.FORMATS[model].to_official(state), "answers": [], "kind": model}
+    found, _ = checkpoints.fitting(options("x.pth", model), own, file, [])
     match = state["heads.itm.weight"]
     assert torch.equal(found["heads.rank.weight"], match[1:] - match[:1])
 
@@ -467,7 +468,7 @@ def test_bert_begins_tasks_of_more_text_types(own, tmp_path, capsys):
     sources = ",".join(str(own.parent / f"{name}.jsonl") for name in ("two", "four"))
     assert main(own, tmp_path, "--task", "nlvr2,vcr", "--data", sources, "--init", str(tmp_path), "--lr", "1e-12") == 0
     assert "resized 1: text_embedding (1)" in capsys.readouterr().out
-    state = train.load_checkpoint(tmp_path / "out/checkpoint.pt")["state"]
+    state = checkpoints.load_checkpoint(tmp_path / "out/checkpoint.pt")["state"]
     bert = bert_state(words=58)["bert.embeddings.token_type_embeddings.weight"]
     torch.testing.assert_close(state["text_embedding.types.weight"], bert[[0, 1, 1, 0]], atol=1e-6, rtol=0)
 
@@ -485,8 +486,12 @@ def test_the_answers_of_lxmert_keep_their_rows():
     known = ["two", "2", "yes"]  # one answer to the paper, two to us: under the same list nothing moves
     found, _ = fitted("lxmert", state, state, known, known)
     assert torch.equal(found["heads.vqa.3.weight"], state["heads.vqa.3.weight"])
-    file = {"state": lxmert.to_official(make("lxmert", heads=("qa",))), "answers": ["yes", "no", "2"], "kind": "lxmert"}
-    found, _ = train.fitting(options("x.pth", "lxmert"), own, file, ["no", "cat", "yes", "two"])  # official
+    file = {
+        "state": checkpoints.lxmert_to_official(make("lxmert", heads=("qa",))),
+        "answers": ["yes", "no", "2"],
+        "kind": "lxmert",
+    }
+    found, _ = checkpoints.fitting(options("x.pth", "lxmert"), own, file, ["no", "cat", "yes", "two"])  # official
     weight = file["state"]["answer_head.logit_fc.3.weight"]
     assert torch.equal(found["heads.vqa.3.weight"], torch.stack([weight[1], zero, weight[0], weight[2]]))
     state = make("lxmert", heads=("qa",))
@@ -532,7 +537,7 @@ def test_a_trunk_with_holes_is_refused_unless_partial():
 def test_two_heads_with_one_official_name_are_refused(model, heads):
     state = make(model, heads=heads)
     with pytest.raises(DataError, match="official"):
-        train.official(model, state)
+        checkpoints.official(model, state)
 
 
 # ---- safetensors ---------------------------------------------------------------------------------------------------
@@ -555,7 +560,7 @@ def test_safetensors_are_read_as_its_authors_write_them(tmp_path):
     state = {f"{i}": (torch.randn(3, 5) * 50).abs().to(kind) for i, kind in enumerate(kinds)}
     state |= {"alone": torch.tensor(2.5), "nothing": torch.zeros(0, 4), "last": torch.arange(3, dtype=torch.uint8)}
     writer.save_file(state, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    read = data.read_safetensors(tmp_path / "x.safetensors")
+    read = checkpoints.read_safetensors(tmp_path / "x.safetensors")
     assert set(read) == set(state)
     for name, tensor in state.items():
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
@@ -566,7 +571,7 @@ def test_a_tensor_may_begin_at_an_odd_byte(tmp_path):
     entries = {"a": tensor(0, 3, [3], "U8"), "b": tensor(3, 11, [2])}
     path = tmp_path / "x.safetensors"
     path.write_bytes(safetensors(entries, bytes([1, 2, 3]) + struct.pack("<2f", 0.5, -4.0)))
-    read = data.read_safetensors(path)
+    read = checkpoints.read_safetensors(path)
     with path.open("r+b") as file:
         file.truncate(0)
     assert read["a"].tolist() == [1, 2, 3] and read["b"].tolist() == [0.5, -4.0]
@@ -611,7 +616,7 @@ def test_no_damaged_safetensors_file_is_read(what, tmp_path):
     content, message = SAFE[what]
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(DataError) as stop:
-        data.read_safetensors(tmp_path / "x.safetensors")
+        checkpoints.read_safetensors(tmp_path / "x.safetensors")
     assert message in str(stop.value) and "\n" not in str(stop.value)
 
 
@@ -635,7 +640,7 @@ def wrong_file(kind, folder):
         torch.save(good, path)
         path.write_bytes(path.read_bytes()[:-1000])
     elif kind == "other model":
-        torch.save(lxmert.to_official(make("lxmert")), path)
+        torch.save(checkpoints.lxmert_to_official(make("lxmert")), path)
     elif kind == "other kind of model":
         torch.save({f"roberta.{name[5:]}": tensor for name, tensor in good.items()}, path)
     elif kind == "roberta without its name":
@@ -644,7 +649,7 @@ def wrong_file(kind, folder):
     elif kind == "other width":
         torch.save({n: t[..., :60] if n.endswith("value.weight") else t for n, t in good.items()}, path)
     elif kind == "other features":
-        torch.save(uniter.to_official(make("uniter", vocab_size=58)), path)
+        torch.save(checkpoints.uniter_to_official(make("uniter", vocab_size=58)), path)
     elif kind == "heads unknown":
         torch.save(bert_state(words=58, hidden=100), path)
     elif kind == "config of another":
@@ -752,8 +757,8 @@ def test_options_that_make_no_sense_are_one_line(arguments, message, own, tmp_pa
 
 
 def test_an_export_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    data.save({"a": torch.ones(2)}, tmp_path / "new" / "x.bin")
+    checkpoints.save({"a": torch.ones(2)}, tmp_path / "new" / "x.bin")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        data.save({"a": torch.zeros(2)}, tmp_path / "new" / "x.bin")
+        checkpoints.save({"a": torch.zeros(2)}, tmp_path / "new" / "x.bin")
     assert torch.load(tmp_path / "new/x.bin")["a"].tolist() == [1, 1]
