@@ -18,7 +18,7 @@ import data
 import lxmert
 import uniter
 import vilbert
-from common import DataError
+from common import UserError
 
 # ---- tables -----------------------------------------------------------------------------------------------------------
 
@@ -56,7 +56,7 @@ SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL
 
 
 def write_whole(path, write):
-    """Makes a file whole or not at all: `write` gets a temporary path beside it, which is then renamed."""
+    """Makes a file whole or not at all: `write_text` gets a temporary path beside it, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
@@ -69,25 +69,25 @@ def save(content, path):
 
 
 def read_torch(path):
-    """What torch.save wrote, on the CPU, without running any code that the file may hold. DataError where it cannot."""
+    """What torch.save wrote, on the CPU, without running any code that the file may hold. UserError where it cannot."""
     if not path.is_file():
-        raise common.DataError(f"{path}: no such file")
+        raise common.UserError(f"{path}: no such file")
     try:
         with warnings.catch_warnings(action="ignore"):  # a failure is one line
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 (bytes that are no weights end in nearly every kind of error)
-        raise common.DataError(f"{path}: no weights, damaged, or more than weights ({type(error).__name__})") from None
+        raise common.UserError(f"{path}: no weights, damaged, or more than weights ({type(error).__name__})") from None
 
 
 def read_safetensors(path):
     """{name: tensor} of a safetensors file: 8 bytes, the length n of the header, little-endian; n bytes of JSON,
     {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}}; the numbers, from which offsets count.
 
-    The file is mapped, each tensor copied out of it once. DataError unless the tensors fill the file one after another,
+    The file is mapped, each tensor copied out of it once. UserError unless the tensors fill the file one after another,
     without gap or overlap, each as long as its shape says. dtypes: SAFETENSORS.
     """
     if not path.is_file():
-        raise common.DataError(f"{path}: no such file")
+        raise common.UserError(f"{path}: no such file")
     tensors, end = {}, 0
     try:
         with path.open("rb") as file:
@@ -115,27 +115,27 @@ def read_safetensors(path):
         if end != len(numbers):
             raise ValueError(f"{len(numbers) - end} bytes belong to no tensor")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise common.DataError(f"{path}: not a safetensors file ({error or type(error).__name__})") from None
+        raise common.UserError(f"{path}: not a safetensors file ({error or type(error).__name__})") from None
     return tensors
 
 
 def read_json(path, kind):
-    """A JSON file's content, None where there is no file. DataError if it is no JSON or no `kind` (dict, list)."""
+    """A JSON file's content, None where there is no file. UserError if it is no JSON or no `kind` (dict, list)."""
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise common.DataError(f"{path}: not JSON ({error})") from None
+        raise common.UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, kind):
-        raise common.DataError(f"{path}: holds no {kind.__name__}")
+        raise common.UserError(f"{path}: holds no {kind.__name__}")
     return content
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def write(path, text):
+def write_text(path, text):
     """A text file, whole or not at all."""
     write_whole(path, lambda file: file.write_text(text))
 
@@ -150,8 +150,8 @@ def save_checkpoint(run, name):
         return
     config = asdict(run.model.config)
     content = {
-        "model": run.o.model,
-        "task": run.o.task,
+        "model": run.args.model,
+        "task": run.args.task,
         "config": {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()},
         "state": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -159,11 +159,11 @@ def save_checkpoint(run, name):
         "progress": dict(run.progress),
         "tokenizer": run.tokenizer.to_str(),
         "answers": run.answers,
-        "data": run.o.data,
-        "patch": run.o.patch,
-        "grid": run.o.grid,
+        "data": run.args.data,
+        "patch": run.args.patch,
+        "grid": run.args.grid,
     }
-    save(content, run.o.out / name)
+    save(content, run.args.out / name)
 
 
 def generator_of(device):
@@ -172,15 +172,15 @@ def generator_of(device):
 
 
 def load_checkpoint(path):
-    """A checkpoint of `save_checkpoint`, on the CPU. DataError if it is missing, damaged or something else."""
+    """A checkpoint of `save_checkpoint`, on the CPU. UserError if it is missing, damaged or something else."""
     content = read_torch(Path(path))
     if not isinstance(content, dict) or not CHECKPOINT <= set(content):
-        raise DataError(f"{path}: not a checkpoint of train.py (it lacks model, config, state, tokenizer or answers)")
+        raise UserError(f"{path}: not a checkpoint of train.py (it lacks model, config, state, tokenizer or answers)")
     return content
 
 
 def read_state(path):
-    """(content, state) of a weights file: what it holds, and the tensors in it by name. DataError if it holds none, or
+    """(content, state) of a weights file: what it holds, and the tensors in it by name. UserError if it holds none, or
     NaN."""
     content = state = (read_safetensors if path.suffix == ".safetensors" else read_torch)(path)
     for key in ("state", "model_state", "model_state_dict", "state_dict", "model"):  # some codes put it under one
@@ -188,72 +188,72 @@ def read_state(path):
     state = state if isinstance(state, dict) else {}
     state = {n: t for n, t in state.items() if isinstance(n, str) and isinstance(t, torch.Tensor)}
     if not state or any(tensor.layout != torch.strided or tensor.is_meta for tensor in state.values()):
-        raise DataError(f"{path}: holds no weights; give a checkpoint, a state dict or a safetensors file")
+        raise UserError(f"{path}: holds no weights; give a checkpoint, a state dict or a safetensors file")
     # a sum is finite only if all its numbers are, and costs no memory
     if wrong := [n for n, t in state.items() if t.is_floating_point() and not t.sum(dtype=torch.float32).isfinite()]:
-        raise DataError(f"{path}: {len(wrong)} tensors hold NaN or infinity, the first is {wrong[0]}")
+        raise UserError(f"{path}: {len(wrong)} tensors hold NaN or infinity, the first is {wrong[0]}")
     return content, state
 
 
-def load_weights(o):
+def load_weights(args):
     """The file or folder of --init as a checkpoint: one of `save_checkpoint`; or the weights of BERT, of an official
     code or of Hugging Face, then with `kind` (BERT, or the model's name), `state` under the names found there and
     `config` with the sizes found. tokenizer.json or vocab.txt, config.json and the answers beside the file are used.
 
-    DataError for anything else, for another model's weights and for numbers that are not finite.
+    UserError for anything else, for another model's weights and for numbers that are not finite.
     """
-    path = Path(o.init)
+    path = Path(args.init)
     if path.is_dir():
         names = [name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
         if not names:
-            raise DataError(f"{path}: a folder without model.safetensors or pytorch_model.bin; give the file")
+            raise UserError(f"{path}: a folder without model.safetensors or pytorch_model.bin; give the file")
         path = path / names[0]
     content, state = read_state(path)
     if CHECKPOINT <= set(content):
         return content
     kind = next((model for model, mark in MARKS.items() if any(mark in name for name in state)), "BERT")
-    if kind not in ("BERT", o.model):
-        raise DataError(f"{path}: holds weights of {kind}, which do not fit --model {o.model}")
+    if kind not in ("BERT", args.model):
+        raise UserError(f"{path}: holds weights of {kind}, which do not fit --model {args.model}")
     config = read_json(path.with_name("config.json"), dict) or {}
     for key, known in HUGGING_FACE.items():
         if config.get(key, known[0]) not in known:
-            raise DataError(f"{path.with_name('config.json')}: {key} is {config[key]!r}, must be {' or '.join(known)}")
+            raise UserError(f"{path.with_name('config.json')}: {key} is {config[key]!r}, must be {' or '.join(known)}")
     try:
         state = bert_names(state) if kind == "BERT" else state
-        sizes = FORMATS[o.model].sizes_of(state, config)
+        sizes = FORMATS[args.model].sizes_of(state, config)
     except KeyError as error:
-        raise DataError(f"{path}: no weights of BERT, UNITER, ViLBERT or LXMERT: it lacks {error.args[0]}") from None
+        raise UserError(f"{path}: no weights of BERT, UNITER, ViLBERT or LXMERT: it lacks {error.args[0]}") from None
     except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     pieces = [p for name in ("tokenizer.json", "vocab.txt") if (p := path.with_name(name)).is_file()]
     lists = [p for name in ("all_ans.json", "trainval_label2ans.json") if (p := path.with_name(name)).is_file()]
     answers = read_json(lists[0], list) if lists else []
     return {
         "kind": kind,
-        "model": o.model,
+        "model": args.model,
         "config": sizes,
         "state": state,
-        "tokenizer": data.read_tokenizer(pieces[0]).to_str() if pieces and not o.vocab else None,
+        "tokenizer": data.read_tokenizer(pieces[0]).to_str() if pieces and not args.vocab else None,
         "answers": [a["ans"] if isinstance(a, dict) else a for a in answers],
     }
 
 
-def official(model, state):
-    """A model's weights under its paper's official names. DataError where two heads have one official name."""
+def export_official(model, state):
+    """A model's weights under its paper's official names. UserError where two heads have one official name."""
     try:
         return FORMATS[model].to_official(state)
     except ValueError as error:
-        raise DataError(f"no official names for these weights: {error}") from None
+        raise UserError(f"no official names for these weights: {error}") from None
 
 
 # ---- how weights fit a model ------------------------------------------------------------------------------------------
 
 
-def fitting(o, own, checkpoint, answers):
+def fit_state_dict(args, own, checkpoint, answers):
     """A full state for a model whose initial one is `own`: the file's tensors where name and shape agree; and a report,
     five lines on what was loaded, resized, left at random and ignored.
 
-    DataError if anything but a head would stay at random, save what BERT has nothing for (all but the paper's
+    UserError if anything but a head would stay at random, save what BERT has nothing for (all but the paper's
     FROM_BERT) or what --partial permits. A head is loaded whole or not at all; an answer head for the same list of
     answers only, as its rows mean nothing under another one, but LXMERT's moves row by row.
     """
@@ -264,17 +264,17 @@ def fitting(o, own, checkpoint, answers):
             names = [*own, *(name.replace("heads.vqa.", "heads.qa.") for name in own)]
             if kind != "BERT":
                 names += [name.replace("heads.rank.", "heads.itm.") for name in own]
-            state, ignored = FORMATS[o.model].from_official(state, names)
-        if o.model == "lxmert" and checkpoint["answers"]:
+            state, ignored = FORMATS[args.model].from_official(state, names)
+        if args.model == "lxmert" and checkpoint["answers"]:
             before = {id(tensor) for tensor in state.values()}
             state = transfer_answer_head(state, own, checkpoint["answers"], answers)
             resized = [name for name in state if id(state[name]) not in before]
         elif checkpoint["answers"] != answers:
             ignored += [name for name in state if name.startswith(ANSWER_HEADS)]
             state = {name: tensor for name, tensor in state.items() if not name.startswith(ANSWER_HEADS)}
-        if o.model == "uniter" and types in state and len(state[types]) < len(own[types]):
+        if args.model == "uniter" and types in state and len(state[types]) < len(own[types]):
             table = state[types]
-            if "nlvr2" in o.tasks and len(table) == 2:  # the second picture's type starts as the picture's
+            if "nlvr2" in args.tasks and len(table) == 2:  # the second picture's type starts as the picture's
                 table = widen_types(table, 3, copy=1)
             state = {**state, types: widen_types(table, len(own[types]), copy=0)}  # VCR's as the text's
             resized.append(types)
@@ -284,30 +284,30 @@ def fitting(o, own, checkpoint, answers):
                 match = state[f"heads.itm.{name}"]
                 state = {**state, f"heads.rank.{name}": match[1:] - match[:1]}  # (2, C) -> (1, C), (2,) -> (1,)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"{o.init}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{args.init}: {str(error).splitlines()[0]}") from None
     loaded = {name for name in own if name in state and state[name].shape == own[name].shape}
-    torn = {part(name) for name in set(own) - loaded if name.startswith("heads.")}
-    loaded = {name for name in loaded if part(name) not in torn}
+    torn = {component_of(name) for name in set(own) - loaded if name.startswith("heads.")}
+    loaded = {name for name in loaded if component_of(name) not in torn}
     fresh, ignored = sorted(set(own) - loaded), ignored + [name for name in state if name not in loaded]
     lost = [
         n
         for n in fresh
-        if not n.startswith("heads.") and n.startswith(FORMATS[o.model].from_bert if kind == "BERT" else "")
+        if not n.startswith("heads.") and n.startswith(FORMATS[args.model].from_bert if kind == "BERT" else "")
     ]
-    if lost and not o.partial:
-        raise DataError(
-            f"{o.init}: {len(lost)} tensors of the trunk are missing or of another shape, the first is {lost[0]}; "
+    if lost and not args.partial:
+        raise UserError(
+            f"{args.init}: {len(lost)} tensors of the trunk are missing or of another shape, the first is {lost[0]}; "
             "--partial leaves them at random"
         )
-    report = [f"init     {o.init}: {f'weights of {kind}' if kind else 'a checkpoint'}"]
+    report = [f"init     {args.init}: {f'weights of {kind}' if kind else 'a checkpoint'}"]
     for what, names in {"loaded": loaded, "resized": resized, "at random": fresh, "ignored": ignored}.items():
-        counts = Counter(map(part, sorted(names)))
+        counts = Counter(map(component_of, sorted(names)))
         parts = [f"{name} ({n})" for name, n in counts.items()]
         report.append(f"         {what} {len(names)}: {', '.join(parts[:8]) or 'none'}{', ...' * (len(parts) > 8)}")
     return {name: state[name] if name in loaded else own[name] for name in own}, "\n".join(report)
 
 
-def part(name):
+def component_of(name):
     """What a parameter belongs to: "layers", "heads.vqa"; of official names "cls.predictions",
     "bert.encoder.layer.9"."""
     pieces = name.split(".")

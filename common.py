@@ -59,7 +59,7 @@ def attention(query, key, value, bias=None, dropout=0.0):
     if bias is not None:
         scores = scores + bias
     probabilities = scores.softmax(-1)
-    return drop(probabilities, dropout) @ value, probabilities  # (B,H,T,S) @ (B,H,S,D) -> (B,H,T,D)
+    return apply_dropout(probabilities, dropout) @ value, probabilities  # (B,H,T,S) @ (B,H,S,D) -> (B,H,T,D)
 
 
 def fused_attention(query, key, value, bias=None, dropout=0.0):
@@ -100,7 +100,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-def drop(x, p):
+def apply_dropout(x, p):
     """Dropout (Srivastava 2014): each value of x becomes 0 with probability p and else x / (1 - p).
 
     On a CPU torch draws a mask one value at a time, which is a tenth of a step in bfloat16. Here 64 random bits serve
@@ -115,10 +115,10 @@ def drop(x, p):
 
 
 class Dropout(nn.Dropout):
-    """`drop` while training, nothing else."""
+    """`apply_dropout` while training, nothing else."""
 
     def forward(self, x):
-        return drop(x, self.p) if self.training else x
+        return apply_dropout(x, self.p) if self.training else x
 
 
 class TextEmbedding(nn.Module):
@@ -260,12 +260,12 @@ class MaskedLMHead(nn.Module):
         return F.linear(self.transform(x), words, self.bias)
 
 
-def mlp(width, inner, out, activation=nn.GELU):
+def mlp_head(width, inner, out, activation=nn.GELU):
     """The two-layer head of the fine-tuning tasks: W_2 norm(act(W_1 x)). (..., width) -> (..., out)."""
     return nn.Sequential(nn.Linear(width, inner), activation(), LayerNorm(inner), nn.Linear(inner, out))
 
 
-def initialise(model, width):
+def init_weights(model, width):
     """BERT's initialisation: weights N(0, s^2), padding rows too; biases 0. Norms start at 1 and 0.
 
     s = 0.02, BERT's, at its width of 768 and above; a narrower model gets 0.02 sqrt(768 / width), so that the sum of
@@ -280,7 +280,7 @@ def initialise(model, width):
 
 
 @torch.no_grad()
-def spread_boxes(linear):
+def init_box_projection(linear):
     """Starts a box projection so that a box's centre and its sides tell about as much as its features do:
 
         W b + bias = sum over the four of  g (value - mean) / spread,   g (C,) drawn from N(0, 1/4)
@@ -301,7 +301,7 @@ def spread_boxes(linear):
 # ---- losses -----------------------------------------------------------------------------------------------------
 
 
-def at(states, index):
+def gather_positions(states, index):
     """The states at flat positions: states (B, S, C), index (M,) into B*S -> (M, C).
 
     Index lists are made on the CPU with the batch, so that a GPU never waits for a boolean mask to be counted.
@@ -332,7 +332,7 @@ def soft_answer_loss(scores, targets):
     return F.binary_cross_entropy_with_logits(scores, targets) * scores.shape[1]
 
 
-def exact(device):
+def full_precision(device):
     """Inside it nothing is cast to half precision, whatever autocast says; some devices have no autocast."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
@@ -349,7 +349,7 @@ def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iteration
     gradient, as in the official code; all is computed in float32 at least, since exp(-C / beta) underflows in half.
     """
     dtype = torch.promote_types(text.dtype, torch.float32)
-    with exact(text.device):
+    with full_precision(text.device):
         words = text.to(dtype) / text.to(dtype).norm(dim=-1, keepdim=True).clamp(min=1e-5)
         areas = regions.to(dtype) / regions.to(dtype).norm(dim=-1, keepdim=True).clamp(min=1e-5)
         pairs = text_mask[:, :, None] & region_mask[:, None, :]  # (B, T, N)
@@ -370,7 +370,7 @@ def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iteration
 # ---- contrast: image, text (B, C), L2-normalised, row i of each is one pair -> a scalar -------------------------
 
 
-def pair_cosines(image, text, same=None):
+def pairwise_cosine(image, text, same=None):
     """What every contrast starts from: cosines (B, B), pictures x texts, and `negative` (B, B) bool, True = a pair to
     push apart: all but the diagonal and those of `same` (B, B) bool, symmetric, True = rows i and j show one picture.
 
@@ -379,7 +379,7 @@ def pair_cosines(image, text, same=None):
     if image.shape != text.shape:
         raise ValueError(f"pictures {tuple(image.shape)} and texts {tuple(text.shape)} are not pairs: shapes differ")
     dtype = torch.promote_types(image.dtype, torch.float32)
-    with exact(image.device):
+    with full_precision(image.device):
         cosines = image.to(dtype) @ text.to(dtype).T  # (B, C) @ (C, B) -> (B, B)
     negative = ~torch.eye(len(image), dtype=torch.bool, device=image.device)
     return cosines, negative if same is None else negative & ~same
@@ -390,11 +390,11 @@ def info_nce(image, text, temperature=0.07, same=None, symmetric=True):
 
         L = 1/2 [ CE(s, I) + CE(s^T, I) ],   s_ij = <image_i, text_j> / temperature
 
-    temperature: > 0, float or 0-d tensor.   same: as in `pair_cosines`; such pairs are left out of the sums.
+    temperature: > 0, float or 0-d tensor.   same: as in `pairwise_cosine`; such pairs are left out of the sums.
     symmetric=False: the first term alone, in which each picture looks for its text.
     Returns a 0-d tensor in nats; log B is chance.   ValueError if the shapes differ.
     """
-    cosines, negative = pair_cosines(image, text, same)
+    cosines, negative = pairwise_cosine(image, text, same)
     itself = torch.eye(len(image), dtype=torch.bool, device=image.device)
     scores = (cosines / temperature).masked_fill(~(negative | itself), -torch.inf)
     labels = torch.arange(len(image), device=image.device)
@@ -407,9 +407,9 @@ def hardest_hinge(image, text, margin=0.2, same=None):
 
         L = 1/B sum_i [ max_j (m + c_ij - c_ii)_+ + max_j (m + c_ji - c_ii)_+ ],   j a negative of i
 
-    The official code sums over the batch. same, ValueError: as in `pair_cosines`.
+    The official code sums over the batch. same, ValueError: as in `pairwise_cosine`.
     """
-    cosines, negative = pair_cosines(image, text, same)
+    cosines, negative = pairwise_cosine(image, text, same)
     if len(cosines) == 0:
         return cosines.sum()
     others, own = cosines.masked_fill(~negative, -torch.inf), cosines.diagonal()
@@ -421,9 +421,9 @@ def sigmoid_contrast(image, text, temperature=0.1, bias=-10.0, same=None):
 
         L = -1/B sum_ij log sigmoid( z_ij (<image_i, text_j> / temperature + bias) )
 
-    bias: float or 0-d tensor; starts at -10, as nearly all pairs are false. same, ValueError: as in `pair_cosines`.
+    bias: float or 0-d tensor; starts at -10, as nearly all pairs are false. same, ValueError: as in `pairwise_cosine`.
     """
-    cosines, negative = pair_cosines(image, text, same)
+    cosines, negative = pairwise_cosine(image, text, same)
     itself = torch.eye(len(image), dtype=torch.bool, device=image.device)
     sign = 2.0 * itself - 1.0  # (B, B)
     return -(F.logsigmoid(sign * (cosines / temperature + bias)) * (negative | itself)).sum() / max(1, len(image))
@@ -436,9 +436,9 @@ def decoupled_contrast(image, text, temperature=0.07, same=None):
         L = 1/2B sum_i [ -2 s_ii + log sum_j exp s_ij + log sum_j exp s_ji ],   j a negative of i
 
     s as in `info_nce`; the paper's negatives within one modality are left out. A row without negatives counts as 0.
-    same, ValueError: as in `pair_cosines`.
+    same, ValueError: as in `pairwise_cosine`.
     """
-    cosines, negative = pair_cosines(image, text, same)
+    cosines, negative = pairwise_cosine(image, text, same)
     scores, some = cosines / temperature, negative.any(1)  # `negative` is symmetric: rows serve for columns
     others = scores.masked_fill(~negative, -torch.inf)
     to_text = others.masked_fill(~some[:, None], 0.0).logsumexp(1)  # (B,); 0, as no gradient survives log of nothing
@@ -485,7 +485,7 @@ def gather_with_gradient(x):
     return x if torch.is_inference_mode_enabled() or not dist.is_initialized() else GatherWithGradient.apply(x)
 
 
-def unit(x):
+def l2_normalize(x):
     """x / ||x|| over the last axis, in float32 at least."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
@@ -507,11 +507,11 @@ class ContrastHead(nn.Module):
 
     def text(self, states):
         """(B, T, C) -> (B, E)"""
-        return unit(self.project_text(states[:, 0]))
+        return l2_normalize(self.project_text(states[:, 0]))
 
     def image(self, states, mask):
         """(B, N, C), mask (B, N) bool, True = a region -> (B, E)"""
-        return unit(self.project_image(masked_mean(states, mask)))
+        return l2_normalize(self.project_image(masked_mean(states, mask)))
 
     def forward(self, image, text, pictures):
         """The loss that `kind` names, over the rows of all processes: image, text (B, E), pictures (B,) int64, which
@@ -530,7 +530,7 @@ class ContrastHead(nn.Module):
             loss = sigmoid_contrast(image, text, temperature, self.bias, same)
         else:
             loss = decoupled_contrast(image, text, temperature, same)
-        return loss, pair_cosines(image, text)[0] / temperature
+        return loss, pairwise_cosine(image, text)[0] / temperature
 
 
 # ---- objectives that models share: (model, encoding, batch) -> (loss, scores) ------------------------------------
@@ -542,7 +542,7 @@ def masked_lm(model, encoding, batch):
 
     batch.word_index (M,) flat positions of the masked words, word_labels (M,) what they were. Scores (M, V).
     """
-    scores = model.word_scores(at(encoding.text, batch.word_index))
+    scores = model.word_scores(gather_positions(encoding.text, batch.word_index))
     return cross_entropy(scores, batch.word_labels), scores
 
 
@@ -553,8 +553,8 @@ def masked_region_class(model, encoding, batch):
     batch.region_index (M,) flat positions of the masked regions, object_probs (B, N, K), class 0 = background; mean
     over masked regions. Scores (M, K).
     """
-    scores = model.heads["mrc"](at(encoding.regions, batch.region_index))
-    labels = at(batch.object_probs, batch.region_index)[:, 1:].argmax(-1) + 1
+    scores = model.heads["mrc"](gather_positions(encoding.regions, batch.region_index))
+    labels = gather_positions(batch.object_probs, batch.region_index)[:, 1:].argmax(-1) + 1
     return cross_entropy(scores, labels), scores
 
 
@@ -632,7 +632,7 @@ def captioning(model, encoding, batch):
     batch.word_index (M,) flat positions of the words that another follows, word_labels (M,) the followers. `encoding`
     is not read: in `model.decode` no word sees those after it. Scores (M, V).
     """
-    scores = model.word_scores(at(model.decode(batch), batch.word_index))
+    scores = model.word_scores(gather_positions(model.decode(batch), batch.word_index))
     return cross_entropy(scores, batch.word_labels), scores
 
 
@@ -668,7 +668,7 @@ def soft_label_loss(student, teacher, temperature=2.0):
     return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1).mean()  # (M, K) -> (M,) -> ()
 
 
-def projections(text_width, region_width, widths):
+def teacher_projections(text_width, region_width, widths):
     """Linear maps from a student's states to a teacher's widths (text, regions), learned with the student and of no use
     afterwards. One for all layers of a modality (TinyBERT)."""
     return nn.ModuleDict({"text": nn.Linear(text_width, widths[0]), "regions": nn.Linear(region_width, widths[1])})
@@ -681,7 +681,7 @@ def layer_map(student, teacher):
     return [max(0, (i + 1) * teacher // student - 1) for i in range(student)]
 
 
-def share_heads(maps, heads):
+def average_heads(maps, heads):
     """Attention maps (B, H, T, S) with `heads` heads, each the mean of H / heads neighbours; (B, heads, T, S).
     ValueError if H is no multiple."""
     if maps.shape[1] % heads:
@@ -689,7 +689,7 @@ def share_heads(maps, heads):
     return maps.unflatten(1, (heads, -1)).mean(2)  # (B, H, T, S) -> (B, heads, H/heads, T, S) -> (B, heads, T, S)
 
 
-def mean_over(values, mask):
+def mean_over_rows(values, mask):
     """Mean over a row's True positions, then over rows: values (B, S), mask (B, S) bool -> (). A row of none is 0."""
     return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
@@ -706,7 +706,7 @@ def attention_loss(student, teacher, queries, keys):
     """
     seen, tiny = keys[:, None, None, :], torch.finfo(torch.float32).tiny  # (B, 1, 1, S)
     logs = []
-    for maps in (student, share_heads(teacher, student.shape[1])):
+    for maps in (student, average_heads(teacher, student.shape[1])):
         maps = maps.to(torch.promote_types(maps.dtype, torch.float32)) * seen
         logs.append((maps / maps.sum(-1, keepdim=True).clamp(min=tiny)).clamp(min=tiny).log() * seen)
     p, t = logs
@@ -714,13 +714,13 @@ def attention_loss(student, teacher, queries, keys):
     kl = (t.exp() * (t - p) * seen).sum(-1)  # (B, H, T, S) -> (B, H, T)
     p, t = (x - x.sum(-1, keepdim=True) / count for x in (p, t))
     mse = ((t - p).square() * seen).sum(-1) / count.squeeze(-1)  # (B, H, T)
-    return mean_over(kl.mean(1), queries), mean_over(mse.mean(1), queries)
+    return mean_over_rows(kl.mean(1), queries), mean_over_rows(mse.mean(1), queries)
 
 
 def hidden_loss(student, teacher, mask):
     """Hidden states (TinyBERT, Jiao 2020, eq. 8): squared difference, mean over C, over a row's real positions, over
     rows. student (B, S, C), already projected to the teacher's width; teacher (B, S, C); mask (B, S), True = real."""
-    return mean_over((student - teacher).square().mean(-1), mask)
+    return mean_over_rows((student - teacher).square().mean(-1), mask)
 
 
 # ---- boxes and metrics ------------------------------------------------------------------------------------------
@@ -761,7 +761,7 @@ def next_words(model, batch, cache, region_mask):
 # ---- names ------------------------------------------------------------------------------------------------------
 
 
-class DataError(ValueError):
+class UserError(ValueError):
     """Something is wrong with the user's files. The message is one line: where, what is wrong, how to mend it."""
 
     def __init__(self, message):
@@ -771,11 +771,11 @@ class DataError(ValueError):
 # ---- several processes, messages --------------------------------------------------------------------------------------
 
 
-class Stop(DataError):
+class UserError(UserError):
     """What ends the program with one line on stderr and exit code 2 where no file is to blame."""
 
 
-def processes():
+def rank_and_world():
     """(rank, world) under torchrun, (0, 1) without. Tensors on GPUs go by NCCL, those on CPUs by gloo."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
@@ -784,7 +784,7 @@ def processes():
     return dist.get_rank(), dist.get_world_size()
 
 
-def total(values):
+def all_reduce_sum(values):
     """The sum over all processes of numbers or of a tensor, as a float64 tensor on the CPU: no GPU is waited for."""
     tensor = torch.as_tensor(values, dtype=torch.float64).clone()
     if dist.is_initialized():
@@ -792,7 +792,7 @@ def total(values):
     return tensor
 
 
-def say(text):
+def print0(text):
     """A line on stdout, from the first process only."""
-    if processes()[0] == 0:
+    if rank_and_world()[0] == 0:
         print(text, flush=True)

@@ -45,7 +45,7 @@ from tokenizers import (
     trainers,
 )
 
-from common import DataError
+from common import UserError
 
 CACHE = Path(".cache")
 VERSION = 11  # raise it whenever scenes, detector or region features change: it is part of every cache key
@@ -370,7 +370,7 @@ def answer_list(dataset):
 
 def load(data, task, split, limit=None, patch=12, grid=6, cache=CACHE):
     """Dataset from data = "scenes" or the path of a .jsonl file. A split that the file lacks is an empty Dataset.
-    limit: at most that many examples, drawn at random. DataError for whatever is wrong with the request or the files."""
+    limit: at most that many examples, drawn at random. UserError for whatever is wrong with the request or the files."""
     if data == "scenes":
         from prepare import scenes  # here, since it imports this file
 
@@ -426,9 +426,9 @@ NEEDED = {"vqa": ("answer",), "ve": ("answer",), "nlvr2": ("label",), "vcr": ("c
 
 
 def require(ok, where, what):
-    """DataError "where: what" unless ok."""
+    """UserError "where: what" unless ok."""
     if not ok:
-        raise DataError(f"{where}: {what}")
+        raise UserError(f"{where}: {what}")
 
 
 def read_jsonl(path, task):
@@ -444,7 +444,7 @@ def read_jsonl(path, task):
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{where}: not JSON ({error}); write one object a line") from None
+            raise UserError(f"{where}: not JSON ({error}); write one object a line") from None
         require(isinstance(record, dict), where, 'not an object; write {"image": ..., "text": ...}')
         for key, value in record.items():
             near = difflib.get_close_matches(key, KEYS, 1, 0.5) or [", ".join(KEYS)]
@@ -491,7 +491,7 @@ def check_boxes(boxes, width, height, where, key):
 
 
 def picture_regions(job):
-    """One picture or feature file -> ([{field: array}], [warning]); DataError if anything is wrong with it."""
+    """One picture or feature file -> ([{field: array}], [warning]); UserError if anything is wrong with it."""
     where, path, own_boxes, targets, patch, grid = job
     if path.suffix == ".npz":
         regions, (width, height) = read_features(where, path)
@@ -515,21 +515,21 @@ def picture_regions(job):
 
 
 def open_picture(where, path):
-    """The picture as RGB; DataError if Pillow cannot read it."""
+    """The picture as RGB; UserError if Pillow cannot read it."""
     try:
         return Image.open(path).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: cannot read picture {path} ({error}); save it again as PNG or JPEG") from None
+        raise UserError(f"{where}: cannot read picture {path} ({error}); save it again as PNG or JPEG") from None
 
 
 def read_features(where, path):
-    """A feature file of own data -> {field: array} with boxes in pixels, (width, height). DataError if it is wrong."""
+    """A feature file of own data -> {field: array} with boxes in pixels, (width, height). UserError if it is wrong."""
     where = f"{where}: {path}"
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{where}: cannot read features ({error}); write the file with numpy.savez") from None
+        raise UserError(f"{where}: cannot read features ({error}); write the file with numpy.savez") from None
     for key in ("features", "boxes", "size"):
         require(key in arrays, where, f"has no array {key!r}; it needs features (N,F), boxes (N,4) and size (2,)")
     features, boxes, size = arrays["features"], arrays["boxes"], arrays["size"]
@@ -657,7 +657,7 @@ def train_tokenizer(texts, vocab_size=8000):
 
 
 def read_tokenizer(path):
-    """Tokenizer from a BERT vocab.txt (cased if any piece has a capital letter) or a tokenizer.json. DataError if the
+    """Tokenizer from a BERT vocab.txt (cased if any piece has a capital letter) or a tokenizer.json. UserError if the
     file is missing, unreadable, lacks one of SPECIALS or does not give [PAD] id 0, which pads a Batch."""
     path = Path(path)
     require(path.is_file(), path, "no such file; give a BERT vocab.txt or a tokenizer.json")
@@ -674,7 +674,7 @@ def read_tokenizer(path):
             # one that stands in a text is then read as one piece
             tokenizer.add_special_tokens([piece for piece in SPECIALS if piece in pieces])
     except Exception as error:  # noqa: BLE001 (tokenizers raises plain Exception)
-        raise DataError(f"{path}: not a tokenizer ({error}); give a BERT vocab.txt or a tokenizer.json") from None
+        raise UserError(f"{path}: not a tokenizer ({error}); give a BERT vocab.txt or a tokenizer.json") from None
     right = all(tokenizer.token_to_id(name) is not None for name in SPECIALS) and tokenizer.token_to_id("[PAD]") == 0
     require(right, path, f"needs {', '.join(SPECIALS)}, [PAD] first; is it a BERT vocabulary?")
     return tokenizer
@@ -720,7 +720,7 @@ def collate(dataset, index, images=None, answers=None, pad_to=1):
     )
 
 
-def mismatch(dataset, index, rng, p=0.5, replace="image"):
+def sample_mismatches(dataset, index, rng, p=0.5, replace="image"):
     """Pairs for image-text matching: with probability p the picture (replace="text": the sentence) becomes that of
     another example with another picture. Returns examples (B,) and store rows (B,), for collate, and matched (B,) int64
     tensor, 1 = they belong together. ValueError if the dataset has a single picture.
@@ -742,7 +742,7 @@ def mismatch(dataset, index, rng, p=0.5, replace="image"):
     return (other, images, matched) if replace == "text" else (np.array(index), dataset.image[other], matched)
 
 
-def only_true(batch):
+def drop_mismatched_labels(batch):
     """Without the masked words and regions of false pairs: there the other side tells nothing of them. They stay masked,
     but nothing is to be predicted. Returns a new Batch."""
     kept = {}
@@ -755,7 +755,7 @@ def only_true(batch):
     return dataclasses.replace(batch, **kept)
 
 
-def draw_answers(batch, rng):
+def sample_answers(batch, rng):
     """One answer a row, drawn in proportion to the soft scores in `answers`; -1 where all are 0. Sets answer_labels."""
     rising = batch.answers.double().cumsum(1)  # (B,A)
     draw = torch.from_numpy(rng.random((len(rising), 1))) * rising[:, -1:]
@@ -792,7 +792,7 @@ def mask_words(batch, tokenizer, rng, p=0.15, mask=0.8, random=0.1, only=None, f
     return dataclasses.replace(batch, text=text, word_index=word_index, word_labels=word_labels)
 
 
-def next_words(batch):
+def next_word_labels(batch):
     """For captioning: word_index (M,), flat positions of the pieces that another one follows, and word_labels (M,), the
     ones that follow. Returns a new Batch."""
     followed = torch.nn.functional.pad(batch.text_mask[:, 1:], (0, 1))  # (B,T)
@@ -875,7 +875,7 @@ def batches(lengths, rng=None, size=None, tokens=None, rank=0, world=1):
 
 
 def check(file, task):
-    """Reads a JSONL file with all its pictures and prints a line of statistics; DataError at the first mistake."""
+    """Reads a JSONL file with all its pictures and prints a line of statistics; UserError at the first mistake."""
     records = read_jsonl(file, task)
     for split in ("test", "val", "train"):  # each, as some mistakes show only when a split's examples are made
         store = load_jsonl(file, task, split).store
@@ -895,10 +895,10 @@ def extract(image, out, patch, grid):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a DataError, one line: what is wrong, without the whole usage."""
+    """argparse, but a mistake is a UserError, one line: what is wrong, without the whole usage."""
 
     def error(self, message):
-        raise DataError(f"{message}; see --help")
+        raise UserError(f"{message}; see --help")
 
 
 def main():
@@ -921,8 +921,8 @@ def main():
 
         options = vars(parser.parse_args())
         {"preview": scenes.preview, "check": check, "extract": extract}[options.pop("command")](**options)
-    except (DataError, OSError, ValueError) as error:  # ValueError: Pillow does not know a suffix
-        print(f"data.py: {DataError(str(error))}", file=sys.stderr)  # on one line
+    except (UserError, OSError, ValueError) as error:  # ValueError: Pillow does not know a suffix
+        print(f"data.py: {UserError(str(error))}", file=sys.stderr)  # on one line
         return 2
     return 0
 

@@ -147,8 +147,8 @@ class LXMERT(nn.Module):
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
         if {"mrfr", "mrc", "attr"} & set(config.heads):
             self.heads["regions"] = common.HeadTransform(config.hidden)  # the three region heads share it
-        common.initialise(self, config.hidden)
-        common.spread_boxes(self.region_embedding.boxes)
+        common.init_weights(self, config.hidden)
+        common.init_box_projection(self.region_embedding.boxes)
 
     def embed_text(self, batch):
         """(B, T, C)"""
@@ -252,8 +252,8 @@ def masked_region_features(model, encoding, batch):
     Divided by the number of ALL real regions, times 1/0.15. batch.region_index (M,), clean_features (B, N, F) the
     features before masking. Scores (M, F).
     """
-    scores = model.heads["mrfr"](model.heads["regions"](common.at(encoding.regions, batch.region_index)))
-    target = common.at(batch.clean_features, batch.region_index)
+    scores = model.heads["mrfr"](model.heads["regions"](common.gather_positions(encoding.regions, batch.region_index)))
+    target = common.gather_positions(batch.clean_features, batch.region_index)
     losses = F.smooth_l1_loss(scores, target.to(scores.dtype), reduction="none").mean(-1)  # (M, F) -> (M,)
     return model.config.region_factor * losses.sum() / batch.region_mask.sum(), scores
 
@@ -266,7 +266,9 @@ def confident_cross_entropy(model, head, encoding, batch, labels, confidence):
     scores = model.heads[head](model.heads["regions"](encoding.regions))  # (B, N, C) -> (B, N, K)
     losses = F.cross_entropy(scores.transpose(1, 2), labels, ignore_index=-1, reduction="none")  # (B, N)
     total = (losses * confidence * batch.region_mask).sum()
-    return model.config.region_factor * total / batch.region_mask.sum(), common.at(scores, batch.region_index)
+    return model.config.region_factor * total / batch.region_mask.sum(), common.gather_positions(
+        scores, batch.region_index
+    )
 
 
 def masked_region_class(model, encoding, batch):
@@ -287,8 +289,8 @@ def masked_region_class_kl(model, encoding, batch):
 
     batch.object_probs (B, N, K), class 0 = background; mean over masked regions and classes. Scores (M, K - 1).
     """
-    scores = model.heads["mrc"](model.heads["regions"](common.at(encoding.regions, batch.region_index)))
-    target = common.at(batch.object_probs, batch.region_index)[:, 1:].to(scores.dtype)
+    scores = model.heads["mrc"](model.heads["regions"](common.gather_positions(encoding.regions, batch.region_index)))
+    target = common.gather_positions(batch.object_probs, batch.region_index)[:, 1:].to(scores.dtype)
     target = target / target.sum(-1, keepdim=True).clamp(min=1e-6)
     return F.kl_div(scores.log_softmax(-1), target, reduction="sum") / max(1, target.numel()), scores
 
@@ -317,12 +319,12 @@ HEADS = {
     "attr": lambda c: nn.Linear(c.hidden, c.attributes),
     "itm": lambda c: nn.Linear(c.hidden, 2),
     "itc": lambda c: common.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
-    "hidden": lambda c: common.projections(c.hidden, c.hidden, c.teacher_widths),
-    "qa": lambda c: common.mlp(c.hidden, 2 * c.hidden, c.answers),
-    "vqa": lambda c: common.mlp(c.hidden, 2 * c.hidden, c.answers),
-    "ve": lambda c: common.mlp(c.hidden, 2 * c.hidden, 3),
-    "nlvr2": lambda c: common.mlp(2 * c.hidden, 2 * c.hidden, 2),
-    "vcr": lambda c: common.mlp(c.hidden, 2 * c.hidden, 2),
+    "hidden": lambda c: common.teacher_projections(c.hidden, c.hidden, c.teacher_widths),
+    "qa": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, c.answers),
+    "vqa": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, c.answers),
+    "ve": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, 3),
+    "nlvr2": lambda c: common.mlp_head(2 * c.hidden, 2 * c.hidden, 2),
+    "vcr": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, 2),
     "rank": lambda c: nn.Linear(c.hidden, 1),
     "refer": lambda c: nn.Linear(c.hidden, 1),
 }

@@ -27,7 +27,7 @@ import common
 import data
 import tasks
 from checkpoints import PAPERS
-from common import Stop
+from common import UserError
 
 
 def parse(argv=None):
@@ -44,44 +44,46 @@ def parse(argv=None):
     add("--task", help="which task, of a checkpoint that has several (default: its first)")
     add("--beams", type=int, default=1, help="caption: beam width; 1 is greedy (default: 1)")
     add("--top", type=int, default=3, help="answers, boxes: how many to print (default: 3)")
-    o = parser.parse_args(argv)
-    if bool(o.image) == bool(o.export):
-        raise Stop("give either --image, to ask about it, or --export")
-    return o
+    args = parser.parse_args(argv)
+    if bool(args.image) == bool(args.export):
+        raise UserError("give either --image, to ask about it, or --export")
+    return args
 
 
-def load(o):
-    """(model, tokenizer, checkpoint, task), ready to be asked. Stop if the checkpoint does not fit what is asked."""
-    checkpoint = checkpoints.load_checkpoint(o.checkpoint)
+def load(args):
+    """(model, tokenizer, checkpoint, task), ready to be asked. UserError if the checkpoint does not fit what is asked."""
+    checkpoint = checkpoints.load_checkpoint(args.checkpoint)
     tasks = checkpoint["task"].split(",")
-    task = o.task or tasks[0]
+    task = args.task or tasks[0]
     if task not in tasks:
-        raise Stop(f"--task {task}: {o.checkpoint} was trained for {', '.join(tasks)}")
+        raise UserError(f"--task {task}: {args.checkpoint} was trained for {', '.join(tasks)}")
     paper, name = PAPERS[checkpoint["model"]]
     model = getattr(paper, name)(paper.Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["state"])
     patch = checkpoint.get("patch", 12)
     if model.config.feature_size != 3 * patch * patch:
-        raise Stop(f"{o.checkpoint}: trained on feature files, not on pixels; it cannot look at a picture")
+        raise UserError(f"{args.checkpoint}: trained on feature files, not on pixels; it cannot look at a picture")
     if task == "pretrain" and "itm" not in model.heads:
-        raise Stop(f"{o.checkpoint}: pretrained without itm, so it has nothing to say about a pair")
-    if task == "nlvr2" and len(o.image) != 2:
-        raise Stop(f"nlvr2 takes two --image, not {len(o.image)}")
-    if task == "vcr" and len(o.choices or ()) < 2:
-        raise Stop("vcr takes --choices, at least two")
-    if task != "caption" and not (o.text or "").strip():
-        raise Stop(f"{task} takes a --text")
-    if o.boxes and len(o.boxes) != len(o.image):
-        raise Stop(f"{len(o.boxes)} --boxes for {len(o.image)} --image: give one list for each, or none at all")
-    if min(o.beams, o.top) < 1:
-        raise Stop("--beams and --top must be positive")
+        raise UserError(f"{args.checkpoint}: pretrained without itm, so it has nothing to say about a pair")
+    if task == "nlvr2" and len(args.image) != 2:
+        raise UserError(f"nlvr2 takes two --image, not {len(args.image)}")
+    if task == "vcr" and len(args.choices or ()) < 2:
+        raise UserError("vcr takes --choices, at least two")
+    if task != "caption" and not (args.text or "").strip():
+        raise UserError(f"{task} takes a --text")
+    if args.boxes and len(args.boxes) != len(args.image):
+        raise UserError(
+            f"{len(args.boxes)} --boxes for {len(args.image)} --image: give one list for each, or none at all"
+        )
+    if min(args.beams, args.top) < 1:
+        raise UserError("--beams and --top must be positive")
     return model.eval(), data.tokenizer_from_json(checkpoint["tokenizer"]), checkpoint, task
 
 
 def regions(file, boxes, patch, grid):
     """(features (N, F), boxes (N, 4) in pixels, (width, height)) of a picture, as in training."""
     if not Path(file).is_file():
-        raise Stop(f"--image {file}: no such file")
+        raise UserError(f"--image {file}: no such file")
     picture = data.open_picture("--image", file)
     if boxes is None:
         boxes = data.grid_boxes(*picture.size, grid)
@@ -91,7 +93,7 @@ def regions(file, boxes, patch, grid):
         except ValueError:
             boxes = None
         if not isinstance(boxes, list) or not boxes or not all(map(data.is_box, boxes)):
-            raise Stop("--boxes: write [[x1,y1,x2,y2],...] in pixels")
+            raise UserError("--boxes: write [[x1,y1,x2,y2],...] in pixels")
         boxes = data.check_boxes(boxes, *picture.size, f"--image {file}", "--boxes")
     return data.region_features(picture, boxes, patch), boxes, picture.size
 
@@ -120,15 +122,15 @@ def make_batch(tokenizer, texts, pictures):
 
 
 @torch.inference_mode()
-def answer(o, model, tokenizer, checkpoint, task):
+def answer(args, model, tokenizer, checkpoint, task):
     """The lines to print, one for each picture, or for the pair."""
     paper = PAPERS[checkpoint["model"]][0]
     size = checkpoint.get("patch", 12), checkpoint.get("grid", 6)
-    pictures = [regions(file, boxes, *size) for file, boxes in zip(o.image, o.boxes or [None] * len(o.image))]
-    if not o.boxes and "scenes" in checkpoint.get("data", "").split(","):
+    pictures = [regions(file, boxes, *size) for file, boxes in zip(args.image, args.boxes or [None] * len(args.image))]
+    if not args.boxes and "scenes" in checkpoint.get("data", "").split(","):
         print("predict.py: trained on boxes of things, asked about a grid; give --boxes", file=sys.stderr)
     if task == "nlvr2":
-        batch = make_batch(tokenizer, [o.text] * 2, pictures)
+        batch = make_batch(tokenizer, [args.text] * 2, pictures)
         batch.region_types = torch.arange(2)[:, None].expand(batch.region_mask.shape)
         batch.target = torch.zeros(1, dtype=torch.long)  # the objective wants one; the scores do not depend on it
         if getattr(model.config, "nlvr2", "") == "triplet":
@@ -136,27 +138,27 @@ def answer(o, model, tokenizer, checkpoint, task):
         chance = model(batch, ["nlvr2"])["nlvr2"][1].softmax(-1)[0, 1].item()
         return [f"{'true' if chance > 0.5 else 'false'}  (probability of true {chance:.3f})"]
     lines = []
-    for file, picture in zip(o.image, pictures):
+    for file, picture in zip(args.image, pictures):
         if task == "caption":
             batch = make_batch(tokenizer, [""], [picture])
             ends = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
-            found = tokenizer.decode(tasks.generate(model, batch, *ends, o.beams)[0])
+            found = tokenizer.decode(tasks.generate(model, batch, *ends, args.beams)[0])
         elif task == "vcr":
-            begin = (o.text, o.answer) if o.answer else (o.text,)
-            batch = make_batch(tokenizer, [(*begin, choice) for choice in o.choices], [picture] * len(o.choices))
+            begin = (args.text, args.answer) if args.answer else (args.text,)
+            batch = make_batch(tokenizer, [(*begin, choice) for choice in args.choices], [picture] * len(args.choices))
             batch.segments = tasks.text_types(paper, batch.segments)
-            batch.target, batch.ids = torch.eye(len(o.choices), dtype=torch.long)[0], [o.text]
-            found = ranked(model(batch, ["vcr"])["vcr"][1].softmax(0), o.choices, o.top)
+            batch.target, batch.ids = torch.eye(len(args.choices), dtype=torch.long)[0], [args.text]
+            found = ranked(model(batch, ["vcr"])["vcr"][1].softmax(0), args.choices, args.top)
         else:
-            batch = make_batch(tokenizer, [o.text], [picture])
+            batch = make_batch(tokenizer, [args.text], [picture])
             encoding = model.encode(batch)
             if task in ("vqa", "ve"):
                 known = checkpoint["answers"] if task == "vqa" else data.ENTAILMENT
-                found = ranked(model.heads[task](encoding.pooled)[0].sigmoid(), known, o.top)
+                found = ranked(model.heads[task](encoding.pooled)[0].sigmoid(), known, args.top)
             elif task == "refer":
                 batch.target = torch.zeros(1, dtype=torch.long)
                 scores = paper.OBJECTIVES["refer"](model, encoding, batch)[1][0]
-                found = ranked(scores.softmax(0), [np.round(box).astype(int).tolist() for box in picture[1]], o.top)
+                found = ranked(scores.softmax(0), [np.round(box).astype(int).tolist() for box in picture[1]], args.top)
             elif task == "retrieval":
                 found = f"match score {model.heads['rank'](encoding.pooled).sigmoid().item():.3f}"
             else:
@@ -174,13 +176,13 @@ def ranked(chances, names, top):
 def main(argv=None):
     """Prints the answers. Exit code 0, or 2 with one line on stderr."""
     try:
-        o = parse(argv)
-        if o.export:
-            checkpoint = checkpoints.load_checkpoint(o.checkpoint)
-            checkpoints.save(checkpoints.official(checkpoint["model"], checkpoint["state"]), Path(o.export))
+        args = parse(argv)
+        if args.export:
+            checkpoint = checkpoints.load_checkpoint(args.checkpoint)
+            checkpoints.save(checkpoints.export_official(checkpoint["model"], checkpoint["state"]), Path(args.export))
         else:
-            print(*answer(o, *load(o)), sep="\n")
-    except common.DataError as error:
+            print(*answer(args, *load(args)), sep="\n")
+    except common.UserError as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
     return 0

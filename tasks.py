@@ -15,7 +15,7 @@ import torch.distributed as dist
 import checkpoints
 import common
 import data
-from common import DataError
+from common import UserError
 from prepare import scenes
 
 # ---- batches ----------------------------------------------------------------------------------------------------------
@@ -30,9 +30,9 @@ DOWNSTREAM = {OBJECTIVE.get(task, task) for task in data.TASKS} - {"pretrain", "
 MASKED_WORDS, MASKED_REGIONS, PAIRS = {"mlm"}, {"mrfr", "mrc", "mrc_kl", "attr", "nce"}, {"itm", "wra"}
 
 
-def task_objectives(o, task):
+def task_objectives(args, task):
     """The objectives of a downstream task: its own, and for retrieval in two stages also that of the first."""
-    return [OBJECTIVE.get(task, task)] + ["itc"] * (task == "retrieval" and o.rerank is not None)
+    return [OBJECTIVE.get(task, task)] + ["itc"] * (task == "retrieval" and args.rerank is not None)
 
 
 def make_batch(run, dataset, index, names, rng, false=None, **words):
@@ -40,29 +40,29 @@ def make_batch(run, dataset, index, names, rng, false=None, **words):
     false: the share of false pairs, by default as the paper's file has it; `words`: arguments of data.mask_words in
     place of the run's."""
     if names[0] in DOWNSTREAM:
-        return ablate(task_batch(run, dataset, index, names[0], rng), run.o.ablate)
+        return remove_modality(task_batch(run, dataset, index, names[0], rng), run.args.ablate)
     images, matched = None, None
     if PAIRS & set(names):
         false = run.paper.PRETRAINING["false_pairs"] if false is None else false
-        index, images, matched = data.mismatch(dataset, index, rng, false, run.paper.PRETRAINING["mismatch"])
+        index, images, matched = data.sample_mismatches(dataset, index, rng, false, run.paper.PRETRAINING["mismatch"])
     batch = data.collate(dataset, index, images, answers=run.columns() if run.answers else None)
     if matched is not None:
         batch.matched = matched
     if "qa" in names:
-        batch = data.draw_answers(batch, rng)
+        batch = data.sample_answers(batch, rng)
     if MASKED_WORDS & set(names):
-        batch = data.mask_words(batch, run.tokenizer, rng, **(words or {"p": run.o.mask}))
+        batch = data.mask_words(batch, run.tokenizer, rng, **(words or {"p": run.args.mask}))
     if MASKED_REGIONS & set(names):
         batch = data.mask_regions(batch, rng, **run.paper.PRETRAINING["region_masking"])
     if matched is not None and not run.paper.PRETRAINING.get("mask_false_pairs", True):
-        batch = data.only_true(batch)
-    return ablate(batch, run.o.ablate)
+        batch = data.drop_mismatched_labels(batch)
+    return remove_modality(batch, run.args.ablate)
 
 
 def task_batch(run, dataset, index, name, rng):
     """Examples `index` as the objective of a downstream task needs them."""
     if name == "rank":
-        index, images = partners(run, dataset, index, rng)
+        index, images = sample_negatives(run, dataset, index, rng)
         batch = data.collate(dataset, index.ravel(), images.ravel())  # (B, 1 + negatives) -> rows
         return dataclasses.replace(batch, ids=[dataset.ids[i] for i in index[:, 0]])  # of the examples, not of the rows
     batch = data.collate(dataset, index, answers=run.columns("ve") if name == "ve" else None)
@@ -77,9 +77,9 @@ def task_batch(run, dataset, index, name, rng):
         right = torch.from_numpy(dataset.target[index])
         batch.target = torch.nn.functional.one_hot(right, dataset.group).flatten()  # (B, choices) -> (rows,)
     elif name == "refer":
-        batch.target = overlaps(dataset, index, batch)
+        batch.target = target_overlaps(dataset, index, batch)
     elif name == "caption":
-        batch = data.next_words(batch)
+        batch = data.next_word_labels(batch)
     return batch
 
 
@@ -89,22 +89,22 @@ def text_types(paper, segments):
     return table[segments.amax(1, keepdim=True), segments]  # (B, 1), (B, T) -> (B, T)
 
 
-def overlaps(dataset, index, batch):
+def target_overlaps(dataset, index, batch):
     """(B, N) overlap (IoU) of each region with the box that is meant; -1 for padding."""
     meant = torch.from_numpy(dataset.target[index]).float()[:, None]  # (B, 4) -> (B, 1, 4)
     return common.iou(batch.boxes, meant).masked_fill(~batch.region_mask, -1.0)
 
 
-def partners(run, dataset, index, rng):
+def sample_negatives(run, dataset, index, rng):
     """True pairs and false ones for retrieval: texts (B, 1 + K) and pictures (B, 1 + K), the true pair first, then one
     for each of the paper's NEGATIVES, with another picture or another text.
 
     In the first half of the steps they are drawn at random; in the second half `--mine` are drawn for each and the one
     that the model takes for the best match is kept (UNITER 4.1; ViLBERT mines one of its two texts, from a fixed pool).
     """
-    kinds, mine = run.paper.NEGATIVES, run.o.mine if 2 * run.progress["step"] >= run.o.steps else 1
+    kinds, mine = run.paper.NEGATIVES, run.args.mine if 2 * run.progress["step"] >= run.args.steps else 1
     if (dataset.image == dataset.image[0]).all():
-        raise DataError("retrieval needs at least two pictures")
+        raise UserError("retrieval needs at least two pictures")
     texts = np.broadcast_to(index[:, None, None], (len(index), len(kinds), mine)).copy()
     other = rng.integers(len(dataset), size=texts.shape)
     while (same := dataset.image[other] == dataset.image[texts]).any():
@@ -119,7 +119,9 @@ def partners(run, dataset, index, rng):
     if mine > 1:
         run.model.eval()
         with torch.no_grad(), run.autocast():
-            batch = ablate(data.collate(dataset, texts.ravel(), images.ravel()), run.o.ablate).to(run.device)
+            batch = remove_modality(data.collate(dataset, texts.ravel(), images.ravel()), run.args.ablate).to(
+                run.device
+            )
             scores = run.model.heads["rank"](run.model.encode(batch).pooled)  # (B*K*mine, 1)
         run.model.train()
         best = scores.float().cpu().view(texts.shape).argmax(2).numpy()
@@ -127,7 +129,7 @@ def partners(run, dataset, index, rng):
     return np.column_stack([index, texts]), np.column_stack([dataset.image[index], images])
 
 
-def ablate(batch, what):
+def remove_modality(batch, what):
     """Takes a modality away: the picture's regions (hidden and zeroed), or every word but [CLS] and [SEP]."""
     if what == "image":
         batch.region_mask = torch.zeros_like(batch.region_mask)
@@ -139,7 +141,7 @@ def ablate(batch, what):
     return batch
 
 
-def items(paper, name, batch):
+def count_items(paper, name, batch):
     """How many items the mean of an objective's loss runs over."""
     if name.endswith("_soft") and name.removesuffix("_soft") in MASKED_REGIONS:
         return len(batch.region_index)
@@ -155,7 +157,7 @@ def items(paper, name, batch):
     return len(batch.region_index) if name in MASKED_REGIONS else len(batch.text)
 
 
-def heads_of(paper, objectives):
+def heads_for(paper, objectives):
     """The heads that these objectives use: mrc_kl shares mrc's, nce mrfr's, caption mlm's, wra needs none."""
     names = [{"mrc_kl": "mrc", "nce": "mrfr", "caption": "mlm"}.get(name, name) for name in objectives]
     return tuple(dict.fromkeys(name for name in names if name in paper.HEADS))
@@ -271,33 +273,33 @@ def evaluate_task(run, task, dataset):
         return evaluate_choice(run, task, dataset)
     if task == "pretrain":
         return evaluate_pretraining(run, dataset)
-    index = tested(run, task, dataset)
+    index = test_examples(run, task, dataset)
     if task == "caption":
         return evaluate_captions(run, dataset, index)
-    metrics = retrieval(run, dataset, index, "rank")
+    metrics = recall_of_all_pairs(run, dataset, index, "rank")
     chance = recall_chance(metrics, len(index))
     metrics["mean_recall"], chance["mean_recall"] = (float(np.mean([*m.values()])) for m in (metrics, chance))
     return metrics, chance
 
 
-def tested(run, task, dataset):
+def test_examples(run, task, dataset):
     """Numbers of the examples that a task is tested on: retrieval and captions on one of each picture of --pool, on val
     of a hundred; the others on all."""
     if task not in ("retrieval", "caption"):
         return np.arange(len(dataset))
-    most = 100 if dataset.split == "val" else run.o.pool
+    most = 100 if dataset.split == "val" else run.args.pool
     most = min(most, 1000) if task == "retrieval" else most  # a full matrix of more takes hours
     return first_captions(dataset)[:most]
 
 
-def scores_of(run, batch, name):
+def loss_and_logits(run, batch, name):
     """(loss, scores) of one objective on a batch."""
     with run.autocast():
         loss, scores = run.model(batch.to(run.device), [name])[name]
     return loss.float(), scores.float().cpu()
 
 
-def parts(run, dataset, index):
+def evaluation_batches(run, dataset, index):
     """The examples `index` in batches of like lengths; each process takes its own batches."""
     for part in data.batches(dataset.lengths()[index], size=256, rank=run.rank, world=run.world):
         yield index[part]
@@ -324,15 +326,15 @@ def evaluate_pretraining(run, dataset, examples=1000, candidates=100):
     content = torch.zeros(run.tokenizer.get_vocab_size(), dtype=torch.bool)
     content[[i for w in scenes.CONTENT_WORDS if (i := run.tokenizer.token_to_id(w)) is not None]] = True
     sums = {}
-    for name in [*names, *["mlm_content"] * ("mlm" in names and run.o.data == "scenes")]:
-        for index in parts(run, dataset, {"qa": questions, "mlm_content": every}.get(name, captions)):
+    for name in [*names, *["mlm_content"] * ("mlm" in names and run.args.data == "scenes")]:
+        for index in evaluation_batches(run, dataset, {"qa": questions, "mlm_content": every}.get(name, captions)):
             rng = np.random.default_rng((1, int(index[0])))
             if name == "mlm_content":
                 batch = make_batch(run, dataset, index, ["mlm"], rng, only=content, one=True)
             else:
                 # half false whatever training has, so that chance is the same for all models
                 batch = make_batch(run, dataset, index, [name], rng, false=0.5)
-            count(run.paper, sums, name, batch, *scores_of(run, batch, name.removesuffix("_content")))
+            add_counts(run.paper, sums, name, batch, *loss_and_logits(run, batch, name.removesuffix("_content")))
     metrics, chance = {}, {}
     gathered = [sums] * run.world
     if dist.is_initialized():
@@ -343,7 +345,7 @@ def evaluate_pretraining(run, dataset, examples=1000, candidates=100):
         if seen := sum(labels):
             metrics[f"{name}_accuracy"], chance[f"{name}_accuracy"] = hits / seen, max(labels) / seen
     if "itm" in names:
-        recalls = retrieval(run, dataset, captions[:candidates])
+        recalls = recall_of_all_pairs(run, dataset, captions[:candidates])
         metrics, chance = metrics | recalls, chance | recall_chance(recalls, len(captions[:candidates]))
     if "itc" in names:
         dots = dot_products(run, dataset, captions[:candidates], dataset.image[captions[:candidates]])
@@ -358,14 +360,14 @@ def recall_chance(recalls, pictures):
     return {name: min(1.0, int(name.rsplit("r", 1)[1]) / pictures) for name in recalls}
 
 
-def count(paper, sums, name, batch, loss, scores):
+def add_counts(paper, sums, name, batch, loss, scores):
     """Adds a batch to sums[name]: [loss x items, items, hits, frequency of each label ...]."""
     objective = name.removesuffix("_content")
-    labels, n = None, items(paper, objective, batch)
+    labels, n = None, count_items(paper, objective, batch)
     if objective == "mlm":
         labels = batch.word_labels
     elif objective in ("mrc", "mrc_kl"):
-        labels = common.at(batch.object_probs, batch.region_index)[:, 1:].argmax(-1)
+        labels = common.gather_positions(batch.object_probs, batch.region_index)[:, 1:].argmax(-1)
         labels = labels + scores.shape[-1] - batch.object_probs.shape[-1] + 1  # LXMERT's head has no background class
     elif objective == "attr":
         labels = batch.attributes.flatten()[batch.region_index]
@@ -392,19 +394,19 @@ def evaluate_vqa(run, dataset, name="vqa", answers=None):
     frequent here.
     """
     hits, kinds = np.zeros(len(dataset)), np.array(dataset.kind)
-    for index in parts(run, dataset, np.arange(len(dataset))):
-        best = scores_of(run, make_batch(run, dataset, index, [name], None), name)[1].argmax(-1).tolist()
+    for index in evaluation_batches(run, dataset, np.arange(len(dataset))):
+        best = loss_and_logits(run, make_batch(run, dataset, index, [name], None), name)[1].argmax(-1).tolist()
         known = answers or run.answers
         hits[index] = [dataset.answer[i].get(known[b], 0.0) for i, b in zip(index, best, strict=True)]
     if answers:
         guess = max(([answer.get(a, 0.0) for answer in dataset.answer] for a in answers), key=sum)
     else:
-        usual = usual_answers(run.sets[name]["train"])
+        usual = most_frequent_answers(run.sets[name]["train"])
         guess = [answer.get(usual.get(kind), 0.0) for kind, answer in zip(dataset.kind, dataset.answer, strict=True)]
-    return by_kind(common.total(hits).numpy(), np.array(guess), kinds)
+    return accuracy_by_kind(common.all_reduce_sum(hits).numpy(), np.array(guess), kinds)
 
 
-def usual_answers(dataset):
+def most_frequent_answers(dataset):
     """{kind of question: its most frequent answer}, equals by text."""
     counts = {}
     for kind, answers in zip(dataset.kind, dataset.answer, strict=True):
@@ -412,7 +414,7 @@ def usual_answers(dataset):
     return {kind: min(count, key=lambda a: (-count[a], a)) for kind, count in counts.items() if count}
 
 
-def by_kind(hits, guess, kinds, name="accuracy"):
+def accuracy_by_kind(hits, guess, kinds, name="accuracy"):
     """Means of `hits` and of `guess`, what guessing would get, (E,) each: over all, and over each of several kinds."""
     groups = {name: np.ones(len(kinds), bool)}
     groups |= {f"{name}_{kind}": kinds == kind for kind in sorted(set(kinds)) if len(set(kinds)) > 1}
@@ -427,26 +429,26 @@ def evaluate_choice(run, task, dataset):
     Chance: the more frequent truth of each kind of statement; one choice of all; the share of the regions that would be right.
     """
     right, guess, reachable = np.zeros((3, len(dataset)))
-    for index in parts(run, dataset, np.arange(len(dataset))):
-        scores = scores_of(run, make_batch(run, dataset, index, [task], None), task)[1]
+    for index in evaluation_batches(run, dataset, np.arange(len(dataset))):
+        scores = loss_and_logits(run, make_batch(run, dataset, index, [task], None), task)[1]
         if task == "refer":
             clean = data.collate(dataset, index)  # with the boxes that --ablate takes away
-            hit = overlaps(dataset, index, clean) > 0.5  # (B, N)
-            right[index] = share_right(scores.masked_fill(~clean.region_mask, -math.inf), hit)
+            hit = target_overlaps(dataset, index, clean) > 0.5  # (B, N)
+            right[index] = top_choice_accuracy(scores.masked_fill(~clean.region_mask, -math.inf), hit)
             guess[index], reachable[index] = hit.sum(1) / clean.region_mask.sum(1), hit.any(1)
         else:
             scores = scores.view(len(index), -1)  # (B, 2), or (B * choices,) -> (B, choices)
             truth = torch.from_numpy(dataset.target[index]).long()
-            right[index] = share_right(scores, torch.nn.functional.one_hot(truth, scores.shape[1]).bool())
-    right, guess, reachable = (common.total(x).numpy() for x in (right, guess, reachable))
+            right[index] = top_choice_accuracy(scores, torch.nn.functional.one_hot(truth, scores.shape[1]).bool())
+    right, guess, reachable = (common.all_reduce_sum(x).numpy() for x in (right, guess, reachable))
     kinds = np.array(dataset.kind)
     if task == "refer":
-        metrics, chance = by_kind(right, guess, kinds)
+        metrics, chance = accuracy_by_kind(right, guess, kinds)
         return metrics | {"reachable": reachable.mean()}, chance
     if task == "nlvr2":
         true = {kind: dataset.target[kinds == kind].mean() for kind in set(dataset.kind)}
         usual = {kind: max(share, 1 - share) for kind, share in true.items()}
-        return by_kind(right, np.array([usual[kind] for kind in kinds]), kinds)
+        return accuracy_by_kind(right, np.array([usual[kind] for kind in kinds]), kinds)
     metrics, chance = {}, {}
     for kind, name in (("answer", "q_a"), ("reason", "qa_r")):
         if (kinds == kind).any():
@@ -458,7 +460,7 @@ def evaluate_choice(run, task, dataset):
     return metrics, chance
 
 
-def share_right(scores, hit):
+def top_choice_accuracy(scores, hit):
     """Which part of the best-scored candidates is right: 0 or 1, but where several share the best score, as they do without
     picture or words, their mean. scores (B, K), hit (B, K) bool -> (B,)"""
     best = scores == scores.amax(1, keepdim=True)
@@ -470,15 +472,15 @@ def evaluate_captions(run, dataset, index):
     example of each picture, against all captions of it. Chance: the caption of another picture."""
     pictures, loss, pieces, own = set(dataset.image[index].tolist()), 0.0, 0, {}
     examples = np.array([i for i, image in enumerate(dataset.image.tolist()) if image in pictures])
-    for part in parts(run, dataset, examples):
+    for part in evaluation_batches(run, dataset, examples):
         batch = make_batch(run, dataset, part, ["caption"], None)
-        loss += float(scores_of(run, batch, "caption")[0]) * len(batch.word_index)
+        loss += float(loss_and_logits(run, batch, "caption")[0]) * len(batch.word_index)
         pieces += len(batch.word_index)
-    loss, pieces = common.total([loss, pieces]).tolist()
+    loss, pieces = common.all_reduce_sum([loss, pieces]).tolist()
     first, last = (run.tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
-    beams = run.o.beams if dataset.split != "val" else 1
-    for part in parts(run, dataset, index):
-        batch = ablate(data.collate(dataset, part), run.o.ablate).to(run.device)
+    beams = run.args.beams if dataset.split != "val" else 1
+    for part in evaluation_batches(run, dataset, index):
+        batch = remove_modality(data.collate(dataset, part), run.args.ablate).to(run.device)
         with run.autocast():
             found = generate(run.model, batch, first, last, beams)
         own |= {int(dataset.image[i]): run.tokenizer.decode(ids).split() for i, ids in zip(part, found, strict=True)}
@@ -499,16 +501,16 @@ def evaluate_captions(run, dataset, index):
 # ---- retrieval --------------------------------------------------------------------------------------------------------
 
 
-def pair_scores(model, pooled, head):
+def match_logits(model, pooled, head):
     """How well pairs match: the log odds of head "itm", or the one score of "rank". (rows, C) -> (rows,) float64"""
     logits = model.heads[head](pooled).cpu().double()  # (rows, 2) or (rows, 1); Apple's GPUs have no float64
     return logits[:, 1] - logits[:, 0] if head == "itm" else logits[:, 0]
 
 
-def retrieval(run, dataset, index, head="itm"):
-    """Recall at 1, 5 and 10, both ways: every text of `index` with every picture, ranked by `pair_scores`. What
+def recall_of_all_pairs(run, dataset, index, head="itm"):
+    """Recall at 1, 5 and 10, both ways: every text of `index` with every picture, ranked by `match_logits`. What
     the model computes of each text and each picture alone is computed once."""
-    n, batch = len(index), ablate(data.collate(dataset, index), run.o.ablate).to(run.device)
+    n, batch = len(index), remove_modality(data.collate(dataset, index), run.args.ablate).to(run.device)
     scores = torch.zeros(n, n, dtype=torch.float64)
     with run.autocast():
         words, areas = run.model.unimodal(batch)
@@ -516,8 +518,8 @@ def retrieval(run, dataset, index, head="itm"):
             text = {name: getattr(batch, name)[row].expand(n, -1) for name in ("text", "text_mask", "segments")}
             pairs = dataclasses.replace(batch, **text)
             pooled = run.model.encode(pairs, given=(words[row].expand(n, -1, -1), areas)).pooled  # (n, C)
-            scores[row] = pair_scores(run.model, pooled, head)
-    return recall_at(common.total(scores), torch.arange(n))
+            scores[row] = match_logits(run.model, pooled, head)
+    return recall_at(common.all_reduce_sum(scores), torch.arange(n))
 
 
 def dot_products(run, dataset, texts, pictures):
@@ -529,26 +531,26 @@ def dot_products(run, dataset, texts, pictures):
         vectors = torch.zeros(len(index), head.project_text.out_features, dtype=torch.float64)
         for part in data.batches(lengths, size=256, rank=run.rank, world=run.world):
             rows = (index[part], None) if side == "text" else (np.full(len(part), texts[0]), index[part])
-            batch = ablate(data.collate(dataset, *rows), run.o.ablate).to(run.device)
+            batch = remove_modality(data.collate(dataset, *rows), run.args.ablate).to(run.device)
             with run.autocast():
                 if side == "text":
                     found = head.text(run.model.encode(batch, regions=False).text)
                 else:
                     found = head.image(run.model.encode(batch, text=False).regions, batch.region_mask)
             vectors[part] = found.cpu().double()
-        sides.append(common.total(vectors))
+        sides.append(common.all_reduce_sum(vectors))
     return sides[0] @ sides[1].T  # (texts, E) @ (E, pictures)
 
 
-def matching_scores(run, dataset, texts, pictures, head="itm"):
-    """`pair_scores` of text i with picture i, (P,). texts: examples, pictures: store rows, (P,) each."""
+def score_pairs(run, dataset, texts, pictures, head="itm"):
+    """`match_logits` of text i with picture i, (P,). texts: examples, pictures: store rows, (P,) each."""
     scores = torch.zeros(len(texts), dtype=torch.float64)
     lengths = np.stack([np.diff(dataset.offsets)[texts], np.diff(dataset.store.offsets)[pictures]], 1)
     for part in data.batches(lengths, size=256, rank=run.rank, world=run.world):
-        batch = ablate(data.collate(dataset, texts[part], pictures[part]), run.o.ablate).to(run.device)
+        batch = remove_modality(data.collate(dataset, texts[part], pictures[part]), run.args.ablate).to(run.device)
         with run.autocast():
-            scores[part] = pair_scores(run.model, run.model.encode(batch).pooled, head)
-    return common.total(scores)
+            scores[part] = match_logits(run.model, run.model.encode(batch).pooled, head)
+    return common.all_reduce_sum(scores)
 
 
 def two_stage(run, dataset, texts, pictures, k, head="itm"):
@@ -563,7 +565,7 @@ def two_stage(run, dataset, texts, pictures, k, head="itm"):
     near = {"text_to_image": best[1], "image_to_text": best[0]}  # (n, m) bool, True = among the best k
     rows, columns = (near["text_to_image"] | near["image_to_text"]).numpy().nonzero()  # (P,) each
     fine = torch.zeros_like(dots)
-    fine[rows, columns] = matching_scores(run, dataset, texts[rows], pictures[columns], head)
+    fine[rows, columns] = score_pairs(run, dataset, texts[rows], pictures[columns], head)
     fine = fine - fine.min() + 2.0  # above every cosine
     place = {picture: i for i, picture in enumerate(pictures.tolist())}
     truth = torch.tensor([place[picture] for picture in dataset.image[texts].tolist()])
@@ -581,33 +583,33 @@ def compare_stages(run, dataset, head, most=1000, measured=300):
     Among --pool pictures with a caption each; scenes are drawn until there are enough. Beyond `most` of them the full
     matrix is not computed: its time is extrapolated from `measured` x `measured` pairs, and so called.
     """
-    o = run.o
-    if dataset.name == "scenes" and o.pool > len(np.unique(dataset.image)):
-        dataset = scenes.scenes(dataset.split, "caption", count=o.pool * 5 // 4).encode(run.tokenizer, max_length=60)
-    texts = first_captions(dataset)[: o.pool]
+    args = run.args
+    if dataset.name == "scenes" and args.pool > len(np.unique(dataset.image)):
+        dataset = scenes.scenes(dataset.split, "caption", count=args.pool * 5 // 4).encode(run.tokenizer, max_length=60)
+    texts = first_captions(dataset)[: args.pool]
     pictures, n, result = dataset.image[texts], len(texts), {}
     whole = n <= most
     run.model.eval()
     with torch.inference_mode():
         dot_products(run, dataset, texts[:64], pictures[:64])  # the first pass of a process is slower
         start = time.perf_counter()
-        recalls = retrieval(run, dataset, texts if whole else texts[:measured], head)
+        recalls = recall_of_all_pairs(run, dataset, texts if whole else texts[:measured], head)
         seconds = (time.perf_counter() - start) * (1.0 if whole else (n / measured) ** 2)
         rows = {"full": (recalls if whole else {}, seconds)}
         start = time.perf_counter()
         recalls = recall_at(dot_products(run, dataset, texts, pictures), torch.arange(n))
         rows["dot"] = recalls, time.perf_counter() - start
         start = time.perf_counter()
-        recalls = two_stage(run, dataset, texts, pictures, o.rerank, head)
+        recalls = two_stage(run, dataset, texts, pictures, args.rerank, head)
         rows["two_stage"] = recalls, time.perf_counter() - start
-    lines = [f"\n{o.model}, retrieval among {n} x {n}, best {o.rerank} re-ranked"]
+    lines = [f"\n{args.model}, retrieval among {n} x {n}, best {args.rerank} re-ranked"]
     for name, (recalls, seconds) in rows.items():
         how = "" if whole or name != "full" else f" (extrapolated from {measured} x {measured})"
         shown = "  ".join(f"{key} {100 * value:.1f}%" for key, value in recalls.items())
         lines.append(f"  {name:10s} {seconds:9.1f} s{how}  {shown}".rstrip())
         result |= {f"{name}_{key}": round(value, 5) for key, value in recalls.items()}
         result[f"{name}_seconds"] = round(seconds, 2)
-    return {"pool": n, "rerank": o.rerank, "full_extrapolated": not whole, **result}, "\n".join(lines)
+    return {"pool": n, "rerank": args.rerank, "full_extrapolated": not whole, **result}, "\n".join(lines)
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------------
@@ -621,7 +623,7 @@ def percent(share):
     return f"{100 * share:.1f}%"
 
 
-def table(title, metrics, chance):
+def format_metrics(title, metrics, chance):
     """Metrics in a column, chance beside each."""
     lines = [f"\n{title}", f"  {'':24s} {'':>8s} {'chance':>8s}"]
     for name, value in metrics.items():
@@ -630,7 +632,7 @@ def table(title, metrics, chance):
     return "\n".join(lines)
 
 
-def compare(results, out):
+def compare_models(results, out):
     """Mean and spread over seeds of each metric, a column a model; "tie" where the spread covers the difference.
     Printed, and written as comparison.json and comparison.md."""
     models = list(dict.fromkeys(r["model"] for r in results))
@@ -646,16 +648,16 @@ def compare(results, out):
     lines = [f"| | {' | '.join(models)} | best | chance |", "|---" * (len(models) + 3) + "|"]
     for name, row in rows.items():
         chance = percent(np.mean([r["chance"][name] for r in results if name in r["chance"]])) if name in shares else ""
-        best = winner(row) if name in shares else ""
-        lines.append(f"| {name} | {' | '.join(cell(name, row.get(m)) for m in models)} | {best} | {chance} |")
+        best = best_model(row) if name in shares else ""
+        lines.append(f"| {name} | {' | '.join(format_cell(name, row.get(m)) for m in models)} | {best} | {chance} |")
     text = "\n".join(lines) + "\n"
-    common.say("\n" + text)
-    if common.processes()[0] == 0:
-        checkpoints.write(out / "comparison.json", json.dumps({"runs": results, "table": rows}, indent=1) + "\n")
-        checkpoints.write(out / "comparison.md", text)
+    common.print0("\n" + text)
+    if common.rank_and_world()[0] == 0:
+        checkpoints.write_text(out / "comparison.json", json.dumps({"runs": results, "table": rows}, indent=1) + "\n")
+        checkpoints.write_text(out / "comparison.md", text)
 
 
-def cell(name, entry):
+def format_cell(name, entry):
     """mean ± spread, shares in percent."""
     if entry is None:
         return ""
@@ -664,7 +666,7 @@ def cell(name, entry):
     return f"{100 * entry['mean']:.1f} ± {100 * entry['spread']:.1f}"
 
 
-def winner(row):
+def best_model(row):
     """The best model, or "tie" where its lead over the second is no larger than their two spreads together."""
     if len(row) < 2:
         return ""

@@ -48,7 +48,7 @@ import common
 import data
 import distill
 import tasks
-from common import DataError
+from common import UserError
 from prepare import scenes
 
 WORDS = {
@@ -62,8 +62,8 @@ BY_DATA = {"vocab_size", "feature_size", "types", "classes", "attributes", "answ
 
 
 def parse(argv=None):
-    """The command line. Where a default depends on the task or the size, it is None here and set by `settle`,
-    the learning rate by `default_rate`. Stop for what makes no sense."""
+    """The command line. Where a default depends on the task or the size, it is None here and set by `resolve_options`,
+    the learning rate by `default_learning_rate`. UserError for what makes no sense."""
     parser = data.Parser(description="Pretrain, fine-tune and compare UNITER, ViLBERT and LXMERT.", allow_abbrev=False)
 
     def add(name, **settings):
@@ -118,97 +118,103 @@ def parse(argv=None):
     add("--dtype", default="auto", choices=["auto", "f32", "bf16"], help="arithmetic of the trunk")
     add("--compile", action="store_true", help="compile the layers first; for long runs")
     options = parser.parse_args(argv)
-    refuse(options)
+    check_options(options)
     return options
 
 
-def refuse(options):
-    """Stop where an option has a value that cannot be, or does not go with another one."""
+def check_options(options):
+    """UserError where an option has a value that cannot be, or does not go with another one."""
     for name, value in vars(options).items():
         if type(value) is int and value < (0 if name in ("steps", "seed") else 1):
-            raise common.Stop(f"--{name.replace('_', '-')} is {value}; it must be positive")
+            raise common.UserError(f"--{name.replace('_', '-')} is {value}; it must be positive")
     tasks = options.task.split(",")
     for task in tasks:
         if task not in data.TASKS:
-            raise common.Stop(f"--task: there is no task {task!r}; choose from {', '.join(data.TASKS)}")
+            raise common.UserError(f"--task: there is no task {task!r}; choose from {', '.join(data.TASKS)}")
     if len(set(tasks)) < len(tasks) or "pretrain" in tasks[1:] or tasks[0] == "pretrain" != options.task:
-        raise common.Stop("--task: name each task once, and pretrain alone")
+        raise common.UserError("--task: name each task once, and pretrain alone")
     if len(options.data.split(",")) not in (1, len(tasks)):
-        raise common.Stop(f"--data: give one source for all tasks or one each; --task has {len(tasks)}")
+        raise common.UserError(f"--data: give one source for all tasks or one each; --task has {len(tasks)}")
     if options.ablate == "text" and "caption" in tasks:
-        raise common.Stop("--ablate text leaves captions nothing to learn; use --ablate image")
+        raise common.UserError("--ablate text leaves captions nothing to learn; use --ablate image")
     if options.ablate and "pretrain" in tasks:
-        raise common.Stop("--ablate is for the tasks: pretraining has words and regions to predict from each other")
+        raise common.UserError(
+            "--ablate is for the tasks: pretraining has words and regions to predict from each other"
+        )
     if options.patch != 12 and "scenes" in options.data.split(","):
-        raise common.Stop("--patch is for your own pictures: the regions of scenes are 12 pixels wide")
+        raise common.UserError("--patch is for your own pictures: the regions of scenes are 12 pixels wide")
     if (options.fresh or options.partial) and not options.init:
-        raise common.Stop(f"--{'fresh' if options.fresh else 'partial'} says how to use --init; give --init too")
+        raise common.UserError(f"--{'fresh' if options.fresh else 'partial'} says how to use --init; give --init too")
     if options.objectives and options.task != "pretrain":
-        raise common.Stop("--objectives are those of pretraining; a --task has its own")
+        raise common.UserError("--objectives are those of pretraining; a --task has its own")
     for part in options.distill.split(","):
-        if part not in distill.DISTILL:
-            raise common.Stop(f"--distill: {part!r} is none of {', '.join(distill.DISTILL)}")
+        if part not in distill.DISTILLATION:
+            raise common.UserError(f"--distill: {part!r} is none of {', '.join(distill.DISTILLATION)}")
     if options.distill != "logits" and not options.teacher:
-        raise common.Stop(f"--distill {options.distill} says what to learn from --teacher; give --teacher too")
+        raise common.UserError(f"--distill {options.distill} says what to learn from --teacher; give --teacher too")
     if options.rerank and options.task != "pretrain" and "retrieval" not in tasks:
-        raise common.Stop("--rerank is for --task retrieval, or for pretraining with --objectives ...,itm,itc")
+        raise common.UserError("--rerank is for --task retrieval, or for pretraining with --objectives ...,itm,itc")
     for name, several in (("seed", options.seeds > 1), ("model", options.model == "all")):
         if options.export_official and several and f"{{{name}}}" not in options.export_official:
-            raise common.Stop(
+            raise common.UserError(
                 f"--export-official: put {{{name}}} into the name, or each run writes over the one before"
             )
-    temperatures(options.temperature)
+    parse_temperature(options.temperature)
 
 
-def temperatures(text):
-    """--temperature as (first, last), or None for "learned". Stop for anything else, or outside 0.01..1."""
+def parse_temperature(text):
+    """--temperature as (first, last), or None for "learned". UserError for anything else, or outside 0.01..1."""
     if text == "learned":
         return None
     try:
         first, last = map(float, text.split(":") if ":" in text else (text, text))
     except ValueError:
-        raise common.Stop(f"--temperature {text}: learned, a number such as 0.07, or two such as 0.2:0.05") from None
+        raise common.UserError(
+            f"--temperature {text}: learned, a number such as 0.07, or two such as 0.2:0.05"
+        ) from None
     if not (0.01 <= min(first, last) and max(first, last) <= 1.0):
-        raise common.Stop(f"--temperature {text}: it must lie between 0.01 and 1")
+        raise common.UserError(f"--temperature {text}: it must lie between 0.01 and 1")
     return first, last
 
 
-def folder_of(options, model_name):
+def output_folder(options, model_name):
     """Where the runs of a model go: --out, or out/ and what is trained on what."""
     without = f"-without-{options.ablate}" if options.ablate else ""
     return Path(options.out or f"out/{model_name}-{options.task.replace(',', '+')}{without}")
 
 
-def settle(options, model_name, seed):
+def resolve_options(options, model_name, seed):
     """One run's own options: model and seed fixed, defaults that depend on them filled in. Returns a new namespace."""
-    o = argparse.Namespace(**vars(options))
-    o.model, o.seed = model_name, seed
-    o.tasks = o.task.split(",")
-    base = folder_of(o, model_name)
-    if o.out and options.model == "all":
+    args = argparse.Namespace(**vars(options))
+    args.model, args.seed = model_name, seed
+    args.tasks = args.task.split(",")
+    base = output_folder(args, model_name)
+    if args.out and options.model == "all":
         base = base / model_name
-    o.out = base / f"seed{seed}" if options.seeds > 1 else base
-    if o.steps is None:
+    args.out = base / f"seed{seed}" if options.seeds > 1 else base
+    if args.steps is None:
         # UNITER trains one objective a step, so it takes more of them; side by side all three take equally many
         alone = (
-            o.task == "pretrain"
+            args.task == "pretrain"
             and checkpoints.PAPERS[model_name][0].PRETRAINING["conditional"]
             and options.model != "all"
         )
-        o.steps = 1000 if o.data != "scenes" else 3600 if alone else 2400
+        args.steps = 1000 if args.data != "scenes" else 3600 if alone else 2400
     # scenes' captions have a dozen words, not thirty: with 0.15 too few are left to learn from in five minutes
-    o.mask = o.mask or (0.3 if o.data == "scenes" else 0.15)
-    rows = max({"nlvr2": 2, "vcr": 4, "retrieval": 3}.get(task, 1) for task in o.tasks)
+    args.mask = args.mask or (0.3 if args.data == "scenes" else 0.15)
+    rows = max({"nlvr2": 2, "vcr": 4, "retrieval": 3}.get(task, 1) for task in args.tasks)
     # small models learn by the number of examples, and two cores take 256 at once nearly twice as fast as 64
-    o.batch_size = o.batch_size or max(1, (256 if o.data == "scenes" else 64) // rows // common.processes()[1])
-    o.eval_every = o.eval_every or max(1, math.ceil(o.steps / 5))
+    args.batch_size = args.batch_size or max(
+        1, (256 if args.data == "scenes" else 64) // rows // common.rank_and_world()[1]
+    )
+    args.eval_every = args.eval_every or max(1, math.ceil(args.steps / 5))
     for name in ("init", "teacher", "export_official"):
-        if given := getattr(o, name):
-            setattr(o, name, given.replace("{model}", model_name).replace("{seed}", str(seed)))
+        if given := getattr(args, name):
+            setattr(args, name, given.replace("{model}", model_name).replace("{seed}", str(seed)))
     for name in ("init", "teacher"):
-        if (given := getattr(o, name)) and Path(given).resolve().parent == o.out.resolve() and not o.resume:
-            raise common.Stop(f"--{name} {given}: this run would write over it; give another --out")
-    return o
+        if (given := getattr(args, name)) and Path(given).resolve().parent == args.out.resolve() and not args.resume:
+            raise common.UserError(f"--{name} {given}: this run would write over it; give another --out")
+    return args
 
 
 # ---- device and processes --------------------------------------------------------------------------------------
@@ -233,7 +239,7 @@ def pick_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise common.Stop(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+        raise common.UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
@@ -258,7 +264,7 @@ def pick_dtype(name, device):
 class Run:
     """What one run is made of, so that functions need not take it apart."""
 
-    o: argparse.Namespace
+    args: argparse.Namespace
     paper: object  # the model's module: HEADS, OBJECTIVES, PRETRAINING
     objectives: dict  # name -> ratio, in pretraining; all 1 in fine-tuning
     sets: dict  # task -> its splits, {name: data.Dataset}
@@ -289,10 +295,10 @@ class Run:
         return {answer: column for column, answer in enumerate(data.ENTAILMENT if name == "ve" else self.answers)}
 
 
-def objectives_of(o, paper):
+def objectives_of(args, paper):
     """The objectives asked for, {name: ratio}; in pretraining those joined to another one have ratio 0."""
-    if o.task != "pretrain":
-        return {name: 1 for task in o.tasks for name in tasks.task_objectives(o, task)}
+    if args.task != "pretrain":
+        return {name: 1 for task in args.tasks for name in tasks.task_objectives(args, task)}
     default, joined = paper.PRETRAINING["objectives"], [n for ns in paper.PRETRAINING["joined"].values() for n in ns]
     known = {
         **{
@@ -303,22 +309,22 @@ def objectives_of(o, paper):
         **default,
     }
     known |= dict.fromkeys(joined, 0)
-    names = o.objectives.split(",") if o.objectives else [*default, *joined]
+    names = args.objectives.split(",") if args.objectives else [*default, *joined]
     for name in names:
         if name not in known:
-            raise common.Stop(
-                f"--objectives: {o.model} has no pretraining objective {name!r}; it has {', '.join(known)}"
+            raise common.UserError(
+                f"--objectives: {args.model} has no pretraining objective {name!r}; it has {', '.join(known)}"
             )
     if "wra" in names and "itm" not in names:
-        raise common.Stop("--objectives: wra needs the pairs of itm; write itm,wra")
-    if o.rerank and not {"itm", "itc"} <= {*names}:
-        raise common.Stop(
+        raise common.UserError("--objectives: wra needs the pairs of itm; write itm,wra")
+    if args.rerank and not {"itm", "itc"} <= {*names}:
+        raise common.UserError(
             "--rerank: the first stage needs objective itc, the second itm; write --objectives ...,itm,itc"
         )
     return {name: known[name] for name in names}
 
 
-def read_data(o, objectives, task, source):
+def load_splits(args, objectives, task, source):
     """The splits of a task: {"train": Dataset, "val": ..., "test": ...}, scenes with "compose" besides, and for
     referring expressions, which have true boxes, with "detected"."""
     names = ["train", "val", "test"] + ["compose"] * (source == "scenes" and task != "pretrain")
@@ -326,16 +332,16 @@ def read_data(o, objectives, task, source):
     task = "caption" if task == "pretrain" and "qa" not in objectives else task  # questions only to be answered
     if dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0":
         dist.barrier()  # the first process of a machine draws and extracts, the others read what it cached
-    limits = {"train": o.limit} | dict.fromkeys(names[1:])
-    splits = {name: data.load(source, task, name, limit, o.patch, o.grid) for name, limit in limits.items()}
+    limits = {"train": args.limit} | dict.fromkeys(names[1:])
+    splits = {name: data.load(source, task, name, limit, args.patch, args.grid) for name, limit in limits.items()}
     if dist.is_initialized() and os.environ.get("LOCAL_RANK") == "0":
         dist.barrier()
     if not len(splits["train"]):
-        raise common.Stop(f"{source}: no example of split train for --task {task}")
+        raise common.UserError(f"{source}: no example of split train for --task {task}")
     return {name: split for name, split in splits.items() if len(split)}
 
 
-def drop_unfounded(objectives, dataset):
+def drop_unsupported(objectives, dataset):
     """Without the objectives that the data have nothing for: region classes need a detector, qa needs answers."""
     fields, why = dataset.store.fields, {}
     lacking = {"mrc": "object_probs", "mrc_kl": "object_probs", "attr": "attributes"}
@@ -345,34 +351,34 @@ def drop_unfounded(objectives, dataset):
         if name == "qa" and not any(dataset.answer):
             why[name] = "no text has an answer"
     for name, reason in why.items():
-        common.say(f"data     objective {name} is left out: {reason}")
+        common.print0(f"data     objective {name} is left out: {reason}")
     if len(why) == len(objectives):
-        raise common.Stop("the data have nothing for any of the objectives; see the README's table of objectives")
+        raise common.UserError("the data have nothing for any of the objectives; see the README's table of objectives")
     return {name: ratio for name, ratio in objectives.items() if name not in why}
 
 
-def encode_texts(o, sets, checkpoint):
+def tokenize(args, sets, checkpoint):
     """The tokenizer (the checkpoint's, a file's, or trained on the training texts); gives every split its tokens."""
     every = [split for splits in sets.values() for split in splits.values()]
     if checkpoint and checkpoint["tokenizer"]:
         tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
-    elif checkpoint and not o.vocab:
-        raise common.Stop(f"{o.init}: no tokenizer.json or vocab.txt beside it; give --vocab those word pieces")
+    elif checkpoint and not args.vocab:
+        raise common.UserError(f"{args.init}: no tokenizer.json or vocab.txt beside it; give --vocab those word pieces")
     else:
         # scenes: from the texts of all tasks, whatever the task, so that a pretrained model can be given any later
         text = (
-            data.load("scenes", "pretrain", "train", o.limit).text + scenes.scene_texts()
-            if "scenes" in o.data.split(",")
+            data.load("scenes", "pretrain", "train", args.limit).text + scenes.scene_texts()
+            if "scenes" in args.data.split(",")
             else []
         )
         text += [part for split in every if split.split == "train" and split.name != "scenes" for part in split.parts()]
-        tokenizer = data.read_tokenizer(o.vocab) if o.vocab else data.train_tokenizer(text)
+        tokenizer = data.read_tokenizer(args.vocab) if args.vocab else data.train_tokenizer(text)
     for split in every:
         split.encode(tokenizer, max_length=60)
     return tokenizer
 
 
-def step_objectives(paper, objectives, rng, done=1.0):
+def sample_objectives(paper, objectives, rng, done=1.0):
     """What one step trains when the share `done` (0..1) of the run is over: with conditional masking one objective,
     drawn by ratio, and those joined to it; else all, those of the paper's second half only then."""
     if not paper.PRETRAINING["conditional"]:
@@ -383,14 +389,14 @@ def step_objectives(paper, objectives, rng, done=1.0):
     return [str(name), *(n for n in paper.PRETRAINING["joined"].get(name, ()) if n in objectives)]
 
 
-def stream(o, dataset, slots, skip):
+def index_stream(args, dataset, slots, skip):
     """Endless index arrays, one a step, in an order that depends on seed and epoch alone. Each holds `slots` forward
     passes, of like lengths, so that no process waits for another's longer sentences; pass s takes every slots-th row.
-    `skip`: how many were used before a resume. Stop if there are fewer examples than passes."""
+    `skip`: how many were used before a resume. UserError if there are fewer examples than passes."""
     if len(dataset) < slots:
-        raise common.Stop(f"{len(dataset)} examples are too few for {slots} forward passes in a step")
+        raise common.UserError(f"{len(dataset)} examples are too few for {slots} forward passes in a step")
     for epoch in itertools.count():
-        order = data.batches(dataset.lengths(), np.random.default_rng((o.seed, epoch)), size=o.batch_size * slots)
+        order = data.batches(dataset.lengths(), np.random.default_rng((args.seed, epoch)), size=args.batch_size * slots)
         order = [index for index in order if len(index) >= slots]
         if skip >= len(order):
             skip -= len(order)
@@ -405,70 +411,74 @@ def stream(o, dataset, slots, skip):
 # ---- model -----------------------------------------------------------------------------------------------------
 
 
-def build(run, checkpoint):
+def build_model(run, checkpoint):
     """The model: from a checkpoint's config with this run's heads, or from the preset and the data's own sizes."""
-    o, paper, store = run.o, run.paper, run.splits["train"].store
+    args, paper, store = run.args, run.paper, run.splits["train"].store
     known, words = {"feature_size": store.width}, run.tokenizer.get_vocab_size()
     known |= {"classes": store.classes} if store.classes else {}
     known |= {"attributes": 1 + int(store.fields["attributes"].max())} if "attributes" in store.fields else {}
     if checkpoint is None:
-        sizes = {**paper.PRESETS[o.size], "vocab_size": words, "classes": 2, "attributes": 1, **known}
-    elif checkpoint["model"] != o.model:
-        raise common.Stop(f"{o.init}: a checkpoint of {checkpoint['model']} does not fit --model {o.model}")
+        sizes = {**paper.PRESETS[args.size], "vocab_size": words, "classes": 2, "attributes": 1, **known}
+    elif checkpoint["model"] != args.model:
+        raise common.UserError(f"{args.init}: a checkpoint of {checkpoint['model']} does not fit --model {args.model}")
     else:
         sizes = {"classes": 2, "attributes": 1, **checkpoint["config"]}
-        if sizes.get("feature_size", store.width) != store.width and not (o.partial or o.fresh):
-            raise common.Stop(
-                f"{o.init}: trained on features of width {sizes['feature_size']}, {o.data} has {store.width}; "
+        if sizes.get("feature_size", store.width) != store.width and not (args.partial or args.fresh):
+            raise common.UserError(
+                f"{args.init}: trained on features of width {sizes['feature_size']}, {args.data} has {store.width}; "
                 "use the same kind of features, for pixels the same --patch, or --partial for a new projection"
             )
         if words > sizes["vocab_size"]:
-            raise common.Stop(
-                f"{o.init}: has {sizes['vocab_size']} words, the tokenizer {words}; give --vocab its own pieces"
+            raise common.UserError(
+                f"{args.init}: has {sizes['vocab_size']} words, the tokenizer {words}; give --vocab its own pieces"
             )
         sizes |= known
-    if o.model == "uniter":
-        sizes["types"] = max(sizes.get("types", 2), *(checkpoints.TYPES.get(task, 2) for task in o.tasks))
-    sizes |= {"heads": tasks.heads_of(paper, run.objectives), "answers": max(1, len(run.answers))}
-    if run.teacher and "hidden" in o.distill.split(","):
+    if args.model == "uniter":
+        sizes["types"] = max(sizes.get("types", 2), *(checkpoints.TYPES.get(task, 2) for task in args.tasks))
+    sizes |= {"heads": tasks.heads_for(paper, run.objectives), "answers": max(1, len(run.answers))}
+    if run.teacher and "hidden" in args.distill.split(","):
         theirs = run.teacher.config
         sizes["heads"] = (*sizes["heads"], "hidden")
         sizes["teacher_widths"] = (theirs.hidden, getattr(theirs, "visual_hidden", theirs.hidden))
-    sizes |= read_sizes(o, paper)
-    torch.manual_seed(o.seed)
+    sizes |= parse_config_options(args, paper)
+    torch.manual_seed(args.seed)
     try:
-        model = getattr(paper, checkpoints.PAPERS[o.model][1])(paper.Config(**sizes))
+        model = getattr(paper, checkpoints.PAPERS[args.model][1])(paper.Config(**sizes))
     except (TypeError, ValueError) as error:
-        raise common.Stop(f"{o.init or o.model} {' '.join(o.config)}: no model of these sizes: {error}") from None
-    if checkpoint and o.fresh:
-        common.say(f"init     {o.init}: its sizes and tokenizer only; all weights at random")
+        raise common.UserError(
+            f"{args.init or args.model} {' '.join(args.config)}: no model of these sizes: {error}"
+        ) from None
+    if checkpoint and args.fresh:
+        common.print0(f"init     {args.init}: its sizes and tokenizer only; all weights at random")
     elif checkpoint:
-        state, report = checkpoints.fitting(o, model.state_dict(), checkpoint, run.answers)
+        state, report = checkpoints.fit_state_dict(args, model.state_dict(), checkpoint, run.answers)
         model.load_state_dict(state)
-        common.say(report)
+        common.print0(report)
     return model
 
 
-def read_sizes(o, paper):
-    """--config as {name: value}. Stop for a name that the model's Config lacks or that the data decide, or for a value
+def parse_config_options(args, paper):
+    """--config as {name: value}. UserError for a name that the model's Config lacks or that the data decide, or for a value
     of another type."""
     sizes, known = {}, {f.name: f.default for f in dataclasses.fields(paper.Config) if f.name not in BY_DATA}
-    for text in o.config:
+    for text in args.config:
         name, _, value = text.partition("=")
         if name not in known:
-            raise common.Stop(f"--config {text}: {o.model} has no {name!r} to choose; it has {', '.join(known)}")
+            raise common.UserError(
+                f"--config {text}: {args.model} has no {name!r} to choose; it has {', '.join(known)}"
+            )
         if value not in WORDS.get(name, (value,)):
-            raise common.Stop(f"--config {text}: choose from {', '.join(WORDS[name])}")
+            raise common.UserError(f"--config {text}: choose from {', '.join(WORDS[name])}")
         try:
             value = value if name in WORDS else json.loads(value)
         except ValueError:
-            raise common.Stop(f"--config {text}: write NAME=JSON, as layers=1 or connections=[[0,1]]") from None
+            raise common.UserError(f"--config {text}: write NAME=JSON, as layers=1 or connections=[[0,1]]") from None
         if isinstance(value, list):
             value = tuple(value)
         if type(value) is int and type(known[name]) is float:
             value = float(value)
         if type(value) is not type(known[name]) or (type(value) is int and value < min(1, known[name])):
-            raise common.Stop(f"--config {text}: {name} is something like {known[name]}")
+            raise common.UserError(f"--config {text}: {name} is something like {known[name]}")
         sizes[name] = value
     return sizes
 
@@ -506,7 +516,7 @@ def learning_rate(step, peak, warmup, steps):
     return peak * (steps - step) / (steps - warmup) if step < steps else 1e-8
 
 
-def default_rate(paper, width, task):
+def default_learning_rate(paper, width, task):
     """Peak learning rate of a model so wide: the papers' for base and large, more for the narrow ones of --size tiny. By
     the width, not by --size, as --init may bring any. ViLBERT and LXMERT pretrain at 1e-4, about twice the rate at
     which they fine-tune."""
@@ -514,7 +524,7 @@ def default_rate(paper, width, task):
     return rate * (paper.PRETRAINING["rate"] if task == "pretrain" else 1.0)
 
 
-def set_rate(optimizer, step, rate):
+def set_learning_rate(optimizer, step, rate):
     """The rate of step 1, 2, ... for every group, so that torch's AdamW takes the official step to the last digit.
 
     The official one adds eps before it corrects the second moment's bias, torch after: eps is divided by that
@@ -533,14 +543,14 @@ def backward(run, batches, names):
     Each part's mean counts by its share of the items, so that the sum of the parts is the mean of the whole; the
     gradients of the processes are then added up, once. Returns {name: loss of the step}, 0-d tensors.
     """
-    seen, names = names, names + distill.distilled(run, names)
-    counts = [[tasks.items(run.paper, name, batch) for name in names] for batch in batches]
-    totals = common.total([sum(column) for column in zip(*counts, strict=True)]).tolist()
+    seen, names = names, names + distill.distillation_losses(run, names)
+    counts = [[tasks.count_items(run.paper, name, batch) for name in names] for batch in batches]
+    totals = common.all_reduce_sum([sum(column) for column in zip(*counts, strict=True)]).tolist()
     losses = {name: torch.zeros((), device=run.device) for name in names}
     for batch, count in zip(batches, counts, strict=True):
         with run.autocast():
             batch = batch.to(run.device)
-            parts = distill.with_teacher(run, batch, seen) if run.teacher else run.model(batch, seen)
+            parts = distill.forward_with_teacher(run, batch, seen) if run.teacher else run.model(batch, seen)
         counted = zip(names, count, totals, strict=True)
         shares = {name: (1 if name in run.paper.SUMMED else n) / max(1.0, t) for name, n, t in counted}
         weights = run.paper.PRETRAINING["weights"]
@@ -569,59 +579,67 @@ def backward(run, batches, names):
 # ---- loop ------------------------------------------------------------------------------------------------------
 
 
-def train(o):
+def train(args):
     """One run: reads the data, builds or restores the model, trains, evaluates. Returns what goes to result.json."""
-    paper, (rank, world), last = checkpoints.PAPERS[o.model][0], common.processes(), o.out / "checkpoint.pt"
-    device = pick_device(o.device)
-    if o.resume and not last.is_file():
-        raise common.Stop(f"--resume: there is no {last}; start without --resume, or give the --out of the stopped run")
-    o.init, o.fresh = (last, False) if o.resume else (o.init, o.fresh)
-    checkpoint = checkpoints.load_checkpoint(last) if o.resume else checkpoints.load_weights(o) if o.init else None
-    teacher = checkpoints.load_checkpoint(o.teacher) if o.teacher else None
-    if checkpoint and teacher and checkpoint["tokenizer"] != teacher["tokenizer"]:
-        raise common.Stop(
-            f"{o.teacher}: reads other word pieces than {o.init}; start without --init, or from its own start"
+    paper, (rank, world), last = checkpoints.PAPERS[args.model][0], common.rank_and_world(), args.out / "checkpoint.pt"
+    device = pick_device(args.device)
+    if args.resume and not last.is_file():
+        raise common.UserError(
+            f"--resume: there is no {last}; start without --resume, or give the --out of the stopped run"
         )
-    objectives = objectives_of(o, paper)
-    sources = o.data.split(",") * (len(o.tasks) if "," not in o.data else 1)
-    sets = {task: read_data(o, objectives, task, source) for task, source in zip(o.tasks, sources, strict=True)}
+    args.init, args.fresh = (last, False) if args.resume else (args.init, args.fresh)
+    checkpoint = (
+        checkpoints.load_checkpoint(last) if args.resume else checkpoints.load_weights(args) if args.init else None
+    )
+    teacher = checkpoints.load_checkpoint(args.teacher) if args.teacher else None
+    if checkpoint and teacher and checkpoint["tokenizer"] != teacher["tokenizer"]:
+        raise common.UserError(
+            f"{args.teacher}: reads other word pieces than {args.init}; start without --init, or from its own start"
+        )
+    objectives = objectives_of(args, paper)
+    sources = args.data.split(",") * (len(args.tasks) if "," not in args.data else 1)
+    sets = {task: load_splits(args, objectives, task, source) for task, source in zip(args.tasks, sources, strict=True)}
     if len(widths := {splits["train"].store.width for splits in sets.values()}) > 1:
-        raise common.Stop(
+        raise common.UserError(
             f"--data: features of {' and '.join(map(str, sorted(widths)))} numbers; tasks trained together need one --patch"
         )
     asked = sets.get("vqa") or sets.get("pretrain")
-    objectives = drop_unfounded(objectives, asked["train"]) if o.task == "pretrain" else objectives
-    tokenizer = encode_texts(o, sets, checkpoint or teacher)
+    objectives = drop_unsupported(objectives, asked["train"]) if args.task == "pretrain" else objectives
+    tokenizer = tokenize(args, sets, checkpoint or teacher)
     answers = data.answer_list(asked["train"]) if {"vqa", "qa"} & set(objectives) else []
     answers = teacher["answers"] if teacher and teacher["answers"] and answers else answers
-    dtype = pick_dtype(o.dtype, device)
-    run = Run(o, paper, objectives, sets, tokenizer, answers, device, dtype, rank, world)
+    dtype = pick_dtype(args.dtype, device)
+    run = Run(args, paper, objectives, sets, tokenizer, answers, device, dtype, rank, world)
     if teacher:
         distill.read_teacher(run, teacher)
-    run.model = build(run, checkpoint).to(device)
+    run.model = build_model(run, checkpoint).to(device)
     if teacher:
         distill.match_teacher(run, teacher)
-    o.lr = o.lr or default_rate(paper, run.model.config.hidden, o.task)
+    args.lr = args.lr or default_learning_rate(paper, run.model.config.hidden, args.task)
     set_temperature(run, 0.0)
-    if o.compile:
+    if args.compile:
         compile_layers(run.model)
-    run.optimizer = make_optimizer(run.model, o.weight_decay)
-    if o.resume:
+    run.optimizer = make_optimizer(run.model, args.weight_decay)
+    if args.resume:
         try:
             run.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError:
-            raise common.Stop(f"--resume: {last} is of a run with other heads; give the options that it had") from None
+            raise common.UserError(
+                f"--resume: {last} is of a run with other heads; give the options that it had"
+            ) from None
         run.progress = checkpoint["progress"]
-    seed_dropout(run, checkpoint.get("generators", {}).get(device.type, []) if o.resume else [])
-    if o.export_official:
-        if Path(o.export_official).is_dir():
-            raise common.Stop(f"--export-official {o.export_official}: is a folder; give a file name")
-        checkpoints.official(o.model, run.model.state_dict())  # refuses two heads of one name before the first step
-    describe(run)
+    seed_dropout(run, checkpoint.get("generators", {}).get(device.type, []) if args.resume else [])
+    if args.export_official:
+        if Path(args.export_official).is_dir():
+            raise common.UserError(f"--export-official {args.export_official}: is a folder; give a file name")
+        checkpoints.export_official(
+            args.model, run.model.state_dict()
+        )  # refuses two heads of one name before the first step
+    print_run(run)
     loop(run)
-    result = finish(run)
-    if o.export_official and rank == 0:
-        checkpoints.save(checkpoints.official(o.model, run.model.state_dict()), Path(o.export_official))
+    result = run_test(run)
+    if args.export_official and rank == 0:
+        checkpoints.save(checkpoints.export_official(args.model, run.model.state_dict()), Path(args.export_official))
     return result
 
 
@@ -631,12 +649,12 @@ def seed_dropout(run, states):
     if run.rank < len(states):
         checkpoints.generator_of(run.device).set_rng_state(states[run.rank])
     elif run.rank:
-        torch.manual_seed(int(np.random.SeedSequence((run.o.seed, run.rank)).generate_state(1)[0]))
+        torch.manual_seed(int(np.random.SeedSequence((run.args.seed, run.rank)).generate_state(1)[0]))
 
 
 def set_temperature(run, part):
     """The temperature of itc after `part` (0..1) of the run, where it is not learned."""
-    ends = temperatures(run.o.temperature)
+    ends = parse_temperature(run.args.temperature)
     if ends and "itc" in run.model.heads:
         scale = run.model.heads["itc"].log_scale.requires_grad_(False)
         scale.fill_(-math.log(common.scheduled_temperature(*ends, part)))
@@ -644,65 +662,71 @@ def set_temperature(run, part):
 
 def loop(run):
     """The steps: batches, gradients, clipping, update; a line every `log_every`, an evaluation every `eval_every`."""
-    o, model, progress, log = run.o, run.model, run.progress, Log(run)
-    slots = run.world * o.accumulate  # forward passes in a step; this process does `accumulate` of them
-    past = Counter(draw_task(run, step) for step in range(1, progress["step"] + 1))
-    order = {task: stream(o, splits["train"], slots, skip=past[task]) for task, splits in run.sets.items()}
+    args, model, progress, log = run.args, run.model, run.progress, Log(run)
+    slots = run.world * args.accumulate  # forward passes in a step; this process does `accumulate` of them
+    past = Counter(sample_task(run, step) for step in range(1, progress["step"] + 1))
+    order = {task: index_stream(args, splits["train"], slots, skip=past[task]) for task, splits in run.sets.items()}
     if progress["step"] == 0:
         validate(run, log)
     coming = None
     with interruptible() as interrupted, ThreadPoolExecutor(1) as worker:
-        while progress["step"] < o.steps:
+        while progress["step"] < args.steps:
             start, step = time.perf_counter(), progress["step"] + 1
-            batches, names = coming.result() if coming else draw_step(run, order, step)
+            batches, names = coming.result() if coming else prepare_step(run, order, step)
             # made while this step computes; not where the model itself picks what comes
-            ahead = step < o.steps and "retrieval" not in o.tasks
-            coming = worker.submit(draw_step, run, order, step + 1) if ahead else None
+            ahead = step < args.steps and "retrieval" not in args.tasks
+            coming = worker.submit(prepare_step, run, order, step + 1) if ahead else None
             ready = time.perf_counter()
             model.train()
-            set_temperature(run, (step - 1) / o.steps)
+            set_temperature(run, (step - 1) / args.steps)
             losses = backward(run, batches, names)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
-            set_rate(run.optimizer, step, learning_rate(step, o.lr, o.warmup * o.steps, o.steps))
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            set_learning_rate(run.optimizer, step, learning_rate(step, args.lr, args.warmup * args.steps, args.steps))
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
-            progress["step"], due = step, step % o.log_every == 0 or step == o.steps
+            progress["step"], due = step, step % args.log_every == 0 or step == args.steps
             if due and run.device.type != "cpu":
                 float(norm)  # what a GPU still has to do belongs to the time of these steps
             log.add(step, losses, norm, batches, ready - start, time.perf_counter() - start)
             if due:
                 log.line()
-            if step % o.eval_every == 0 or step == o.steps:
+            if step % args.eval_every == 0 or step == args.steps:
                 validate(run, log)
-            if common.total([interrupted()])[0]:  # all stop at the same step, or one would wait for another for ever
+            if common.all_reduce_sum([interrupted()])[
+                0
+            ]:  # all stop at the same step, or one would wait for another for ever
                 log.check()
                 checkpoints.save_checkpoint(run, "checkpoint.pt")
-                raise common.Stop(f"interrupted after step {step}, which is saved; go on with --resume")
-    common.say(
+                raise common.UserError(f"interrupted after step {step}, which is saved; go on with --resume")
+    common.print0(
         f"data     {100 * log.waited / max(1e-9, log.worked):.1f}% of the training time was spent waiting for it"
     )
 
 
-def draw_step(run, order, step):
+def prepare_step(run, order, step):
     """This process's batches of step 1, 2, ... and the objectives that they train: a function of seed and step alone,
     save for retrieval's hard partners. order: {task: stream}, each at this step's turn."""
-    o, task, drawn = run.o, draw_task(run, step), np.random.default_rng((run.o.seed, step))  # alike in every process
-    if o.task == "pretrain":
-        names = step_objectives(run.paper, run.objectives, drawn, (step - 1) / o.steps)
+    args, task, drawn = (
+        run.args,
+        sample_task(run, step),
+        np.random.default_rng((run.args.seed, step)),
+    )  # alike in every process
+    if args.task == "pretrain":
+        names = sample_objectives(run.paper, run.objectives, drawn, (step - 1) / args.steps)
     else:
-        names = tasks.task_objectives(o, task)
-    index, batches, slots = next(order[task]), [], run.world * o.accumulate
-    for slot in range(run.rank * o.accumulate, (run.rank + 1) * o.accumulate):
-        rng = np.random.default_rng((o.seed, step, slot))
+        names = tasks.task_objectives(args, task)
+    index, batches, slots = next(order[task]), [], run.world * args.accumulate
+    for slot in range(run.rank * args.accumulate, (run.rank + 1) * args.accumulate):
+        rng = np.random.default_rng((args.seed, step, slot))
         batch = tasks.make_batch(run, run.sets[task]["train"], index[slot::slots], names, rng)
         batches.append(batch.pin() if run.device.type == "cuda" else batch)
     return batches, names
 
 
-def draw_task(run, step):
+def sample_task(run, step):
     """The task of step 1, 2, ..., in proportion to the tasks' training examples; a function of seed and step alone."""
     sizes = np.array([len(splits["train"]) for splits in run.sets.values()])
-    return str(np.random.default_rng((run.o.seed, step, 7)).choice(list(run.sets), p=sizes / sizes.sum()))
+    return str(np.random.default_rng((run.args.seed, step, 7)).choice(list(run.sets), p=sizes / sizes.sum()))
 
 
 @contextmanager
@@ -726,7 +750,7 @@ def validate(run, log):
         log.metrics(metrics, chance, time.perf_counter() - start)
         score = float(sum(value for name, value in metrics.items() if name.endswith(("accuracy", "mean_recall"))))
         score += sum(1 / value for name, value in metrics.items() if name.endswith("perplexity"))  # a share as well
-        at_chance(run, metrics, chance)
+        warn_at_chance(run, metrics, chance)
         if score > run.progress["best"]:
             run.progress["best"] = score
             checkpoints.save_checkpoint(run, "best.pt")
@@ -734,27 +758,34 @@ def validate(run, log):
         checkpoints.save_checkpoint(run, "checkpoint.pt")
 
 
-def at_chance(run, metrics, chance):
+def warn_at_chance(run, metrics, chance):
     """Warns, from the middle of the run on, of each task's accuracy that two standard errors of a guess could explain."""
-    if run.o.ablate or 2 * run.progress["step"] < run.o.steps or not run.progress["step"]:
+    if run.args.ablate or 2 * run.progress["step"] < run.args.steps or not run.progress["step"]:
         return
     for name, p in chance.items():
         task = next((t for t in run.sets if name.startswith(f"{t}_")), next(iter(run.sets)))
         n = len(run.sets[task].get("val", ()))
         if name.endswith("accuracy") and n and metrics[name] <= p + 2 * math.sqrt(p * (1 - p) / n):
-            common.say(f"warning  val {name} {tasks.percent(metrics[name])} is no better than chance, {tasks.percent(p)}: train longer, start "
+            common.print0(f"warning  val {name} {tasks.percent(metrics[name])} is no better than chance, {tasks.percent(p)}: train longer, start "
                 "from a pretrained model (--init) or try another --lr")  # fmt: skip
 
 
-def finish(run):
+def run_test(run):
     """Test metrics of the best weights (the last ones where there is no val split), as result.json has them."""
-    o, progress, best = run.o, run.progress, run.o.out / "best.pt"
+    args, progress, best = run.args, run.progress, run.args.out / "best.pt"
     if dist.is_initialized():
         dist.barrier()  # the first process writes best.pt, all read it
     if any("val" in splits for splits in run.sets.values()) and best.is_file():
         run.model.load_state_dict(checkpoints.load_checkpoint(best)["state"])
-    result = {"model": o.model, "task": o.task, "split": "test", "data": o.data, "steps": o.steps, "seed": o.seed}
-    result |= {"ablate": o.ablate} if o.ablate else {}
+    result = {
+        "model": args.model,
+        "task": args.task,
+        "split": "test",
+        "data": args.data,
+        "steps": args.steps,
+        "seed": args.seed,
+    }
+    result |= {"ablate": args.ablate} if args.ablate else {}
     kept = [p for name, p in run.model.named_parameters() if not name.startswith("heads.hidden.")]  # see projections
     result["parameters"] = sum(p.numel() for p in kept)
     result["seconds"] = round(progress["seconds"], 1)
@@ -764,20 +795,22 @@ def finish(run):
         metrics, chance = tasks.evaluate(run, split)
         if not metrics:
             continue
-        examples = sum(len(tasks.tested(run, task, s[split])) for task, s in run.sets.items() if split in s)
-        common.say(tasks.table(f"{o.model} {o.task}, split {split}, {examples} examples", metrics, chance))
+        examples = sum(len(tasks.test_examples(run, task, s[split])) for task, s in run.sets.items() if split in s)
+        common.print0(
+            tasks.format_metrics(f"{args.model} {args.task}, split {split}, {examples} examples", metrics, chance)
+        )
         prefix = "" if split == "test" else f"{split}_"
         result |= {prefix + name: round(float(value), 5) for name, value in metrics.items()}
         result["chance"] |= {prefix + name: round(float(value), 5) for name, value in chance.items()}
     if "itc" in run.model.heads:
         result["temperature"] = round(math.exp(-run.model.heads["itc"].log_scale.item()), 5)
-    searched, head = (run.splits, "itm") if o.task == "pretrain" else (run.sets.get("retrieval", {}), "rank")
-    if o.rerank and "test" in searched:
+    searched, head = (run.splits, "itm") if args.task == "pretrain" else (run.sets.get("retrieval", {}), "rank")
+    if args.rerank and "test" in searched:
         stages, lines = tasks.compare_stages(run, searched["test"], head)
         result |= stages
-        common.say(lines)
+        common.print0(lines)
     if run.rank == 0:
-        checkpoints.write(o.out / "result.json", json.dumps(result, indent=1) + "\n")
+        checkpoints.write_text(args.out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -789,10 +822,10 @@ class Log:
 
     def __init__(self, run):
         self.run, self.pending, self.waited, self.worked, self.seen = run, [], 0.0, 0.0, 0
-        self.file, step = run.o.out / "log.jsonl", run.progress["step"]
+        self.file, step = run.args.out / "log.jsonl", run.progress["step"]
         if run.rank == 0:
-            kept = self.file.read_text().splitlines() if run.o.resume and self.file.is_file() else []
-            checkpoints.write(self.file, "".join(line + "\n" for line in kept if json.loads(line)["step"] <= step))
+            kept = self.file.read_text().splitlines() if run.args.resume and self.file.is_file() else []
+            checkpoints.write_text(self.file, "".join(line + "\n" for line in kept if json.loads(line)["step"] <= step))
 
     def add(self, step, losses, norm, batches, waited, worked):
         ids = [i for batch in batches for i in batch.ids]
@@ -802,30 +835,30 @@ class Log:
         self.run.progress["examples"] += len(ids) * self.run.world
 
     def check(self):
-        """Stop at the first loss or gradient norm that is not finite, naming step, objective and examples."""
+        """UserError at the first loss or gradient norm that is not finite, naming step, objective and examples."""
         for step, losses, norm, ids in self.pending:
             bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
             if bad or not math.isfinite(norm):
                 what = f"the loss of {bad[0]}" if bad else f"the gradient of {', '.join(losses)}"
-                raise common.Stop(
+                raise common.UserError(
                     f"step {step}: {what} is not finite; try a lower --lr. Examples: {', '.join(ids[:8])} ..."
                 )
 
     def line(self):
         """Mean loss of each objective since the last line, rate, speed and time left; the same to log.jsonl."""
         self.check()
-        o, step, values = self.run.o, self.run.progress["step"], {}
+        args, step, values = self.run.args, self.run.progress["step"], {}
         for _, losses, _, _ in self.pending:
             for name, loss in losses.items():
                 values.setdefault(name, []).append(float(loss))
         values = {name: sum(v) / len(v) for name, v in values.items()}
         norm, self.pending = float(self.pending[-1][2]), []
-        rate = learning_rate(step, o.lr, o.warmup * o.steps, o.steps)
+        rate = learning_rate(step, args.lr, args.warmup * args.steps, args.steps)
         speed = self.seen * self.run.world / max(1e-9, self.worked)
-        left = int((o.steps - step) * self.worked * o.batch_size * o.accumulate / max(1, self.seen))
+        left = int((args.steps - step) * self.worked * args.batch_size * args.accumulate / max(1, self.seen))
         text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        common.say(
-            f"step {step:5d}/{o.steps}  {text}  lr {rate:.1e}  {speed:.0f} examples/s  {left // 60}:{left % 60:02d} left"
+        common.print0(
+            f"step {step:5d}/{args.steps}  {text}  lr {rate:.1e}  {speed:.0f} examples/s  {left // 60}:{left % 60:02d} left"
         )
         self.write({"step": step, "lr": rate, "grad_norm": norm, "examples_per_second": round(speed, 1), **values})
 
@@ -838,7 +871,7 @@ class Log:
                 shown.append(
                     f"{name} {value:.3f}" if name.endswith(tasks.PLAIN) else f"{name} {tasks.percent(value)}{beside}"
                 )
-        common.say(f"step {step:5d}/{self.run.o.steps}  val: {', '.join(shown)}; {seconds:.0f} s")
+        common.print0(f"step {step:5d}/{self.run.args.steps}  val: {', '.join(shown)}; {seconds:.0f} s")
         self.write({"step": step, "split": "val", **metrics, "chance": chance})
 
     def write(self, record):
@@ -847,19 +880,19 @@ class Log:
                 file.write(json.dumps(record, default=float) + "\n")
 
 
-def describe(run):
+def print_run(run):
     """The final configuration, once."""
-    o, size = run.o, sum(p.numel() for p in run.model.parameters())
-    common.say(
-        f"model    {o.model} {'as in --init' if o.init else o.size}, {size / 1e6:.2f} M parameters: {run.model.config}"
+    args, size = run.args, sum(p.numel() for p in run.model.parameters())
+    common.print0(
+        f"model    {args.model} {'as in --init' if args.init else args.size}, {size / 1e6:.2f} M parameters: {run.model.config}"
     )
     for task, splits in run.sets.items():
         counts = ", ".join(f"{name} {len(split)}" for name, split in splits.items())
         each = splits["train"].lengths().mean(0)
         source = f"{task}, {splits['train'].name}"
-        common.say(f"data     {source}: {counts} examples; {each[0]:.1f} words, {each[1]:.1f} regions each")
-    common.say(f"run      {o.steps} steps of {o.batch_size} x {o.accumulate} x {run.world} examples, lr {o.lr:g}, seed {o.seed}, "
-        f"{', '.join(run.objectives)}; {run.device}, {str(run.dtype).removeprefix('torch.')}; to {o.out}")  # fmt: skip
+        common.print0(f"data     {source}: {counts} examples; {each[0]:.1f} words, {each[1]:.1f} regions each")
+    common.print0(f"run      {args.steps} steps of {args.batch_size} x {args.accumulate} x {run.world} examples, lr {args.lr:g}, seed {args.seed}, "
+        f"{', '.join(run.objectives)}; {run.device}, {str(run.dtype).removeprefix('torch.')}; to {args.out}")  # fmt: skip
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -874,17 +907,19 @@ def main(argv=None):
         options = parse(argv)
         keep_freed_memory()
         models = list(checkpoints.PAPERS) if options.model == "all" else [options.model]
-        runs = [settle(options, m, s) for m in models for s in range(options.seed, options.seed + options.seeds)]
-        started = [(o.out / "checkpoint.pt").is_file() for o in runs]
+        runs = [
+            resolve_options(options, m, s) for m in models for s in range(options.seed, options.seed + options.seeds)
+        ]
+        started = [(args.out / "checkpoint.pt").is_file() for args in runs]
         if options.resume and any(started):
-            for o, resume in zip(runs, started, strict=True):
-                o.resume = resume
-        results = [train(o) for o in runs]
+            for args, resume in zip(runs, started, strict=True):
+                args.resume = resume
+        results = [train(args) for args in runs]
         if len(results) > 1:
-            tasks.compare(results, folder_of(options, options.model))
+            tasks.compare_models(results, output_folder(options, options.model))
         if dist.is_initialized():
             dist.barrier()  # a process that leaves early breaks the others' last reduction
-    except DataError as error:
+    except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     finally:

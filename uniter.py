@@ -9,7 +9,7 @@ What the model does, in five lines:
 
 Known deviations: sequences are padded, not packed, which changes no valid position; row 0 of the official mask
 embedding, zeroed there at each use, does not exist here; widths and heights are computed, official files hold them in
-float16; a model from scratch starts with boxes that count and, if narrow, wider weights (`common.initialise`,
+float16; a model from scratch starts with boxes that count and, if narrow, wider weights (`common.init_weights`,
 `spread_boxes`). Errors of the official code are listed in the README's errata.
 Letters: B batch, T text positions, N regions, C width, F region-feature width, V vocabulary, K classes, M masked.
 """
@@ -108,8 +108,8 @@ class UNITER(nn.Module):
         self.layers = nn.ModuleList(common.TransformerLayer(*sizes) for _ in range(config.layers))
         self.pooler = common.Pooler(config.hidden)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
-        common.initialise(self, config.hidden)
-        common.spread_boxes(self.region_embedding.boxes)
+        common.init_weights(self, config.hidden)
+        common.init_box_projection(self.region_embedding.boxes)
 
     def embed_text(self, batch):
         """(B, T, C)"""
@@ -189,8 +189,8 @@ def masked_region_features(model, encoding, batch):
     (B, N, F) the features before masking. Scores (M, F).
     """
     weight = model.region_embedding.features.weight  # (C, F)
-    scores = model.heads["mrfr"](common.at(encoding.regions, batch.region_index), weight)
-    target = common.at(batch.clean_features, batch.region_index).to(scores.dtype)
+    scores = model.heads["mrfr"](common.gather_positions(encoding.regions, batch.region_index), weight)
+    target = common.gather_positions(batch.clean_features, batch.region_index).to(scores.dtype)
     return F.mse_loss(scores, target, reduction="sum") / max(1, target.numel()), scores
 
 
@@ -200,8 +200,8 @@ def masked_region_class_kl(model, encoding, batch):
     batch.object_probs (B, N, K). The mean is over masked regions AND classes, as the official training has it (its
     validation divides by regions). Scores (M, K).
     """
-    scores = model.heads["mrc"](common.at(encoding.regions, batch.region_index))
-    target = common.at(batch.object_probs, batch.region_index).to(scores.dtype)
+    scores = model.heads["mrc"](common.gather_positions(encoding.regions, batch.region_index))
+    target = common.gather_positions(batch.object_probs, batch.region_index).to(scores.dtype)
     return F.kl_div(scores.log_softmax(-1), target, reduction="sum") / max(1, target.numel()), scores
 
 
@@ -269,20 +269,20 @@ def nlvr2_head(config):
 def refer_head(config):
     """A score per region: linear, or with one hidden layer."""
     hidden = config.hidden
-    return nn.Linear(hidden, 1) if config.refer_layers == 1 else common.mlp(hidden, hidden, 1)
+    return nn.Linear(hidden, 1) if config.refer_layers == 1 else common.mlp_head(hidden, hidden, 1)
 
 
 HEADS = {
     "mlm": lambda c: common.MaskedLMHead(c.hidden, c.vocab_size),
     "mrfr": FeatureRegressionHead,
-    "mrc": lambda c: common.mlp(c.hidden, c.hidden, c.classes),
+    "mrc": lambda c: common.mlp_head(c.hidden, c.hidden, c.classes),
     "itm": lambda c: nn.Linear(c.hidden, 2),
     "itc": lambda c: common.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
-    "hidden": lambda c: common.projections(c.hidden, c.hidden, c.teacher_widths),
-    "vqa": lambda c: common.mlp(c.hidden, 2 * c.hidden, c.answers),
-    "ve": lambda c: common.mlp(c.hidden, 2 * c.hidden, 3),
+    "hidden": lambda c: common.teacher_projections(c.hidden, c.hidden, c.teacher_widths),
+    "vqa": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, c.answers),
+    "ve": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, 3),
     "nlvr2": nlvr2_head,
-    "vcr": lambda c: common.mlp(c.hidden, 2 * c.hidden, 2, nn.ReLU),
+    "vcr": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, 2, nn.ReLU),
     "rank": lambda c: nn.Linear(c.hidden, 1),
     "refer": refer_head,
 }

@@ -201,8 +201,8 @@ class ViLBERT(nn.Module):
         self.region_pooler = common.Pooler(config.visual_hidden, config.shared, torch.relu)
         self.dropout = common.Dropout(config.dropout)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
-        common.initialise(self, config.hidden)
-        common.spread_boxes(self.region_embedding.boxes)
+        common.init_weights(self, config.hidden)
+        common.init_box_projection(self.region_embedding.boxes)
 
     def task(self, batch):
         """batch.task (B,), where the model has task tokens and the batch names tasks; else None."""
@@ -338,8 +338,8 @@ def masked_region_features(model, encoding, batch):
 
     batch.region_index (M,), clean_features (B, N, F) the features before masking. Scores (M, F).
     """
-    scores = model.heads["mrfr"](common.at(encoding.regions, batch.region_index))
-    target = common.at(batch.clean_features, batch.region_index).to(scores.dtype)
+    scores = model.heads["mrfr"](common.gather_positions(encoding.regions, batch.region_index))
+    target = common.gather_positions(batch.clean_features, batch.region_index).to(scores.dtype)
     return F.mse_loss(scores, target, reduction="sum") / max(1, target.numel()), scores
 
 
@@ -366,7 +366,10 @@ def noise_contrastive_regions(model, encoding, batch, negatives=None, count=128)
     negatives (M, n): flat positions in the batch; None draws int(0.7 count) from other pictures, int(0.3 count) from
     the same. Head and clean features as in regression. Scores (M, 1 + n), the positive first.
     """
-    predicted, index = model.heads["mrfr"](common.at(encoding.regions, batch.region_index)), batch.region_index
+    predicted, index = (
+        model.heads["mrfr"](common.gather_positions(encoding.regions, batch.region_index)),
+        batch.region_index,
+    )
     if len(index) == 0:
         return predicted.sum() * 0.0, predicted[:, :1]
     if negatives is None:
@@ -381,8 +384,8 @@ def masked_region_class_kl(model, encoding, batch):
 
     batch.object_probs (B, N, K). The mean is over masked regions, the sum over classes. Scores (M, K).
     """
-    scores = model.heads["mrc"](common.at(encoding.regions, batch.region_index))
-    target = common.at(batch.object_probs, batch.region_index).to(scores.dtype)
+    scores = model.heads["mrc"](common.gather_positions(encoding.regions, batch.region_index))
+    target = common.gather_positions(batch.object_probs, batch.region_index).to(scores.dtype)
     return F.kl_div(scores.log_softmax(-1), target, reduction="sum") / max(1, len(target)), scores
 
 
@@ -416,20 +419,22 @@ class WeightNormClassifier(nn.Module):
 
 def answer_head(config, answers):
     """12-in-1 changed the head: GELU and layer norm."""
-    return (common.mlp if config.twelve_in_one else WeightNormClassifier)(config.shared, 2 * config.shared, answers)
+    return (common.mlp_head if config.twelve_in_one else WeightNormClassifier)(
+        config.shared, 2 * config.shared, answers
+    )
 
 
 HEADS = {
     "mlm": lambda c: common.MaskedLMHead(c.hidden, c.vocab_size),
-    "mrfr": lambda c: common.mlp(c.visual_hidden, c.visual_hidden, c.feature_size),
-    "mrc": lambda c: common.mlp(c.visual_hidden, c.visual_hidden, c.classes),
+    "mrfr": lambda c: common.mlp_head(c.visual_hidden, c.visual_hidden, c.feature_size),
+    "mrc": lambda c: common.mlp_head(c.visual_hidden, c.visual_hidden, c.classes),
     "itm": lambda c: nn.Linear(c.shared, 2),
     "itc": lambda c: common.ContrastHead(c.hidden, c.visual_hidden, c.hidden, c.contrast),
-    "hidden": lambda c: common.projections(c.hidden, c.visual_hidden, c.teacher_widths),
+    "hidden": lambda c: common.teacher_projections(c.hidden, c.visual_hidden, c.teacher_widths),
     "vqa": lambda c: answer_head(c, c.answers),
     "gqa": lambda c: answer_head(c, c.gqa_answers),
     "ve": lambda c: nn.Linear(c.shared, 3),
-    "nlvr2": lambda c: common.mlp(2 * c.shared, 2 * c.shared, 2),
+    "nlvr2": lambda c: common.mlp_head(2 * c.shared, 2 * c.shared, 2),
     "vcr": lambda c: nn.Linear(c.shared, 1),
     "rank": lambda c: nn.Linear(c.shared, 1),
     "refer": lambda c: nn.Linear(c.visual_hidden, 1),

@@ -212,7 +212,7 @@ QUESTIONS = {  # kind: forms of expression, phrases
 }
 
 
-def say(expression, plural=False, article=False):
+def phrase(expression, plural=False, article=False):
     """("small", "red", None) -> "small red thing"."""
     size, color, shape = expression
     words = " ".join(word for word in (size, color, PLURAL[shape] if plural else shape or "thing") if word)
@@ -254,19 +254,19 @@ def captions(scene, count=8):
     relations, halves, others = [], [], []  # (phrases, expressions) of a clause
     for (one, e), (other, f) in itertools.permutations(names.items(), 2):
         if where := direction(one, other):
-            full = f"{say(e, article=True)} is {DIRECTIONS[where]} {say(f, article=True)}"
-            relations.append(((f"{say(e)} {DIRECTIONS[where]} {say(f)}", full), (e, f)))
+            full = f"{phrase(e, article=True)} is {DIRECTIONS[where]} {phrase(f, article=True)}"
+            relations.append(((f"{phrase(e)} {DIRECTIONS[where]} {phrase(f)}", full), (e, f)))
     for thing, e in names.items():
-        others.append(((say(e), f"there is {say(e, article=True)}"), (e,)))
+        others.append(((phrase(e), f"there is {phrase(e, article=True)}"), (e,)))
         for off, words in ((thing.x - SIDE / 2, ("left of", "right of")), (thing.y - SIDE / 2, ("above", "below"))):
             if abs(off) >= 12:
-                halves.append(((f"{say(e)} {words[off > 0]} the middle",), (e,)))
+                halves.append(((f"{phrase(e)} {words[off > 0]} the middle",), (e,)))
     for e in scene.fits:
         same = [(None, e[1], s) for s in SHAPES if s != e[2]]
         same += [(None, c, e[2]) for c in COLORS if e[1] and c != e[1]]
         if e[0] is None and e[2] and all(scene.count(rival) != scene.count(e) for rival in same):
             number = scene.count(e)
-            words = f"{NUMBERS[number]} {say(e, plural=number > 1)}"
+            words = f"{NUMBERS[number]} {phrase(e, plural=number > 1)}"
             others.append(((f"exactly {words}", words)[: 1 + (number > 1)], (e,)))  # "one" alone might be an adjective
     if scene.split != "compose":
         lists = relations, halves, others
@@ -328,8 +328,8 @@ def questions(scene, count=8):
             # large counts are rare in pictures, so they are taken more often where they are on offer
             answer = rng.choices(list(offers), [max(1, int(a)) if kind == "count" else 1 for a in offers])[0]
             e, f = rng.choice(offers[answer])
-            words = {"a": say(e, article=True), "one": say(e), "many": say(e, plural=True)}
-            other = say(f, plural=kind == "compare")
+            words = {"a": phrase(e, article=True), "one": phrase(e), "many": phrase(e, plural=True)}
+            other = phrase(f, plural=kind == "compare")
             text = rng.choice(phrases).format(**words, other=other, word=word)
             found.setdefault(text, (kind, text, answer))
     return list(found.values())
@@ -359,7 +359,7 @@ def entailments(graphs):
         full = {"color": (e[0], value, e[2]), "shape": (*e[:2], value), "size": e}[kind]
         if not may_say(scene, full) or (value == "small" and rng.random() < 0.75):
             continue
-        text = f"the {say(e)} is {say((None, None, value), article=True) if kind == 'shape' else value}"
+        text = f"the {phrase(e)} is {phrase((None, None, value), article=True) if kind == 'shape' else value}"
         rivals, strangers = single[e, len(scene.things)], alike[len(scene.things)]
         other = draw(rng, rivals, lambda i, e=e, kind=kind, value=value: getattr(graphs[i].fits[e][0], kind) != value)
         absent = draw(rng, strangers, lambda i, e=e: not graphs[i].count(e))
@@ -391,7 +391,7 @@ def statements_of_two(graphs):
         form = rng.choice((C, S, CS))
         e = rng.choice([e for e in EXPRESSIONS[form] if may_say(graphs[0], e)] or [(None, *rng.choice(HELD_OUT))])
         if rng.random() < 0.5:
-            text = f"exactly one picture shows {say(e, article=True)}"
+            text = f"exactly one picture shows {phrase(e, article=True)}"
             fits = [lambda i, e=e: graphs[i].count(e), lambda i, e=e: not graphs[i].count(e)]
             left, right = ([draw(rng, range(len(graphs)), fit, 200) for fit in fits] for _ in range(2))
             four = [(text, a, b, int(i != j)) for i, a in enumerate(left) for j, b in enumerate(right)]
@@ -400,7 +400,7 @@ def statements_of_two(graphs):
             n = rng.choice((0, 1, 2))
             pools = range(len(graphs)) if n == 0 else counts.get((e, n), ()), counts.get((e, n + 1), ())
             a, b = (draw(rng, pool, lambda i, e=e, m=m: graphs[i].count(e) == m) for pool, m in zip(pools, (n, n + 1)))
-            text = f"{{}} {say(e, plural=True)} on the left than on the right"
+            text = f"{{}} {phrase(e, plural=True)} on the left than on the right"
             four = [(text.format(w), *p, int((w == "more") == (p == (b, a)))) for w in ("more", "fewer")
                     for p in ((a, b), (b, a))]  # fmt: skip
             kind = "more"
@@ -434,11 +434,11 @@ def choices_with_reasons(graphs):
             continue
         c, s = rng.choice(crossed)
         reasons = [(None, a, b) for a in (color, c) for b in (shape, s)]
-        question, where = f"what {kind} is the {say(e)}?", f"{scene.split}/{number}"
+        question, where = f"what {kind} is the {phrase(e)}?", f"{scene.split}/{number}"
         orders = rng.sample(range(4), 4), rng.sample(range(4), 4)
         rows = [((question, answers[i]), number) for i in orders[0]]
         yield data.Example(where, "answer", rows, target=orders[0].index(0))
-        rows = [((question, right, f"it is with {say(reasons[i], article=True)}"), number) for i in orders[1]]
+        rows = [((question, right, f"it is with {phrase(reasons[i], article=True)}"), number) for i in orders[1]]
         yield data.Example(where, "reason", rows, target=orders[1].index(0))
 
 
@@ -458,13 +458,13 @@ def referring_expressions(graphs):
             shorter = [tuple(w if i != left else None for i, w in enumerate(e)) for left in range(3) if e[left]]
             shared = [scene.count(f) > 1 for f in shorter]
             if len(things) == 1 and any(shared):
-                found[things[0]].setdefault("words" if all(shared) else "spare", []).append(say(e))
+                found[things[0]].setdefault("words" if all(shared) else "spare", []).append(phrase(e))
             for axis, (low, high) in (("x", ("left of", "right of")), ("y", ("above", "below"))):
                 offs = sorted((getattr(t, axis) - SIDE / 2, t) for t in things)
                 if len(offs) > 1 and offs[0][0] <= -12 and offs[1][0] >= 12:
-                    found[offs[0][1]].setdefault("side", []).append(f"{say(e)} {low} the middle")
+                    found[offs[0][1]].setdefault("side", []).append(f"{phrase(e)} {low} the middle")
                 if len(offs) > 1 and offs[-1][0] >= 12 and offs[-2][0] <= -12:
-                    found[offs[-1][1]].setdefault("side", []).append(f"{say(e)} {high} the middle")
+                    found[offs[-1][1]].setdefault("side", []).append(f"{phrase(e)} {high} the middle")
         if scene.split != "compose" and not all(found.values()):
             continue
         for k, (t, texts) in enumerate(found.items()):
@@ -508,14 +508,14 @@ def scenes(split, task, count=None, seed=0, cache=data.CACHE):
     """The first `count` drawn scenes of a split (default SCENES[split]) with the texts that the task needs: captions and
     some questions for "pretrain", questions for "vqa", captions for "caption" and "retrieval", those of SCENE_TASKS
     for the others.
-    Task "refer" has the things' true boxes for regions; its split "detected" is "test" with the detector's. DataError
+    Task "refer" has the things' true boxes for regions; its split "detected" is "test" with the detector's. UserError
     for anything else."""
     true = task == "refer" and split != "detected"
     split, shown = "test" if split == "detected" and task == "refer" else split, split
     if split not in data.SPLITS:
-        raise common.DataError(f"scenes have no split {split!r}; choose from {', '.join(data.SPLITS)}")
+        raise common.UserError(f"scenes have no split {split!r}; choose from {', '.join(data.SPLITS)}")
     if task not in data.TASKS:
-        raise common.DataError(f"scenes have no task {task!r}; choose from {', '.join(data.TASKS)}")
+        raise common.UserError(f"scenes have no task {task!r}; choose from {', '.join(data.TASKS)}")
     count = SCENES[split] if count is None else count
     jobs = [(seed, split, start, min(start + 50, count)) for start in range(0, count, 50)]
     label = f"drawing {count} {split} scenes"

@@ -77,35 +77,35 @@ def make_dataset(folder, rng, words, regions, vocabulary, answers, count=512, pi
     return dataset
 
 
-def make_run(o, model, size, dtype, folder, **sizes):
+def make_run(args, model, size, dtype, folder, **sizes):
     """A train.Run of one model on drawn examples, ready to step, and the examples of each step. Seeded: two calls
     give the same weights and examples."""
-    options = train.settle(train.parse(["--model", model, "--device", o.device]), model, 0)
+    options = train.resolve_options(train.parse(["--model", model, "--device", args.device]), model, 0)
     paper, rng = checkpoints.PAPERS[model][0], np.random.default_rng(0)
     vocabulary, answers = paper.Config.vocab_size, getattr(paper.Config, "answers", 1)
     answers = [str(i) for i in range(answers if model == "lxmert" else 1)]
-    dataset = make_dataset(folder, rng, o.words, o.regions, vocabulary, len(answers))
+    dataset = make_dataset(folder, rng, args.words, args.regions, vocabulary, len(answers))
     pieces = {name: i for i, name in enumerate(data.SPECIALS)}
     tokenizer = data.wordpiece(pieces | {f"piece{i}": i for i in range(len(pieces), vocabulary)}, lowercase=False)
-    objectives, device = train.objectives_of(options, paper), train.pick_device(o.device)
+    objectives, device = train.objectives_of(options, paper), train.pick_device(args.device)
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
     run = train.Run(
         options, paper, objectives, {"pretrain": {"train": dataset}}, tokenizer, answers, device, dtype, 0, 1
     )
     config = {**paper.PRESETS[size], "classes": CLASSES, "attributes": ATTRIBUTES, **sizes}
-    config["heads"] = tasks.heads_of(paper, objectives)
+    config["heads"] = tasks.heads_for(paper, objectives)
     torch.manual_seed(0)
     run.model = getattr(paper, checkpoints.PAPERS[model][1])(paper.Config(**config)).to(device).train()
     run.optimizer = train.make_optimizer(run.model, 0.01)
-    train.set_rate(run.optimizer, 1, 1e-6)  # a rate that leaves the weights as they are, but does the work
-    groups = data.batches(dataset.lengths(), np.random.default_rng(1), size=o.batch_size)
-    return run, [group for group in groups if len(group) == o.batch_size][: o.batches]
+    train.set_learning_rate(run.optimizer, 1, 1e-6)  # a rate that leaves the weights as they are, but does the work
+    groups = data.batches(dataset.lengths(), np.random.default_rng(1), size=args.batch_size)
+    return run, [group for group in groups if len(group) == args.batch_size][: args.batches]
 
 
 def batch_of(run, index, step):
     """The batch of a step and the objectives it trains; the same for the same step."""
     rng = np.random.default_rng((2, step))
-    names = train.step_objectives(run.paper, run.objectives, np.random.default_rng((3, step)))
+    names = train.sample_objectives(run.paper, run.objectives, np.random.default_rng((3, step)))
     return tasks.make_batch(run, run.splits["train"], index, names, rng), names
 
 
@@ -286,13 +286,13 @@ class Peer:
         return timed(self.run.device, self.model, self.optimizer, lambda: self.inputs(index, step), self.loss)
 
 
-def side(o, dtype, name, pipe):
+def side(args, dtype, name, pipe):
     """One side of the comparison, in a process of its own, as its memory is to be its own. Sends its loss without dropout
     in float32; then for every True that it gets, the seconds of each of STAGES over all examples; at last its peak memory.
     """
     hidden = torch.finfo(torch.float32).min if dtype == "f32" else torch.finfo(torch.bfloat16).min
     with tempfile.TemporaryDirectory() as folder:
-        run, groups = make_run(o, "lxmert", "base", dtype, Path(folder), hidden_score=hidden, region_factor=6.67)
+        run, groups = make_run(args, "lxmert", "base", dtype, Path(folder), hidden_score=hidden, region_factor=6.67)
     if name != "transformers":
         train.keep_freed_memory()
     if name == "ours":
@@ -300,7 +300,7 @@ def side(o, dtype, name, pipe):
         batch, names = batch_of(run, groups[0], 0)
         with torch.no_grad():
             pipe.send(sum(float(loss) for loss, _ in model(batch.to(run.device), names).values()))
-        if o.compile:
+        if args.compile:
             train.compile_layers(model)
     else:
         peer = Peer(run)
@@ -313,23 +313,23 @@ def side(o, dtype, name, pipe):
     pipe.send(memory(run.device))
 
 
-def compare_peer(o, dtype):
+def compare_peer(args, dtype):
     """Ours and the peer's in turn over the same examples: the peer as it ships, and with the memory setting of ours."""
     spawn, sides, times = multiprocessing.get_context("spawn"), {}, {}
     os.environ.pop("OMP_WAIT_POLICY", None)  # the sides that have to wait must not hold the cores
     for name in ("ours", "transformers", "transformers, freed memory kept"):
         sides[name], end = spawn.Pipe()
-        spawn.Process(target=side, args=(o, dtype, name, end), daemon=True).start()
+        spawn.Process(target=side, args=(args, dtype, name, end), daemon=True).start()
         end.close()  # else this process would wait for ever for one that failed
         times[name] = []
         print(f"{name}: loss without dropout {sides[name].recv():.5f}", flush=True)
-    for turn in range(-WARM_UP, o.repeats):
+    for turn in range(-WARM_UP, args.repeats):
         for name, pipe in sides.items():
             pipe.send(True)
             taken = pipe.recv()
             if turn >= 0:
                 times[name].append(taken)
-    examples = o.batch_size * o.batches
+    examples = args.batch_size * args.batches
     print(
         f"| LXMERT-base, {dtype} | examples/s | ours is faster by | memory GiB | {' / '.join(STAGES)} % |\n{'|---' * 5}|"
     )
@@ -358,10 +358,10 @@ def memory(device):
 # ---- tables ----------------------------------------------------------------------------------------------------
 
 
-def measure(o, folder, model, size, dtype):
+def measure(args, folder, model, size, dtype):
     """A row of the table."""
     train.keep_freed_memory()
-    run, groups = make_run(o, model, size, dtype, folder)
+    run, groups = make_run(args, model, size, dtype, folder)
     kind = torch.float32 if dtype == "f32" else torch.bfloat16
     best, times, known = peak(run.device, kind), [], {}
     real = counted = useful = 0
@@ -369,9 +369,9 @@ def measure(o, folder, model, size, dtype):
         batch, names = batch_of(run, group, i)
         real += int(batch.text_mask.sum() + batch.region_mask.sum())
         counted, useful = counted + flops(run, batch, names), useful + useful_flops(run, group, i, known)
-    if o.compile:
+    if args.compile:
         train.compile_layers(run.model)
-    for turn in range(-WARM_UP, o.repeats):
+    for turn in range(-WARM_UP, args.repeats):
         taken = np.array([step_ours(run, group, i) for i, group in enumerate(groups)])
         if turn >= 0:
             times.append(taken.sum(0))
@@ -383,7 +383,7 @@ def measure(o, folder, model, size, dtype):
     products = products_alone(products.seen, run.device)
     split = np.mean(times, 0) / np.sum(np.mean(times, 0))
     stages = " / ".join(f"{100 * part:.0f}" for part in split)
-    count = o.batch_size * len(groups)
+    count = args.batch_size * len(groups)
     print(f"| {model} {size} | {dtype} | {count / seconds:.2f} | {real / seconds:.0f} | {counted / seconds / best:.0%} | "
           f"{useful / seconds / best:.0%} | {products / seconds:.0%} | {best / 1e9:.0f} | {memory(run.device):.1f} | {stages} |", flush=True)  # fmt: skip
 
@@ -397,20 +397,20 @@ def sizes_with(model, layers):
     return {"language_layers" if model == "lxmert" else "layers": layers}
 
 
-def sweep(o, folder):
+def sweep(args, folder):
     """Seconds of a step while one thing grows; a star where twice as much costs more than 2.3 times as much."""
     train.keep_freed_memory()
     grid = {"batch_size": (2, 4, 8, 16, 32), "words": (8, 16, 32, 64, 128), "regions": (9, 18, 36, 72, 144)}
     print("| | what | value | seconds a step | times the one before |\n|---|---|---|---|---|")
-    for model in o.models:
+    for model in args.models:
         for what, values in {**grid, "layers": (3, 6, 12)}.items():
             before = None
             for value in values:
-                changed, sizes = copy.copy(o), sizes_with(model, value) if what == "layers" else {}
-                changed.words = o.words or 9
+                changed, sizes = copy.copy(args), sizes_with(model, value) if what == "layers" else {}
+                changed.words = args.words or 9
                 if what != "layers":
                     setattr(changed, what, (value, value) if what == "regions" else value)
-                run, groups = make_run(changed, model, o.sizes[0], o.dtypes[0], folder, **sizes)
+                run, groups = make_run(changed, model, args.sizes[0], args.dtypes[0], folder, **sizes)
                 seconds = min(step_ours(run, groups[0], 0).sum() for _ in range(3))
                 ratio = "" if before is None else f"{seconds / before:.2f}{' *' if seconds > 2.3 * before else ''}"
                 print(f"| {model} | {what} | {value} | {seconds:.3f} | {ratio} |", flush=True)
@@ -432,22 +432,22 @@ def main():
     add("--peer", choices=["transformers"], help="compare LXMERT with that library's")
     add("--sweep", action="store_true")
     add("--device", default="auto")
-    o = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        if o.sweep:
-            return sweep(o, folder)
-        if o.peer:
-            for dtype in o.dtypes:
-                compare_peer(o, dtype)
+        if args.sweep:
+            return sweep(args, folder)
+        if args.peer:
+            for dtype in args.dtypes:
+                compare_peer(args, dtype)
             return None
         print("| model | format | examples/s | words + regions/s | share of peak | useful share | products alone | peak GFLOP/s | memory GiB | "
               f"{' / '.join(STAGES)} % |\n{'|---' * 10}|")  # fmt: skip
-        for model in o.models:
-            for size in o.sizes:
+        for model in args.models:
+            for size in args.sizes:
                 if size in checkpoints.PAPERS[model][0].PRESETS:
-                    for dtype in o.dtypes:
-                        in_a_process(measure, o, folder, model, size, dtype)
+                    for dtype in args.dtypes:
+                        in_a_process(measure, args, folder, model, size, dtype)
     return None
 
 

@@ -52,24 +52,24 @@ TEACH |= {"all three": "logits,attention,hidden"}
 # ---- runs ------------------------------------------------------------------------------------------------------
 
 
-def run(o, name, *arguments, steps=None):
+def run(args, name, *arguments, steps=None):
     """result.json of a run of train.py in folder `name`; trains unless it is there already."""
-    folder = o.out / name
+    folder = args.out / name
     if not (folder / "result.json").is_file():
-        start(folder, *arguments, *o.more, *(("--steps", steps) if steps else ()))
+        start(folder, *arguments, *args.more, *(("--steps", steps) if steps else ()))
     return json.loads((folder / "result.json").read_text())
 
 
-def bought(o, name, *arguments, times=1):
+def bought(args, name, *arguments, times=1):
     """--steps, or those that --minutes buy: by the speed of a trial of 60 steps, made once for all runs of a kind; that
     many `times`."""
-    if o.steps:
-        return times * o.steps
-    trial = o.out / f"{name}-trial/result.json"
+    if args.steps:
+        return times * args.steps
+    trial = args.out / f"{name}-trial/result.json"
     if not trial.is_file():
-        start(trial.parent, *arguments, *o.more, "--steps", 60, "--eval-every", 60)
+        start(trial.parent, *arguments, *args.more, "--steps", 60, "--eval-every", 60)
     done = json.loads(trial.read_text())
-    return max(10, int(60 * times * o.minutes * done["steps"] / max(done["seconds"], 0.1)))
+    return max(10, int(60 * times * args.minutes * done["steps"] / max(done["seconds"], 0.1)))
 
 
 def start(folder, *arguments):
@@ -86,7 +86,7 @@ def restore(folder):
     paper, name = checkpoints.PAPERS[checkpoint["model"]]
     model = getattr(paper, name)(paper.Config(**checkpoint["config"])).eval()
     model.load_state_dict(checkpoint["state"])
-    names = {"o": SimpleNamespace(ablate=None), "device": torch.device("cpu"), "autocast": nullcontext}
+    names = {"args": SimpleNamespace(ablate=None), "device": torch.device("cpu"), "autocast": nullcontext}
     tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
     dataset = data.load("scenes", "caption", "test").encode(tokenizer, max_length=60)
     return SimpleNamespace(model=model, rank=0, world=1, **names), dataset, tasks.first_captions(dataset)
@@ -114,49 +114,49 @@ def table(rows, columns):
 # ---- tables ----------------------------------------------------------------------------------------------------
 
 
-def runs(o, model, task, name, seeds, pretraining=(), extra=(), times=1):
+def runs(args, model, task, name, seeds, pretraining=(), extra=(), times=1):
     """The results of a task's runs, and their steps. pretraining: folder and options of the run of train.py that they
     start from, () for none; extra: options of these runs, which have `times` the steps."""
     options, init = ("--model", model, "--task", task), ()
     if pretraining:
         folder, *objectives = pretraining
-        run(o, folder, "--model", model, *objectives, steps=o.pretrain_steps)
-        init = ("--init", o.out / folder / "checkpoint.pt")
-    steps, results = bought(o, f"{model}-{task}", *options, times=times), []
+        run(args, folder, "--model", model, *objectives, steps=args.pretrain_steps)
+        init = ("--init", args.out / folder / "checkpoint.pt")
+    steps, results = bought(args, f"{model}-{task}", *options, times=times), []
     for seed in range(seeds):
-        results.append(run(o, f"{model}-{task}-{name}-{seed}", *options, *init, *extra, "--seed", seed, steps=steps))
+        results.append(run(args, f"{model}-{task}-{name}-{seed}", *options, *init, *extra, "--seed", seed, steps=steps))
     return results, steps
 
 
-def table_of_tasks(o):
+def table_of_tasks(args):
     """Three models x seven tasks x two starts; then the first model, one seed, without words or without picture, and on
     the tasks of SEEDED at once, in as many steps as the three together."""
     rows, all_steps = {"chance": {}}, {}
-    variants = [(m, name, ()) for m in o.models for name in ("pretrained", "untrained")]
-    variants += [(o.models[0], f"pretrained, without {what}", ("--ablate", what)) for what in ("text", "image")]
+    variants = [(m, name, ()) for m in args.models for name in ("pretrained", "untrained")]
+    variants += [(args.models[0], f"pretrained, without {what}", ("--ablate", what)) for what in ("text", "image")]
     for model, name, extra in variants:
         row = rows.setdefault(f"{model}, {name}", {})
-        for task in o.tasks:
+        for task in args.tasks:
             if task == "caption" and "text" in extra:
                 continue
             pretraining = () if name == "untrained" else (f"{model}-pretrain",)
             folder = name.replace(", ", "-").replace(" ", "-")
-            seeds = o.seeds if task in SEEDED and not extra else 1
-            results, steps = runs(o, model, task, folder, seeds, pretraining, extra)
+            seeds = args.seeds if task in SEEDED and not extra else 1
+            results, steps = runs(args, model, task, folder, seeds, pretraining, extra)
             row[task] = cell(results, COLUMNS[task])
             all_steps.setdefault(f"{model}, steps", {})[task] = f"{steps:,}"
-            if name == "pretrained" and model == o.models[0]:
+            if name == "pretrained" and model == args.models[0]:
                 rows["chance"][task] = cell([results[0]["chance"]], COLUMNS[task])
-    if len(together := [task for task in SEEDED if task in o.tasks]) > 1:
-        model, row = o.models[0], rows.setdefault(f"{o.models[0]}, pretrained, {len(together)} tasks at once", {})
-        results, _ = runs(o, model, ",".join(together), "pretrained", 1, (f"{model}-pretrain",), times=len(together))
+    if len(together := [task for task in SEEDED if task in args.tasks]) > 1:
+        model, row = args.models[0], rows.setdefault(f"{args.models[0]}, pretrained, {len(together)} tasks at once", {})
+        results, _ = runs(args, model, ",".join(together), "pretrained", 1, (f"{model}-pretrain",), times=len(together))
         for task in together:  # "vqa_accuracy", "detected_refer_accuracy"
             own = {name.replace(f"{task}_", ""): value for name, value in results[0].items() if f"{task}_" in name}
             row[task] = cell([own], COLUMNS[task])
-    return table(rows | all_steps, o.tasks)
+    return table(rows | all_steps, args.tasks)
 
 
-def table_of_objectives(o):
+def table_of_objectives(args):
     """UNITER's table 2 in small: which objectives of pretraining help nlvr2 and vqa. The first and the last row are
     those of the table of tasks."""
     rows = {}
@@ -165,28 +165,32 @@ def table_of_objectives(o):
         if given is None:
             folder, pretraining = ("untrained", ()) if name == "none" else ("pretrained", ("uniter-pretrain",))
         for task in ("nlvr2", "vqa"):
-            results, _ = runs(o, "uniter", task, folder, o.seeds, pretraining)
+            results, _ = runs(args, "uniter", task, folder, args.seeds, pretraining)
             rows.setdefault(name, {})[task] = cell(results, COLUMNS[task])
     return table(rows, ("nlvr2", "vqa"))
 
 
-def table_of_temperatures(o):
+def table_of_temperatures(args):
     """R@1 of dot products among 500 test scenes, mean of both ways, against the temperature of itc."""
-    rows, points, options = {}, {}, ("--model", o.models[0], "--objectives", "itc")
-    steps = bought(o, "temperature", *options)
+    rows, points, options = {}, {}, ("--model", args.models[0], "--objectives", "itc")
+    steps = bought(args, "temperature", *options)
     for value in TEMPERATURES:
         found, ends = [], []
-        for seed in range(o.seeds):
+        for seed in range(args.seeds):
             name, extra = f"temperature-{value}-{seed}", ("--temperature", value, "--seed", seed)
-            ends.append(run(o, name, *options, *extra, steps=steps)["temperature"])
-            restored, dataset, texts = restore(o.out / name)
+            ends.append(run(args, name, *options, *extra, steps=steps)["temperature"])
+            restored, dataset, texts = restore(args.out / name)
             with torch.inference_mode():
                 dots = tasks.dot_products(restored, dataset, texts[:500], dataset.image[texts[:500]])
             recalls = tasks.recall_at(dots, torch.arange(len(dots)))
             found.append((recalls["text_to_image_r1"] + recalls["image_to_text_r1"]) / 2)
         points[value] = float(np.mean(ends)), float(np.mean(found))
         rows[f"learned, ends at {points[value][0]:.3f}" if value == "learned" else value] = {"R@1": spread(found)}
-    draw([point for value, point in points.items() if value != "learned"], points["learned"], o.out / "temperature.png")
+    draw(
+        [point for value, point in points.items() if value != "learned"],
+        points["learned"],
+        args.out / "temperature.png",
+    )
     return table(rows, ("R@1",))
 
 
@@ -219,22 +223,22 @@ def draw(points, learned, path, width=640, height=400):
     image.resize((width, height), Image.Resampling.LANCZOS).save(path)
 
 
-def table_of_students(o):
+def table_of_students(args):
     """Teacher, student alone, and the student with each of the three losses and with all, on the first of --tasks."""
-    model, task, found, speed = o.models[0], o.tasks[0], {}, {}
+    model, task, found, speed = args.models[0], args.tasks[0], {}, {}
     options = ("--model", model, "--task", task)
-    steps = [bought(o, f"{task}-{who}", *options, "--config", *getattr(o, who)) for who in ("teacher", "student")]
-    for seed in range(o.seeds):
-        teacher, extra = f"{task}-teacher-{seed}", ("--seed", seed, "--config", *o.teacher)
-        found.setdefault("teacher", []).append(run(o, teacher, *options, *extra, steps=steps[0])[COLUMNS[task][0]])
-        speed.setdefault("teacher", examples_per_second(o.out / teacher))
+    steps = [bought(args, f"{task}-{who}", *options, "--config", *getattr(args, who)) for who in ("teacher", "student")]
+    for seed in range(args.seeds):
+        teacher, extra = f"{task}-teacher-{seed}", ("--seed", seed, "--config", *args.teacher)
+        found.setdefault("teacher", []).append(run(args, teacher, *options, *extra, steps=steps[0])[COLUMNS[task][0]])
+        speed.setdefault("teacher", examples_per_second(args.out / teacher))
         for name, kind in TEACH.items():
-            extra = ("--seed", seed, "--config", *o.student)
-            extra += ("--teacher", o.out / teacher / "best.pt", "--distill", kind) if kind else ()
+            extra = ("--seed", seed, "--config", *args.student)
+            extra += ("--teacher", args.out / teacher / "best.pt", "--distill", kind) if kind else ()
             folder = f"{task}-{name.replace(' ', '-')}-{seed}"
-            result = run(o, folder, *options, *extra, steps=steps[1])
+            result = run(args, folder, *options, *extra, steps=steps[1])
             found.setdefault(name, []).append(result[COLUMNS[task][0]])
-            speed.setdefault(name, examples_per_second(o.out / folder))
+            speed.setdefault(name, examples_per_second(args.out / folder))
     alone, gap = np.mean(found["student alone"]), np.mean(found["teacher"]) - np.mean(found["student alone"])
     rows = {name: {COLUMNS[task][0]: spread(values)} for name, values in found.items()}
     for name, row in rows.items():
@@ -279,10 +283,10 @@ def main():
     mine, more = sys.argv[1:], []
     if "--" in mine:
         mine, more = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
-    o = parser.parse_args(mine)
-    o.more = more
-    text = TABLES[o.which](o)
-    checkpoints.write(o.out / f"{o.which}.md", text + "\n")
+    args = parser.parse_args(mine)
+    args.more = more
+    text = TABLES[args.which](args)
+    checkpoints.write_text(args.out / f"{args.which}.md", text + "\n")
     print(f"\n{text}")
 
 

@@ -23,7 +23,7 @@ import predict
 import train
 import uniter
 import vilbert
-from common import DataError
+from common import UserError
 
 REFERENCE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[2] / "shared" / "reference")
 SENTENCES = """Is there evidence of a pneumothorax?|A café on the naïve coast, 3.5 km off.|UPPER and lower CASE|
@@ -35,8 +35,8 @@ SENTENCES = SENTENCES.split("|")
 
 def options(path, model="uniter", **changes):
     """What `settle` makes of `--model MODEL --init PATH`."""
-    o = {"init": str(path), "model": model, "tasks": ["vqa"], "vocab": None, "partial": False, "fresh": False}
-    return SimpleNamespace(**o | changes)
+    args = {"init": str(path), "model": model, "tasks": ["vqa"], "vocab": None, "partial": False, "fresh": False}
+    return SimpleNamespace(**args | changes)
 
 
 def checkpoint_of(path, model):
@@ -54,9 +54,9 @@ def fit(path, model, heads=(), partial=False, answers=(), **changes):
     """The model that `--init PATH` makes, in eval mode, and the report."""
     checkpoint = checkpoint_of(path, model)
     built = model_of(checkpoint, model, heads, real=True, **{"feature_size": 8, "classes": 5} | changes)
-    o = options(path, model)
-    o.partial = partial
-    state, report = checkpoints.fitting(o, built.state_dict(), checkpoint, list(answers))
+    args = options(path, model)
+    args.partial = partial
+    state, report = checkpoints.fit_state_dict(args, built.state_dict(), checkpoint, list(answers))
     built.load_state_dict(state)
     return built.eval(), report
 
@@ -273,7 +273,7 @@ def test_official_files_at_full_size_load_save_and_load(file, tmp_path):
         rows = next((n for head, n in answers.items() if head in heads), 1)
         checkpoint["answers"] = answers = [str(i) for i in range(rows)]
         own = model_of(checkpoint, model, heads, answers=rows).state_dict()
-        fitted, report = checkpoints.fitting(options("weights.pth", model), own, checkpoint, answers)
+        fitted, report = checkpoints.fit_state_dict(options("weights.pth", model), own, checkpoint, answers)
         report = report.splitlines()
         assert report[1].startswith(f"         loaded {len(own)}: ")
         assert [line.split(":")[0] for line in report[2:]] == [
@@ -421,7 +421,9 @@ def test_a_run_that_began_with_bert_resumes_from_its_own_checkpoint(own, tmp_pat
 def fitted(model, state, own, known=(), wanted=(), **changes):
     """`train.fitting` for a checkpoint of this repository: the state and the report."""
     checkpoint = {"state": state, "answers": list(known)}
-    return checkpoints.fitting(options("x.pt", model) if not changes else changes["o"], own, checkpoint, list(wanted))
+    return checkpoints.fit_state_dict(
+        options("x.pt", model) if not changes else changes["args"], own, checkpoint, list(wanted)
+    )
 
 
 def make(model, **changes):
@@ -440,11 +442,11 @@ def make(model, **changes):
 def test_the_type_table_of_uniter_grows_as_the_official_code_grows_it():
     state, name = make("uniter"), "text_embedding.types.weight"
     for task, copied in {"nlvr2": [0, 1, 1], "vcr": [0, 1, 0, 0]}.items():
-        o, own = options("x.pt", tasks=[task]), make("uniter", types=len(copied))
-        found, report = fitted("uniter", state, own, o=o)
+        args, own = options("x.pt", tasks=[task]), make("uniter", types=len(copied))
+        found, report = fitted("uniter", state, own, args=args)
         assert torch.equal(found[name], state[name][copied])
         assert "resized 1: text_embedding (1)" in report
-    with pytest.raises(DataError, match=r"1 tensors of the trunk .* text_embedding.types"):
+    with pytest.raises(UserError, match=r"1 tensors of the trunk .* text_embedding.types"):
         fitted("vilbert", make("vilbert"), make("vilbert", types=3))
 
 
@@ -452,7 +454,7 @@ def test_the_type_table_of_uniter_grows_as_the_official_code_grows_it():
 def test_an_official_matching_head_becomes_the_rank_head(model):
     state, own = make(model), make(model, heads=("rank",))
     file = {"state": checkpoints.FORMATS[model].to_official(state), "answers": [], "kind": model}
-    found, _ = checkpoints.fitting(options("x.pth", model), own, file, [])
+    found, _ = checkpoints.fit_state_dict(options("x.pth", model), own, file, [])
     match = state["heads.itm.weight"]
     assert torch.equal(found["heads.rank.weight"], match[1:] - match[:1])
 
@@ -491,11 +493,13 @@ def test_the_answers_of_lxmert_keep_their_rows():
         "answers": ["yes", "no", "2"],
         "kind": "lxmert",
     }
-    found, _ = checkpoints.fitting(options("x.pth", "lxmert"), own, file, ["no", "cat", "yes", "two"])  # official
+    found, _ = checkpoints.fit_state_dict(
+        options("x.pth", "lxmert"), own, file, ["no", "cat", "yes", "two"]
+    )  # official
     weight = file["state"]["answer_head.logit_fc.3.weight"]
     assert torch.equal(found["heads.vqa.3.weight"], torch.stack([weight[1], zero, weight[0], weight[2]]))
     state = make("lxmert", heads=("qa",))
-    with pytest.raises(DataError, match="3 rows, the list of answers 2"):
+    with pytest.raises(UserError, match="3 rows, the list of answers 2"):
         fitted("lxmert", state, own, known=["yes", "no"], wanted=["yes"])
 
 
@@ -524,9 +528,9 @@ def test_a_trunk_with_holes_is_refused_unless_partial():
     state, own = make("uniter"), make("uniter")
     gone = [name for name in state if name.startswith("layers.1.attention.")]
     holes = {name: tensor for name, tensor in state.items() if name not in gone}
-    with pytest.raises(DataError, match=f"{len(gone)} tensors of the trunk .* layers.1.attention.* --partial"):
+    with pytest.raises(UserError, match=f"{len(gone)} tensors of the trunk .* layers.1.attention.* --partial"):
         fitted("uniter", holes, own)
-    found, report = fitted("uniter", holes, own, o=options("x.pt", partial=True))
+    found, report = fitted("uniter", holes, own, args=options("x.pt", partial=True))
     assert all(torch.equal(found[name], (own if name in gone else state)[name]) for name in own)
     assert f"at random {len(gone)}: layers ({len(gone)})" in report
 
@@ -536,8 +540,8 @@ def test_a_trunk_with_holes_is_refused_unless_partial():
 )
 def test_two_heads_with_one_official_name_are_refused(model, heads):
     state = make(model, heads=heads)
-    with pytest.raises(DataError, match="official"):
-        checkpoints.official(model, state)
+    with pytest.raises(UserError, match="official"):
+        checkpoints.export_official(model, state)
 
 
 # ---- safetensors ---------------------------------------------------------------------------------------------------
@@ -615,7 +619,7 @@ SAFE = {  # what is wrong: file, what the line must say
 def test_no_damaged_safetensors_file_is_read(what, tmp_path):
     content, message = SAFE[what]
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(DataError) as stop:
+    with pytest.raises(UserError) as stop:
         checkpoints.read_safetensors(tmp_path / "x.safetensors")
     assert message in str(stop.value) and "\n" not in str(stop.value)
 

@@ -137,7 +137,7 @@ def test_drop(p, shape):
     """The share of zeros, their independence of place, the scale of the rest, and a gradient that passes where x does."""
     x = torch.rand(shape).add(1).requires_grad_()
     torch.manual_seed(0)
-    y = common.drop(x, p)
+    y = common.apply_dropout(x, p)
     gone = y == 0
     sigma = (p * (1 - p) / x.numel()) ** 0.5
     assert abs(gone.float().mean() - p) <= 5 * sigma
@@ -147,9 +147,9 @@ def test_drop(p, shape):
     y.sum().backward()
     torch.testing.assert_close(x.grad, y.detach() / x.detach())
     torch.manual_seed(0)
-    assert common.drop(x, p).equal(y)
+    assert common.apply_dropout(x, p).equal(y)
     if 0 < p < 1:
-        assert not common.drop(x, p).equal(y)
+        assert not common.apply_dropout(x, p).equal(y)
 
 
 def test_dropout_is_for_training_only():
@@ -183,7 +183,7 @@ def test_gradients(block):
 @pytest.mark.parametrize(("width", "std"), [(768, 0.02), (1024, 0.02), (192, 0.04)])
 def test_initialise(width, std):
     model = nn.Sequential(nn.Linear(300, 300), nn.Embedding(300, 300, padding_idx=0), common.LayerNorm(300))
-    common.initialise(model, width)
+    common.init_weights(model, width)
     for layer in model[:2]:
         assert abs(layer.weight.std().item() - std) < 0.015 * std
         assert abs(layer.weight.mean().item()) < 0.015 * std
@@ -196,7 +196,7 @@ def test_spread_boxes_let_places_and_sides_count_alike(numbers):
     """Boxes with the means and spreads of the docstring: outputs have mean 0 and variance 1, a quarter from each."""
     torch.manual_seed(0)
     linear = nn.Linear(numbers, 4000)
-    common.spread_boxes(linear)
+    common.init_box_projection(linear)
     z = torch.randn(4000, 4)  # centre x, y, width, height, standardised
     centre, sides = 0.5 + 0.25 * z[:, :2], 0.25 + 0.1 * z[:, 2:]
     boxes = torch.cat([centre - sides / 2, centre + sides / 2, torch.rand(4000, numbers - 4)], 1)
@@ -215,7 +215,10 @@ def test_spread_boxes_let_places_and_sides_count_alike(numbers):
 
 def test_at():
     states = randn(2, 3, 4)
-    close(common.at(states, torch.tensor([5, 0, 3])), torch.stack([states[1, 2], states[0, 0], states[1, 0]]))
+    close(
+        common.gather_positions(states, torch.tensor([5, 0, 3])),
+        torch.stack([states[1, 2], states[0, 0], states[1, 0]]),
+    )
 
 
 def test_cross_entropy():
@@ -527,10 +530,10 @@ def test_layer_map_and_shared_heads():
     assert common.layer_map(2, 6) == [2, 5] and common.layer_map(1, 3) == [2] and common.layer_map(4, 4) == [0, 1, 2, 3]
     assert common.layer_map(4, 2) == [0, 0, 0, 1]
     maps = randn(2, 4, 3, 3)
-    close(common.share_heads(maps, 2)[:, 1], (maps[:, 2] + maps[:, 3]) / 2)
-    close(common.share_heads(maps, 4), maps)
+    close(common.average_heads(maps, 2)[:, 1], (maps[:, 2] + maps[:, 3]) / 2)
+    close(common.average_heads(maps, 4), maps)
     with pytest.raises(ValueError, match="4 attention heads of the teacher cannot be shared by 3"):
-        common.share_heads(maps, 3)
+        common.average_heads(maps, 3)
 
 
 @pytest.mark.parametrize("heads", [2, 4])

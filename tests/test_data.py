@@ -333,7 +333,7 @@ def test_tokenizer_is_greedy_wordpiece_and_deterministic(tmp_path):
     cased = data.read_tokenizer(tmp_path / "cased.txt")
     assert cased.encode("Table").tokens == ["Table"] and cased.encode("table").tokens == greedy("table", vocab)
     (tmp_path / "bad.txt").write_text("\n".join(lines[1:]))
-    with pytest.raises(common.DataError, match="bad.txt"):
+    with pytest.raises(common.UserError, match="bad.txt"):
         data.read_tokenizer(tmp_path / "bad.txt")
 
 
@@ -362,7 +362,7 @@ def test_collate_against_plain_loops(dataset, tokenizer):
 @pytest.mark.parametrize("replace", ["image", "text"])
 def test_mismatch_never_keeps_the_picture(dataset, tokenizer, replace):
     rng, index = np.random.default_rng(0), np.arange(len(dataset))
-    examples, images, matched = data.mismatch(dataset, index, rng, 0.5, replace)
+    examples, images, matched = data.sample_mismatches(dataset, index, rng, 0.5, replace)
     same = dataset.image[examples] == images
     assert np.array_equal(same, matched.numpy() == 1)
     assert abs(same.mean() - 0.5) < 4 * 0.5 / len(index) ** 0.5
@@ -373,25 +373,25 @@ def test_mismatch_never_keeps_the_picture(dataset, tokenizer, replace):
     assert batch.pictures.tolist() == images.tolist()
     assert batch.rows(torch.arange(2)).pair_index is None
     with pytest.raises(ValueError, match="two pictures"):
-        data.mismatch(dataset.subset(np.array([0, 1])), np.array([0, 1]), rng, 1.0)
+        data.sample_mismatches(dataset.subset(np.array([0, 1])), np.array([0, 1]), rng, 1.0)
 
 
 def test_false_sentences_come_from_the_batch(dataset):
     """Where they are of like length. A batch with one picture has none, and takes them from the rest."""
     index = np.flatnonzero(dataset.image < 10)
-    examples, images, matched = data.mismatch(dataset, index, np.random.default_rng(0), 1.0, "text")
+    examples, images, matched = data.sample_mismatches(dataset, index, np.random.default_rng(0), 1.0, "text")
     assert set(examples) <= set(index) and np.array_equal(images, dataset.image[index]) and not matched.any()
     alone = np.flatnonzero(dataset.image == dataset.image[0])
-    examples, _, _ = data.mismatch(dataset, alone, np.random.default_rng(0), 1.0, "text")
+    examples, _, _ = data.sample_mismatches(dataset, alone, np.random.default_rng(0), 1.0, "text")
     assert (dataset.image[examples] != dataset.image[0]).all()
 
 
 def test_nothing_is_predicted_in_false_pairs(dataset, tokenizer):
     rng, index = np.random.default_rng(0), np.arange(40)
-    examples, images, matched = data.mismatch(dataset, index, rng, 0.5, "text")
+    examples, images, matched = data.sample_mismatches(dataset, index, rng, 0.5, "text")
     batch = dataclasses.replace(data.collate(dataset, examples, images), matched=matched)
     batch = data.mask_regions(data.mask_words(batch, tokenizer, rng), rng)
-    true, T, N = data.only_true(batch), batch.text.shape[1], batch.region_mask.shape[1]
+    true, T, N = data.drop_mismatched_labels(batch), batch.text.shape[1], batch.region_mask.shape[1]
     kept = [k for k, i in enumerate(batch.word_index.tolist()) if matched[i // T]]
     assert 0 < len(kept) < len(batch.word_index)
     assert torch.equal(true.word_index, batch.word_index[kept]) and torch.equal(
@@ -399,7 +399,7 @@ def test_nothing_is_predicted_in_false_pairs(dataset, tokenizer):
     )
     assert true.region_index.tolist() == [i for i in batch.region_index.tolist() if matched[i // N]]
     assert torch.equal(true.text, batch.text) and torch.equal(true.masked_regions, batch.masked_regions)
-    assert data.only_true(dataclasses.replace(batch, word_index=None)).word_index is None
+    assert data.drop_mismatched_labels(dataclasses.replace(batch, word_index=None)).word_index is None
 
 
 def test_masked_words_have_berts_rates(dataset, tokenizer):
@@ -547,7 +547,7 @@ def test_bad_lines_are_named_in_one_line(own, cache, line, task, message):
     if task == "nlvr2":
         del good["image"]
     path = own(good, "", line)
-    with pytest.raises(common.DataError, match=message) as error:
+    with pytest.raises(common.UserError, match=message) as error:
         data.load_jsonl(path, task, "train", cache=cache)
     assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
 
@@ -566,7 +566,7 @@ def test_own_data_becomes_a_dataset(own, cache, capsys):
     assert "all features are equal" in capsys.readouterr().err
     data.load(str(own({**F, "features": "unit.npz"})), "vqa", "train", cache=cache)
     assert "0..1" in capsys.readouterr().err
-    with pytest.raises(common.DataError, match="no such file"):
+    with pytest.raises(common.UserError, match="no such file"):
         data.load("nowhere.jsonl", "vqa", "train", cache=cache)
 
 

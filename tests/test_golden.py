@@ -515,7 +515,7 @@ def uniter_optim(fixture, task, dtype, rubbish):
     optimizer = train.make_optimizer(parameters, weight_decay=0.01)
     for step in range(1, 7):
         rate = train.learning_rate(step, peak=0.05, warmup=3, steps=6)
-        train.set_rate(optimizer, step, rate)
+        train.set_learning_rate(optimizer, step, rate)
         for name, parameter in parameters.items():
             parameter.grad = x[f"{name}_grad_step{step}"]
         optimizer.step()

@@ -365,7 +365,7 @@ def test_pictures_are_joined_row_by_row(cache, tokenizer):
 
 def test_the_next_word_is_the_label():
     batch = make_batch()
-    after = data.next_words(batch)
+    after = data.next_word_labels(batch)
     pairs = [(r, t) for r in range(3) for t in range(6) if batch.text_mask[r, t + 1]]
     assert after.word_index.tolist() == [r * 7 + t for r, t in pairs]
     assert after.word_labels.tolist() == [int(batch.text[r, t + 1]) for r, t in pairs]
@@ -392,12 +392,12 @@ def test_false_partners_are_false_and_mined_ones_are_the_hardest(cache, tokenize
     model.encode = lambda batch: SimpleNamespace(
         pooled=batch.text_mask.sum(1, keepdim=True) + batch.region_mask.sum(1)[:, None]
     )
-    run = SimpleNamespace(o=SimpleNamespace(mine=300, steps=10, ablate=None), paper=vilbert, model=model)
+    run = SimpleNamespace(args=SimpleNamespace(mine=300, steps=10, ablate=None), paper=vilbert, model=model)
     run.autocast, run.device, index = train.nullcontext, torch.device("cpu"), np.arange(0, 30, 3)
     words, regions = np.diff(dataset.offsets), np.diff(dataset.store.offsets)
     for step, mined in ((0, False), (5, True)):
         run.progress = {"step": step}
-        texts, images = tasks.partners(run, dataset, index, np.random.default_rng(0))
+        texts, images = tasks.sample_negatives(run, dataset, index, np.random.default_rng(0))
         assert texts.shape == images.shape == (10, 4)
         assert (texts[:, 0] == index).all() and (images[:, 0] == dataset.image[index]).all()
         for column, kind in enumerate(("text", "image", "text"), 1):
@@ -416,21 +416,21 @@ def test_the_matching_head_becomes_the_rank_head_and_types_are_widened():
             make(name, heads=("itm",)),
             make(name, seed=1, heads=("rank",), **({"types": 4} if name == "uniter" else {})),
         )
-        o = SimpleNamespace(init="x", model=name, partial=False, tasks=["retrieval", "nlvr2"])
+        args = SimpleNamespace(init="x", model=name, partial=False, tasks=["retrieval", "nlvr2"])
         checkpoint = {"state": old.state_dict(), "answers": []}
-        new.load_state_dict(checkpoints.fitting(o, new.state_dict(), checkpoint, [])[0])
+        new.load_state_dict(checkpoints.fit_state_dict(args, new.state_dict(), checkpoint, [])[0])
         batch = make_batch()
         odds = old.heads["itm"](old.encode(batch).pooled)
         torch.testing.assert_close(new.heads["rank"](new.encode(batch).pooled)[:, 0], odds[:, 1] - odds[:, 0])
     before, after = (m.text_embedding.types.weight for m in (make("uniter"), make("uniter", types=4)))
-    o.model, checkpoint["state"] = "uniter", {"text_embedding.types.weight": before}
-    state, _ = checkpoints.fitting(o, {"text_embedding.types.weight": after}, checkpoint, [])
+    args.model, checkpoint["state"] = "uniter", {"text_embedding.types.weight": before}
+    state, _ = checkpoints.fit_state_dict(args, {"text_embedding.types.weight": after}, checkpoint, [])
     assert torch.equal(state["text_embedding.types.weight"], before[[0, 1, 1, 0]])
 
 
 def test_tasks_are_drawn_by_size():
-    run = SimpleNamespace(o=SimpleNamespace(seed=0), sets={"a": {"train": range(100)}, "b": {"train": range(300)}})
-    drawn = Counter(train.draw_task(run, step) for step in range(1, 2001))
+    run = SimpleNamespace(args=SimpleNamespace(seed=0), sets={"a": {"train": range(100)}, "b": {"train": range(300)}})
+    drawn = Counter(train.sample_task(run, step) for step in range(1, 2001))
     assert abs(drawn["a"] / 2000 - 0.25) < 4 * math.sqrt(0.1875 / 2000)
 
 
@@ -471,10 +471,10 @@ def test_choices_are_scored_as_counted_by_hand(monkeypatch):
         target=np.array([0, 1, 0, 0]), kind=["answer", "reason"] * 2, ids=["a", "a", "b", "b"], group=2
     )
     dataset = type("D", (SimpleNamespace,), {"__len__": lambda self: 4})(**vars(dataset))
-    monkeypatch.setattr(tasks, "parts", lambda run, dataset, index: [index])
+    monkeypatch.setattr(tasks, "evaluation_batches", lambda run, dataset, index: [index])
     monkeypatch.setattr(tasks, "make_batch", lambda *_: None)
     scores = torch.tensor([2.0, 1, 0, 1, 0, 1, 3, 1])  # right, right, wrong, right
-    monkeypatch.setattr(tasks, "scores_of", lambda *_: (None, scores))
+    monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (None, scores))
     metrics, chance = tasks.evaluate_choice(None, "vcr", dataset)
     assert metrics == {"q_a_accuracy": 0.5, "qa_r_accuracy": 1.0, "q_ar_accuracy": 0.5}
     assert chance == {"q_a_accuracy": 0.5, "qa_r_accuracy": 0.5, "q_ar_accuracy": 0.25}
@@ -485,7 +485,7 @@ def test_choices_are_scored_as_counted_by_hand(monkeypatch):
 
 def test_regions_are_right_above_one_half(cache, tokenizer, monkeypatch):
     dataset = scenes.scenes("detected", "refer", 40, cache=cache).encode(tokenizer)
-    run = SimpleNamespace(o=SimpleNamespace(ablate=None), rank=0, world=1, paper=uniter, answers=[])
+    run = SimpleNamespace(args=SimpleNamespace(ablate=None), rank=0, world=1, paper=uniter, answers=[])
     best, chance, overlaps = [], [], []
     for i in range(len(dataset)):
         boxes = dataset.store.gather(dataset.image[i : i + 1])["boxes"][0]
@@ -497,14 +497,14 @@ def test_regions_are_right_above_one_half(cache, tokenizer, monkeypatch):
     def scores_of(run, batch, name):
         return None, torch.nn.functional.one_hot(batch.target.argmax(1), batch.boxes.shape[1]).float()
 
-    monkeypatch.setattr(tasks, "scores_of", scores_of)
+    monkeypatch.setattr(tasks, "loss_and_logits", scores_of)
     metrics, found = tasks.evaluate_choice(run, "refer", dataset)
     assert metrics["accuracy"] == metrics["reachable"] == 1.0 and found["accuracy"] == pytest.approx(np.mean(chance))
     batch = tasks.make_batch(run, dataset, np.arange(len(dataset)), ["refer"], None)
     assert batch.target.argmax(1).tolist() == best
     for row, overlap, real in zip(batch.target, overlaps, batch.region_mask, strict=True):
         assert row[real].tolist() == pytest.approx(overlap) and (row[~real] < 0).all()
-    monkeypatch.setattr(tasks, "scores_of", lambda *a: (None, -scores_of(*a)[1]))  # any wrong region, or padding
+    monkeypatch.setattr(tasks, "loss_and_logits", lambda *a: (None, -scores_of(*a)[1]))  # any wrong region, or padding
     assert tasks.evaluate_choice(run, "refer", dataset)[0]["accuracy"] < 0.1
 
 
@@ -514,10 +514,10 @@ def test_the_matrix_of_all_pairs_equals_scoring_each_pair(name, cache, tokenizer
     index = np.unique(dataset.image, return_index=True)[1][:6]
     model = make(name, heads=("rank",), vocab_size=tokenizer.get_vocab_size(), feature_size=432).float()
     run = SimpleNamespace(model=model, device=torch.device("cpu"), autocast=train.nullcontext, rank=0, world=1)
-    run.o, seen = SimpleNamespace(ablate=None), []
+    run.args, seen = SimpleNamespace(ablate=None), []
     monkeypatch.setattr(tasks, "recall_at", lambda scores, truth: seen.append(scores))
     with torch.no_grad():
-        tasks.retrieval(run, dataset, index, "rank")
+        tasks.recall_of_all_pairs(run, dataset, index, "rank")
         for i, j in itertools.product(range(6), range(6)):
             batch = data.collate(dataset, index[[i]], dataset.image[index[[j]]])
             assert float(model.heads["rank"](model.encode(batch).pooled)) == pytest.approx(
@@ -528,11 +528,13 @@ def test_the_matrix_of_all_pairs_equals_scoring_each_pair(name, cache, tokenizer
 def test_a_caption_repeated_word_for_word_has_bleu_1(cache, tokenizer, monkeypatch):
     dataset = scenes.scenes("val", "caption", 30, cache=cache).encode(tokenizer)
     index = tasks.first_captions(dataset)
-    run = SimpleNamespace(o=SimpleNamespace(ablate=None, beams=1), rank=0, world=1, paper=uniter, tokenizer=tokenizer)
+    run = SimpleNamespace(
+        args=SimpleNamespace(ablate=None, beams=1), rank=0, world=1, paper=uniter, tokenizer=tokenizer
+    )
     run.model, run.device, run.autocast, run.answers = None, torch.device("cpu"), train.nullcontext, []
     pieces = [dataset.tokens[a + 1 : b - 1].tolist() for a, b in itertools.pairwise(dataset.offsets)]
-    turn = iter(tasks.parts(run, dataset, index))
-    monkeypatch.setattr(tasks, "scores_of", lambda *_: (torch.tensor(0.0), None))
+    turn = iter(tasks.evaluation_batches(run, dataset, index))
+    monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (torch.tensor(0.0), None))
     monkeypatch.setattr(tasks, "generate", lambda *_: [pieces[i] for i in next(turn)])
     metrics, chance = tasks.evaluate_captions(run, dataset, index)
     assert metrics["bleu4"] == 1.0 > chance["bleu4"]
@@ -543,7 +545,7 @@ def test_a_task_s_batch_can_be_pinned_and_names_its_examples(task, cache, tokeni
     """Page-locked memory has no place for tensors that repeat a row without holding it (a stride of 0)."""
     dataset = scenes.scenes("train", task, 20, cache=cache).encode(tokenizer)
     run = SimpleNamespace(
-        o=SimpleNamespace(ablate=None, mine=1, steps=10), paper=uniter, sets={task: {"train": dataset}}
+        args=SimpleNamespace(ablate=None, mine=1, steps=10), paper=uniter, sets={task: {"train": dataset}}
     )
     run.model, run.progress = make("uniter", heads=("rank",)), {"step": 0}
     run.columns = lambda name="vqa": dict.fromkeys(data.ENTAILMENT, 0)
@@ -562,17 +564,17 @@ def test_no_step_waits_for_a_value(name, cache, tokenizer):
     """A GPU that is asked for a value must first do all that it was given. On the device "meta" tensors have no values:
     whoever asks for one fails. All objectives that train.py trains, forward and backward."""
     paper, cls = checkpoints.PAPERS[name]
-    options = train.settle(train.parse(["--model", name]), name, 0)
+    options = train.resolve_options(train.parse(["--model", name]), name, 0)
     pretraining = {*tasks.MASKED_WORDS, *tasks.MASKED_REGIONS, *tasks.PAIRS, "itc", "qa"} & {*paper.OBJECTIVES}
     trained = dict.fromkeys(pretraining, "vqa")  # on the scenes of questions, whose texts have answers
     trained |= {tasks.OBJECTIVE.get(task, task): task for task in data.TASKS if task != "pretrain"}
     sets = {task: scenes.scenes("train", task, 20, cache=cache).encode(tokenizer) for task in trained.values()}
-    run = SimpleNamespace(o=options, paper=paper, tokenizer=tokenizer, answers=["red"], progress={"step": 0})
+    run = SimpleNamespace(args=options, paper=paper, tokenizer=tokenizer, answers=["red"], progress={"step": 0})
     run.columns = lambda task="vqa": dict.fromkeys(data.ENTAILMENT if task == "ve" else run.answers, 0)
     sizes = {**paper.PRESETS["tiny"], "dropout": 0.1, "vocab_size": tokenizer.get_vocab_size(), "classes": 7}
     sizes |= {"attributes": 8, "answers": 1, "types": 4, "feature_size": sets["vqa"].store.width}
     known = {field.name for field in dataclasses.fields(paper.Config)}
-    config = paper.Config(**{k: v for k, v in sizes.items() if k in known}, heads=tasks.heads_of(paper, trained))
+    config = paper.Config(**{k: v for k, v in sizes.items() if k in known}, heads=tasks.heads_for(paper, trained))
     with torch.device("meta"):
         run.model = getattr(paper, cls)(config)
     for objective, task in trained.items():
@@ -587,7 +589,7 @@ def test_check_reads_every_split(tmp_path, monkeypatch):
     line = {"image": "0.png", "text": "which?", "choices": ["a", "b"], "label": 0}
     lines = [line, {**line, "split": "val"}, {**line, "choices": ["a", "b", "c"], "split": "test"}]
     Path("own.jsonl").write_text("\n".join(map(json.dumps, [*lines, {**line, "split": "test"}])))
-    with pytest.raises(common.DataError, match="choices"):
+    with pytest.raises(common.UserError, match="choices"):
         data.check("own.jsonl", "vcr")
 
 
@@ -708,7 +710,9 @@ def test_every_task_learns_from_a_teacher(folder, monkeypatch, capsys):
     six = ["--task", SIX, "--batch-size", 4, "--eval-every", 100]
     if not (folder / "uniter/checkpoint.pt").exists():
         assert start(folder, monkeypatch, *six, "--steps", 1, "--out", "uniter") == 0
-    monkeypatch.setattr(train, "draw_task", lambda run, step: run.o.tasks[step % len(run.o.tasks)])  # each in its turn
+    monkeypatch.setattr(
+        train, "sample_task", lambda run, step: run.args.tasks[step % len(run.args.tasks)]
+    )  # each in its turn
     six += ["--teacher", "uniter/checkpoint.pt", "--steps", 6]
     assert start(folder, monkeypatch, *six, "--init", "uniter/checkpoint.pt", "--lr", "1e-12", "--out", "same") == 0
     assert start(folder, monkeypatch, *six, "--config", "layers=1", "--out", "student") == 0
@@ -823,8 +827,8 @@ def test_bad_requests_are_one_line_and_exit_code_2(program, arguments, message, 
 
 
 def test_staying_at_chance_is_said(capsys):
-    run = SimpleNamespace(o=SimpleNamespace(ablate=None, steps=10), sets={"nlvr2": {"val": range(1000)}})
+    run = SimpleNamespace(args=SimpleNamespace(ablate=None, steps=10), sets={"nlvr2": {"val": range(1000)}})
     for step, accuracy, warned in ((4, 0.5, False), (5, 0.53, True), (5, 0.54, False)):
         run.progress = {"step": step}
-        train.at_chance(run, {"accuracy": accuracy}, {"accuracy": 0.5})
+        train.warn_at_chance(run, {"accuracy": accuracy}, {"accuracy": 0.5})
         assert ("no better than chance" in capsys.readouterr().out) == warned

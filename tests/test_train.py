@@ -78,20 +78,20 @@ def test_learning_rate_is_two_straight_lines():
 
 def test_default_rates_at_base_size_are_the_papers():
     for paper, pretraining in ((uniter, 5e-5), (checkpoints.vilbert, 1e-4), (lxmert, 1e-4)):
-        assert train.default_rate(paper, 768, "pretrain") == pretraining
-        assert train.default_rate(paper, 768, "vqa") == 5e-5
+        assert train.default_learning_rate(paper, 768, "pretrain") == pretraining
+        assert train.default_learning_rate(paper, 768, "vqa") == 5e-5
 
 
 def test_default_steps_of_pretraining():
     """UNITER alone takes more, as each of its steps trains one objective; side by side all take equally many."""
     for model, choice, steps in (("uniter", "uniter", 3600), ("lxmert", "lxmert", 2400), ("uniter", "all", 2400)):
-        assert train.settle(train.parse(["--model", choice]), model, 0).steps == steps
+        assert train.resolve_options(train.parse(["--model", choice]), model, 0).steps == steps
 
 
 def test_only_matrices_decay():
     model = uniter.UNITER(uniter.Config(**uniter.PRESETS["tiny"], vocab_size=30, feature_size=8, classes=5))
     optimizer = train.make_optimizer(model, 0.01)
-    train.set_rate(optimizer, step=3, rate=0.05)
+    train.set_learning_rate(optimizer, step=3, rate=0.05)
     place = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         group = place.pop(id(parameter))
@@ -103,7 +103,7 @@ def test_only_matrices_decay():
 def test_steps_draw_one_objective_by_ratio_with_what_is_joined_to_it():
     ratio = {**uniter.PRETRAINING["objectives"], "wra": 0}
     rng = np.random.default_rng(0)
-    drawn = [tuple(train.step_objectives(uniter, ratio, rng)) for _ in range(3000)]
+    drawn = [tuple(train.sample_objectives(uniter, ratio, rng)) for _ in range(3000)]
     share = {names: drawn.count(names) / 3000 for names in set(drawn)}
     assert set(share) == {("mlm",), ("mrfr",), ("mrc_kl",), ("itm", "wra")}
     for names, expected in {("mlm",): 1 / 2, ("mrfr",): 1 / 8, ("mrc_kl",): 1 / 8, ("itm", "wra"): 1 / 4}.items():
@@ -112,9 +112,9 @@ def test_steps_draw_one_objective_by_ratio_with_what_is_joined_to_it():
 
 def test_lxmert_answers_questions_in_the_second_half_only():
     names, rng = dict.fromkeys(lxmert.PRETRAINING["objectives"], 1), np.random.default_rng(0)
-    assert train.step_objectives(lxmert, names, rng, 0.499) == ["mlm", "mrfr", "mrc", "attr", "itm"]
-    assert train.step_objectives(lxmert, names, rng, 0.5) == [*names]
-    assert train.step_objectives(lxmert, {"qa": 1}, rng, 0.0) == ["qa"]  # alone it has no other half
+    assert train.sample_objectives(lxmert, names, rng, 0.499) == ["mlm", "mrfr", "mrc", "attr", "itm"]
+    assert train.sample_objectives(lxmert, names, rng, 0.5) == [*names]
+    assert train.sample_objectives(lxmert, {"qa": 1}, rng, 0.0) == ["qa"]  # alone it has no other half
 
 
 def masked_batch(rows, seed):
@@ -174,8 +174,8 @@ def test_parts_of_unlike_size_give_the_gradients_of_the_whole(names):
 def test_comparison_says_tie_where_the_spread_covers_the_lead():
     close = {"a": {"mean": 0.91, "spread": 0.02}, "b": {"mean": 0.90, "spread": 0.01}}
     clear = {"a": {"mean": 0.95, "spread": 0.01}, "b": {"mean": 0.90, "spread": 0.01}}
-    assert tasks.winner(close) == "tie"
-    assert tasks.winner(clear) == "a"
+    assert tasks.best_model(close) == "tie"
+    assert tasks.best_model(clear) == "a"
 
 
 @pytest.mark.parametrize("model", ["uniter", "vilbert", "lxmert"])
@@ -227,8 +227,8 @@ def test_the_benchmark_counts_padding_apart(tmp_path):
 
 @pytest.mark.parametrize("model", checkpoints.PAPERS)
 def test_the_benchmark_counts_whatever_a_step_trains(model, tmp_path):
-    o = argparse.Namespace(device="cpu", batch_size=4, batches=1, words=9, regions=(4, 4))
-    run, (index,) = benchmark.make_run(o, model, "tiny", "f32", tmp_path)
+    args = argparse.Namespace(device="cpu", batch_size=4, batches=1, words=9, regions=(4, 4))
+    run, (index,) = benchmark.make_run(args, model, "tiny", "f32", tmp_path)
     for names in {tuple(benchmark.batch_of(run, index, step)[1]) for step in range(20)}:
         batch = tasks.make_batch(run, run.splits["train"], index, list(names), np.random.default_rng(0))
         with FlopCounterMode(display=False) as counter:
@@ -254,8 +254,8 @@ def test_the_benchmark_sees_every_product():
 @pytest.mark.parametrize("model", ["vilbert", "lxmert"])
 def test_two_streams_predict_in_true_pairs_alone_and_mask_15_percent_of_the_regions(model, tmp_path):
     """UNITER's rule, one region a picture at least, would mask a quarter of these."""
-    o = argparse.Namespace(device="cpu", batch_size=4, batches=1, words=9, regions=(4, 4))
-    run, _ = benchmark.make_run(o, model, "tiny", "f32", tmp_path)
+    args = argparse.Namespace(device="cpu", batch_size=4, batches=1, words=9, regions=(4, 4))
+    run, _ = benchmark.make_run(args, model, "tiny", "f32", tmp_path)
     batch, _ = benchmark.batch_of(run, np.arange(512), 0)
     for index, length in ((batch.word_index, 9), (batch.region_index, 4)):
         assert len(index) and batch.matched[index // length].all()
@@ -279,9 +279,9 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
     answers = [{"yes": 1.0}, {"no": 0.3, "yes": 0.6}, {"maybe": 1.0}]
     dataset = Questions(answer=answers, kind=["a", "a", "b"])
     best = torch.nn.functional.one_hot(torch.tensor([0, 1, 0]), 2).float()  # yes, no, yes
-    monkeypatch.setattr(tasks, "parts", lambda run, dataset, index: [index])
+    monkeypatch.setattr(tasks, "evaluation_batches", lambda run, dataset, index: [index])
     monkeypatch.setattr(tasks, "make_batch", lambda *_, **__: None)
-    monkeypatch.setattr(tasks, "scores_of", lambda *_: (None, best))
+    monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (None, best))
     asked = [("a", "yes"), ("a", "no"), ("a", "no"), ("b", "yes"), ("b", "maybe"), ("c", "no")]
     taught = Questions(kind=[kind for kind, _ in asked], answer=[{answer: 1.0} for _, answer in asked])
     run = SimpleNamespace(answers=["yes", "no"], sets={"vqa": {"train": taught}})
@@ -358,12 +358,12 @@ def test_all_models_and_seeds_end_in_one_table(pictures, tmp_path):
 
 
 def test_ablation_removes_a_modality():
-    batch = tasks.ablate(masked_batch(3, 0), "image")
+    batch = tasks.remove_modality(masked_batch(3, 0), "image")
     assert not batch.region_mask.any() and not batch.features.any() and not batch.boxes.any()
     batch = masked_batch(3, 0)
     batch.text_mask[0, 4:] = False
     first, last = batch.text[:, 0].clone(), torch.stack([batch.text[0, 3], batch.text[1, 5], batch.text[2, 5]])
-    batch = tasks.ablate(batch, "text")
+    batch = tasks.remove_modality(batch, "text")
     assert batch.text.tolist() == torch.stack([first, last], 1).tolist() and batch.text_mask.all()
 
 
@@ -412,10 +412,10 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, pictures, tmp
 
 def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     target = tmp_path / "result.json"
-    checkpoints.write(target, "old")
+    checkpoints.write_text(target, "old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        checkpoints.write(target, "new")
+        checkpoints.write_text(target, "new")
     assert target.read_text() == "old"
 
 
@@ -476,7 +476,7 @@ def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     target, scores = torch.arange(4), cosines / 0.07 + hidden
     want = (torch.nn.functional.cross_entropy(scores, target) + torch.nn.functional.cross_entropy(scores.T, target)) / 2
     assert loss.item() == pytest.approx(want.item(), abs=1e-5)
-    assert tasks.items(paper, "itc", batch) == 4
+    assert tasks.count_items(paper, "itc", batch) == 4
 
 
 def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
@@ -492,7 +492,7 @@ def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
         return fine[texts, pictures - 10]
 
     monkeypatch.setattr(tasks, "dot_products", lambda *_: dots)
-    monkeypatch.setattr(tasks, "matching_scores", matching)
+    monkeypatch.setattr(tasks, "score_pairs", matching)
     for k in (1, 2, 4, 20):
         asked.clear()
         got = tasks.two_stage(None, dataset, np.arange(n), np.arange(10, 10 + m), k)
@@ -534,9 +534,9 @@ def own_run(pictures, tmp_path, monkeypatch):
     tokenizer = data.train_tokenizer(dataset.text)
     dataset.encode(tokenizer)
     _, model = small_model("uniter", vocab_size=tokenizer.get_vocab_size(), feature_size=dataset.store.width)
-    o, device = SimpleNamespace(ablate=None), torch.device("cpu")
+    args, device = SimpleNamespace(ablate=None), torch.device("cpu")
     model.float().eval()
-    return SimpleNamespace(model=model, o=o, device=device, rank=0, world=1, autocast=train.nullcontext), dataset
+    return SimpleNamespace(model=model, args=args, device=device, rank=0, world=1, autocast=train.nullcontext), dataset
 
 
 def test_dot_products_and_matching_scores_one_pair_at_a_time(own_run):
@@ -545,7 +545,7 @@ def test_dot_products_and_matching_scores_one_pair_at_a_time(own_run):
     with torch.inference_mode():
         dots = tasks.dot_products(run, dataset, texts, images)
         rows, columns = np.repeat(texts, 3), np.tile(images, 4)
-        matching = tasks.matching_scores(run, dataset, rows, columns).view(4, 3)
+        matching = tasks.score_pairs(run, dataset, rows, columns).view(4, 3)
         for i, text in enumerate(texts):
             for j, image in enumerate(images):
                 batch = data.collate(dataset, np.array([text]), np.array([image]))
@@ -578,7 +578,7 @@ def test_two_processes_contrast_as_one_with_the_double_batch(pictures, tmp_path,
 @pytest.mark.parametrize(("temperature", "first", "last"), [("0.05", 0.05, 0.05), ("0.2:0.1", 0.2, 0.1)])
 def test_temperature_is_what_the_command_line_says(temperature, first, last):
     _, model = small_model("uniter")
-    run = SimpleNamespace(o=SimpleNamespace(temperature=temperature), model=model)
+    run = SimpleNamespace(args=SimpleNamespace(temperature=temperature), model=model)
     for part, want in ((0.0, first), (0.5, (first + last) / 2), (1.0, last)):
         train.set_temperature(run, part)
         assert math.exp(-model.heads["itc"].log_scale.item()) == pytest.approx(want)
@@ -593,7 +593,7 @@ def taught(student, teacher, distill, **changes):
     paper, model = small_model(student, **changes)
     teacher_paper, other = small_model(teacher)
     names = SimpleNamespace(distill=distill, model=student, teacher=teacher)
-    return SimpleNamespace(o=names, paper=paper, model=model, teacher_paper=teacher_paper, teacher=other.eval(),
+    return SimpleNamespace(args=names, paper=paper, model=model, teacher_paper=teacher_paper, teacher=other.eval(),
                            soft=("mlm", "mrfr", "itm"), device=torch.device("cpu"), autocast=train.nullcontext)  # fmt: skip
 
 
@@ -607,14 +607,14 @@ def test_nothing_is_left_to_learn_from_oneself(name):
         torch.nn.init.eye_(layer.weight)
     batch = as_double(masked_batch(3, 0))
     batch.region_mask[1, 2:] = False
-    parts = distill.with_teacher(run, batch, ["mlm", "itm"])
-    extra = distill.distilled(run, ["mlm", "itm"])
+    parts = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
+    extra = distill.distillation_losses(run, ["mlm", "itm"])
     assert set(extra) == {"mlm_soft", "itm_soft", "attention_kl", "attention_mse", "hidden"}
     for loss in extra:
         assert abs(parts[loss][0].item()) < 1e-12, loss
     for parameter in run.model.parameters():
         parameter.data *= 0.9
-    parts = distill.with_teacher(run, batch, ["mlm", "itm"])
+    parts = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
     assert all(parts[loss][0] > 1e-5 for loss in extra)
 
 
@@ -626,7 +626,7 @@ def test_distillation_matches_layers_and_leaves_padding_out():
     batch.region_mask[1, 2:] = False
     real = torch.cat([batch.text_mask, batch.region_mask], 1)
     student, teacher = (m.encode(batch, record=True) for m in (run.model, run.teacher))
-    parts = distill.with_teacher(run, batch, ["itm"])
+    parts = distill.forward_with_teacher(run, batch, ["itm"])
     project, total = run.model.heads["hidden"]["text"], 0.0
     for own, other in (("embedding", "embedding"), ("layer.0", "layer.2")):
         wrong = (project(student.states[own]) - teacher.states[other]).square()
@@ -661,7 +661,7 @@ def test_a_whole_image_that_one_model_lacks_is_left_out():
             b = b / b.sum(-1, keepdim=True)
             rows.append((b * (b.log() - a.log())).sum(-1).mean())
         total.append(sum(rows) / 3)
-    parts = distill.with_teacher(run, batch, ["itm"])
+    parts = distill.forward_with_teacher(run, batch, ["itm"])
     assert parts["attention_kl"][0].item() == pytest.approx((sum(total) / len(total)).item())
     names = [("text.embedding",) * 2, ("regions.embedding",) * 2, ("text.0", "text.1"), ("text.1", "text.3")]
     names += [("regions.0", "regions.1"), *((f"cross.{i}.{side}",) * 2 for i in (0, 1) for side in masks)]
@@ -679,21 +679,21 @@ def test_one_architecture_teaches_another(student, teacher):
     widths = (16, 8 if teacher == "vilbert" else 16)
     run = taught(student, teacher, "logits,hidden", heads=("mlm", "itm", "itc", "hidden"), teacher_widths=widths)
     if student != "uniter":
-        run.o.distill = "logits,attention,hidden"
+        run.args.distill = "logits,attention,hidden"
     batch = as_double(masked_batch(3, 0))
     batch.region_mask[1, 2:] = False
-    parts = distill.with_teacher(run, batch, ["mlm", "itm"])
+    parts = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
     sum(loss for loss, _ in parts.values()).backward()
     assert all(p.grad is None for p in run.teacher.parameters())
     assert run.model.heads["hidden"]["regions"].weight.grad.abs().max() > 0
-    before = {name: parts[name][0].item() for name in distill.distilled(run, ["mlm", "itm"])}
+    before = {name: parts[name][0].item() for name in distill.distillation_losses(run, ["mlm", "itm"])}
     batch.features[1, 2:] += 1.0  # padding must not matter
-    after = distill.with_teacher(run, batch, ["mlm", "itm"])
+    after = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
     assert before == pytest.approx({name: after[name][0].item() for name in before})
     if student == "uniter":
-        run.o.distill = "attention"
-        with pytest.raises(common.Stop, match="no map of uniter"):
-            distill.with_teacher(run, batch, ["mlm"])
+        run.args.distill = "attention"
+        with pytest.raises(common.UserError, match="no map of uniter"):
+            distill.forward_with_teacher(run, batch, ["mlm"])
 
 
 @pytest.mark.parametrize(
@@ -757,15 +757,15 @@ def test_a_gpu_named_without_its_number_is_the_first(monkeypatch):
 
 
 def test_each_process_drops_other_values_and_goes_on_with_its_own():
-    o, device, draws = SimpleNamespace(seed=0), torch.device("cpu"), []
+    args, device, draws = SimpleNamespace(seed=0), torch.device("cpu"), []
     for rank in (0, 1, 2):
         torch.manual_seed(0)
-        train.seed_dropout(SimpleNamespace(o=o, rank=rank, device=device), [])
+        train.seed_dropout(SimpleNamespace(args=args, rank=rank, device=device), [])
         draws.append(torch.rand(5))
     torch.manual_seed(0)
     assert torch.equal(draws[0], torch.rand(5)) and len({tuple(d.tolist()) for d in draws}) == 3
     states = [torch.Generator().manual_seed(seed).get_state() for seed in (5, 6)]
-    train.seed_dropout(SimpleNamespace(o=o, rank=1, device=device), states)
+    train.seed_dropout(SimpleNamespace(args=args, rank=1, device=device), states)
     assert torch.equal(torch.rand(5), torch.rand(5, generator=torch.Generator().manual_seed(6)))
 
 
@@ -800,4 +800,4 @@ def test_a_run_does_not_write_over_what_it_starts_from(pictures, here, capsys):
 def test_a_tie_counts_as_the_share_that_is_right():
     scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     hit = torch.tensor([[True, True, False], [False, True, True], [True, False, False]])
-    torch.testing.assert_close(tasks.share_right(scores, hit), torch.tensor([0.5, 0.0, 1 / 3]))
+    torch.testing.assert_close(tasks.top_choice_accuracy(scores, hit), torch.tensor([0.5, 0.0, 1 / 3]))
