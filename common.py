@@ -13,6 +13,7 @@ F region-feature width, V vocabulary, A answers, K region classes, M masked posi
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -636,16 +637,80 @@ def captioning(model, encoding, batch):
     return cross_entropy(scores, batch.word_labels), scores
 
 
+# ---- the table of objectives ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One row of a model's table OBJECTIVES: a loss, and what the rest of the code must know to train it.
+
+    loss(model, encoding, batch) returns the loss, a 0-d tensor, and the logits that it was computed from.
+    """
+
+    loss: Callable
+    head: str | None = None  # its entry in the model's HEADS
+    pretraining: bool = False  # True: --objectives may name it
+    masks: str | None = None  # what its batches mask: "words" or "regions"
+    mismatch: bool = False  # True: some pairs of its batches are mismatched
+    mean_over: str = "rows"  # what the mean in the loss runs over: see `count_items`
+    is_sum: bool = False  # True: the loss is a sum over the batch, not a mean
+    encodes: bool = False  # True: it encodes the batch itself and does not read `encoding`
+    fields: tuple = ()  # what the data must have for it: names of fields of a Batch
+    labels: Callable | None = None  # (batch, logits) -> (M,) int64, for its accuracy; None: it has none
+
+
+def count_items(mean_over, batch):
+    """How many items of a batch an objective's mean runs over."""
+    if mean_over == "words":
+        return len(batch.word_index)  # masked or predicted words
+    if mean_over == "regions":
+        return len(batch.region_index)  # masked regions
+    if mean_over == "all regions":
+        return int(batch.region_mask.sum())
+    if mean_over == "pairs":
+        return len(batch.pair_index)
+    if mean_over == "answers":
+        return int(((batch.answer_labels >= 0) & (batch.matched == 1)).sum())
+    assert mean_over == "rows", mean_over
+    return len(batch.text)
+
+
+def most_likely_class(batch, logits):
+    """The detector's most likely class of each masked region, background left out: (M,), counted as in the K logits."""
+    classes = gather_positions(batch.object_probs, batch.region_index)[:, 1:].argmax(-1)
+    return classes + logits.shape[-1] - batch.object_probs.shape[-1] + 1  # a head may have no class for background
+
+
 SHARED_OBJECTIVES = {  # each model file adds its own, or puts its own in place of one of these
-    "mlm": masked_lm,
-    "itm": image_text_matching,
-    "itc": image_text_contrast,
-    "vqa": question_answering,
-    "ve": visual_entailment,
-    "vcr": visual_commonsense_reasoning,
-    "rank": retrieval_rank,
-    "refer": referring_expression,
-    "caption": captioning,
+    "mlm": Objective(
+        masked_lm,
+        head="mlm",
+        pretraining=True,
+        masks="words",
+        mean_over="words",
+        labels=lambda batch, logits: batch.word_labels,
+    ),
+    "itm": Objective(
+        image_text_matching,
+        head="itm",
+        pretraining=True,
+        mismatch=True,
+        labels=lambda batch, logits: batch.matched,
+    ),
+    "itc": Objective(
+        image_text_contrast,
+        head="itc",
+        pretraining=True,
+        mean_over="pairs",
+        encodes=True,
+        labels=lambda batch, logits: torch.arange(len(logits)),  # the text of the same row
+    ),
+    "vqa": Objective(question_answering, head="vqa"),
+    "ve": Objective(visual_entailment, head="ve"),
+    "vcr": Objective(visual_commonsense_reasoning, head="vcr"),
+    "rank": Objective(retrieval_rank, head="rank"),
+    "refer": Objective(referring_expression, head="refer", is_sum=True),
+    "caption": Objective(captioning, head="mlm", mean_over="words", encodes=True),
 }
 
 

@@ -106,12 +106,14 @@ def forward_with_teacher(run, batch, names):
     """
     wanted = run.args.distill.split(",")
     record = wanted != ["logits"]
-    alone = not record and {*names} <= {"itc", "caption"}  # they encode for themselves
+    alone = not record and all(run.paper.OBJECTIVES[name].encodes for name in names)
     student = None if alone else run.model.encode(batch, record=record)
-    parts = {name: run.paper.OBJECTIVES[name](run.model, student, batch) for name in names}
+    parts = {name: run.paper.OBJECTIVES[name].loss(run.model, student, batch) for name in names}
     with torch.no_grad():
         teacher = None if alone else run.teacher.encode(batch, record=record)
-        theirs = {n: run.teacher_paper.OBJECTIVES[n](run.teacher, teacher, batch)[1] for n in names if n in run.soft}
+        theirs = {
+            n: run.teacher_paper.OBJECTIVES[n].loss(run.teacher, teacher, batch)[1] for n in names if n in run.soft
+        }
     if "logits" in wanted:
         for name, scores in theirs.items():
             pair = parts[name][1], scores

@@ -19,7 +19,7 @@ have what that is worth.
 Letters: B batch, T text positions, N regions, C width, F region-feature width, V vocabulary, K classes, M masked.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import nn
@@ -224,8 +224,10 @@ class LXMERT(nn.Module):
         return self.heads["mlm"](states, self.text_embedding.words.weight)
 
     def forward(self, batch, objectives):
-        encoding = self.encode(batch) if {*objectives} - {"itc", "caption"} else None  # they encode for themselves
-        return {name: OBJECTIVES[name](self, encoding, batch) for name in objectives}
+        encoding = None
+        if not all(OBJECTIVES[name].encodes for name in objectives):
+            encoding = self.encode(batch)
+        return {name: OBJECTIVES[name].loss(self, encoding, batch) for name in objectives}
 
 
 # ---- pretraining objectives: (model, encoding, batch) -> loss, scores ------------------------------------------
@@ -242,7 +244,6 @@ PRETRAINING = {
     "region_masking": {"zero": 0.8, "random": 0.1, "force_one": False},
     "false_pairs": 0.25,  # in the official code a half, all of which predict words; here they would be lost to them
     "mismatch": "text",  # a negative pair keeps its image and gets another sentence
-    "over_all_regions": ("mrfr", "mrc", "attr"),  # means over all regions, not over the masked ones
 }
 
 
@@ -345,20 +346,44 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
     return common.cross_entropy(scores, batch.target), scores
 
 
+REGION_CLASSES = common.Objective(
+    masked_region_class,
+    head="mrc",
+    pretraining=True,
+    masks="regions",
+    mean_over="all regions",
+    fields=("object_probs",),
+    labels=common.most_likely_class,
+)
+
 # the shared ones: mlm, itm, itc, vqa, ve, vcr, rank, refer, caption; of one name, the paper's own counts
 OBJECTIVES = common.SHARED_OBJECTIVES | {
-    "mrfr": masked_region_features,
-    "mrc": masked_region_class,
-    "mrc_kl": masked_region_class_kl,
-    "attr": masked_region_attribute,
-    "qa": image_question_answering,
-    "gqa": common.question_answering,
-    "gqa_hard": question_answering_hard,
-    "nlvr2": natural_language_for_visual_reasoning,
+    "mrfr": common.Objective(
+        masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="all regions"
+    ),
+    "mrc": REGION_CLASSES,
+    "mrc_kl": replace(REGION_CLASSES, loss=masked_region_class_kl, mean_over="regions"),
+    "attr": replace(
+        REGION_CLASSES,
+        loss=masked_region_attribute,
+        head="attr",
+        fields=("attributes",),
+        labels=lambda batch, logits: batch.attributes.flatten()[batch.region_index],
+    ),
+    "qa": common.Objective(
+        image_question_answering,
+        head="qa",
+        pretraining=True,
+        mean_over="answers",
+        fields=("answers",),
+        labels=lambda batch, logits: batch.answer_labels,
+    ),
+    "gqa": common.Objective(common.question_answering, head="vqa"),
+    "gqa_hard": common.Objective(question_answering_hard, head="vqa"),
+    "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
 }
 
 VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
 NEGATIVES = ("image", "text")  # false partners of a true pair in retrieval, in the order of the rows
-SUMMED = ("refer",)  # losses that are sums over the batch, not means
 
 # ---- official checkpoint names ---------------------------------------------------------------------------------

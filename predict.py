@@ -157,7 +157,7 @@ def answer(args, model, tokenizer, checkpoint, task):
                 found = ranked(model.heads[task](encoding.pooled)[0].sigmoid(), known, args.top)
             elif task == "refer":
                 batch.target = torch.zeros(1, dtype=torch.long)
-                scores = paper.OBJECTIVES["refer"](model, encoding, batch)[1][0]
+                scores = paper.OBJECTIVES["refer"].loss(model, encoding, batch)[1][0]
                 found = ranked(scores.softmax(0), [np.round(box).astype(int).tolist() for box in picture[1]], args.top)
             elif task == "retrieval":
                 found = f"match score {model.heads['rank'](encoding.pooled).sigmoid().item():.3f}"

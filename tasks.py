@@ -27,9 +27,6 @@ OBJECTIVE = {"retrieval": "rank"}  # of the tasks whose objective has another na
 DOWNSTREAM = {OBJECTIVE.get(task, task) for task in data.TASKS} - {"pretrain", "vqa"}
 
 
-MASKED_WORDS, MASKED_REGIONS, PAIRS = {"mlm"}, {"mrfr", "mrc", "mrc_kl", "attr", "nce"}, {"itm", "wra"}
-
-
 def task_objectives(args, task):
     """The objectives of a downstream task: its own, and for retrieval in two stages also that of the first."""
     return [OBJECTIVE.get(task, task)] + ["itc"] * (task == "retrieval" and args.rerank is not None)
@@ -42,17 +39,19 @@ def make_batch(run, dataset, index, names, rng, false=None, **words):
     if names[0] in DOWNSTREAM:
         return remove_modality(task_batch(run, dataset, index, names[0], rng), run.args.ablate)
     images, matched = None, None
-    if PAIRS & set(names):
+    objectives = [run.paper.OBJECTIVES[name] for name in names]
+    masks = {objective.masks for objective in objectives}
+    if any(objective.mismatch for objective in objectives):
         false = run.paper.PRETRAINING["false_pairs"] if false is None else false
         index, images, matched = data.sample_mismatches(dataset, index, rng, false, run.paper.PRETRAINING["mismatch"])
     batch = data.collate(dataset, index, images, answers=run.columns() if run.answers else None)
     if matched is not None:
         batch.matched = matched
-    if "qa" in names:
+    if any(objective.mean_over == "answers" for objective in objectives):
         batch = data.sample_answers(batch, rng)
-    if MASKED_WORDS & set(names):
+    if "words" in masks:
         batch = data.mask_words(batch, run.tokenizer, rng, **(words or {"p": run.args.mask}))
-    if MASKED_REGIONS & set(names):
+    if "regions" in masks:
         batch = data.mask_regions(batch, rng, **run.paper.PRETRAINING["region_masking"])
     if matched is not None and not run.paper.PRETRAINING.get("mask_false_pairs", True):
         batch = data.drop_mismatched_labels(batch)
@@ -141,26 +140,19 @@ def remove_modality(batch, what):
     return batch
 
 
-def count_items(paper, name, batch):
-    """How many items the mean of an objective's loss runs over."""
-    if name.endswith("_soft") and name.removesuffix("_soft") in MASKED_REGIONS:
-        return len(batch.region_index)
-    name = name.removesuffix("_soft")
-    if name == "itc":
-        return len(batch.pair_index)
-    if name in MASKED_WORDS or name == "caption":
-        return len(batch.word_index)
-    if name in paper.PRETRAINING.get("over_all_regions", ()):
-        return int(batch.region_mask.sum())
-    if name == "qa":
-        return int(((batch.answer_labels >= 0) & (batch.matched == 1)).sum())
-    return len(batch.region_index) if name in MASKED_REGIONS else len(batch.text)
+def items_of(paper, name, batch):
+    """How many items the mean of an objective's loss, or of the loss NAME_soft of its teacher's logits, runs over."""
+    objective = paper.OBJECTIVES.get(name.removesuffix("_soft"))
+    mean_over = objective.mean_over if objective else "rows"  # a teacher's attention and states: rows
+    if name.endswith("_soft") and mean_over == "all regions":
+        mean_over = "regions"  # a teacher's logits are those of masked regions
+    return common.count_items(mean_over, batch)
 
 
 def heads_for(paper, objectives):
-    """The heads that these objectives use: mrc_kl shares mrc's, nce mrfr's, caption mlm's, wra needs none."""
-    names = [{"mrc_kl": "mrc", "nce": "mrfr", "caption": "mlm"}.get(name, name) for name in objectives]
-    return tuple(dict.fromkeys(name for name in names if name in paper.HEADS))
+    """The heads that these objectives use, each once."""
+    heads = [paper.OBJECTIVES[name].head for name in objectives]
+    return tuple(dict.fromkeys(head for head in heads if head))
 
 
 # ---- metrics ----------------------------------------------------------------------------------------------------------
@@ -360,28 +352,18 @@ def recall_chance(recalls, pictures):
     return {name: min(1.0, int(name.rsplit("r", 1)[1]) / pictures) for name in recalls}
 
 
-def add_counts(paper, sums, name, batch, loss, scores):
+def add_counts(paper, sums, name, batch, loss, logits):
     """Adds a batch to sums[name]: [loss x items, items, hits, frequency of each label ...]."""
-    objective = name.removesuffix("_content")
-    labels, n = None, count_items(paper, objective, batch)
-    if objective == "mlm":
-        labels = batch.word_labels
-    elif objective in ("mrc", "mrc_kl"):
-        labels = common.gather_positions(batch.object_probs, batch.region_index)[:, 1:].argmax(-1)
-        labels = labels + scores.shape[-1] - batch.object_probs.shape[-1] + 1  # LXMERT's head has no background class
-    elif objective == "attr":
-        labels = batch.attributes.flatten()[batch.region_index]
-    elif objective == "itm":
-        labels = batch.matched
-    elif objective == "itc":
-        labels = torch.arange(len(scores))  # which text of the batch is the picture's own
-    elif objective == "qa":
-        labels, scores = batch.answer_labels[batch.answer_labels >= 0], scores[batch.answer_labels >= 0]
+    objective = paper.OBJECTIVES[name.removesuffix("_content")]
+    n, labels = common.count_items(objective.mean_over, batch), None
+    if objective.labels:
+        labels = objective.labels(batch, logits)
+        logits, labels = logits[labels >= 0], labels[labels >= 0]  # -1: no label
     values = [float(loss) * n, n, 0]
     if labels is not None:
         values[2:] = [
-            int((scores.argmax(-1) == labels).sum()),
-            *np.bincount(labels.numpy(), minlength=scores.shape[-1]),
+            int((logits.argmax(-1) == labels).sum()),
+            *np.bincount(labels.numpy(), minlength=logits.shape[-1]),
         ]
     sums[name] = [a + b for a, b in itertools.zip_longest(sums.get(name, []), values, fillvalue=0)]
 

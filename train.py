@@ -300,14 +300,8 @@ def objectives_of(args, paper):
     if args.task != "pretrain":
         return {name: 1 for task in args.tasks for name in tasks.task_objectives(args, task)}
     default, joined = paper.PRETRAINING["objectives"], [n for ns in paper.PRETRAINING["joined"].values() for n in ns]
-    known = {
-        **{
-            n: 1
-            for n in sorted((tasks.MASKED_WORDS | tasks.MASKED_REGIONS | tasks.PAIRS | {"qa"}) & set(paper.OBJECTIVES))
-        },
-        "itc": 2,  # as often as itm, the other objective that sees whole pairs
-        **default,
-    }
+    known = {name: 1 for name in sorted(paper.OBJECTIVES) if paper.OBJECTIVES[name].pretraining}
+    known |= {"itc": 2, **default}  # itc as often as itm, the other objective that sees whole pairs
     known |= dict.fromkeys(joined, 0)
     names = args.objectives.split(",") if args.objectives else [*default, *joined]
     for name in names:
@@ -341,15 +335,15 @@ def load_splits(args, objectives, task, source):
     return {name: split for name, split in splits.items() if len(split)}
 
 
-def drop_unsupported(objectives, dataset):
+def drop_unsupported(paper, objectives, dataset):
     """Without the objectives that the data have nothing for: region classes need a detector, qa needs answers."""
-    fields, why = dataset.store.fields, {}
-    lacking = {"mrc": "object_probs", "mrc_kl": "object_probs", "attr": "attributes"}
+    why = {}
     for name in objectives:
-        if name in lacking and (lacking[name] not in fields or dataset.store.classes is None):
-            why[name] = "the regions have no classes"
-        if name == "qa" and not any(dataset.answer):
-            why[name] = "no text has an answer"
+        for field_name in paper.OBJECTIVES[name].fields:
+            if field_name == "answers" and not any(dataset.answer):
+                why[name] = "no text has an answer"
+            elif field_name != "answers" and (field_name not in dataset.store.fields or dataset.store.classes is None):
+                why[name] = "the regions have no classes"
     for name, reason in why.items():
         common.print0(f"data     objective {name} is left out: {reason}")
     if len(why) == len(objectives):
@@ -544,7 +538,7 @@ def backward(run, batches, names):
     gradients of the processes are then added up, once. Returns {name: loss of the step}, 0-d tensors.
     """
     seen, names = names, names + distill.distillation_losses(run, names)
-    counts = [[tasks.count_items(run.paper, name, batch) for name in names] for batch in batches]
+    counts = [[tasks.items_of(run.paper, name, batch) for name in names] for batch in batches]
     totals = common.all_reduce_sum([sum(column) for column in zip(*counts, strict=True)]).tolist()
     losses = {name: torch.zeros((), device=run.device) for name in names}
     for batch, count in zip(batches, counts, strict=True):
@@ -552,7 +546,8 @@ def backward(run, batches, names):
             batch = batch.to(run.device)
             parts = distill.forward_with_teacher(run, batch, seen) if run.teacher else run.model(batch, seen)
         counted = zip(names, count, totals, strict=True)
-        shares = {name: (1 if name in run.paper.SUMMED else n) / max(1.0, t) for name, n, t in counted}
+        sums = {name for name, objective in run.paper.OBJECTIVES.items() if objective.is_sum}
+        shares = {name: (1 if name in sums else n) / max(1.0, t) for name, n, t in counted}
         weights = run.paper.PRETRAINING["weights"]
         sum(weights.get(name, 1.0) * shares[name] * parts[name][0] for name in names).backward()
         for name in names:
@@ -604,7 +599,7 @@ def train(args):
             f"--data: features of {' and '.join(map(str, sorted(widths)))} numbers; tasks trained together need one --patch"
         )
     asked = sets.get("vqa") or sets.get("pretrain")
-    objectives = drop_unsupported(objectives, asked["train"]) if args.task == "pretrain" else objectives
+    objectives = drop_unsupported(paper, objectives, asked["train"]) if args.task == "pretrain" else objectives
     tokenizer = tokenize(args, sets, checkpoint or teacher)
     answers = data.answer_list(asked["train"]) if {"vqa", "qa"} & set(objectives) else []
     answers = teacher["answers"] if teacher and teacher["answers"] and answers else answers

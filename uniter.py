@@ -14,7 +14,7 @@ float16; a model from scratch starts with boxes that count and, if narrow, wider
 Letters: B batch, T text positions, N regions, C width, F region-feature width, V vocabulary, K classes, M masked.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -163,8 +163,10 @@ class UNITER(nn.Module):
         return self.heads["mlm"](states, self.text_embedding.words.weight)
 
     def forward(self, batch, objectives):
-        encoding = self.encode(batch) if {*objectives} - {"itc", "caption"} else None  # they encode for themselves
-        return {name: OBJECTIVES[name](self, encoding, batch) for name in objectives}
+        encoding = None
+        if not all(OBJECTIVES[name].encodes for name in objectives):
+            encoding = self.encode(batch)
+        return {name: OBJECTIVES[name].loss(self, encoding, batch) for name in objectives}
 
 
 # ---- pretraining objectives: (model, encoding, batch) -> loss, scores ------------------------------------------
@@ -335,18 +337,29 @@ def referring_expression_rank(model, encoding, batch, negative=None, margin=0.2,
     return F.relu(margin + above).sum(), scores
 
 
+REGION_CLASSES = common.Objective(
+    common.masked_region_class,
+    head="mrc",
+    pretraining=True,
+    masks="regions",
+    mean_over="regions",
+    fields=("object_probs",),
+    labels=common.most_likely_class,
+)
+
 # the shared ones: mlm, itm, itc, vqa, ve, vcr, rank, refer, caption; of one name, the paper's own counts
 OBJECTIVES = common.SHARED_OBJECTIVES | {
-    "mrfr": masked_region_features,
-    "mrc": common.masked_region_class,
-    "mrc_kl": masked_region_class_kl,
-    "wra": word_region_alignment,
-    "nlvr2": natural_language_for_visual_reasoning,
-    "refer_rank": referring_expression_rank,
+    "mrfr": common.Objective(
+        masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="regions"
+    ),
+    "mrc": REGION_CLASSES,
+    "mrc_kl": replace(REGION_CLASSES, loss=masked_region_class_kl),
+    "wra": common.Objective(word_region_alignment, pretraining=True, mismatch=True),
+    "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
+    "refer_rank": common.Objective(referring_expression_rank, head="refer", is_sum=True),
 }
 
 VCR_TYPES = ((0, 2), (0, 2, 3))  # text types: a question and its answer; a question, its answer and the reason
 NEGATIVES = ("image", "text")  # false partners of a true pair in retrieval, in the order of the rows
-SUMMED = ("refer", "refer_rank")  # losses that are sums over the batch, not means
 
 # ---- official checkpoint names ---------------------------------------------------------------------------------

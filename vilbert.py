@@ -14,7 +14,7 @@ places on the way from and to official checkpoints. Errors of the official code 
 Letters: B batch, T text positions, N regions, C width, F region-feature width, V vocabulary, K classes, M masked.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -313,8 +313,10 @@ class ViLBERT(nn.Module):
         return self.heads["mlm"](states, self.text_embedding.words.weight)
 
     def forward(self, batch, objectives):
-        encoding = self.encode(batch) if {*objectives} - {"itc", "caption"} else None  # they encode for themselves
-        return {name: OBJECTIVES[name](self, encoding, batch) for name in objectives}
+        encoding = None
+        if not all(OBJECTIVES[name].encodes for name in objectives):
+            encoding = self.encode(batch)
+        return {name: OBJECTIVES[name].loss(self, encoding, batch) for name in objectives}
 
 
 # ---- pretraining objectives: (model, encoding, batch) -> loss, scores ------------------------------------------
@@ -496,22 +498,35 @@ def referring_expression(model, encoding, batch):
     return common.soft_answer_loss(scores, target), scores
 
 
+REGION_CLASSES = common.Objective(
+    common.masked_region_class,
+    head="mrc",
+    pretraining=True,
+    masks="regions",
+    mean_over="regions",
+    fields=("object_probs",),
+    labels=common.most_likely_class,
+)
+
+REGION_FEATURES = common.Objective(
+    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="regions"
+)
+
 # the shared ones: mlm, itm, itc, vqa, ve, vcr, rank, refer, caption; of one name, the paper's own counts
 OBJECTIVES = common.SHARED_OBJECTIVES | {
-    "mrfr": masked_region_features,
-    "nce": noise_contrastive_regions,
-    "mrc": common.masked_region_class,
-    "mrc_kl": masked_region_class_kl,
-    "gqa": partial(common.question_answering, head="gqa"),
-    "ve": visual_entailment,
-    "nlvr2": natural_language_for_visual_reasoning,
-    "vcr": visual_commonsense_reasoning,
-    "rank": retrieval_rank,
-    "refer": referring_expression,
+    "mrfr": REGION_FEATURES,
+    "nce": replace(REGION_FEATURES, loss=noise_contrastive_regions),
+    "mrc": REGION_CLASSES,
+    "mrc_kl": replace(REGION_CLASSES, loss=masked_region_class_kl),
+    "gqa": common.Objective(partial(common.question_answering, head="gqa"), head="gqa"),
+    "ve": common.Objective(visual_entailment, head="ve"),
+    "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
+    "vcr": common.Objective(visual_commonsense_reasoning, head="vcr"),
+    "rank": common.Objective(retrieval_rank, head="rank"),
+    "refer": common.Objective(referring_expression, head="refer"),
 }
 
 VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
 NEGATIVES = ("text", "image", "text")  # false partners of a true pair in retrieval, in the order of the rows
-SUMMED = ()  # losses that are sums over the batch, not means
 
 # ---- official checkpoint names ---------------------------------------------------------------------------------

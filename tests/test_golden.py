@@ -346,7 +346,7 @@ def uniter_objective(objective, fixture, task, dtype, rubbish):
     if objective == "refer_rank":
         batch.negative = arguments["negative"] = stored["neg_ix"]
     encoding = model.encode(batch)
-    loss, scores = uniter.OBJECTIVES[objective](model, encoding, batch, **arguments)
+    loss, scores = uniter.OBJECTIVES[objective].loss(model, encoding, batch, **arguments)
     column = scores[:, None] if objective in ("vcr", "rank") else scores  # stored (rows, 1)
     out = {"scores": column, "grad_l2": uniter_grads(fixture, model, loss)}
     out["pooled" if objective in ("vqa", "ve") else SKIP] = encoding.pooled
@@ -367,7 +367,7 @@ def uniter_objective(objective, fixture, task, dtype, rubbish):
 def uniter_vcr_eval(fixture, task, dtype, rubbish):
     model, batch, _ = uniter_setup(fixture, task, dtype, rubbish)
     batch.target = torch.zeros(len(batch.text), dtype=torch.long)
-    return {"scores": uniter.OBJECTIVES["vcr"](model, model.encode(batch), batch)[1][:, None]}
+    return {"scores": uniter.OBJECTIVES["vcr"].loss(model, model.encode(batch), batch)[1][:, None]}
 
 
 def transported(encoding, batch, dtype):
@@ -382,7 +382,7 @@ def uniter_itm(fixture, task, dtype, rubbish):
     batch.matched = x["targets"]
     encoding = model.encode(batch)
     encoding.text.retain_grad(), encoding.regions.retain_grad()
-    itm, scores = uniter.OBJECTIVES["itm"](model, encoding, batch)
+    itm, scores = uniter.OBJECTIVES["itm"].loss(model, encoding, batch)
     wra, distance = uniter.word_region_alignment(model, encoding, batch)
     _, plan, cost = transported(encoding, batch, dtype)
     text_grad, region_grad = torch.autograd.grad(wra, [encoding.text, encoding.regions], retain_graph=True)
@@ -456,7 +456,7 @@ def uniter_hard_negatives(fixture, task, dtype, rubbish):
         hard = uniter.hard_negatives(model, batch, size)
     few, encoding = encode(hard)
     few.group = size + 1
-    loss, hard_scores = uniter.OBJECTIVES["rank"](model, encoding, few, group=size + 1)
+    loss, hard_scores = uniter.OBJECTIVES["rank"].loss(model, encoding, few, group=size + 1)
     each = elementwise("rank", hard_scores, few)
     return {
         "all_scores": scores,
@@ -795,7 +795,7 @@ def vilbert_losses(model, encoding, batch, x, negatives=None):
     else:
         negatives = negatives.flatten(0, 1)[batch.region_index]
         image = vilbert.noise_contrastive_regions(model, encoding, batch, negatives)[0]
-    mlm, itm = (vilbert.OBJECTIVES[name](model, encoding, batch)[0] for name in ("mlm", "itm"))
+    mlm, itm = (vilbert.OBJECTIVES[name].loss(model, encoding, batch)[0] for name in ("mlm", "itm"))
     losses = mlm, image, itm
     names = "masked_lm_loss", "masked_img_loss", "next_sentence_loss", "total_loss"
     return {name: loss[None] for name, loss in zip(names, (*losses, sum(losses)), strict=True)}
@@ -846,7 +846,7 @@ def vilbert_down(objective, fixture, task, dtype, rubbish):
         scores = out["vision_logit"][0].squeeze(-1).gather(1, 101 + x["multiple_choice_ids"])
         loss = soft_answer_loss(scores, target)
     else:
-        loss, scores = vilbert.OBJECTIVES[objective](model, encoding, batch, **arguments)
+        loss, scores = vilbert.OBJECTIVES[objective].loss(model, encoding, batch, **arguments)
     out |= {"loss": loss, "batch_size": torch.tensor(len(target))}
     if objective in ("rank", "vcr"):
         right = scores.view(-1, 4).argmax(1) == target
@@ -1003,7 +1003,7 @@ def lxmert_batch(fixture, task, dtype, rubbish):
 def lxmert_losses(model, encoding, batch, objectives=tuple(LXMERT_LOSSES)):
     """The official losses by name. They count all boxes, hidden ones too, so here nothing is hidden."""
     everything = SimpleNamespace(**{**vars(batch), "region_mask": torch.ones_like(batch.region_mask)})
-    losses = {f"loss_{LXMERT_LOSSES[o]}": lxmert.OBJECTIVES[o](model, encoding, everything)[0] for o in objectives}
+    losses = {f"loss_{LXMERT_LOSSES[o]}": lxmert.OBJECTIVES[o].loss(model, encoding, everything)[0] for o in objectives}
     return losses | {"loss_total": sum(losses.values())}
 
 
@@ -1160,14 +1160,14 @@ def lxmert_task(fixture, task, dtype, rubbish):
     if weights == "nlvr2":
         assert len(batch.text) == 2 * len(batch.target)
     encoding = model.encode(batch)
-    loss, logits = lxmert.OBJECTIVES[weights](model, encoding, batch)
+    loss, logits = lxmert.OBJECTIVES[weights].loss(model, encoding, batch)
     out = {"logits": logits, "loss": loss}
     if not is_hugging_face(fixture):
         out["pooled_output"] = encoding.pooled
     if weights in ("vqa", "gqa"):
         out["loss_bce_mean"] = loss / logits.shape[1]
     if weights == "gqa":
-        out["loss_mce"] = lxmert.OBJECTIVES["gqa_hard"](model, encoding, batch)[0]
+        out["loss_mce"] = lxmert.OBJECTIVES["gqa_hard"].loss(model, encoding, batch)[0]
     return out
 
 

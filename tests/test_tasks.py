@@ -444,7 +444,7 @@ def test_a_summed_loss_counts_as_a_mean_whatever_the_parts(name):
         model.zero_grad()
         loss = train.backward(run, [batch.rows(torch.tensor(p)) for p in parts], ["refer"])["refer"]
         found.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    scores = checkpoints.PAPERS[name][0].OBJECTIVES["refer"](model, model.encode(batch), batch)[1]
+    scores = checkpoints.PAPERS[name][0].OBJECTIVES["refer"].loss(model, model.encode(batch), batch)[1]
     assert found[0][0].item() == pytest.approx(torch.nn.functional.cross_entropy(scores, batch.target).item(), rel=1e-6)
     for whole, split in zip(*found, strict=True):
         torch.testing.assert_close(whole, split, atol=1e-6, rtol=1e-6)
@@ -565,7 +565,7 @@ def test_no_step_waits_for_a_value(name, cache, tokenizer):
     whoever asks for one fails. All objectives that train.py trains, forward and backward."""
     paper, cls = checkpoints.PAPERS[name]
     options = train.resolve_options(train.parse(["--model", name]), name, 0)
-    pretraining = {*tasks.MASKED_WORDS, *tasks.MASKED_REGIONS, *tasks.PAIRS, "itc", "qa"} & {*paper.OBJECTIVES}
+    pretraining = [name for name, row in paper.OBJECTIVES.items() if row.pretraining]
     trained = dict.fromkeys(pretraining, "vqa")  # on the scenes of questions, whose texts have answers
     trained |= {tasks.OBJECTIVE.get(task, task): task for task in data.TASKS if task != "pretrain"}
     sets = {task: scenes.scenes("train", task, 20, cache=cache).encode(tokenizer) for task in trained.values()}

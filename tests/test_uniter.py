@@ -269,7 +269,7 @@ def test_objective_learns_four_examples(name):
     options = {"group": 2} if name == "rank" else {}
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in range(150):
-        loss, scores = uniter.OBJECTIVES[name](model, model.encode(batch), batch, **options)
+        loss, scores = uniter.OBJECTIVES[name].loss(model, model.encode(batch), batch, **options)
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
@@ -337,7 +337,7 @@ def test_objective_ignores_padding(name):
     options = {"rank": {"group": 2}, "refer_rank": {"negative": torch.tensor([2, 3, 1, 0])}}.get(name, {})
     grads = []
     for b in (batch, wide):
-        loss, _ = uniter.OBJECTIVES[name](model, model.encode(b), b, **options)
+        loss, _ = uniter.OBJECTIVES[name].loss(model, model.encode(b), b, **options)
         model.zero_grad()
         loss.backward()
         grads.append(
@@ -392,7 +392,7 @@ def test_rank_margin():
         model.heads["rank"].weight[0, 0] = 1.0
     pooled = torch.zeros(9, 16).double()
     pooled[:, 0] = scores
-    loss, got = uniter.OBJECTIVES["rank"](model, SimpleNamespace(pooled=pooled), None)
+    loss, got = uniter.OBJECTIVES["rank"].loss(model, SimpleNamespace(pooled=pooled), None)
     close(got, scores)
     s = scores.sigmoid().tolist()
     want = [max(0, 0.2 + s[3 * g + i] - s[3 * g]) for g in range(3) for i in (1, 2)]
