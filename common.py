@@ -9,6 +9,7 @@ Letters: B batch, T text positions, N regions, S keys (text, regions or both), C
 F region-feature width, V vocabulary, A answers, K classes, M masked positions, E width of the contrast space.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -214,6 +215,43 @@ class Encoding:
     maps: dict = field(default_factory=dict)
 
 
+# ---- precision: losses and ranking logits are float32 under autocast too -----------------------------------------
+
+
+def full_precision(device):
+    """A context in which autocast is off. Some devices have no autocast."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def in_float32(loss):
+    """Decorator: computes a loss in float32 whatever autocast does; float64 stays float64.
+
+    Under autocast logits arrive in bfloat16. It leaves their softmax and sigmoid in bfloat16, which loses most of the
+    gradient where they are nearly right, and casts matrix products to bfloat16.
+    """
+
+    @functools.wraps(loss)
+    def loss_in_float32(*arguments, **options):
+        arguments = list(arguments)
+        for i, x in enumerate(arguments):
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                arguments[i] = x.to(torch.promote_types(x.dtype, torch.float32))
+        with full_precision(arguments[0].device):
+            return loss(*arguments, **options)
+
+    return loss_in_float32
+
+
+class Float32Linear(nn.Linear):
+    """A linear map in float32 whatever autocast does, for logits that rank: in bfloat16 many of them would be equal."""
+
+    def forward(self, x):
+        with full_precision(x.device):
+            return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
 # ---- heads and initialisation -----------------------------------------------------------------------------------
 
 
@@ -222,7 +260,7 @@ class Pooler(nn.Module):
 
     def __init__(self, width, out=None, activation=torch.tanh):
         super().__init__()
-        self.dense = nn.Linear(width, out or width)
+        self.dense = Float32Linear(width, out or width)
         self.activation = activation
 
     def forward(self, x):
@@ -255,7 +293,7 @@ class MaskedLMHead(nn.Module):
 
 def mlp_head(width, inner, out, activation=nn.GELU):
     """The two-layer head of the fine-tuning tasks: W_2 norm(act(W_1 x)). (..., width) -> (..., out)."""
-    return nn.Sequential(nn.Linear(width, inner), activation(), LayerNorm(inner), nn.Linear(inner, out))
+    return nn.Sequential(nn.Linear(width, inner), activation(), LayerNorm(inner), Float32Linear(inner, out))
 
 
 def init_weights(model, width):
@@ -307,6 +345,7 @@ def masked_mean(states, mask):
     return states.masked_fill(~mask[:, :, None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
+@in_float32
 def cross_entropy(logits, labels, reduction="mean"):
     """-log softmax(logits)[label] in nats. logits (M, K), labels (M,) int64. The mean of an empty batch is 0.
 
@@ -317,6 +356,31 @@ def cross_entropy(logits, labels, reduction="mean"):
     return F.cross_entropy(logits, labels, reduction=reduction)
 
 
+@in_float32
+def squared_error(predictions, targets):
+    """Squared difference, mean over all elements; 0 if there are none. predictions, targets (M, F)."""
+    total = F.mse_loss(predictions, targets.to(predictions.dtype), reduction="sum")
+    return total / max(1, targets.numel())
+
+
+@in_float32
+def kl_divergence(logits, probs):
+    """KL(t || softmax(logits)) = sum_k t_k (log t_k - log p_k), summed over rows. logits, probs t (M, K).
+
+    Classes with t_k = 0 count as 0. Rows of t need not sum to 1: detectors store them rounded.
+    """
+    return F.kl_div(logits.log_softmax(-1), probs.to(logits.dtype), reduction="sum")
+
+
+@in_float32
+def margin_ranking_loss(logits, margin=0.2):
+    """max(0, margin + s(negative) - s(positive)), s the sigmoid, mean over negatives. logits (groups, 1 + negatives),
+    the positive first."""
+    probs = logits.sigmoid()
+    return F.relu(margin + probs[:, 1:] - probs[:, :1]).mean()  # (groups, negatives) -> ()
+
+
+@in_float32
 def soft_answer_loss(logits, targets):
     """Binary cross-entropy against soft answer scores (VQA; Teney 2018), summed over answers, mean over rows:
 
@@ -327,13 +391,7 @@ def soft_answer_loss(logits, targets):
     return F.binary_cross_entropy_with_logits(logits, targets) * logits.shape[1]
 
 
-def full_precision(device):
-    """A context in which autocast is off. Some devices have no autocast."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
+@in_float32
 def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iterations=50):
     """Word-region distance by the inexact proximal point method IPOT (Xie 2018; UNITER, section 3.2):
 
@@ -342,43 +400,39 @@ def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iteration
 
     text (B, T, C), regions (B, N, C); text_mask (B, T), region_mask (B, N) bool, True = takes part.
     Returns distances (B,) in 0..2, plan (B, T, N), cost (B, T, N). The plan has no gradient, as in the official code.
-    All is computed in float32 or above, because exp(-C / beta) underflows in half precision.
     """
-    dtype = torch.promote_types(text.dtype, torch.float32)
-    with full_precision(text.device):
-        text = text.to(dtype) / text.to(dtype).norm(dim=-1, keepdim=True).clamp(min=1e-5)
-        regions = regions.to(dtype) / regions.to(dtype).norm(dim=-1, keepdim=True).clamp(min=1e-5)
-        pairs = text_mask[:, :, None] & region_mask[:, None, :]  # (B, T, N), True = a real word and a real region
-        cost = (1.0 - text @ regions.transpose(1, 2)).masked_fill(~pairs, 0.0)  # (B,T,C) @ (B,C,N) -> (B,T,N)
-        with torch.no_grad():
-            kernel = torch.exp(-cost / beta) * pairs
-            words = text_mask.sum(1).clamp(min=1)[:, None, None]  # (B, 1, 1), number of words
-            areas = region_mask.sum(1).clamp(min=1)[:, None, None]  # (B, 1, 1), number of regions
-            tiny = torch.finfo(dtype).tiny
-            plan = pairs.to(dtype)  # (B, T, N)
-            sigma = text_mask[:, :, None] / words.to(dtype)  # (B, T, 1)
-            for _ in range(iterations):
-                q = kernel * plan
-                delta = region_mask[:, None, :] / (areas * (q * sigma).sum(1, keepdim=True)).clamp(min=tiny)  # (B,1,N)
-                sigma = text_mask[:, :, None] / (words * (q * delta).sum(2, keepdim=True)).clamp(min=tiny)  # (B,T,1)
-                plan = sigma * q * delta
-        return (plan * cost).sum((1, 2)), plan, cost
+    text = text / text.norm(dim=-1, keepdim=True).clamp(min=1e-5)
+    regions = regions / regions.norm(dim=-1, keepdim=True).clamp(min=1e-5)
+    pairs = text_mask[:, :, None] & region_mask[:, None, :]  # (B, T, N), True = a real word and a real region
+    cost = (1.0 - text @ regions.transpose(1, 2)).masked_fill(~pairs, 0.0)  # (B, T, C) @ (B, C, N) -> (B, T, N)
+    with torch.no_grad():
+        kernel = torch.exp(-cost / beta) * pairs
+        words = text_mask.sum(1).clamp(min=1)[:, None, None]  # (B, 1, 1), number of words
+        areas = region_mask.sum(1).clamp(min=1)[:, None, None]  # (B, 1, 1), number of regions
+        tiny = torch.finfo(cost.dtype).tiny
+        plan = pairs.to(cost.dtype)  # (B, T, N)
+        sigma = text_mask[:, :, None] / words.to(cost.dtype)  # (B, T, 1)
+        for _ in range(iterations):
+            q = kernel * plan
+            delta = region_mask[:, None, :] / (areas * (q * sigma).sum(1, keepdim=True)).clamp(min=tiny)  # (B, 1, N)
+            sigma = text_mask[:, :, None] / (words * (q * delta).sum(2, keepdim=True)).clamp(min=tiny)  # (B, T, 1)
+            plan = sigma * q * delta
+    return (plan * cost).sum((1, 2)), plan, cost
 
 
 # ---- contrast: image, text (B, C), L2-normalised, row i of each is one pair -> a scalar -------------------------
 
 
+@in_float32
 def pairwise_cosine(image, text, same=None):
     """Cosines (B, B) of all pictures (rows) and texts (columns), and which pairs are negatives: (B, B) bool.
 
     The negatives are all pairs but the diagonal and those of `same` (B, B) bool, symmetric, True = rows i and j show
-    one picture. In float32 or above: a temperature of 0.01 magnifies every error. ValueError if the shapes differ.
+    one picture. ValueError if the shapes differ.
     """
     if image.shape != text.shape:
         raise ValueError(f"pictures {tuple(image.shape)} and texts {tuple(text.shape)} are not pairs: shapes differ")
-    dtype = torch.promote_types(image.dtype, torch.float32)
-    with full_precision(image.device):
-        cosines = image.to(dtype) @ text.to(dtype).T  # (B, C) @ (C, B) -> (B, B)
+    cosines = image @ text.T  # (B, C) @ (C, B) -> (B, B)
     negative = ~torch.eye(len(image), dtype=torch.bool, device=image.device)
     if same is not None:
         negative = negative & ~same
@@ -455,9 +509,10 @@ def scheduled_temperature(first, last, part):
     return first + (last - first) * (1.0 - math.cos(math.pi * part)) / 2
 
 
+@in_float32
 def l2_normalize(x):
-    """x / ||x|| over the last axis, in float32 or above."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+    """x / ||x|| over the last axis."""
+    return F.normalize(x, dim=-1)
 
 
 class ContrastHead(nn.Module):
@@ -469,8 +524,8 @@ class ContrastHead(nn.Module):
 
     def __init__(self, text_width, region_width, width, kind="infonce"):
         super().__init__()
-        self.project_text = nn.Linear(text_width, width, bias=False)
-        self.project_image = nn.Linear(region_width, width, bias=False)
+        self.project_text = Float32Linear(text_width, width, bias=False)
+        self.project_image = Float32Linear(region_width, width, bias=False)
         self.kind = kind
         self.log_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
         self.bias = nn.Parameter(torch.tensor(-10.0)) if kind == "sigmoid" else None
@@ -509,6 +564,7 @@ class ContrastHead(nn.Module):
 # ---- distillation: a student learns a teacher's logits, attention and states ------------------------------------
 
 
+@in_float32
 def soft_label_loss(student, teacher, temperature=2.0):
     """Soft labels (Hinton 2015, section 2): T^2 KL( softmax(teacher / T) || softmax(student / T) ), mean over rows.
 
@@ -555,10 +611,11 @@ def mean_over_rows(values, mask):
 def visible_log_probs(maps, visible):
     """Log of attention maps (B, H, T, S), rescaled to sum to 1 over the visible keys (B, 1, 1, S); 0 elsewhere."""
     tiny = torch.finfo(torch.float32).tiny
-    maps = maps.to(torch.promote_types(maps.dtype, torch.float32)) * visible
+    maps = maps * visible
     return (maps / maps.sum(-1, keepdim=True).clamp(min=tiny)).clamp(min=tiny).log() * visible
 
 
+@in_float32
 def attention_loss(student, teacher, queries, keys):
     """Two losses on attention maps, (kl, mse), each a mean over heads, over a row's real queries, over rows:
 
@@ -579,6 +636,7 @@ def attention_loss(student, teacher, queries, keys):
     return mean_over_rows(kl.mean(1), queries), mean_over_rows(mse.mean(1), queries)
 
 
+@in_float32
 def hidden_loss(student, teacher, mask):
     """Hidden states (TinyBERT, Jiao 2020, eq. 8): squared difference, mean over C, over real positions, over rows.
 
@@ -608,16 +666,13 @@ def visual_commonsense_reasoning(model, encoding, batch):
     return cross_entropy(logits, batch.target), logits[:, 1]
 
 
-def retrieval_rank(model, encoding, batch, group=3, margin=0.2):
-    """Retrieval (UNITER, section 4.1): in each group of rows the first is the true pair. Mean over the others of
-
-        max(0, margin + s(negative) - s(positive)),   s the sigmoid of the logit
+def retrieval_rank(model, encoding, batch, group=3):
+    """Retrieval (UNITER, section 4.1): `margin_ranking_loss` in each group of rows, of which the first is the true pair.
 
     Rows B = groups x group; 3 is one true pair, one with a false picture, one with a false text. Logits (B,).
     """
     logits = model.heads["rank"](encoding.pooled).squeeze(-1)  # (B, 1) -> (B,)
-    probs = logits.sigmoid().view(-1, group)  # (B,) -> (groups, group)
-    return F.relu(margin + probs[:, 1:] - probs[:, :1]).mean(), logits
+    return margin_ranking_loss(logits.view(-1, group)), logits  # (B,) -> (groups, group)
 
 
 def refer_logits(model, encoding, batch):

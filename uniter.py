@@ -233,9 +233,8 @@ def masked_region_features(model, encoding, batch):
     """
     states = common.gather_positions(encoding.regions, batch.region_index)  # (M, C)
     predictions = model.heads["mrfr"](states, model.region_embedding.features.weight)  # (M, F)
-    targets = common.gather_positions(batch.clean_features, batch.region_index).to(predictions.dtype)
-    loss = F.mse_loss(predictions, targets, reduction="sum") / max(1, targets.numel())
-    return loss, predictions
+    targets = common.gather_positions(batch.clean_features, batch.region_index)  # (M, F)
+    return common.squared_error(predictions, targets), predictions
 
 
 def masked_region_class(model, encoding, batch):
@@ -259,9 +258,8 @@ def masked_region_class_kl(model, encoding, batch):
     mean over classes too; its validation does not. Logits (M, K).
     """
     logits = model.heads["mrc"](common.gather_positions(encoding.regions, batch.region_index))  # (M, C) -> (M, K)
-    targets = common.gather_positions(batch.object_probs, batch.region_index).to(logits.dtype)
-    loss = F.kl_div(logits.log_softmax(-1), targets, reduction="sum") / max(1, targets.numel())
-    return loss, logits
+    targets = common.gather_positions(batch.object_probs, batch.region_index)  # (M, K)
+    return common.kl_divergence(logits, targets) / max(1, targets.numel()), logits
 
 
 def image_text_matching(model, encoding, batch):
@@ -350,7 +348,7 @@ def nlvr2_head(config):
 def refer_head(config):
     """A logit for each region: linear, or with one hidden layer."""
     if config.refer_layers == 1:
-        return nn.Linear(config.hidden, 1)
+        return common.Float32Linear(config.hidden, 1)
     return common.mlp_head(config.hidden, config.hidden, 1)
 
 
@@ -375,14 +373,14 @@ HEADS = {
     "mlm": lambda c: common.MaskedLMHead(c.hidden, c.vocab_size),
     "mrfr": FeatureRegressionHead,
     "mrc": lambda c: common.mlp_head(c.hidden, c.hidden, c.classes),
-    "itm": lambda c: nn.Linear(c.hidden, 2),
+    "itm": lambda c: common.Float32Linear(c.hidden, 2),
     "itc": lambda c: common.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
     "hidden": lambda c: common.teacher_projections(c.hidden, c.hidden, c.teacher_widths),
     "vqa": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, c.answers),
     "ve": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, 3),
     "nlvr2": nlvr2_head,
     "vcr": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, 2, nn.ReLU),
-    "rank": lambda c: nn.Linear(c.hidden, 1),
+    "rank": lambda c: common.Float32Linear(c.hidden, 1),
     "refer": refer_head,
 }
 
