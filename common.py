@@ -425,18 +425,19 @@ def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iteration
 
 @in_float32
 def pairwise_cosine(image, text, same=None):
-    """Cosines (B, B) of all pictures (rows) and texts (columns), and which pairs are negatives: (B, B) bool.
+    """Cosines (B, B), pictures x texts, and two masks (B, B) bool: which pairs are positives, which are negatives.
 
-    The negatives are all pairs but the diagonal and those of `same` (B, B) bool, symmetric, True = rows i and j show
-    one picture. ValueError if the shapes differ.
+    The diagonal is positive. All else is negative but `same` (B, B) bool, symmetric, True = rows i and j show one
+    picture. ValueError if the shapes differ.
     """
     if image.shape != text.shape:
         raise ValueError(f"pictures {tuple(image.shape)} and texts {tuple(text.shape)} are not pairs: shapes differ")
     cosines = image @ text.T  # (B, C) @ (C, B) -> (B, B)
-    negative = ~torch.eye(len(image), dtype=torch.bool, device=image.device)
+    positive = torch.eye(len(image), dtype=torch.bool, device=image.device)
+    negative = ~positive
     if same is not None:
         negative = negative & ~same
-    return cosines, negative
+    return cosines, positive, negative
 
 
 def info_nce(image, text, temperature=0.07, same=None):
@@ -447,8 +448,7 @@ def info_nce(image, text, temperature=0.07, same=None):
     temperature: > 0, float or 0-d tensor.   same: as in `pairwise_cosine`; such pairs are left out of the sums.
     Returns a 0-d tensor in nats; log B is chance.   ValueError if the shapes differ.
     """
-    cosines, negative = pairwise_cosine(image, text, same)
-    positive = torch.eye(len(image), dtype=torch.bool, device=image.device)
+    cosines, positive, negative = pairwise_cosine(image, text, same)
     logits = (cosines / temperature).masked_fill(~(negative | positive), -torch.inf)
     labels = torch.arange(len(image), device=image.device)
     return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
@@ -461,7 +461,7 @@ def hardest_hinge(image, text, margin=0.2, same=None):
 
     The official code sums over the batch. same, ValueError: as in `pairwise_cosine`.
     """
-    cosines, negative = pairwise_cosine(image, text, same)
+    cosines, _, negative = pairwise_cosine(image, text, same)
     if len(cosines) == 0:
         return cosines.sum()
     positives = cosines.diagonal()  # (B,)
@@ -478,8 +478,7 @@ def sigmoid_contrast(image, text, temperature=0.1, bias=-10.0, same=None):
 
     bias: float or 0-d tensor; starts at -10, as nearly all pairs are false. same, ValueError: as in `pairwise_cosine`.
     """
-    cosines, negative = pairwise_cosine(image, text, same)
-    positive = torch.eye(len(image), dtype=torch.bool, device=image.device)
+    cosines, positive, negative = pairwise_cosine(image, text, same)
     sign = 2.0 * positive - 1.0  # (B, B)
     log_probs = F.logsigmoid(sign * (cosines / temperature + bias))
     return -(log_probs * (negative | positive)).sum() / max(1, len(image))
@@ -493,7 +492,7 @@ def decoupled_contrast(image, text, temperature=0.07, same=None):
     The paper's negatives within one modality are left out. A row without negatives counts as 0.
     same, ValueError: as in `pairwise_cosine`.
     """
-    cosines, negative = pairwise_cosine(image, text, same)
+    cosines, _, negative = pairwise_cosine(image, text, same)
     logits = cosines / temperature
     has_negative = negative.any(1)  # (B,), for rows and columns alike: `negative` is symmetric
     negatives = logits.masked_fill(~negative, -torch.inf)
@@ -648,14 +647,9 @@ def hidden_loss(student, teacher, mask):
 
 
 def question_answering(model, encoding, batch, head="vqa"):
-    """VQA, GQA: `soft_answer_loss` against batch.answers (B, A), soft scores. Logits (B, A)."""
+    """VQA, GQA, and SNLI-VE with its three answers: `soft_answer_loss` against batch.answers (B, A). Logits (B, A)."""
     logits = model.heads[head](encoding.pooled)
     return soft_answer_loss(logits, batch.answers), logits
-
-
-def visual_entailment(model, encoding, batch):
-    """SNLI-VE as VQA with three answers (UNITER, section 4): batch.answers (B, 3). Logits (B, 3)."""
-    return question_answering(model, encoding, batch, "ve")
 
 
 def visual_commonsense_reasoning(model, encoding, batch):
@@ -675,19 +669,14 @@ def retrieval_rank(model, encoding, batch, group=3):
     return margin_ranking_loss(logits.view(-1, group)), logits  # (B,) -> (groups, group)
 
 
-def refer_logits(model, encoding, batch):
-    """A logit for every region, -10000 for padding: (B, N)."""
-    logits = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
-    return logits.masked_fill(~batch.region_mask, -10000.0)
-
-
 def referring_expression(model, encoding, batch):
     """Referring expressions (UNITER, section 4): cross-entropy over the regions, SUMMED over the batch (official code).
 
     batch.target: (B,) int64, the region referred to; or (B, N) float, overlaps, of which the largest counts.
     Logits (B, N).
     """
-    logits = refer_logits(model, encoding, batch)
+    logits = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
+    logits = logits.masked_fill(~batch.region_mask, -10000.0)  # padding
     target = batch.target
     if target.ndim == 2:
         target = target.argmax(1)
@@ -780,19 +769,17 @@ def most_likely_class(batch, logits):
     return classes + logits.shape[-1] - batch.object_probs.shape[-1] + 1  # LXMERT's logits have no background
 
 
-ITC = Objective(
-    image_text_contrast,
-    head="itc",
-    pretraining=True,
-    mean_over="pairs",
-    encodes=True,
-    labels=lambda batch, logits: torch.arange(len(logits)),  # picture i belongs to text i
-)
-
 SHARED_OBJECTIVES = {  # each model's table adds its own, or replaces one of these
-    "itc": ITC,
+    "itc": Objective(
+        image_text_contrast,
+        head="itc",
+        pretraining=True,
+        mean_over="pairs",
+        encodes=True,
+        labels=lambda batch, logits: torch.arange(len(logits)),  # picture i belongs to text i
+    ),
     "vqa": Objective(question_answering, head="vqa"),
-    "ve": Objective(visual_entailment, head="ve"),
+    "ve": Objective(functools.partial(question_answering, head="ve"), head="ve"),
     "vcr": Objective(visual_commonsense_reasoning, head="vcr"),
     "rank": Objective(retrieval_rank, head="rank"),
     "refer": Objective(referring_expression, head="refer", is_sum=True),
