@@ -407,15 +407,17 @@ def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iteration
     cost = (1.0 - text @ regions.transpose(1, 2)).masked_fill(~pairs, 0.0)  # (B, T, C) @ (B, C, N) -> (B, T, N)
     with torch.no_grad():
         kernel = torch.exp(-cost / beta) * pairs
-        words = text_mask.sum(1).clamp(min=1)[:, None, None]  # (B, 1, 1), number of words
-        areas = region_mask.sum(1).clamp(min=1)[:, None, None]  # (B, 1, 1), number of regions
+        num_words = text_mask.sum(1).clamp(min=1)[:, None, None]  # (B, 1, 1)
+        num_regions = region_mask.sum(1).clamp(min=1)[:, None, None]  # (B, 1, 1)
         tiny = torch.finfo(cost.dtype).tiny
         plan = pairs.to(cost.dtype)  # (B, T, N)
-        sigma = text_mask[:, :, None] / words.to(cost.dtype)  # (B, T, 1)
+        sigma = text_mask[:, :, None] / num_words.to(cost.dtype)  # (B, T, 1)
         for _ in range(iterations):
             q = kernel * plan
-            delta = region_mask[:, None, :] / (areas * (q * sigma).sum(1, keepdim=True)).clamp(min=tiny)  # (B, 1, N)
-            sigma = text_mask[:, :, None] / (words * (q * delta).sum(2, keepdim=True)).clamp(min=tiny)  # (B, T, 1)
+            columns = num_regions * (q * sigma).sum(1, keepdim=True)  # (B, T, N) -> (B, 1, N)
+            delta = region_mask[:, None, :] / columns.clamp(min=tiny)
+            rows = num_words * (q * delta).sum(2, keepdim=True)  # (B, T, N) -> (B, T, 1)
+            sigma = text_mask[:, :, None] / rows.clamp(min=tiny)
             plan = sigma * q * delta
     return (plan * cost).sum((1, 2)), plan, cost
 

@@ -494,13 +494,13 @@ def test_optimal_transport_equals_the_published_algorithm(setting):
     text = randn(3, 5, 8)
     regions = randn(3, 6, 8)
     words = [5, 2, 1]
-    areas = [3, 6, 1]
+    boxes = [3, 6, 1]
     distance, _, cost = common.optimal_transport(
-        text, regions, lengths_mask(5, words), lengths_mask(6, areas), **setting
+        text, regions, lengths_mask(5, words), lengths_mask(6, boxes), **setting
     )
     for i in range(3):
         n = words[i]
-        m = areas[i]
+        m = boxes[i]
         close(cost[i, :n, :m], 1 - F.cosine_similarity(text[i, :n, None], regions[i, None, :m], dim=-1))
         by_hand = ipot(cost[i, :n, :m].T.tolist(), **setting)  # regions first, as in the official code
         assert distance[i].item() == pytest.approx(by_hand, abs=1e-12), i
