@@ -141,21 +141,24 @@ class UNITER(nn.Module):
         record: also return the states and attention maps of all layers.
         given: the result of `unimodal` for both modalities, which is then not computed again.
         """
-        text_emb = region_emb = None
-        if given is not None:
+        if given is None:
+            text_emb = self.embed_text(batch) if text else None
+            region_emb = self.embed_regions(batch) if regions else None
+        else:
             text_emb, region_emb = given
         parts = []  # of the sequence: the embeddings (B, T, C) and (B, N, C)
         masks = []  # (B, T) and (B, N)
         if text:
-            parts.append(self.embed_text(batch) if text_emb is None else text_emb)
+            parts.append(text_emb)
             masks.append(batch.text_mask)
         if regions:
-            parts.append(self.embed_regions(batch) if region_emb is None else region_emb)
+            parts.append(region_emb)
             masks.append(batch.region_mask)
         x = torch.cat(parts, 1)  # (B, S, C)
         bias = common.attention_bias(torch.cat(masks, 1), x.dtype)  # (B, S) -> (B, 1, 1, S)
 
-        states, maps = {}, {}
+        states = {}
+        maps = {}
         if record:
             states["embedding"] = x
         for i, layer in enumerate(self.layers):
