@@ -219,7 +219,7 @@ class LXMERT(nn.Module):
         pooled = self.pooler(words if text else common.masked_mean(areas, batch.region_mask)[:, None])  # of (B, 1, C)
         return common.Encoding(words, areas, pooled, states, maps)
 
-    def word_scores(self, states):
+    def word_logits(self, states):
         """Scores of the vocabulary by the masked-word head: states (..., C) -> (..., V)."""
         return self.heads["mlm"](states, self.text_embedding.words.weight)
 

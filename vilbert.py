@@ -150,7 +150,7 @@ class DynamicLayer(common.TransformerLayer):
         block = self.attention
         query = block.query(x) * (1.0 + self.gate_query(text).sigmoid())  # (B, 1+N, C) * (B, 1, C)
         key = block.key(x) * (1.0 + self.gate_key(text).sigmoid())
-        mixed = block.mix(query, key, block.value(x), bias, maps)
+        mixed = block.attend_heads(query, key, block.value(x), bias, maps)
         return self.feed_forward(block.norm(x + block.hidden_dropout(mixed)))
 
 
@@ -308,7 +308,7 @@ class ViLBERT(nn.Module):
             words = torch.cat([words[:, :1], words[:, 2:]], 1)  # (B, T+1, C) -> (B, T, C)
         return common.Encoding(words, areas[:, 1:] if regions else None, pooled, states | later, maps)
 
-    def word_scores(self, states):
+    def word_logits(self, states):
         """Scores of the vocabulary by the masked-word head: states (..., C) -> (..., V)."""
         return self.heads["mlm"](states, self.text_embedding.words.weight)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +15,16 @@ import tasks
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def fixed_seed():
     torch.manual_seed(0)
 
 
 def randn(*shape, **options):
     return torch.randn(*shape, dtype=torch.float64, **options)
+
+
+def unit_vectors(*shape):
+    return F.normalize(randn(*shape), dim=-1)
 
 
 def lengths_mask(width, lengths):
@@ -34,69 +39,94 @@ def close(a, b, tolerance=1e-12):
 # ---- elementary formulas ---------------------------------------------------------------------------------------
 
 
-def test_gelu():
+def test_gelu_is_the_exact_one():
     x = randn(100) * 3
     close(common.gelu(x), F.gelu(x))
-    close(common.gelu(x), torch.tensor([v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x.tolist()]).double(), 1e-6)
-    assert (common.gelu(x) - F.gelu(x, approximate="tanh")).abs().max() > 1e-5  # the exact one, not the approximation
+    assert (common.gelu(x) - F.gelu(x, approximate="tanh")).abs().max() > 1e-5
 
 
-def test_layer_norm():
-    x, weight, bias = randn(3, 5, 8) * 4 + 2, randn(8), randn(8)
+def test_layer_norm_equals_the_kernel():
+    x = randn(3, 5, 8) * 4 + 2
+    weight = randn(8)
+    bias = randn(8)
     close(common.layer_norm(x, weight, bias), F.layer_norm(x, (8,), weight, bias, 1e-12))
     norm = common.LayerNorm(8).double()
     norm.load_state_dict({"weight": weight, "bias": bias})
     close(norm(x), common.layer_norm(x, weight, bias))
-    tiny = x * 1e-5  # where another eps would show
+    tiny = x * 1e-5  # another eps would show here
     close(norm(tiny), F.layer_norm(tiny, (8,), weight, bias, 1e-12))
     assert (norm(tiny) - F.layer_norm(tiny, (8,), weight, bias, 1e-5)).abs().max() > 0.1
 
 
-def test_attention_explicit_and_fused():
-    query, key, value = randn(2, 3, 4, 5), randn(2, 3, 6, 5), randn(2, 3, 6, 5)
+def test_explicit_attention_equals_fused_attention():
+    query = randn(2, 3, 4, 5)
+    key = randn(2, 3, 6, 5)
+    value = randn(2, 3, 6, 5)
     bias = common.attention_bias(lengths_mask(6, [6, 2]), torch.float64)
     for mask in (None, bias):
-        context, probabilities = common.attention(query, key, value, mask)
+        context, probs = common.attention(query, key, value, mask)
         close(context, common.fused_attention(query, key, value, mask))
-        close(probabilities.sum(-1), torch.ones(2, 3, 4).double())
-    assert (probabilities[1, :, :, 2:] == 0).all() and (probabilities[1, :, :, :2] > 0).all()
-    one = (query[1, 2, 3] @ key[1, 2, :2].T / math.sqrt(5)).exp()  # one query by hand, over the two visible keys
-    close(context[1, 2, 3], one / one.sum() @ value[1, 2, :2])
+        close(probs.sum(-1), torch.ones(2, 3, 4).double())
+    assert (probs[1, :, :, 2:] == 0).all()
+    assert (probs[1, :, :, :2] > 0).all()
+    by_hand = (query[1, 2, 3] @ key[1, 2, :2].T / math.sqrt(5)).exp()  # one query, over the two visible keys
+    close(context[1, 2, 3], by_hand / by_hand.sum() @ value[1, 2, :2])
 
 
-def test_attention_with_everything_hidden():
-    """A row without a visible key attends as if nothing were hidden; no NaN."""
-    query, key, value = randn(2, 3, 4, 5), randn(2, 3, 6, 5), randn(2, 3, 6, 5)
+def test_a_query_without_visible_keys_attends_to_all_keys():
+    query = randn(2, 3, 4, 5)
+    key = randn(2, 3, 6, 5)
+    value = randn(2, 3, 6, 5)
     bias = common.attention_bias(torch.zeros(2, 6, dtype=torch.bool), torch.float64)
-    close(common.attention(query, key, value, bias)[0], common.attention(query, key, value)[0], 1e-10)
-    close(common.fused_attention(query, key, value, bias), common.attention(query, key, value)[0], 1e-10)
+    want = common.attention(query, key, value)[0]
+    close(common.attention(query, key, value, bias)[0], want, 1e-10)
+    close(common.fused_attention(query, key, value, bias), want, 1e-10)
 
 
-# ---- the Transformer's parts -----------------------------------------------------------------------------------
+# ---- parts of the Transformer ----------------------------------------------------------------------------------
 
 
 def copy_attention(ours, theirs):
-    """Our four matrices into torch's MultiheadAttention, which stacks or names them its own way."""
-    parts = [ours.query, ours.key, ours.value]
-    state = {"in_proj_bias": torch.cat([p.bias for p in parts])}
+    """Our four matrices into torch's MultiheadAttention, which stacks them if all have one width."""
+    layers = [ours.query, ours.key, ours.value]
+    state = {"out_proj.weight": ours.output.weight, "out_proj.bias": ours.output.bias}
+    state["in_proj_bias"] = torch.cat([layer.bias for layer in layers])
     if theirs.in_proj_weight is None:
-        state |= {f"{n}_proj_weight": p.weight for n, p in zip("qkv", parts, strict=True)}
+        for letter, layer in zip("qkv", layers, strict=True):
+            state[f"{letter}_proj_weight"] = layer.weight
     else:
-        state["in_proj_weight"] = torch.cat([p.weight for p in parts])
-    theirs.load_state_dict(state | {"out_proj.weight": ours.output.weight, "out_proj.bias": ours.output.bias})
+        state["in_proj_weight"] = torch.cat([layer.weight for layer in layers])
+    theirs.load_state_dict(state)
 
 
 @pytest.mark.parametrize("context_width", [12, 20])
-def test_multi_head_attention(context_width):
+def test_multi_head_attention_equals_torch(context_width):
     ours = common.MultiHeadAttention(12, 3, context_width=context_width).double()
     theirs = nn.MultiheadAttention(12, 3, kdim=context_width, vdim=context_width, batch_first=True).double()
     copy_attention(ours, theirs)
-    x, context, mask = randn(2, 4, 12), randn(2, 6, context_width), lengths_mask(6, [5, 1])
+    x = randn(2, 4, 12)
+    context = randn(2, 6, context_width)
+    mask = lengths_mask(6, [5, 1])
     want, weights = theirs(x, context, context, key_padding_mask=~mask, average_attn_weights=False)
-    maps, bias = [], common.attention_bias(mask, torch.float64)
+    maps = []
+    bias = common.attention_bias(mask, torch.float64)
     close(ours(x, context, bias), want)
     close(ours(x, context, bias, maps), want)
     close(maps[0], weights)
+
+
+def test_incremental_attention_equals_attention_at_once():
+    """Word by word with a cache, or all words under a causal mask: the same states."""
+    block = common.AttentionBlock(12, 3).double()
+    cross = common.AttentionBlock(12, 3, context_width=5).double()
+    x = randn(2, 4, 12)
+    context = randn(2, 3, 5)
+    causal = torch.ones(4, 4, dtype=torch.bool).tril().expand(2, 4, 4)
+    want = cross(block(x, bias=common.attention_bias(causal, torch.float64)), context)
+    cache = {}
+    for i in range(4):
+        got = cross(block(x[:, i : i + 1], cache=cache), context, cache=cache)
+        close(got[:, 0], want[:, i])
 
 
 def test_attention_heads_must_divide_the_width():
@@ -104,21 +134,18 @@ def test_attention_heads_must_divide_the_width():
         common.MultiHeadAttention(12, 5)
 
 
-def test_transformer_layer():
+def test_transformer_layer_equals_torch():
     ours = common.TransformerLayer(12, 3, 40).double().eval()
     theirs = nn.TransformerEncoderLayer(12, 3, 40, 0.0, "gelu", 1e-12, batch_first=True).double()
     for parameter in ours.parameters():
         nn.init.normal_(parameter, std=0.5)
     copy_attention(ours.attention, theirs.self_attn)
-    pairs = {
-        theirs.norm1: ours.attention.norm,
-        theirs.norm2: ours.feed_forward.norm,
-        theirs.linear1: ours.feed_forward.up,
-        theirs.linear2: ours.feed_forward.down,
-    }
-    for to, source in pairs.items():
-        to.load_state_dict(source.state_dict())
-    x, mask = randn(2, 6, 12), lengths_mask(6, [6, 4])
+    theirs.norm1.load_state_dict(ours.attention.norm.state_dict())
+    theirs.norm2.load_state_dict(ours.feed_forward.norm.state_dict())
+    theirs.linear1.load_state_dict(ours.feed_forward.up.state_dict())
+    theirs.linear2.load_state_dict(ours.feed_forward.down.state_dict())
+    x = randn(2, 6, 12)
+    mask = lengths_mask(6, [6, 4])
     got = ours(x, common.attention_bias(mask, torch.float64))
     want = theirs(x, src_key_padding_mask=~mask)  # in training mode (without dropout), to avoid torch's fast path
     close(got[mask], want[mask], 1e-11)
@@ -126,190 +153,406 @@ def test_transformer_layer():
 
 def test_padding_changes_nothing():
     layer = common.TransformerLayer(12, 3, 40).double()
-    x, longer = randn(2, 4, 12), randn(2, 9, 12) * 1e3
+    x = randn(2, 4, 12)
+    longer = randn(2, 9, 12) * 1e3
     longer[:, :4] = x
     bias = common.attention_bias(lengths_mask(9, [4, 4]), torch.float64)
     close(layer(longer, bias)[:, :4], layer(x), 1e-11)
 
 
-@pytest.mark.parametrize("p, shape", [(0.1, (300, 333)), (0.5, (7, 11, 1301)), (0.0, (3, 5)), (1.0, (3, 5))])
-def test_drop(p, shape):
-    """The share of zeros, their independence of place, the scale of the rest, and a gradient that passes where x does."""
+def test_text_embedding_by_the_formula():
+    config = SimpleNamespace(vocab_size=11, hidden=6, max_positions=9, types=3, dropout=0.0)
+    embedding = common.TextEmbedding(config).double()
+    ids = torch.randint(11, (2, 4))
+    segments = torch.randint(3, (2, 4))
+    for offset in (0, 5):
+        positions = embedding.positions.weight[offset : offset + 4]
+        x = embedding.words.weight[ids] + positions + embedding.types.weight[segments]
+        close(embedding(ids, segments, offset), F.layer_norm(x, (6,), eps=1e-12))
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0])
+def test_padding_rows_of_the_text_tables_do_not_learn(padding_idx):
+    config = SimpleNamespace(vocab_size=11, hidden=6, max_positions=9, types=3, dropout=0.0)
+    embedding = common.TextEmbedding(config, padding_idx)
+    nothing = torch.zeros(2, 4, dtype=torch.long)
+    (embedding(nothing, nothing) * torch.randn(6)).sum().backward()
+    assert (embedding.words.weight.grad[0] == 0).all()
+    for table in (embedding.positions, embedding.types):
+        learns = table.weight.grad[0].abs().max() > 0
+        assert learns == (padding_idx is None)
+
+
+def test_masked_word_head_is_tied_to_the_word_table():
+    head = common.MaskedLMHead(6, 11).double()
+    words = randn(11, 6)
+    x = randn(4, 6)
+    nn.init.normal_(head.bias)
+    hidden = F.layer_norm(F.gelu(head.transform.dense(x)), (6,), eps=1e-12)
+    close(head(x, words), torch.einsum("mc,vc->mv", hidden, words) + head.bias)
+
+
+def test_pooler_reads_the_first_position():
+    pooler = common.Pooler(6).double()
+    x = randn(2, 4, 6)
+    close(pooler(x), torch.tanh(x[:, 0] @ pooler.dense.weight.T + pooler.dense.bias))
+
+
+@pytest.mark.parametrize("block", [common.FeedForward(4, 6), common.AttentionBlock(4, 2), common.HeadTransform(4)])
+def test_gradients_equal_finite_differences(block):
+    block = block.double()
+    options = {}
+    if isinstance(block, common.AttentionBlock):
+        options["bias"] = common.attention_bias(lengths_mask(3, [3, 2]), torch.float64)
+    x = randn(2, 3, 4, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: block(x, **options), x)
+
+
+@pytest.mark.parametrize(("width", "std"), [(768, 0.02), (1024, 0.02), (192, 0.04)])
+def test_initialisation_is_berts_and_wider_for_narrow_models(width, std):
+    model = nn.Sequential(nn.Linear(300, 300), nn.Embedding(300, 300, padding_idx=0), common.LayerNorm(300))
+    nn.init.ones_(model[0].bias)
+    common.init_weights(model, width)
+    for layer in model[:2]:
+        assert abs(layer.weight.std().item() - std) < 0.015 * std
+        assert abs(layer.weight.mean().item()) < 0.015 * std
+    assert (model[0].bias == 0).all()
+    assert model[1].weight[0].abs().max() > 0  # the padding row too, as in BERT
+    assert (model[2].weight == 1).all()
+    assert (model[2].bias == 0).all()
+
+
+@pytest.mark.parametrize("numbers", [4, 5, 7])
+def test_box_projection_starts_with_centre_and_size_alike(numbers):
+    """Boxes of the docstring's mean and std: outputs have mean 0 and variance 1, a quarter from each of four numbers."""
+    linear = nn.Linear(numbers, 4000)
+    common.init_box_projection(linear)
+    extra = torch.rand(4000, numbers - 4)
+
+    def project(z):
+        """z (4000, 4): centre x, centre y, width, height, standardised."""
+        centre = 0.5 + 0.25 * z[:, :2]
+        size = 0.25 + 0.1 * z[:, 2:]
+        return linear(torch.cat([centre - size / 2, centre + size / 2, extra], 1))  # (4000, P) -> (4000, 4000)
+
+    z = torch.randn(4000, 4)
+    out = project(z)
+    assert abs(out.mean().item()) < 0.02
+    assert abs(out.var().item() - 1) < 0.03
+    for i in range(4):
+        without = z.clone()
+        without[:, i] = 0
+        share = (out - project(without)).var().item()
+        assert abs(share - 0.25) < 0.02, i
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("p", "shape"), [(0.1, (300, 333)), (0.5, (7, 11, 1301)), (0.0, (3, 5)), (1.0, (3, 5))])
+def test_dropout_zeroes_a_share_p_and_rescales_the_rest(p, shape):
     x = torch.rand(shape).add(1).requires_grad_()
     torch.manual_seed(0)
     y = common.apply_dropout(x, p)
-    gone = y == 0
+    zero = y == 0
     sigma = (p * (1 - p) / x.numel()) ** 0.5
-    assert abs(gone.float().mean() - p) <= 5 * sigma
-    pairs = (gone.flatten()[1:] & gone.flatten()[:-1]).float().mean()
-    assert abs(pairs - p * p) <= 10 * sigma
-    torch.testing.assert_close(y[~gone], (x / (1 - p) if p < 1 else x)[~gone])
+    assert abs(zero.float().mean() - p) <= 5 * sigma
+    neighbours = (zero.flatten()[1:] & zero.flatten()[:-1]).float().mean()  # independent of each other
+    assert abs(neighbours - p * p) <= 10 * sigma
+    if p < 1:
+        torch.testing.assert_close(y[~zero], (x / (1 - p))[~zero])
     y.sum().backward()
-    torch.testing.assert_close(x.grad, y.detach() / x.detach())
+    torch.testing.assert_close(x.grad, y.detach() / x.detach())  # the gradient passes where x does
     torch.manual_seed(0)
     assert common.apply_dropout(x, p).equal(y)
     if 0 < p < 1:
         assert not common.apply_dropout(x, p).equal(y)
 
 
-def test_dropout_is_for_training_only():
-    layer, x = common.TransformerLayer(12, 3, 40, dropout=0.5).double(), randn(2, 4, 12)
-    assert not torch.equal(layer(x), layer(x))
-    layer.eval()
-    close(layer(x), layer(x, maps=[]))
+@pytest.fixture
+def dropouts(monkeypatch):
+    """Dropout that zeroes everything; the list receives (p, shape) of each call."""
+    calls = []
+
+    def record(x, p):
+        if p == 0:
+            return x
+        calls.append((p, tuple(x.shape)))
+        return x * 0
+
+    monkeypatch.setattr(common, "apply_dropout", record)
+    return calls
 
 
-def test_heads():
-    """MaskedLMHead is tied: its scores are the transform times the word table itself."""
-    head, words, x = common.MaskedLMHead(6, 11).double(), randn(11, 6), randn(4, 6)
-    nn.init.normal_(head.bias)
-    hidden = F.layer_norm(F.gelu(head.transform.dense(x)), (6,), eps=1e-12)
-    close(head(x, words), torch.einsum("mc,vc->mv", hidden, words) + head.bias)
-    pooler = common.Pooler(6).double()
-    close(pooler(x[None]), torch.tanh(pooler.dense(x[:1])))
+def test_where_dropout_acts_in_an_attention_block(dropouts):
+    block = common.AttentionBlock(6, 2, dropout=0.3)
+    x = torch.randn(2, 4, 6)
+    torch.testing.assert_close(block(x), F.layer_norm(x, (6,), eps=1e-12))  # on the branch, before the residual sum
+    assert dropouts == [(0.3, (2, 2, 4, 4)), (0.3, (2, 4, 6))]  # attention probabilities, then the output
+    maps = []
+    block(x, maps=maps)
+    torch.testing.assert_close(maps[0].sum(-1), torch.ones(2, 2, 4))  # recorded before dropout
 
 
-@pytest.mark.parametrize("block", [common.FeedForward(4, 6), common.AttentionBlock(4, 2), common.HeadTransform(4)])
-def test_gradients(block):
-    """Against finite differences, also through the mask."""
-    block = block.double()
-    extra = {}
-    if isinstance(block, common.AttentionBlock):
-        extra["bias"] = common.attention_bias(lengths_mask(3, [3, 2]), torch.float64)
-    x = randn(2, 3, 4, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: block(x, **extra), x)
+def test_where_dropout_acts_in_a_feed_forward_block(dropouts):
+    block = common.FeedForward(6, 8, dropout=0.2)
+    x = torch.randn(2, 4, 6)
+    torch.testing.assert_close(block(x), F.layer_norm(x, (6,), eps=1e-12))
+    assert dropouts == [(0.2, (2, 4, 6))]
 
 
-@pytest.mark.parametrize(("width", "std"), [(768, 0.02), (1024, 0.02), (192, 0.04)])
-def test_initialise(width, std):
-    model = nn.Sequential(nn.Linear(300, 300), nn.Embedding(300, 300, padding_idx=0), common.LayerNorm(300))
-    common.init_weights(model, width)
-    for layer in model[:2]:
-        assert abs(layer.weight.std().item() - std) < 0.015 * std
-        assert abs(layer.weight.mean().item()) < 0.015 * std
-    assert (model[0].bias == 0).all() and model[1].weight[0].abs().max() > 0  # the padding row too, as in BERT
-    assert (model[2].weight == 1).all() and (model[2].bias == 0).all()
+def test_where_dropout_acts_in_a_transformer_layer(dropouts):
+    common.TransformerLayer(6, 2, 8, dropout=0.4)(torch.randn(2, 4, 6))
+    assert dropouts == [(0.4, (2, 2, 4, 4)), (0.4, (2, 4, 6)), (0.4, (2, 4, 6))]
 
 
-@pytest.mark.parametrize("numbers", [4, 5, 7])
-def test_spread_boxes_let_places_and_sides_count_alike(numbers):
-    """Boxes with the means and spreads of the docstring: outputs have mean 0 and variance 1, a quarter from each."""
-    torch.manual_seed(0)
-    linear = nn.Linear(numbers, 4000)
-    common.init_box_projection(linear)
-    z = torch.randn(4000, 4)  # centre x, y, width, height, standardised
-    centre, sides = 0.5 + 0.25 * z[:, :2], 0.25 + 0.1 * z[:, 2:]
-    boxes = torch.cat([centre - sides / 2, centre + sides / 2, torch.rand(4000, numbers - 4)], 1)
-    out = linear(boxes)  # (4000, P) -> (4000, 4000)
-    assert abs(out.mean().item()) < 0.02 and abs(out.var().item() - 1) < 0.03
-    for i in range(4):
-        without = z.clone()
-        without[:, i] = 0
-        centre, sides = 0.5 + 0.25 * without[:, :2], 0.25 + 0.1 * without[:, 2:]
-        alone = out - linear(torch.cat([centre - sides / 2, centre + sides / 2, boxes[:, 4:]], 1))
-        assert abs(alone.var().item() - 0.25) < 0.02, i
+def test_where_dropout_acts_in_the_text_embedding(dropouts):
+    config = SimpleNamespace(vocab_size=11, hidden=6, max_positions=9, types=3, dropout=0.1)
+    embedding = common.TextEmbedding(config)
+    ids = torch.randint(3, (2, 4))
+    assert (embedding(ids, ids) == 0).all()  # last, after the norm
+    assert dropouts == [(0.1, (2, 4, 6))]
+
+
+def test_where_dropout_acts_nowhere(dropouts):
+    """Not in the heads, and nowhere in evaluation."""
+    x = torch.randn(2, 4, 6)
+    common.Pooler(6)(x)
+    common.MaskedLMHead(6, 11)(x, torch.randn(11, 6))
+    common.mlp_head(6, 8, 3)(x)
+    common.TransformerLayer(6, 2, 8, dropout=0.4).eval()(x)
+    assert dropouts == []
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------
 
 
-def test_at():
+def test_gather_positions():
     states = randn(2, 3, 4)
-    close(
-        common.gather_positions(states, torch.tensor([5, 0, 3])),
-        torch.stack([states[1, 2], states[0, 0], states[1, 0]]),
-    )
+    got = common.gather_positions(states, torch.tensor([5, 0, 3]))
+    close(got, torch.stack([states[1, 2], states[0, 0], states[1, 0]]))
 
 
-def test_cross_entropy():
-    scores, labels = randn(5, 7), torch.tensor([0, 6, 2, 2, 1])
-    by_hand = [-math.log(scores[i, y].exp() / scores[i].exp().sum()) for i, y in enumerate(labels.tolist())]
-    close(common.cross_entropy(scores, labels), torch.tensor(by_hand).double().mean(), 1e-6)
-    close(common.cross_entropy(scores, labels, reduction="sum"), 5 * common.cross_entropy(scores, labels))
-    empty = scores[:0].requires_grad_()
-    loss = common.cross_entropy(empty, labels[:0])
-    loss.backward()
-    assert loss == 0 and empty.grad.shape == (0, 7)
+def test_masked_mean():
+    states = randn(3, 4, 2)
+    states[0, 3] = torch.nan  # padding must not count, whatever it holds
+    got = common.masked_mean(states, lengths_mask(4, [3, 4, 0]))
+    close(got, torch.stack([states[0, :3].mean(0), states[1].mean(0), torch.zeros(2).double()]))
 
 
-def test_soft_answer_loss():
-    scores, targets = randn(3, 5), torch.rand(3, 5).double()
+def test_cross_entropy_by_hand():
+    logits = randn(5, 7)
+    labels = torch.tensor([0, 6, 2, 2, 1])
     total = 0.0
-    for row, target in zip(scores.tolist(), targets.tolist(), strict=True):
-        for x, t in zip(row, target, strict=True):
-            p = 1 / (1 + math.exp(-x))
-            total -= t * math.log(p) + (1 - t) * math.log(1 - p)
-    assert abs(common.soft_answer_loss(scores, targets).item() - total / 3) < 1e-12
+    for row, label in zip(logits, labels.tolist(), strict=True):
+        total -= math.log(row[label].exp() / row.exp().sum())
+    assert common.cross_entropy(logits, labels).item() == pytest.approx(total / 5)
+    assert common.cross_entropy(logits, labels, reduction="sum").item() == pytest.approx(total)
 
 
-def ipot(cost, beta, iterations):
-    """IPOT (Xie 2018, algorithm 1) in plain Python for one pair without padding: cost n x m nested lists -> distance."""
-    n, m = len(cost), len(cost[0])
-    kernel = [[math.exp(-c / beta) for c in row] for row in cost]
-    plan, b = [[1.0] * m for _ in range(n)], [1.0 / m] * m
+def test_losses_of_nothing_are_zero():
+    nothing = randn(0, 7, requires_grad=True)
+    labels = torch.zeros(0, dtype=torch.long)
+    total = common.cross_entropy(nothing, labels) + common.squared_error(nothing, nothing.detach())
+    total = total + common.kl_divergence(nothing, nothing.detach()) + common.soft_label_loss(nothing, nothing.detach())
+    total.backward()
+    assert total == 0
+    assert nothing.grad.shape == (0, 7)
+
+
+def test_soft_answer_loss_by_hand():
+    logits = randn(3, 5)
+    targets = torch.rand(3, 5).double()
+    total = 0.0
+    for x, t in zip(logits.flatten().tolist(), targets.flatten().tolist(), strict=True):
+        p = 1 / (1 + math.exp(-x))
+        total -= t * math.log(p) + (1 - t) * math.log(1 - p)
+    assert common.soft_answer_loss(logits, targets).item() == pytest.approx(total / 3, abs=1e-12)
+
+
+def test_kl_divergence_by_hand():
+    """The sum over rows and classes; classes of probability 0 count as 0, rows need not sum to 1."""
+    logits = randn(2, 3)
+    targets = torch.tensor([[0.2, 0.0, 0.7], [1.0, 0.0, 0.0]]).double()
+    log_probs = logits.log_softmax(1).tolist()
+    want = 0.2 * (math.log(0.2) - log_probs[0][0]) + 0.7 * (math.log(0.7) - log_probs[0][2]) - log_probs[1][0]
+    assert common.kl_divergence(logits, targets).item() == pytest.approx(want)
+
+
+def test_squared_error_is_a_mean_over_all_elements():
+    a = randn(3, 5)
+    b = randn(3, 5)
+    close(common.squared_error(a, b), F.mse_loss(a, b))
+
+
+def test_margin_ranking_loss_by_hand():
+    logits = torch.tensor([[2.0, -1.0, 3.0], [0.0, 0.1, -9.0], [5.0, -5.0, -5.0]]).double()
+    total = 0.0
+    for positive, *negatives in logits.sigmoid().tolist():
+        for negative in negatives:
+            total += max(0, 0.2 + negative - positive)
+    assert common.margin_ranking_loss(logits).item() == pytest.approx(total / 6)
+
+
+# Every loss as a function of x (6, 5). All that a function does to x before the loss is exact in bfloat16.
+LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
+TARGETS = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).softmax(1).bfloat16()
+KEYS = torch.ones(2, 3, dtype=torch.bool)
+QUERIES = torch.ones(1, 6, dtype=torch.bool)
+
+
+def targets(x, *shape):
+    return TARGETS.to(x.dtype).view(*shape)
+
+
+def attention_losses(x):
+    return common.attention_loss(x.abs().view(1, 1, 6, 5), targets(x, 1, 1, 6, 5), QUERIES, QUERIES[:, :5])
+
+
+def transport_distance(x):
+    return common.optimal_transport(x.view(2, 3, 5), targets(x, 2, 3, 5), KEYS, KEYS)[0].sum()
+
+
+LOSSES = {
+    "cross_entropy": lambda x: common.cross_entropy(x, LABELS),
+    "soft_answer_loss": lambda x: common.soft_answer_loss(x, targets(x, 6, 5)),
+    "squared_error": lambda x: common.squared_error(x, targets(x, 6, 5)),
+    "kl_divergence": lambda x: common.kl_divergence(x, targets(x, 6, 5)),
+    "margin_ranking_loss": lambda x: common.margin_ranking_loss(4 * x),  # with sigmoids close to 0 and 1
+    "soft_label_loss": lambda x: common.soft_label_loss(x, targets(x, 6, 5)),
+    "soft_label_loss of values without classes": lambda x: common.soft_label_loss(x.flatten(), targets(x, 30)),
+    "attention_loss, kl": lambda x: attention_losses(x)[0],
+    "attention_loss, mse": lambda x: attention_losses(x)[1],
+    "hidden_loss": lambda x: common.hidden_loss(x.view(2, 3, 5), targets(x, 2, 3, 5), KEYS),
+    "optimal_transport": transport_distance,
+    "info_nce": lambda x: common.info_nce(x, targets(x, 6, 5), 0.07),
+    "hardest_hinge": lambda x: common.hardest_hinge(x, targets(x, 6, 5)),
+    "sigmoid_contrast": lambda x: common.sigmoid_contrast(x, targets(x, 6, 5), 0.1, -10.0),
+    "decoupled_contrast": lambda x: common.decoupled_contrast(x, targets(x, 6, 5), 0.07),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_float32_under_autocast(name):
+    """Logits in bfloat16, as a model has them under autocast: loss and gradient equal those of float64 arithmetic."""
+    low = (torch.randn(6, 5) * 2).bfloat16()
+    got_logits = low.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = LOSSES[name](got_logits)
+    loss.backward()
+    want_logits = low.double().requires_grad_()
+    want = LOSSES[name](want_logits)
+    want.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(want.item(), rel=1e-4, abs=1e-7)
+    error = (got_logits.grad.double() - want_logits.grad).abs().max()
+    assert error < 2**-7 * want_logits.grad.abs().max()  # the gradient itself is stored in bfloat16
+
+
+def test_logits_that_rank_are_float32_under_autocast():
+    """Pooler, two-layer head, contrast vectors: float32 results from float32 states."""
+    states = torch.randn(5, 3, 8)
+    mask = torch.ones(5, 3, dtype=torch.bool)
+    pooler = common.Pooler(8)
+    head = common.mlp_head(8, 8, 2)
+    contrast = common.ContrastHead(8, 8, 4)
+    linear = common.Float32Linear(8, 2)
+    results = {}
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results[autocast] = [linear(states), pooler(states), contrast.text(states), contrast.image(states, mask)]
+            assert head(states).dtype == torch.float32
+    for low, full in zip(results[True], results[False], strict=True):
+        assert torch.equal(low, full)
+    assert linear(states.bfloat16()).dtype == torch.float32
+
+
+# ---- optimal transport -----------------------------------------------------------------------------------------
+
+
+def ipot(cost, beta=0.5, iterations=50):
+    """IPOT (Xie 2018, algorithm 1) in plain Python for one pair without padding: cost, n x m nested lists."""
+    n = len(cost)
+    m = len(cost[0])
+    plan = [[1.0] * m for _ in range(n)]
+    q = [[1.0] * m for _ in range(n)]
+    b = [1.0 / m] * m
     for _ in range(iterations):
-        q = [[kernel[i][j] * plan[i][j] for j in range(m)] for i in range(n)]
+        for i in range(n):
+            for j in range(m):
+                q[i][j] = math.exp(-cost[i][j] / beta) * plan[i][j]
         a = [1 / (n * sum(q[i][j] * b[j] for j in range(m))) for i in range(n)]
         b = [1 / (m * sum(q[i][j] * a[i] for i in range(n))) for j in range(m)]
-        plan = [[a[i] * q[i][j] * b[j] for j in range(m)] for i in range(n)]
+        for i in range(n):
+            for j in range(m):
+                plan[i][j] = a[i] * q[i][j] * b[j]
     return sum(plan[i][j] * cost[i][j] for i in range(n) for j in range(m))
 
 
 @pytest.mark.parametrize("setting", [{}, {"beta": 0.1, "iterations": 7}, {"beta": 1.0, "iterations": 1}])
-def test_optimal_transport_by_the_algorithm(setting):
-    text, regions, words, areas = randn(3, 5, 8), randn(3, 6, 8), [5, 2, 1], [3, 6, 1]
+def test_optimal_transport_equals_the_published_algorithm(setting):
+    text = randn(3, 5, 8)
+    regions = randn(3, 6, 8)
+    words = [5, 2, 1]
+    boxes = [3, 6, 1]
     distance, _, cost = common.optimal_transport(
-        text, regions, lengths_mask(5, words), lengths_mask(6, areas), **setting
+        text, regions, lengths_mask(5, words), lengths_mask(6, boxes), **setting
     )
-    for i, (n, m) in enumerate(zip(words, areas, strict=True)):
+    for i in range(3):
+        n = words[i]
+        m = boxes[i]
         close(cost[i, :n, :m], 1 - F.cosine_similarity(text[i, :n, None], regions[i, None, :m], dim=-1))
-        # the algorithm starts with the side that the official code starts with: regions
-        by_hand = ipot(cost[i, :n, :m].T.tolist(), **{"beta": 0.5, "iterations": 50} | setting)
-        assert abs(distance[i].item() - by_hand) < 1e-12, i
+        by_hand = ipot(cost[i, :n, :m].T.tolist(), **setting)  # regions first, as in the official code
+        assert distance[i].item() == pytest.approx(by_hand, abs=1e-12), i
 
 
 def test_optimal_transport_reaches_the_optimum():
     """Between equal numbers the best plan is a permutation / n (Birkhoff): found by trying all of them."""
-    text, regions, n = randn(2, 5, 8), randn(2, 7, 8), 5
-    masks = lengths_mask(5, [5, 5]), lengths_mask(7, [5, 5])
+    text = randn(2, 5, 8)
+    regions = randn(2, 7, 8)
+    masks = (lengths_mask(5, [5, 5]), lengths_mask(7, [5, 5]))
     distance, plan, cost = common.optimal_transport(text, regions, *masks, beta=0.05, iterations=3000)
     for i in range(2):
-        best = min(sum(cost[i, j, p[j]].item() for j in range(n)) / n for p in itertools.permutations(range(n)))
-        assert abs(distance[i].item() - best) < 1e-6
+        totals = [cost[i, range(5), list(order)].sum().item() / 5 for order in itertools.permutations(range(5))]
+        assert abs(distance[i].item() - min(totals)) < 1e-6
     even = torch.full((2, 5), 0.2, dtype=torch.float64)
     close(plan.sum(2), even, 1e-9)
     close(plan.sum(1)[:, :5], even, 1e-9)
     assert (plan[:, :, 5:] == 0).all()
 
 
-def test_optimal_transport_of_padding_and_half_precision():
-    text, regions = randn(2, 4, 8), randn(2, 3, 8)
-    masks = lengths_mask(4, [4, 2]), lengths_mask(3, [3, 2])
-    distance = common.optimal_transport(text, regions, *masks)[0]
-    far = common.optimal_transport(
-        torch.cat([text, 1e3 * randn(2, 5, 8)], 1),
-        torch.cat([regions, 1e3 * randn(2, 5, 8)], 1),
-        *(torch.cat([mask, torch.zeros(2, 5, dtype=torch.bool)], 1) for mask in masks),
-    )[0]
-    close(far, distance)
-    low = common.optimal_transport(text.bfloat16(), regions.bfloat16(), *masks)[0]
-    assert low.dtype == torch.float32 and (low.double() - distance).abs().max() < 0.02
-    empty = common.optimal_transport(text, regions, torch.zeros_like(masks[0]), masks[1])[0]
+def test_optimal_transport_ignores_padding():
+    text = randn(2, 4, 8)
+    regions = randn(2, 3, 8)
+    text_mask = lengths_mask(4, [4, 2])
+    region_mask = lengths_mask(3, [3, 2])
+    want = common.optimal_transport(text, regions, text_mask, region_mask)[0]
+    longer_text = torch.cat([text, 1e3 * randn(2, 5, 8)], 1)
+    longer_regions = torch.cat([regions, 1e3 * randn(2, 5, 8)], 1)
+    masks = (F.pad(text_mask, (0, 5)), F.pad(region_mask, (0, 5)))
+    close(common.optimal_transport(longer_text, longer_regions, *masks)[0], want)
+    empty = common.optimal_transport(text, regions, torch.zeros_like(text_mask), region_mask)[0]
     assert (empty == 0).all()
 
 
 def test_optimal_transport_gradient_holds_the_plan_constant():
-    text, regions = randn(1, 4, 8, requires_grad=True), randn(1, 3, 8)
-    masks = lengths_mask(4, [3]), lengths_mask(3, [3])
-    distance, plan, _ = common.optimal_transport(text, regions, *masks)
+    text = randn(1, 4, 8, requires_grad=True)
+    regions = randn(1, 3, 8)
+    distance, plan, _ = common.optimal_transport(text, regions, lengths_mask(4, [3]), lengths_mask(3, [3]))
     (got,) = torch.autograd.grad(distance.sum(), text)
     cost = 1 - F.cosine_similarity(text[:, :, None], regions[:, None], dim=-1)
     (want,) = torch.autograd.grad((plan * cost).sum(), text)
     close(got, want)
-    assert (got[0, 3] == 0).all() and got[0, :3].abs().max() > 1e-3
+    assert (got[0, 3] == 0).all()
+    assert got[0, :3].abs().max() > 1e-3
 
 
 # ---- boxes and metrics -----------------------------------------------------------------------------------------
+
+
+def pixels(box):
+    x1, y1, x2, y2 = box
+    return set(itertools.product(range(x1, x2), range(y1, y2)))
 
 
 def test_iou_by_counting_pixels():
@@ -317,18 +560,14 @@ def test_iou_by_counting_pixels():
     boxes = torch.cat([corners.amin(2), corners.amax(2) + 1], -1)  # (60, 2, 4), at least one pixel each
     got = common.iou(boxes[:, 0].double(), boxes[:, 1].double())
     for (a, b), value in zip(boxes.tolist(), got.tolist(), strict=True):
-        pixels = [{(x, y) for x in range(c[0], c[2]) for y in range(c[1], c[3])} for c in (a, b)]
-        assert abs(value - len(pixels[0] & pixels[1]) / len(pixels[0] | pixels[1])) < 1e-12
+        assert value == pytest.approx(len(pixels(a) & pixels(b)) / len(pixels(a) | pixels(b)), abs=1e-12)
     assert 0 < (got > 0).sum() < 60
 
 
-def test_iou_edges():
+def test_iou_of_boxes_that_touch_or_are_empty():
     boxes = torch.tensor([[0.0, 0, 2, 2], [2, 0, 4, 2], [1, 1, 3, 3], [5, 5, 5, 5]])
-    pairs = common.iou(boxes[:, None], boxes[None])  # broadcast: (4, 4)
     want = [[1, 0, 1 / 7, 0], [0, 1, 1 / 7, 0], [1 / 7, 1 / 7, 1, 0], [0, 0, 0, 0]]
-    close(pairs, torch.tensor(want), 1e-6)
-    assert common.iou(boxes[0], boxes[2], least=1.0) == 0  # an overlap of one pixel, in the official RefCOCO code
-    assert common.iou(boxes[0], boxes[2], least=0.99) > 0
+    close(common.iou(boxes[:, None], boxes[None]), torch.tensor(want), 1e-6)  # broadcast: (4, 4)
 
 
 def test_recall_at_by_a_loop():
@@ -351,9 +590,6 @@ def test_recall_at_extremes():
         assert set(tasks.recall_at(useless, truth, ks=(1,)).values()) == {0.0}
 
 
-# ---- names -----------------------------------------------------------------------------------------------------
-
-
 def test_rename_applies_the_rules_in_order():
     assert checkpoints.rename("a.b.c", [("a.b", "x"), ("x.c", "y"), ("a", "z")]) == "y"
 
@@ -361,74 +597,91 @@ def test_rename_applies_the_rules_in_order():
 # ---- contrast --------------------------------------------------------------------------------------------------
 
 CONTRASTS = {
-    "infonce": lambda i, t, temperature, bias, same: common.info_nce(i, t, temperature, same),
-    "one way": lambda i, t, temperature, bias, same: common.info_nce(i, t, temperature, same, symmetric=False),
-    "hinge": lambda i, t, temperature, bias, same: common.hardest_hinge(i, t, same=same),
+    "infonce": lambda image, text, temperature, bias, same: common.info_nce(image, text, temperature, same),
+    "hinge": lambda image, text, temperature, bias, same: common.hardest_hinge(image, text, same=same),
     "sigmoid": common.sigmoid_contrast,
-    "dcl": lambda i, t, temperature, bias, same: common.decoupled_contrast(i, t, temperature, same),
+    "dcl": lambda image, text, temperature, bias, same: common.decoupled_contrast(image, text, temperature, same),
 }
 
 
-def by_loops(name, image, text, temperature, bias, same):
-    """Every contrast from its definition, one pair of rows after the other, in Python floats."""
-    n, total = len(image), 0.0
-    cosine = [[sum(a * b for a, b in zip(image[i].tolist(), text[j].tolist(), strict=True)) for j in range(n)]
-              for i in range(n)]  # fmt: skip
+def contrast_of_a_row(name, positive, negatives, temperature):
+    """One term of infonce, dcl or hinge in Python floats: one picture among texts, or one text among pictures."""
+    total = sum(math.exp(c / temperature) for c in negatives)
+    if name == "infonce":
+        return (math.log(total + math.exp(positive / temperature)) - positive / temperature) / 2
+    if name == "hinge":
+        return max([0.0] + [0.2 + c - positive for c in negatives])
+    if negatives:
+        return (math.log(total) - positive / temperature) / 2
+    return 0.0
+
+
+def contrast_by_loops(name, image, text, temperature, bias, same):
+    """Every contrast from its definition, one pair of rows after the other."""
+    n = len(image)
+    cosine = (image[:, None] * text[None]).sum(-1).tolist()
+    total = 0.0
     for i in range(n):
-        own = cosine[i][i]
-        others = [j for j in range(n) if j != i and not (same is not None and same[i, j])]
-        for ways, column in ((1, lambda j, i=i: cosine[i][j]), (2, lambda j, i=i: cosine[j][i])):
-            negatives = [column(j) for j in others]
-            part = sum(math.exp(c / temperature) for c in negatives)
-            if name in ("infonce", "one way"):
-                loss = math.log(part + math.exp(own / temperature)) - own / temperature
-                total += loss / 2 if name == "infonce" else loss * (ways == 1)
-            elif name == "dcl" and negatives:
-                total += (math.log(part) - own / temperature) / 2
-            elif name == "hinge":
-                total += max([0.2 + c - own for c in negatives if 0.2 + c - own > 0], default=0.0)
-            elif name == "sigmoid" and ways == 1:
-                total -= math.log(1 / (1 + math.exp(-(own / temperature + bias))))
-                total -= sum(math.log(1 / (1 + math.exp(c / temperature + bias))) for c in negatives)
+        others = [j for j in range(n) if j != i and (same is None or not same[i, j])]
+        if name == "sigmoid":
+            total -= math.log(1 / (1 + math.exp(-cosine[i][i] / temperature - bias)))
+            for j in others:
+                total -= math.log(1 / (1 + math.exp(cosine[i][j] / temperature + bias)))
+        else:
+            total += contrast_of_a_row(name, cosine[i][i], [cosine[i][j] for j in others], temperature)
+            total += contrast_of_a_row(name, cosine[i][i], [cosine[j][i] for j in others], temperature)
     return total / n
 
 
 @pytest.mark.parametrize("name", CONTRASTS)
 @pytest.mark.parametrize("pictures", [None, [0, 1, 2, 3, 4, 5], [0, 1, 0, 2, 1, 0], [3, 3, 3, 3, 3, 3]])
 def test_contrasts_by_loops_and_finite_differences(name, pictures):
-    image, text = F.normalize(randn(6, 4), dim=-1), F.normalize(randn(6, 4), dim=-1)
-    same = None if pictures is None else torch.tensor(pictures)[:, None] == torch.tensor(pictures)
+    image = unit_vectors(6, 4)
+    text = unit_vectors(6, 4)
+    same = None
+    if pictures is not None:
+        same = torch.tensor(pictures)[:, None] == torch.tensor(pictures)
     got = CONTRASTS[name](image, text, 0.3, -1.5, same)
-    assert got.item() == pytest.approx(by_loops(name, image, text, 0.3, -1.5, same), abs=1e-10)
-    leaves = [x.requires_grad_() for x in (image, text, torch.tensor(0.3).double(), torch.tensor(-1.5).double())]
-    assert torch.autograd.gradcheck(lambda i, t, c, b: CONTRASTS[name](i, t, c, b, same) + 0 * (c + b), leaves)
+    assert got.item() == pytest.approx(contrast_by_loops(name, image, text, 0.3, -1.5, same), abs=1e-10)
+    inputs = [image, text, torch.tensor(0.3).double(), torch.tensor(-1.5).double()]
+    for x in inputs:
+        x.requires_grad_()
+
+    def loss(image, text, temperature, bias):
+        return CONTRASTS[name](image, text, temperature, bias, same) + 0 * (temperature + bias)  # some ignore them
+
+    assert torch.autograd.gradcheck(loss, inputs)
 
 
 def test_contrasts_in_closed_form():
-    alike, apart = torch.ones(5, 1).double(), torch.eye(5).double()
+    alike = torch.ones(5, 1).double()
+    apart = torch.eye(5).double()
     assert common.info_nce(alike, alike, 0.07).item() == pytest.approx(math.log(5))
     assert common.info_nce(apart, apart, 0.5).item() == pytest.approx(math.log(1 + 4 * math.exp(-2)))
     assert common.decoupled_contrast(apart, apart, 0.5).item() == pytest.approx(math.log(4) - 2)
     assert common.hardest_hinge(alike, alike).item() == pytest.approx(0.4)  # the margin, both ways
     assert common.hardest_hinge(apart, apart).item() == 0
-    image, text = F.normalize(randn(5, 3), dim=-1), F.normalize(randn(5, 3), dim=-1)
-    scores = image @ text.T / 0.1
-    target = torch.arange(5)
-    close(common.info_nce(image, text, 0.1, symmetric=False), F.cross_entropy(scores, target))
-    close(common.info_nce(image, text, 0.1), (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2)
-    bce = F.binary_cross_entropy_with_logits(scores - 3.0, apart, reduction="sum") / 5
+    image = unit_vectors(5, 3)
+    text = unit_vectors(5, 3)
+    logits = image @ text.T / 0.1
+    labels = torch.arange(5)
+    both = F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)
+    close(common.info_nce(image, text, 0.1), both / 2)
+    bce = F.binary_cross_entropy_with_logits(logits - 3.0, apart, reduction="sum") / 5
     close(common.sigmoid_contrast(image, text, 0.1, -3.0), bce)
 
 
 @pytest.mark.parametrize("name", CONTRASTS)
 @pytest.mark.parametrize("rows", [0, 1])
-def test_contrasts_of_next_to_nothing(name, rows):
-    """A batch without negatives, or without any pair, has a finite loss and a finite gradient."""
-    image, text = (F.normalize(randn(rows, 4), dim=-1).requires_grad_() for _ in range(2))
+def test_contrasts_without_negatives_are_finite(name, rows):
+    image = unit_vectors(rows, 4).requires_grad_()
+    text = unit_vectors(rows, 4).requires_grad_()
     loss = CONTRASTS[name](image, text, 0.1, -10.0, None)
     loss.backward()
-    assert loss.isfinite() and image.grad.isfinite().all() and text.grad.isfinite().all()
-    assert loss.item() == pytest.approx(0.0 if rows == 0 else by_loops(name, image, text, 0.1, -10.0, None))
+    want = contrast_by_loops(name, image, text, 0.1, -10.0, None) if rows else 0.0
+    assert loss.item() == pytest.approx(want)
+    assert image.grad.isfinite().all()
+    assert text.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", CONTRASTS)
@@ -437,51 +690,79 @@ def test_contrasts_refuse_unequal_batches(name):
         CONTRASTS[name](randn(3, 4), randn(2, 4), 0.1, 0.0, None)
 
 
-def test_contrast_head_temperature_is_learned_within_bounds():
-    head, image, text = common.ContrastHead(4, 4, 4), F.normalize(randn(5, 4)), F.normalize(randn(5, 4))
+@pytest.mark.parametrize(("start", "bound"), [(9.0, math.log(100)), (-3.0, 0.0)])
+def test_contrast_head_keeps_its_temperature_within_bounds(start, bound):
+    head = common.ContrastHead(4, 4, 4)
     assert math.exp(-head.log_scale.item()) == pytest.approx(0.07)
-    for start, bound in ((9.0, math.log(100)), (-3.0, 0.0)):
-        head.log_scale.data.fill_(start)
-        loss, scores = head(image, text, torch.arange(5))
-        loss.backward()
-        assert head.log_scale.item() == pytest.approx(bound) and head.log_scale.grad.abs() > 1e-6
-        close(scores.double(), image @ text.T * math.exp(bound), 1e-4)
-        head.zero_grad()
+    image = unit_vectors(5, 4)
+    text = unit_vectors(5, 4)
+    head.log_scale.data.fill_(start)
+    head.eval()(image, text, torch.arange(5))
+    assert head.log_scale.item() == pytest.approx(start)  # evaluation leaves it
+    loss, logits = head.train()(image, text, torch.arange(5))
+    loss.backward()
+    assert head.log_scale.item() == pytest.approx(bound)
+    assert head.log_scale.grad.abs() > 1e-6  # at the bound it can still learn
+    close(logits.double(), image @ text.T * math.exp(bound), 1e-4)
 
 
-def test_contrast_head_picture_is_the_mean_of_its_regions_and_text_its_first_state():
-    head, states, mask = common.ContrastHead(4, 3, 5).double(), randn(2, 4, 3), lengths_mask(4, [4, 2])
-    want = torch.stack([head.project_image(states[0].mean(0)), head.project_image(states[1, :2].mean(0))])
-    close(head.image(states, mask), want / want.norm(dim=1, keepdim=True))
+@pytest.mark.parametrize("kind", CONTRASTS)
+def test_contrast_head_computes_the_loss_of_its_kind(kind):
+    head = common.ContrastHead(4, 4, 4, kind).double()
+    image = unit_vectors(5, 4).requires_grad_()
+    text = unit_vectors(5, 4)
+    pictures = torch.tensor([0, 1, 0, 2, 3])
+    loss, logits = head(image, text, pictures)
+    loss.backward()
+    same = pictures[:, None] == pictures
+    assert loss.item() == pytest.approx(contrast_by_loops(kind, image, text, 0.07, -10.0, same))
+    close(logits, image @ text.T / 0.07, 1e-6)
+    assert (head.bias is not None) == (kind == "sigmoid")
+    if kind == "sigmoid":  # SigLIP's bias starts at -10 and learns
+        assert head.bias.item() == -10
+        assert head.bias.grad.abs() > 1e-3
+
+
+def test_contrast_vectors_are_the_mean_region_and_the_first_word():
+    head = common.ContrastHead(4, 3, 5).double()
+    states = randn(2, 4, 3)
+    means = torch.stack([states[0].mean(0), states[1, :2].mean(0)])
+    want = means @ head.project_image.weight.T
+    close(head.image(states, lengths_mask(4, [4, 2])), want / want.norm(dim=1, keepdim=True))
     words = randn(2, 3, 4)
     want = words[:, 0] @ head.project_text.weight.T
     close(head.text(words), want / want.norm(dim=1, keepdim=True))
 
 
 def test_scheduled_temperature():
-    assert [common.scheduled_temperature(0.2, 0.05, part) for part in (0, 0.5, 1)] == pytest.approx([0.2, 0.125, 0.05])
     values = [common.scheduled_temperature(0.2, 0.05, part / 10) for part in range(11)]
     assert values == sorted(values, reverse=True)
+    assert [values[0], values[5], values[10]] == pytest.approx([0.2, 0.125, 0.05])
 
 
 def contrast_gradients(rows, kind, share):
-    """Loss, and gradients by projections and parameters, of the share of a contrast that these rows' process has."""
+    """Loss and gradients of one process that has these rows and weights its loss by `share`, as one vector."""
     torch.manual_seed(1)
-    head, projection = common.ContrastHead(3, 3, 3, kind).double(), torch.nn.Linear(4, 3).double()
+    head = common.ContrastHead(3, 3, 3, kind).double()
+    projection = nn.Linear(4, 3).double()
     data = torch.randn(5, 8, dtype=torch.float64)[rows]
-    image, text = (F.normalize(projection(x), dim=-1) for x in data.chunk(2, 1))
+    image = F.normalize(projection(data[:, :4]), dim=-1)
+    text = F.normalize(projection(data[:, 4:]), dim=-1)
     loss = head(image, text, torch.tensor([0, 1, 0, 2, 3])[rows])[0] * share
     loss.backward()
-    gradients = [p.grad for p in (*projection.parameters(), *head.parameters()) if p.grad is not None]
-    return torch.cat([loss.detach()[None], *(g.flatten() for g in gradients)])
+    parts = [loss.detach().flatten()]
+    for parameter in [*projection.parameters(), *head.parameters()]:
+        if parameter.grad is not None:
+            parts.append(parameter.grad.flatten())
+    return torch.cat(parts)
 
 
 def one_of_two(rank, folder):
-    """A process of two with 3 and 2 of the rows; what both have, added up, is written."""
+    """One of two processes, with 3 and 2 of the rows. Writes the sum over both processes."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    for kind in ("infonce", "hinge", "sigmoid", "dcl"):
-        rows = [[0, 2, 4], [1, 3]][rank]
+    rows = [[0, 2, 4], [1, 3]][rank]
+    for kind in CONTRASTS:
         found = contrast_gradients(rows, kind, len(rows) / 5)
         torch.distributed.all_reduce(found)
         torch.save(found, f"{folder}/{kind}.{rank}.pt")
@@ -489,12 +770,13 @@ def one_of_two(rank, folder):
         assert common.gather_with_gradient(torch.full((rank + 1, 2), rank)).tolist() == [[0, 0], [1, 1], [1, 1]]
     with torch.inference_mode():
         assert len(common.gather_with_gradient(torch.zeros(rank + 1, 2))) == rank + 1
+    assert common.all_reduce_sum([rank + 1.0, 10.0]).tolist() == [3.0, 20.0]
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_contrast_as_one(tmp_path):
     torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
-    for kind in ("infonce", "hinge", "sigmoid", "dcl"):
+    for kind in CONTRASTS:
         want = contrast_gradients([0, 1, 2, 3, 4], kind, 1.0)
         assert want.abs().max() > 1e-3
         for rank in (0, 1):
@@ -504,31 +786,43 @@ def test_two_processes_contrast_as_one(tmp_path):
 # ---- distillation ----------------------------------------------------------------------------------------------
 
 
-def test_soft_labels():
-    student, teacher = randn(4, 5, requires_grad=True), randn(4, 5) * 3
-    for temperature in (1.0, 2.0, 7.0):
-        logs, soft = F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
-        want = F.kl_div(logs, soft, reduction="batchmean") * temperature**2
-        close(common.soft_label_loss(student, teacher, temperature), want)
-    assert torch.autograd.gradcheck(lambda s: common.soft_label_loss(s, teacher, 2.0), student)
-    close(common.soft_label_loss(teacher + 5.0, teacher), torch.zeros(()).double())  # a constant says nothing
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 7.0])
+def test_soft_label_loss_equals_torch(temperature):
+    student = randn(4, 5, requires_grad=True)
+    teacher = randn(4, 5) * 3
+    log_probs = F.log_softmax(student / temperature, 1)
+    want = F.kl_div(log_probs, F.softmax(teacher / temperature, 1), reduction="batchmean") * temperature**2
+    close(common.soft_label_loss(student, teacher, temperature), want)
+    assert torch.autograd.gradcheck(lambda s: common.soft_label_loss(s, teacher, temperature), student)
+
+
+def test_soft_label_loss_of_special_cases():
+    student = randn(4, 5)
+    teacher = randn(4, 5)
+    close(common.soft_label_loss(teacher + 5.0, teacher), torch.zeros(()).double())  # a softmax ignores a constant
     close(common.soft_label_loss(student[0], teacher[0]), F.mse_loss(student[0], teacher[0]))
-    assert common.soft_label_loss(student[:0], teacher[:0]) == 0
     with pytest.raises(ValueError, match=r"\(4, 5\) of the student, \(4, 3\)"):
         common.soft_label_loss(student, teacher[:, :3])
 
 
 def test_soft_labels_keep_their_gradient_at_high_temperature():
-    """Hinton's section 2.1: for T large and scores of mean 0, the gradient is (student - teacher) / K, whatever T."""
-    student, teacher = randn(1, 5), randn(1, 5)
-    student, teacher = (student - student.mean()).requires_grad_(), teacher - teacher.mean()
+    """Hinton's section 2.1: for T large and logits of mean 0, the gradient is (student - teacher) / K, whatever T."""
+    student = randn(1, 5)
+    student = (student - student.mean()).requires_grad_()
+    teacher = randn(1, 5)
+    teacher = teacher - teacher.mean()
     common.soft_label_loss(student, teacher, 1e4).backward()
     close(student.grad, (student - teacher).detach() / 5, 1e-3)
 
 
-def test_layer_map_and_shared_heads():
-    assert common.layer_map(2, 6) == [2, 5] and common.layer_map(1, 3) == [2] and common.layer_map(4, 4) == [0, 1, 2, 3]
+def test_layer_map():
+    assert common.layer_map(2, 6) == [2, 5]
+    assert common.layer_map(1, 3) == [2]
+    assert common.layer_map(4, 4) == [0, 1, 2, 3]
     assert common.layer_map(4, 2) == [0, 0, 0, 1]
+
+
+def test_average_heads():
     maps = randn(2, 4, 3, 3)
     close(common.average_heads(maps, 2)[:, 1], (maps[:, 2] + maps[:, 3]) / 2)
     close(common.average_heads(maps, 4), maps)
@@ -537,34 +831,50 @@ def test_layer_map_and_shared_heads():
 
 
 @pytest.mark.parametrize("heads", [2, 4])
-def test_attention_losses_by_loops_from_the_scores(heads):
-    """Against torch's kl_div on maps and the squared difference of the scores themselves, visible keys only."""
-    queries, keys = lengths_mask(3, [3, 2]), lengths_mask(5, [5, 3])
+def test_attention_losses_by_loops(heads):
+    """Against torch's kl_div on maps and the squared difference of the logits themselves, visible keys only."""
+    queries = lengths_mask(3, [3, 2])
+    keys = lengths_mask(5, [5, 3])
     bias = common.attention_bias(keys, torch.float64)
-    a, b = randn(2, 2, 3, 5, requires_grad=True), randn(2, heads, 3, 5)
+    a = randn(2, 2, 3, 5, requires_grad=True)
+    b = randn(2, heads, 3, 5)
     teacher = (b + bias).softmax(-1)
     got = common.attention_loss((a + bias).softmax(-1), teacher, queries, keys)
-    shared = teacher if heads == 2 else torch.stack([teacher[:, :2].mean(1), teacher[:, 2:].mean(1)], 1)
-    kl = mse = 0.0
-    for row, (words, seen) in enumerate([(3, 5), (2, 3)]):
+    shared = teacher
+    if heads == 4:
+        shared = torch.stack([teacher[:, :2].mean(1), teacher[:, 2:].mean(1)], 1)
+    kl = 0.0
+    mse = 0.0
+    for row, (words, visible) in enumerate([(3, 5), (2, 3)]):
         for head in range(2):
             for query in range(words):
-                own, other = a[row, head, query, :seen], shared[row, head, query, :seen]
-                kl += F.kl_div(own.log_softmax(0), other, reduction="sum") / (2 * words * 2)
-                scores = b[row, head, query, :seen] if heads == 2 else other.log()
-                mse += F.mse_loss(own - own.mean(), scores - scores.mean()) / (2 * words * 2)
+                ours = a[row, head, query, :visible]
+                theirs = shared[row, head, query, :visible]
+                kl += F.kl_div(ours.log_softmax(0), theirs, reduction="sum") / (2 * words * 2)
+                logits = b[row, head, query, :visible] if heads == 2 else theirs.log()
+                mse += F.mse_loss(ours - ours.mean(), logits - logits.mean()) / (2 * words * 2)
     close(got[0], kl)
     close(got[1], mse, 1e-10)
     for part in (0, 1):
         loss = lambda a, part=part: common.attention_loss((a + bias).softmax(-1), teacher, queries, keys)[part]
         assert torch.autograd.gradcheck(loss, a)
     nothing = common.attention_loss(teacher, teacher, queries, torch.zeros(2, 5, dtype=torch.bool))
-    assert nothing[0] == 0 and nothing[1] == 0
+    assert nothing[0] == 0
+    assert nothing[1] == 0
 
 
-def test_hidden_loss():
-    student, teacher, mask = randn(2, 4, 3, requires_grad=True), randn(2, 4, 3), lengths_mask(4, [4, 1])
+def test_hidden_loss_by_hand():
+    student = randn(2, 4, 3, requires_grad=True)
+    teacher = randn(2, 4, 3)
+    mask = lengths_mask(4, [4, 1])
     want = (F.mse_loss(student[0], teacher[0]) + F.mse_loss(student[1, :1], teacher[1, :1])) / 2
     close(common.hidden_loss(student, teacher, mask), want)
     assert torch.autograd.gradcheck(lambda s: common.hidden_loss(s, teacher, mask), student)
     assert common.hidden_loss(student, teacher, torch.zeros(2, 4, dtype=torch.bool)) == 0
+
+
+# ---- messages --------------------------------------------------------------------------------------------------
+
+
+def test_user_error_is_one_line():
+    assert str(common.UserError("a.jsonl:\n  line 3\tis wrong")) == "a.jsonl: line 3 is wrong"
