@@ -543,7 +543,7 @@ def masked_lm(model, encoding, batch):
 
     batch.word_index (M,) flat positions of the masked words, word_labels (M,) what they were. Scores (M, V).
     """
-    scores = model.word_scores(gather_positions(encoding.text, batch.word_index))
+    scores = model.word_logits(gather_positions(encoding.text, batch.word_index))
     return cross_entropy(scores, batch.word_labels), scores
 
 
@@ -633,7 +633,7 @@ def captioning(model, encoding, batch):
     batch.word_index (M,) flat positions of the words that another follows, word_labels (M,) the followers. `encoding`
     is not read: in `model.decode` no word sees those after it. Scores (M, V).
     """
-    scores = model.word_scores(gather_positions(model.decode(batch), batch.word_index))
+    scores = model.word_logits(gather_positions(model.decode(batch), batch.word_index))
     return cross_entropy(scores, batch.word_labels), scores
 
 

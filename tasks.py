@@ -207,7 +207,7 @@ def generate(model, batch, first, last, beams=1, most=40, cached=True):
     one that ends with `last` keeps its log probability. The likeliest of the last beams is returned, by the plain sum
     of log probabilities, so that enough beams find the likeliest caption of all.
 
-    model.decode(batch, cache) -> (B, T, C) and model.word_scores(states) -> (B, T, V); batch: its text is not read.
+    model.decode(batch, cache) -> (B, T, C) and model.word_logits(states) -> (B, T, V); batch: its text is not read.
     first, last: piece ids that begin and end a text. cached=False reads every beginning anew, for tests. Returns a list
     of B lists of piece ids without first and last, at most `most` long.
     """
@@ -222,7 +222,7 @@ def generate(model, batch, first, last, beams=1, most=40, cached=True):
         batch.text, batch.text_mask = new, torch.ones_like(new, dtype=torch.bool)
         batch.segments = torch.zeros_like(new)
         states = model.decode(batch, cache if cached else None)[:, -1]  # (B*beams, T, C) -> (B*beams, C)
-        chances = model.word_scores(states).float().log_softmax(-1)  # (B*beams, V)
+        chances = model.word_logits(states).float().log_softmax(-1)  # (B*beams, V)
         chances[ended] = -math.inf
         chances[ended, last] = 0.0
         V = chances.shape[-1]

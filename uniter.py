@@ -158,7 +158,7 @@ class UNITER(nn.Module):
         T = batch.text.shape[1] if text else 0
         return common.Encoding(x[:, :T] if text else None, x[:, T:] if regions else None, self.pooler(x), states, maps)
 
-    def word_scores(self, states):
+    def word_logits(self, states):
         """Scores of the vocabulary by the masked-word head: states (..., C) -> (..., V)."""
         return self.heads["mlm"](states, self.text_embedding.words.weight)
 

@@ -33,6 +33,7 @@ from common import (
     attention_bias,
     iou,
     optimal_transport,
+    question_answering,
     soft_answer_loss,
 )
 from tasks import recall_at
@@ -92,7 +93,7 @@ def empty_batch(**values):
     names = (
         "text text_mask segments features boxes region_mask region_types masked_regions word_index word_labels"
         " region_index clean_features object_probs objects object_conf attributes attribute_conf matched answers"
-        " target ids"
+        " target ids task"
     )
     return SimpleNamespace(**dict.fromkeys(names.split()) | values)
 
@@ -660,6 +661,8 @@ def vilbert_setup(fixture, task, dtype, rubbish):
     if "task_ids" in x or task.startswith("mt_down"):
         number = re.search(r"task token id (\d+)", setting["note"])
         batch.task = (x["task_ids"].flatten() if "task_ids" in x else torch.tensor(int(number[1]))).expand(len(text))
+    else:
+        model.config.task_tokens = 0  # the official switch task_specific_tokens is off for this task
     stored_mean = "attention_mask" in x  # elsewhere the stored mean is of fewer regions than are seen
     for layer, official in ((model.region_embedding.features, features), (model.region_embedding.boxes, boxes)):
 
@@ -669,7 +672,7 @@ def vilbert_setup(fixture, task, dtype, rubbish):
             return (official.where(mask[:, :, None], given[0]),)
 
         layer.register_forward_pre_hook(stored)
-    word_mask = F.pad(word_mask, (int(model.task(batch) is not None), 0), value=True)
+    word_mask = F.pad(word_mask, (int(model.config.task_tokens > 0), 0), value=True)
     batch.count = {"t": word_mask, "v": mask}  # of all that the official code has: task token, whole image
     batch.hide = rubbish or dtype == torch.float32  # padded positions are stored too, and equal if their inputs are
     return model, batch, x
@@ -745,7 +748,7 @@ def vilbert_encoder(fixture, task, dtype, rubbish):
             (states[f"text.{c.layers - 1}"], encodings[0].text),
             (states[f"regions.{c.visual_layers - 1}"][:, 1:], encodings[0].regions),
         )
-        assert model.task(batch) is not None or torch.equal(*same[0])
+        assert model.config.task_tokens > 0 or torch.equal(*same[0])
         assert torch.equal(*same[1])
     return {name: hide(out[name], batch) for name in fixture.outputs(task)}
 
@@ -777,7 +780,7 @@ def vilbert_scores(model, batch):
     if "rank" in heads:
         out["vil_logit"] = heads["rank"](encoding.pooled)
         out["linguisic_logit"] = heads["word"](text), "t"
-        ours = vilbert.refer_scores(model, encoding, batch)[:, :, None]
+        ours = vilbert.region_logits(model, encoding, batch)[:, :, None]
         out["vision_logit"] = torch.cat([heads["refer"](areas[:, :1]), ours], 1), "v"
     return encoding, out
 
@@ -830,14 +833,15 @@ def vilbert_down(objective, fixture, task, dtype, rubbish):
     """A task's scores, loss and number of right answers."""
     model, batch, x = vilbert_setup(fixture, task, dtype, rubbish)
     encoding, out = vilbert_scores(model, batch)
-    target, arguments = x["target"], {}
+    target = x["target"]
     target = target.squeeze(-1).to(dtype) if target.is_floating_point() and objective in ("refer", "point") else target
     if objective in ("vqa", "gqa", "ve"):
         batch.answers = target.to(dtype)
     elif objective == "nlvr2":
         batch.target = target.argmax(1)
     elif objective in ("rank", "vcr"):  # a class per group; the head is called rank here
-        batch.target, arguments = F.one_hot(target, 4).flatten(), {"group": 4}
+        choices = len(encoding.pooled) // len(target)
+        batch.target, batch.ids = F.one_hot(target, choices).flatten(), list(range(len(target)))
         model.heads["vcr"] = model.heads["rank"]
     elif objective == "refer":  # the official candidates include the whole image
         batch.target, batch.region_mask = target, batch.count["v"]
@@ -845,11 +849,13 @@ def vilbert_down(objective, fixture, task, dtype, rubbish):
     if objective == "point":  # Visual7W: the choices are certain regions
         scores = out["vision_logit"][0].squeeze(-1).gather(1, 101 + x["multiple_choice_ids"])
         loss = soft_answer_loss(scores, target)
+    elif objective == "gqa":
+        loss, scores = question_answering(model, encoding, batch, head="gqa")
     else:
-        loss, scores = vilbert.OBJECTIVES[objective].loss(model, encoding, batch, **arguments)
+        loss, scores = vilbert.OBJECTIVES[objective].loss(model, encoding, batch)
     out |= {"loss": loss, "batch_size": torch.tensor(len(target))}
     if objective in ("rank", "vcr"):
-        right = scores.view(-1, 4).argmax(1) == target
+        right = scores.view(len(target), -1).argmax(1) == target
     else:
         right = target.gather(1, scores.argmax(1, keepdim=True))
         right = right > 0.5 if objective == "refer" else right
@@ -1160,14 +1166,15 @@ def lxmert_task(fixture, task, dtype, rubbish):
     if weights == "nlvr2":
         assert len(batch.text) == 2 * len(batch.target)
     encoding = model.encode(batch)
-    loss, logits = lxmert.OBJECTIVES[weights].loss(model, encoding, batch)
+    objective = "vqa" if weights == "gqa" else weights
+    loss, logits = lxmert.OBJECTIVES[objective].loss(model, encoding, batch)
     out = {"logits": logits, "loss": loss}
     if not is_hugging_face(fixture):
         out["pooled_output"] = encoding.pooled
     if weights in ("vqa", "gqa"):
         out["loss_bce_mean"] = loss / logits.shape[1]
     if weights == "gqa":
-        out["loss_mce"] = lxmert.OBJECTIVES["gqa_hard"].loss(model, encoding, batch)[0]
+        out["loss_mce"] = F.cross_entropy(logits, batch.answers.argmax(1)) * logits.shape[1]
     return out
 
 

