@@ -160,7 +160,7 @@ class DynamicLayer(common.TransformerLayer):
         block = self.attention
         query = block.query(x) * (1.0 + self.gate_query(text).sigmoid())  # (B, 1+N, C) * (B, 1, C)
         key = block.key(x) * (1.0 + self.gate_key(text).sigmoid())  # (B, 1+N, C) * (B, 1, C)
-        context = block.mix(query, key, block.value(x), bias, maps)  # (B, 1+N, C)
+        context = block.attend_heads(query, key, block.value(x), bias, maps)  # (B, 1+N, C)
         return self.feed_forward(block.norm(x + block.hidden_dropout(context)))
 
 
@@ -549,7 +549,7 @@ def retrieval_rank(model, encoding, batch):
     return common.cross_entropy(logits.view(examples, -1), labels), logits
 
 
-def region_logits(model, encoding, batch):
+def refer_logits(model, encoding, batch):
     """A logit for every region, padding at -10000. (B, N)"""
     logits = model.heads["refer"](model.dropout(encoding.regions)).squeeze(-1)  # (B, N, C) -> (B, N, 1) -> (B, N)
     return logits + (1.0 - batch.region_mask.to(logits.dtype)) * -10000.0
@@ -561,7 +561,7 @@ def referring_expression(model, encoding, batch):
 
     batch.target (B, N) float, the overlaps.
     """
-    logits = region_logits(model, encoding, batch)
+    logits = refer_logits(model, encoding, batch)
     target = batch.target.masked_fill(batch.target < 0.5, 0.0).to(logits.dtype)  # (B, N)
     return common.soft_answer_loss(logits, target), logits
 

@@ -345,9 +345,13 @@ def uniter_objective(objective, fixture, task, dtype, rubbish):
     if objective == "rank":
         batch.group = arguments["group"] = int(x["sample_size"])
     if objective == "refer_rank":
-        batch.negative = arguments["negative"] = stored["neg_ix"]
+        batch.negative = stored["neg_ix"]
     encoding = model.encode(batch)
-    loss, scores = uniter.OBJECTIVES[objective].loss(model, encoding, batch, **arguments)
+    if objective == "refer_rank":  # the official ranking loss, which is not offered here: by the formula below
+        scores = uniter.OBJECTIVES["refer"].loss(model, encoding, batch)[1]
+        loss = elementwise(objective, scores, batch).sum()
+    else:
+        loss, scores = uniter.OBJECTIVES[objective].loss(model, encoding, batch, **arguments)
     column = scores[:, None] if objective in ("vcr", "rank") else scores  # stored (rows, 1)
     out = {"scores": column, "grad_l2": uniter_grads(fixture, model, loss)}
     out["pooled" if objective in ("vqa", "ve") else SKIP] = encoding.pooled
@@ -452,9 +456,6 @@ def uniter_hard_negatives(fixture, task, dtype, rubbish):
     _, encoding = encode(torch.arange(len(batch.text)))
     scores = model.heads["rank"](encoding.pooled)
     hard = torch.cat([torch.zeros(1, dtype=torch.long), scores[1:, 0].topk(size).indices + 1])
-    if not as_is:
-        model.places = batch.places
-        hard = uniter.hard_negatives(model, batch, size)
     few, encoding = encode(hard)
     few.group = size + 1
     loss, hard_scores = uniter.OBJECTIVES["rank"].loss(model, encoding, few, group=size + 1)
@@ -473,7 +474,8 @@ def uniter_re_iou(fixture, task, dtype, rubbish):
     """Official boxes are x, y, w, h in pixels, and an overlap of one pixel or less is none."""
     x = fixture.inputs(task, dtype)
     a, b = (torch.cat([box[:, :2], box[:, :2] + box[:, 2:]], 1) for box in x.values())
-    return {"iou": iou(a, b, least=1.0)}
+    overlap = torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])
+    return {"iou": iou(a, b).where((overlap > 1).all(1), 0.0)}
 
 
 def uniter_re_eval(fixture, task, dtype, rubbish):
@@ -685,13 +687,13 @@ def vilbert_inner(model):
         if isinstance(block, AttentionBlock):
             note = seen[name] = {}
 
-            def mix(query, key, value, bias=None, maps=None, note=note, block=block, mix=block.mix):
+            def mix(query, key, value, bias=None, maps=None, note=note, block=block, mix=block.attend_heads):
                 note["queries"], note["keys"] = (
                     v.unflatten(-1, (block.heads, -1)).transpose(1, 2) for v in (query, key)
                 )
                 return mix(query, key, value, bias, maps)
 
-            block.mix = mix
+            block.attend_heads = mix
             block.output.register_forward_pre_hook(lambda _, given, note=note: note.update(context=given[0]))
             block.register_forward_hook(lambda _, __, out, note=note: note.update(out=out))
     return seen
@@ -780,7 +782,7 @@ def vilbert_scores(model, batch):
     if "rank" in heads:
         out["vil_logit"] = heads["rank"](encoding.pooled)
         out["linguisic_logit"] = heads["word"](text), "t"
-        ours = vilbert.region_logits(model, encoding, batch)[:, :, None]
+        ours = vilbert.refer_logits(model, encoding, batch)[:, :, None]
         out["vision_logit"] = torch.cat([heads["refer"](areas[:, :1]), ours], 1), "v"
     return encoding, out
 
