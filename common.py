@@ -703,6 +703,13 @@ class Objective:
     labels: Callable | None = None  # (batch, logits) -> (M,) int64, for its accuracy; None: it has none
 
 
+def regions_to_predict(batch):
+    """(B, N) bool, True = a real region, masked or not, of a row in which words and regions are to be predicted."""
+    if batch.predict_rows is None:
+        return batch.region_mask
+    return batch.region_mask & batch.predict_rows[:, None]
+
+
 def count_items(mean_over, batch):
     """How many items of a batch an objective's mean runs over."""
     if mean_over == "words":
@@ -710,7 +717,7 @@ def count_items(mean_over, batch):
     if mean_over == "regions":
         return len(batch.region_index)  # masked regions
     if mean_over == "all regions":
-        return int(batch.region_mask.sum())
+        return int(regions_to_predict(batch).sum())
     if mean_over == "pairs":
         return len(batch.pair_index)
     if mean_over == "answers":

@@ -76,6 +76,7 @@ class Batch:
     attributes: torch.Tensor | None = None  # (B,N) int64
     attribute_conf: torch.Tensor | None = None  # (B,N) float32
     matched: torch.Tensor | None = None  # (B,) int64, 1 = text and picture belong together
+    predict_rows: torch.Tensor | None = None  # (B,) bool, True = words and regions are to be predicted; None = all
     answers: torch.Tensor | None = None  # (B,A) float32 soft targets
     answer_labels: torch.Tensor | None = None  # (B,) int64, one answer of each row, -1 = none
     target: torch.Tensor | None = None  # (B,) int64, a truth or a choice; (B,N) float, overlap with the box meant
@@ -745,7 +746,7 @@ def sample_mismatches(dataset, index, rng, p=0.5, replace="image"):
 def drop_mismatched_labels(batch):
     """Without the masked words and regions of false pairs: there the other side tells nothing of them. They stay masked,
     but nothing is to be predicted. Returns a new Batch."""
-    kept = {}
+    kept = {"predict_rows": batch.matched == 1}
     for name, mask in (("word", batch.text_mask), ("region", batch.region_mask)):
         index = getattr(batch, f"{name}_index")
         if index is not None:

@@ -294,25 +294,28 @@ def masked_language_modelling(model, encoding, batch):
 def masked_region_features(model, encoding, batch):
     """RoI-feature regression (3.1.2): smooth-L1 between h(v_m) and f_m, mean over F, summed over masked regions.
 
-    Divided by the number of ALL real regions, times config.region_factor. batch.region_index (M,) flat positions of
+    Divided by the number of all real regions, masked or not, of the rows to predict in, times
+    config.region_factor. batch.region_index (M,) flat positions of
     the masked regions in B*N, clean_features (B, N, F) the features before masking. Logits: the predictions (M, F).
     """
     states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
     predicted = model.heads["mrfr"](model.heads["regions"](states))  # (M, C) -> (M, F)
     target = common.gather_positions(batch.clean_features, batch.region_index).to(predicted.dtype)  # (M, F)
     losses = F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)  # (M, F) -> (M,)
-    return model.config.region_factor * losses.sum() / batch.region_mask.sum(), predicted
+    count = common.regions_to_predict(batch).sum().clamp(min=1)
+    return model.config.region_factor * losses.sum() / count, predicted
 
 
 def confident_cross_entropy(model, head, encoding, batch, labels, confidence):
-    """config.region_factor times the mean over all real regions, masked or not, of confidence x cross-entropy.
+    """config.region_factor times the mean of confidence x cross-entropy over all real regions, masked or not; mismatched
+    pairs take no part if nothing is to be predicted in them (`common.regions_to_predict`).
 
     labels (B, N), -1 = none; confidence (B, N). Returns the loss and the logits of the masked regions (M, K).
     """
     logits = model.heads[head](model.heads["regions"](encoding.regions))  # (B, N, C) -> (B, N, K)
     losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-1, reduction="none")  # (B, K, N) -> (B, N)
-    total = (losses * confidence * batch.region_mask).sum()
-    loss = model.config.region_factor * total / batch.region_mask.sum()
+    counted = common.regions_to_predict(batch)  # (B, N) bool
+    loss = model.config.region_factor * (losses * confidence * counted).sum() / counted.sum().clamp(min=1)
     return loss, common.gather_positions(logits, batch.region_index)  # (B, N, K) -> (M, K)
 
 

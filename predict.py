@@ -156,7 +156,7 @@ def answer(args, model, tokenizer, checkpoint, task):
                 known = checkpoint["answers"] if task == "vqa" else data.ENTAILMENT
                 found = ranked(model.heads[task](encoding.pooled)[0].sigmoid(), known, args.top)
             elif task == "refer":
-                batch.target = torch.zeros(1, dtype=torch.long)
+                batch.target = batch.region_mask.float()  # the objective wants overlaps; its logits do not depend on them
                 scores = paper.OBJECTIVES["refer"].loss(model, encoding, batch)[1][0]
                 found = ranked(scores.softmax(0), [np.round(box).astype(int).tolist() for box in picture[1]], args.top)
             elif task == "retrieval":

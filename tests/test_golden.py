@@ -93,7 +93,7 @@ def empty_batch(**values):
     names = (
         "text text_mask segments features boxes region_mask region_types masked_regions word_index word_labels"
         " region_index clean_features object_probs objects object_conf attributes attribute_conf matched answers"
-        " target ids task"
+        " target ids task predict_rows"
     )
     return SimpleNamespace(**dict.fromkeys(names.split()) | values)
 

@@ -57,6 +57,7 @@ def make_batch(dtype=torch.float64, rows=4, words=6, regions=5):
         boxes=torch.rand(rows, regions, 4, generator=g, dtype=dtype),
         region_mask=torch.arange(regions) < torch.tensor([regions, 3, 4, 2] * rows)[:rows, None],
         masked_regions=None,
+        predict_rows=None,
         word_index=first * words + 1,
         word_labels=torch.randint(5, 50, (rows,), generator=g),
         region_index=region_index,
@@ -257,6 +258,37 @@ def test_region_losses_are_the_formulas_and_padding_takes_no_part():
     for name, value in total.items():
         torch.testing.assert_close(got[name][0], value / batch.region_mask.sum() / 0.15)
         assert len(got[name][1]) == len(batch.region_index)
+
+
+def test_no_region_of_a_mismatched_pair_takes_part_in_the_region_losses():
+    """Losses are those of the matched rows alone, and the states of the other rows get no gradient."""
+    model, batch = make(), make_batch()
+    batch.predict_rows = batch.matched == 1  # rows 0 and 2
+    encoding = model.encode(batch)
+    encoding.regions.retain_grad()
+    in_matched = batch.predict_rows[batch.region_index // 5]
+    batch.region_index = batch.region_index[in_matched]
+    names = ("mrfr", "mrc", "attr")
+    losses = {name: lxmert.OBJECTIVES[name].loss(model, encoding, batch)[0] for name in names}
+    sum(losses.values()).backward()
+    assert not encoding.regions.grad[~batch.predict_rows].any()
+    assert encoding.regions.grad[batch.predict_rows].any()
+    alone = make_batch()
+    for name, value in vars(alone).items():
+        if isinstance(value, torch.Tensor) and len(value) == 4:
+            setattr(alone, name, value[[0, 2]])
+    alone.region_index = torch.tensor([0, 1, 5, 6])  # the first two regions of both rows
+    for name in names:
+        expected = lxmert.OBJECTIVES[name].loss(model, model.encode(alone), alone)[0]
+        torch.testing.assert_close(losses[name], expected)
+
+
+def test_a_batch_of_mismatched_pairs_alone_has_region_losses_of_zero():
+    model, batch = make(), make_batch()
+    batch.predict_rows = torch.zeros(4, dtype=torch.bool)
+    batch.region_index = torch.zeros(0, dtype=torch.long)
+    for name, (loss, _) in model(batch, ("mrfr", "mrc", "attr")).items():
+        assert loss.item() == 0.0, name
 
 
 def test_soft_region_labels_are_torchs_kl():
