@@ -334,6 +334,18 @@ def full_precision(device):
     return nullcontext()
 
 
+def at_least_float32(x):
+    """x itself in float32 or float64, in float32 if it is in half precision: for losses and for what is ranked."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def full_precision_head(head, x):
+    """Logits (..., K) of a head, computed in float32 at least whatever autocast does. For logits that are ranked:
+    bfloat16 has three digits, so that many candidates would be tied."""
+    with full_precision(x.device):
+        return head(at_least_float32(x))
+
+
 def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iterations=50):
     """Word-region distance by the inexact proximal point method IPOT (Xie 2018; UNITER, section 3.2):
 

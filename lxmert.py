@@ -287,7 +287,7 @@ def masked_language_modelling(model, encoding, batch):
     batch.word_index (M,) flat positions of the masked words in B*T, word_labels (M,) their ids. Logits (M, V).
     """
     states = common.gather_positions(encoding.text, batch.word_index)  # (B, T, C) -> (M, C)
-    logits = model.word_logits(states)
+    logits = common.at_least_float32(model.word_logits(states))
     return common.cross_entropy(logits, batch.word_labels), logits
 
 
@@ -299,7 +299,7 @@ def masked_region_features(model, encoding, batch):
     the masked regions in B*N, clean_features (B, N, F) the features before masking. Logits: the predictions (M, F).
     """
     states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
-    predicted = model.heads["mrfr"](model.heads["regions"](states))  # (M, C) -> (M, F)
+    predicted = common.at_least_float32(model.heads["mrfr"](model.heads["regions"](states)))  # (M, C) -> (M, F)
     target = common.gather_positions(batch.clean_features, batch.region_index).to(predicted.dtype)  # (M, F)
     losses = F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)  # (M, F) -> (M,)
     count = common.regions_to_predict(batch).sum().clamp(min=1)
@@ -313,6 +313,7 @@ def confident_cross_entropy(model, head, encoding, batch, labels, confidence):
     labels (B, N), -1 = none; confidence (B, N). Returns the loss and the logits of the masked regions (M, K).
     """
     logits = model.heads[head](model.heads["regions"](encoding.regions))  # (B, N, C) -> (B, N, K)
+    logits = common.at_least_float32(logits)
     losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-1, reduction="none")  # (B, K, N) -> (B, N)
     counted = common.regions_to_predict(batch)  # (B, N) bool
     loss = model.config.region_factor * (losses * confidence * counted).sum() / counted.sum().clamp(min=1)
@@ -339,7 +340,7 @@ def masked_region_class_kl(model, encoding, batch):
     batch.object_probs (B, N, K), class 0 = background; mean over masked regions and classes. Logits (M, K - 1).
     """
     states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
-    logits = model.heads["mrc"](model.heads["regions"](states))  # (M, C) -> (M, K - 1)
+    logits = common.at_least_float32(model.heads["mrc"](model.heads["regions"](states)))  # (M, C) -> (M, K - 1)
     target = common.gather_positions(batch.object_probs, batch.region_index)[:, 1:].to(logits.dtype)  # (M, K - 1)
     target = target / target.sum(-1, keepdim=True).clamp(min=1e-6)
     loss = F.kl_div(logits.log_softmax(-1), target, reduction="sum") / max(1, target.numel())
@@ -349,7 +350,7 @@ def masked_region_class_kl(model, encoding, batch):
 def cross_modality_matching(model, encoding, batch):
     """Cross-modality matching (3.1.3): cross-entropy of "does the sentence belong to the image?".
     batch.matched (B,) int64, 1 = it does. Logits (B, 2), class 1 = match."""
-    logits = model.heads["itm"](encoding.pooled)
+    logits = common.full_precision_head(model.heads["itm"], encoding.pooled)  # (B, C) -> (B, 2)
     return common.cross_entropy(logits, batch.matched), logits
 
 
@@ -360,7 +361,7 @@ def image_question_answering(model, encoding, batch):
     batch.answer_labels (B,), -1 = no question; where a question has several answers, one of them, drawn in proportion
     to their scores. Mismatched rows (batch.matched 0) have no answer. Logits (B, A).
     """
-    logits = model.heads["qa"](encoding.pooled)
+    logits = common.at_least_float32(model.heads["qa"](encoding.pooled))  # (B, C) -> (B, A)
     labels = batch.answer_labels
     if batch.matched is not None:
         labels = labels.masked_fill(batch.matched == 0, -1)
@@ -377,7 +378,7 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
     The batch has 2B rows, the statement with each picture in turn; the two pooled vectors are concatenated.
     """
     pooled = encoding.pooled.reshape(len(batch.target), -1)  # (2B, C) -> (B, 2C)
-    logits = model.heads["nlvr2"](pooled)  # (B, 2C) -> (B, 2)
+    logits = common.at_least_float32(model.heads["nlvr2"](pooled))  # (B, 2C) -> (B, 2)
     return common.cross_entropy(logits, batch.target), logits
 
 

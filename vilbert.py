@@ -395,7 +395,7 @@ def masked_language_modelling(model, encoding, batch):
     batch.word_index (M,) flat positions of the masked words in B*T, word_labels (M,) their ids. Logits (M, V).
     """
     states = common.gather_positions(encoding.text, batch.word_index)  # (B, T, C) -> (M, C)
-    logits = model.word_logits(states)
+    logits = common.at_least_float32(model.word_logits(states))
     return common.cross_entropy(logits, batch.word_labels), logits
 
 
@@ -406,7 +406,7 @@ def masked_region_class_kl(model, encoding, batch):
     batch.region_index (M,) flat positions of the masked regions in B*N, object_probs (B, N, K). Logits (M, K).
     """
     states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
-    logits = model.heads["mrc"](states)  # (M, C) -> (M, K)
+    logits = common.at_least_float32(model.heads["mrc"](states))  # (M, C) -> (M, K)
     target = common.gather_positions(batch.object_probs, batch.region_index).to(logits.dtype)  # (M, K)
     return F.kl_div(logits.log_softmax(-1), target, reduction="sum") / max(1, len(target)), logits
 
@@ -418,7 +418,7 @@ def masked_region_class(model, encoding, batch):
     batch.region_index (M,), object_probs (B, N, K), class 0 = background. Logits (M, K).
     """
     states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
-    logits = model.heads["mrc"](states)  # (M, C) -> (M, K)
+    logits = common.at_least_float32(model.heads["mrc"](states))  # (M, C) -> (M, K)
     return common.cross_entropy(logits, common.most_likely_class(batch, logits)), logits
 
 
@@ -428,7 +428,7 @@ def masked_region_features(model, encoding, batch):
     batch.region_index (M,), clean_features (B, N, F) the features before masking. Logits: the predictions (M, F).
     """
     states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
-    predicted = model.heads["mrfr"](states)  # (M, C) -> (M, F)
+    predicted = common.at_least_float32(model.heads["mrfr"](states))  # (M, C) -> (M, F)
     target = common.gather_positions(batch.clean_features, batch.region_index).to(predicted.dtype)  # (M, F)
     return F.mse_loss(predicted, target, reduction="sum") / max(1, target.numel()), predicted
 
@@ -466,13 +466,14 @@ def noise_contrastive_regions(model, encoding, batch, negatives=None):
     """
     index = batch.region_index  # (M,)
     states = common.gather_positions(encoding.regions, index)  # (B, N, C) -> (M, C)
-    predicted = model.heads["mrfr"](states)  # (M, C) -> (M, F)
+    predicted = common.at_least_float32(model.heads["mrfr"](states))  # (M, C) -> (M, F)
     if len(index) == 0:
         return predicted.sum() * 0.0, predicted[:, :1]
     if negatives is None:
         negatives = sample_negatives(batch, near=38, far=89)
     features = batch.clean_features.flatten(0, 1).to(predicted.dtype)  # (B, N, F) -> (B*N, F)
-    products = predicted @ features.T  # (M, F) @ (F, B*N) -> (M, B*N)
+    with common.full_precision(predicted.device):
+        products = predicted @ features.T  # (M, F) @ (F, B*N) -> (M, B*N)
     logits = products.gather(1, torch.cat([index[:, None], negatives], 1))  # (M, 1 + n)
     return common.cross_entropy(logits, torch.zeros_like(index)), logits
 
@@ -480,7 +481,7 @@ def noise_contrastive_regions(model, encoding, batch, negatives=None):
 def multimodal_alignment(model, encoding, batch):
     """Multi-modal alignment prediction (section 2.2): cross-entropy of "does the text describe the picture?".
     batch.matched (B,) int64, 1 = it does. Logits (B, 2), class 1 = match."""
-    logits = model.heads["itm"](encoding.pooled)
+    logits = common.full_precision_head(model.heads["itm"], encoding.pooled)  # (B, C) -> (B, 2)
     return common.cross_entropy(logits, batch.matched), logits
 
 
@@ -516,7 +517,7 @@ def answer_head(config, answers):
 def visual_entailment(model, encoding, batch):
     """SNLI-VE (12-in-1): binary cross-entropy over the three answers, mean over them. batch.answers (B, 3). Logits
     (B, 3)."""
-    logits = model.heads["ve"](encoding.pooled)
+    logits = common.at_least_float32(model.heads["ve"](encoding.pooled))  # (B, C) -> (B, 3)
     return F.binary_cross_entropy_with_logits(logits, batch.answers), logits
 
 
@@ -526,7 +527,7 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
     The batch has 2B rows, the statement with each picture in turn; binary cross-entropy, mean over both logits.
     """
     pooled = encoding.pooled.reshape(len(batch.target), -1)  # (2B, C) -> (B, 2C)
-    logits = model.heads["nlvr2"](pooled)  # (B, 2C) -> (B, 2)
+    logits = common.at_least_float32(model.heads["nlvr2"](pooled))  # (B, 2C) -> (B, 2)
     target = F.one_hot(batch.target, 2).to(logits.dtype)  # (B,) -> (B, 2)
     return F.binary_cross_entropy_with_logits(logits, target), logits
 
@@ -534,7 +535,7 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
 def visual_commonsense_reasoning(model, encoding, batch):
     """VCR: one row a choice, batch.target (rows,) 1 = the right one; cross-entropy over the choices of a question, of
     which batch.ids has one id each. Logits (rows,). Text types: 0 question, 1 choice."""
-    logits = model.heads["vcr"](encoding.pooled).squeeze(-1)  # (rows, 1) -> (rows,)
+    logits = common.full_precision_head(model.heads["vcr"], encoding.pooled).squeeze(-1)  # (rows, 1) -> (rows,)
     questions = len(batch.ids)
     labels = batch.target.view(questions, -1).argmax(1)  # (rows,) -> (questions, choices) -> (questions,)
     return common.cross_entropy(logits.view(questions, -1), labels), logits
@@ -543,7 +544,7 @@ def visual_commonsense_reasoning(model, encoding, batch):
 def retrieval_rank(model, encoding, batch):
     """Retrieval (section 3.2): the first row of each example is the true pair, the others, in the order of NEGATIVES,
     are mismatched; cross-entropy over the rows of an example, of which batch.ids has one id each. Logits (rows,)."""
-    logits = model.heads["rank"](encoding.pooled).squeeze(-1)  # (rows, 1) -> (rows,)
+    logits = common.full_precision_head(model.heads["rank"], encoding.pooled).squeeze(-1)  # (rows, 1) -> (rows,)
     examples = len(batch.ids)
     labels = torch.zeros(examples, dtype=torch.long, device=logits.device)
     return common.cross_entropy(logits.view(examples, -1), labels), logits
@@ -551,7 +552,8 @@ def retrieval_rank(model, encoding, batch):
 
 def refer_logits(model, encoding, batch):
     """A logit for every region, padding at -10000. (B, N)"""
-    logits = model.heads["refer"](model.dropout(encoding.regions)).squeeze(-1)  # (B, N, C) -> (B, N, 1) -> (B, N)
+    logits = common.full_precision_head(model.heads["refer"], model.dropout(encoding.regions))  # (B, N, C) -> (B, N, 1)
+    logits = logits.squeeze(-1)  # (B, N)
     return logits + (1.0 - batch.region_mask.to(logits.dtype)) * -10000.0
 
 

@@ -291,6 +291,57 @@ def test_a_batch_of_mismatched_pairs_alone_has_region_losses_of_zero():
         assert loss.item() == 0.0, name
 
 
+def formula(name, logits, batch):
+    """Each loss from its logits in float64, by torch's own functions."""
+    target = batch.clean_features.flatten(0, 1)[batch.region_index]  # (M, F)
+    probs = batch.object_probs.flatten(0, 1)[batch.region_index, 1:]  # (M, K - 1)
+    probs = probs / probs.sum(-1, keepdim=True)
+    if name == "mlm":
+        return F.cross_entropy(logits, batch.word_labels)
+    if name == "mrfr":
+        return F.smooth_l1_loss(logits, target, reduction="sum") / 12 / batch.region_mask.sum() / 0.15
+    if name == "mrc_kl":
+        return F.kl_div(logits.log_softmax(-1), probs, reduction="sum") / logits.numel()
+    if name == "itm":
+        return F.cross_entropy(logits, batch.matched)
+    if name == "nlvr2":
+        return F.cross_entropy(logits, batch.target)
+    return F.cross_entropy(logits, batch.answer_labels.masked_fill(batch.matched == 0, -1), ignore_index=-1)  # qa
+
+
+@pytest.mark.parametrize("name", ["mlm", "mrfr", "mrc_kl", "itm", "qa", "nlvr2"])
+def test_losses_are_computed_in_float32_under_autocast(name):
+    """With logits as large as 30, half precision would be off in the third digit."""
+    model, batch = (
+        make(torch.float32, heads=("mlm", "mrfr", "mrc", "attr", "itm", "qa", "nlvr2")),
+        make_batch(torch.float32),
+    )
+    for p in model.heads.parameters():
+        p.data *= 10
+    batch.target = torch.tensor([1, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logits = model(batch, [name])[name]
+    assert loss.dtype == torch.float32
+    for field in ("clean_features", "object_probs"):
+        setattr(batch, field, getattr(batch, field).double())
+    torch.testing.assert_close(loss.double(), formula(name, logits.double(), batch), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "head"), [("mrc", "objects"), ("attr", "attributes")])
+def test_losses_of_all_regions_are_computed_in_float32_under_autocast(name, head):
+    """Their logits of unmasked regions are not returned, so here every region is masked."""
+    model, batch = make(torch.float32), make_batch(torch.float32)
+    for p in model.heads.parameters():
+        p.data *= 10
+    batch.region_index = torch.arange(20)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logits = model(batch, [name])[name]
+    confidence = {"mrc": batch.object_conf, "attr": batch.attribute_conf}[name]
+    each = F.cross_entropy(logits.double(), getattr(batch, head).flatten(), reduction="none").view(4, 5)
+    expected = (each * confidence.double() * batch.region_mask).sum() / batch.region_mask.sum() / 0.15
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_soft_region_labels_are_torchs_kl():
     model, batch = make(), make_batch()
     loss, scores = model(batch, ["mrc_kl"])["mrc_kl"]

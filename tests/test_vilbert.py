@@ -298,3 +298,67 @@ def test_task_losses_by_closed_forms():
         loss, score = model(batch, ("refer",))["refer"]
         assert (score[~batch.region_mask] < -9000).all()
         torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(score, label, reduction="sum") / 4)
+
+
+def formula(name, logits, batch):
+    """Each loss from its logits in float64, by torch's own functions."""
+    target = batch.clean_features.double().flatten(0, 1)[batch.region_index]  # (M, F)
+    probs = batch.object_probs.double().flatten(0, 1)[batch.region_index]  # (M, K)
+    if name == "mlm":
+        return F.cross_entropy(logits, batch.word_labels)
+    if name == "mrc":
+        return F.cross_entropy(logits, 1 + probs[:, 1:].argmax(1))
+    if name == "mrc_kl":
+        return F.kl_div(logits.log_softmax(-1), probs, reduction="batchmean")
+    if name == "mrfr":
+        return F.mse_loss(logits, target)
+    if name == "nce":
+        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+    if name == "itm":
+        return F.cross_entropy(logits, batch.matched)
+    if name == "ve":
+        return F.binary_cross_entropy_with_logits(logits, batch.answers.double())
+    if name == "nlvr2":
+        return F.binary_cross_entropy_with_logits(logits, F.one_hot(batch.target, 2).double())
+    if name == "vcr":
+        return F.cross_entropy(logits[None], batch.target.argmax()[None])
+    if name == "rank":
+        return F.cross_entropy(logits[None], torch.tensor([0]))
+    target = batch.target.masked_fill(batch.target < 0.5, 0).double()  # refer
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / 4
+
+
+@pytest.mark.parametrize("name", ["mlm", "mrc", "mrc_kl", "mrfr", "nce", "itm", "ve", "nlvr2", "vcr", "rank", "refer"])
+def test_losses_are_computed_in_float32_under_autocast(name):
+    """With logits as large as 30, half precision would be off in the third digit."""
+    model = tiny(heads=("mlm", "mrc", "mrfr", "itm", "ve", "nlvr2", "vcr", "rank", "refer")).eval()
+    batch = make_batch()
+    for p in model.heads.parameters():
+        p.data *= 10
+    batch.ids = ["one"]
+    batch.answers = F.one_hot(torch.arange(4) % 3, 3).float()
+    if name == "nlvr2":
+        batch.target = torch.tensor([0, 1])
+    if name == "vcr":
+        batch.target = torch.tensor([0, 0, 1, 0])
+    if name == "refer":
+        batch.target = torch.rand(4, 5, generator=torch.Generator().manual_seed(5)) * batch.region_mask
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logits = model(batch, [name])[name]
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), formula(name, logits.double(), batch), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["itm", "vcr", "rank", "refer"])
+def test_logits_that_are_ranked_are_computed_in_float32_under_autocast(name):
+    """They differ from the float64 head on the same states by no more than float32 does; bfloat16 by 1%."""
+    model, batch = tiny(heads=(name,)).eval(), make_batch()
+    batch.ids, batch.target = ["one"], torch.zeros(4, 5) if name == "refer" else torch.tensor([0, 0, 1, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        encoding = model.encode(batch)
+        logits = vilbert.OBJECTIVES[name].loss(model, encoding, batch)[1]
+    states = encoding.regions if name == "refer" else encoding.pooled
+    expected = model.heads.double()[name](states.double()).view(logits.shape)
+    if name == "refer":
+        expected[~batch.region_mask] -= 10000.0
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-6)
