@@ -203,8 +203,11 @@ class ViLBERT(nn.Module):
         super().__init__()
         self.config = config
         self.schedule = schedule(config)
-        kinds = [kind for kind, _ in self.schedule]
-        self.steps_alone = kinds.index("cross") if "cross" in kinds else len(kinds)  # those that need one modality only
+        self.steps_alone = 0  # how many steps come before the first one that needs both modalities
+        for kind, _ in self.schedule:
+            if kind == "cross" or (kind == "regions" and config.dynamic_attention):
+                break
+            self.steps_alone += 1
         self.text_embedding = common.TextEmbedding(config)
         if config.task_tokens > 0:
             self.text_embedding.tasks = nn.Embedding(config.task_tokens, config.hidden)
@@ -320,8 +323,8 @@ class ViLBERT(nn.Module):
         return self.dropout(pooled_text * pooled_regions)
 
     def unimodal(self, batch):
-        """What each modality computes alone, for `encode(given=)`: its layers before the first co-attention.
-        (B, T, C), (B, 1+N, C)"""
+        """What each modality computes alone, for `encode(given=)`: its layers before the first co-attention; with
+        dynamic attention the text's only, since the text steers every visual layer. (B, T, C), (B, 1+N, C)"""
         steps = self.schedule[: self.steps_alone]
         text = self.run_steps(batch, steps, self.embed_text(batch), None)[0]
         regions = self.run_steps(batch, steps, None, self.embed_regions(batch))[1]

@@ -172,6 +172,20 @@ def test_task_tokens_and_dynamic_attention():
     assert model.encode(batch, text=False).regions.shape == (4, 5, 128)
 
 
+@pytest.mark.parametrize("connections", [((0, 2), (1, 3)), ((1, 2), (2, 3)), ((2, 4),), ()])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_unimodal_part_computed_before_changes_nothing(dynamic, connections):
+    """Also where visual layers that the text steers come before the first co-attention."""
+    model, batch = tiny(dynamic_attention=dynamic, connections=connections, task_tokens=2).eval(), make_batch()
+    batch.task = torch.tensor([0, 1, 1, 0])
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    together = model.encode(batch)
+    apart = model.encode(batch, given=model.unimodal(batch))
+    for field in ("text", "regions", "pooled"):
+        torch.testing.assert_close(getattr(apart, field), getattr(together, field))
+
+
 def test_frozen_layers_get_no_gradient():
     model, batch = (
         tiny(visual_layers=3, connections=((1, 2), (2, 3)), frozen_layers=2, frozen_visual_layers=1),
