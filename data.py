@@ -80,6 +80,7 @@ class Batch:
     answers: torch.Tensor | None = None  # (B,A) float32 soft targets
     answer_labels: torch.Tensor | None = None  # (B,) int64, one answer of each row, -1 = none
     target: torch.Tensor | None = None  # (B,) int64, a truth or a choice; (B,N) float, overlap with the box meant
+    task: torch.Tensor | None = None  # (B,) int64, the number of the task among the run's, for ViLBERT's task tokens
     pictures: torch.Tensor | None = None  # (B,) int64, the picture's row in its store
     pair_index: torch.Tensor | None = None  # (M,) int64 into B, rows whose text and picture belong together
     ids: list | None = None  # B example ids, for error messages
@@ -290,6 +291,7 @@ class Dataset:
     offsets: np.ndarray | None = None
     target: np.ndarray | None = None  # nlvr2 (E,) 1 = true; vcr (E,) the right choice; refer (E,4) the box, 0..1
     group: int = 1  # rows of an example
+    task_number: int = 0  # which of the run's tasks these examples are of
     segment: np.ndarray | None = None  # flat int64 like tokens: the number of each piece's segment, 0 for a plain text
 
     def __len__(self):
@@ -714,6 +716,7 @@ def collate(dataset, index, images=None, answers=None, pad_to=1):
         segments=torch.from_numpy(segments),
         matched=torch.from_numpy(true.astype(np.int64)),
         answers=None if answers is None else torch.from_numpy(targets),
+        task=torch.full((len(rows),), dataset.task_number),
         pictures=torch.from_numpy(np.array(images)),
         pair_index=torch.from_numpy(np.flatnonzero(true)),
         ids=[dataset.ids[i] for i in index],

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import checkpoints
+import train
 import uniter
 import vilbert
 
@@ -184,6 +186,50 @@ def test_the_unimodal_part_computed_before_changes_nothing(dynamic, connections)
     apart = model.encode(batch, given=model.unimodal(batch))
     for field in ("text", "regions", "pooled"):
         torch.testing.assert_close(getattr(apart, field), getattr(together, field))
+
+
+OPTIONS = {
+    "task_tokens": 5,
+    "dynamic_attention": True,
+    "twelve_in_one": True,
+    "fusion": "sum",
+    "frozen_visual_layers": 1,
+    "connections": [[1, 2], [2, 3]],
+    "gqa_answers": 9,
+}
+
+
+def test_every_option_of_12_in_1_trains_from_the_command_line(tmp_path, monkeypatch):
+    """Two tasks at once: each learns its own task token, the first and the second row of the table; the rest get no
+    gradient."""
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    for i in range(12):
+        Image.new("RGB", (24, 24), (20 * i, 0, 99)).save(f"{i}.png")
+        answer = ("contradiction", "entailment", "neutral")[i % 3]
+        split = ("train", "train", "val", "test")[i % 4]
+        lines.append(json.dumps({"image": f"{i}.png", "text": f"colour {i}", "answer": answer, "split": split}))
+    Path("own.jsonl").write_text("\n".join(lines))
+    settings = [f"{name}={value if name == 'fusion' else json.dumps(value)}" for name, value in OPTIONS.items()]
+    arguments = ["--model", "vilbert", "--task", "vqa,ve", "--data", "own.jsonl", "--batch-size", "3", "--out", "out"]
+    assert train.main([*arguments, "--steps", "8", "--eval-every", "8", "--config", *settings]) == 0
+    content = torch.load("out/checkpoint.pt", weights_only=True)
+    for name, value in OPTIONS.items():
+        assert json.loads(json.dumps(content["config"][name])) == value, name
+    moments = [state["exp_avg"] for state in content["optimizer"]["state"].values()]
+    table = [moment for moment in moments if moment.shape == (5, 128)]
+    assert len(table) == 1
+    assert table[0].any(1).tolist() == [True, True, False, False, False]
+
+
+def test_more_tasks_than_task_tokens_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (24, 24)).save("a.png")
+    Path("own.jsonl").write_text(json.dumps({"image": "a.png", "text": "a", "answer": "neutral", "split": "train"}))
+    settings = ["--config", "task_tokens=1", "frozen_layers=1"]
+    arguments = ["--model", "vilbert", "--task", "vqa,ve", "--data", "own.jsonl", *settings]
+    assert train.main([*arguments, "--steps", "1"]) == 2
+    assert "task_tokens=1" in capsys.readouterr().err
 
 
 def test_frozen_layers_get_no_gradient():
