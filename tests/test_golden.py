@@ -156,6 +156,7 @@ def test_summary(capsys):
     """Last, so that it can say how much was compared."""
     assert paths(), f"no fixtures in {FOLDER}"
     with capsys.disabled():
+        print(f"\n{sum(map(len, COMPARED.values()))} tasks compared", end="")
         for name, tasks in COMPARED.items():
             print(f"\n{name}: {len(tasks)} tasks, {sum(tasks.values())} numbers compared", end="")
 
@@ -330,7 +331,7 @@ def uniter_objective(objective, fixture, task, dtype, rubbish):
     model, batch, x = uniter_setup(fixture, task, dtype, rubbish)
     stored, arguments = fixture.outputs(task), {}
     if "txt_labels" in x:
-        batch.word_index = (x["txt_labels"] != -1).flatten().nonzero().squeeze(1)
+        batch.word_index = (x["txt_labels"] >= 0).flatten().nonzero().squeeze(1)  # ignored: -1 or -100
         batch.word_labels = x["txt_labels"].flatten()[batch.word_index]
     if "img_mask_tgt" in x:
         masked = x["img_masks"]
@@ -441,7 +442,8 @@ def uniter_hard_negatives(fixture, task, dtype, rubbish):
     gather index, which reads padded words and loses the last regions; ours is `_fixedindex`, the corrected one."""
     as_is = task.endswith("_asis")
     model, batch, x = uniter_setup(fixture, task, dtype, rubbish and not as_is)
-    size = fixture.config["hard_size"]
+    stored = fixture.outputs(task)
+    size = len(stored["hard_indices"])
 
     def encode(rows):
         few = uniter_rows(model, batch, rows)
@@ -455,7 +457,10 @@ def uniter_hard_negatives(fixture, task, dtype, rubbish):
 
     _, encoding = encode(torch.arange(len(batch.text)))
     scores = model.heads["rank"](encoding.pooled)
-    hard = torch.cat([torch.zeros(1, dtype=torch.long), scores[1:, 0].topk(size).indices + 1])
+    hardest = scores[1:, 0].topk(size).indices + 1
+    if set(hardest.tolist()) == set(stored["hard_indices"].tolist()):
+        hardest = stored["hard_indices"]  # the official top-k is not sorted: compared as a set
+    hard = torch.cat([torch.zeros(1, dtype=torch.long), hardest])
     few, encoding = encode(hard)
     few.group = size + 1
     loss, hard_scores = uniter.OBJECTIVES["rank"].loss(model, encoding, few, group=size + 1)
@@ -467,7 +472,7 @@ def uniter_hard_negatives(fixture, task, dtype, rubbish):
         "hard_loss_sorted": each.sort().values,
         "hard_loss_mean": loss,
         "grad_l2": uniter_grads(fixture, model, loss),
-    } | {name: SKIP for name in fixture.outputs(task) if name.startswith("hard_batch_")}  # how rows are packed
+    } | {name: SKIP for name in stored if name.startswith("hard_batch_")}  # how rows are packed
 
 
 def uniter_re_iou(fixture, task, dtype, rubbish):
@@ -790,7 +795,8 @@ def vilbert_scores(model, batch):
 def vilbert_losses(model, encoding, batch, x, negatives=None):
     """The three pretraining losses from the official labels."""
     words, regions, target = x["masked_lm_labels"].flatten(), x["image_label"].flatten(), x["image_target"]
-    batch.word_index, batch.region_index = (words != -1).nonzero()[:, 0], (regions == 1).nonzero()[:, 0]
+    batch.word_index = (words >= 0).nonzero()[:, 0]  # ignored: -1 or -100
+    batch.region_index = (regions == 1).nonzero()[:, 0]
     batch.word_labels, batch.matched = words[batch.word_index], 1 - x["next_sentence_label"]
     batch.clean_features = batch.object_probs = target.to(encoding.pooled.dtype)
     if "mrc" in model.heads:
@@ -997,21 +1003,31 @@ def lxmert_batch(fixture, task, dtype, rubbish):
         matched=inputs.get("matched_label"),
         answers=inputs.get("target"),
         target=inputs.get("label"),
-        answer_labels=inputs.get("ans", inputs.get("labels")),
+        answer_labels=ignored_as_minus_1(inputs.get("ans", inputs.get("labels"))),
     )
     if "obj_label" in inputs:
         words, regions = inputs["masked_lm_labels"].flatten(), inputs["feat_conf"].flatten()
         batch.word_index, batch.region_index = (words >= 0).nonzero()[:, 0], regions.nonzero()[:, 0]
         batch.word_labels, batch.clean_features = words[batch.word_index], inputs["feat_label"]
-        batch.objects, batch.attributes = inputs["obj_label"].clamp(min=-1), inputs["attr_label"].clamp(min=-1)
+        batch.objects = ignored_as_minus_1(inputs["obj_label"])
+        batch.attributes = ignored_as_minus_1(inputs["attr_label"])
         batch.object_conf, batch.attribute_conf = inputs["obj_conf"], inputs["attr_conf"]
     return batch
+
+
+def ignored_as_minus_1(labels):
+    """Labels with -1 for "ignore", as ours have it; Hugging Face's have -100. None stays None."""
+    return None if labels is None else labels.clamp(min=-1)
 
 
 def lxmert_losses(model, encoding, batch, objectives=tuple(LXMERT_LOSSES)):
     """The official losses by name. They count all boxes, hidden ones too, so here nothing is hidden."""
     everything = SimpleNamespace(**{**vars(batch), "region_mask": torch.ones_like(batch.region_mask)})
-    losses = {f"loss_{LXMERT_LOSSES[o]}": lxmert.OBJECTIVES[o].loss(model, encoding, everything)[0] for o in objectives}
+    losses = {}
+    for name in objectives:
+        # the official answer loss counts every row with a label, mismatched or not
+        given = SimpleNamespace(**{**vars(everything), "matched": None}) if name == "qa" else everything
+        losses[f"loss_{LXMERT_LOSSES[name]}"] = lxmert.OBJECTIVES[name].loss(model, encoding, given)[0]
     return losses | {"loss_total": sum(losses.values())}
 
 
