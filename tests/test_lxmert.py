@@ -4,6 +4,7 @@ weights, the official parameter names and counts, closed forms. Equality with th
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoints
+import common
 import lxmert
 from common import attention_bias
 
@@ -223,6 +225,69 @@ def test_row_0_of_every_text_table_learns_nothing_from_being_read():
     for embedding in (table.words, table.positions, table.types):
         assert not embedding.weight.grad[0].any()
     assert table.positions.weight.grad[1].any() and table.words.weight.grad[batch.text[0, 1]].any()
+
+
+# ---- dropout and recipe ------------------------------------------------------------------------------------------
+
+
+def dropout_places(monkeypatch, function):
+    """How often dropout acts while `function` runs, as {(rate, shape of what it acts on): times}."""
+    places = Counter()
+
+    def record(x, p):
+        if p > 0:
+            places[p, tuple(x.shape)] += 1
+        return x
+
+    monkeypatch.setattr(common, "apply_dropout", record)
+    function()
+    return places
+
+
+def test_dropout_acts_where_the_official_code_has_it(monkeypatch):
+    """On both embedding sums, on attention probabilities, and after each output projection; nowhere in the heads.
+
+    2 rows of 6 words (T) and 5 regions (N), 4 heads, 32 wide; 2 language, 1 relation, 2 cross-modality layers.
+    """
+    assert lxmert.Config().dropout == 0.1
+    model, batch = make(dropout=0.25, heads=lxmert.Config.heads).train(), make_batch(rows=2)
+    text, regions = (2, 6, 32), (2, 5, 32)
+    expected = {
+        (0.25, text): 1 + 2 * 2 + 2 * 3,  # embedding; two in a BERT layer; one more in a cross-modality layer
+        (0.25, regions): 1 + 1 * 2 + 2 * 3,
+        (0.25, (2, 4, 6, 6)): 2 + 2,  # text self-attention
+        (0.25, (2, 4, 5, 5)): 1 + 2,  # region self-attention
+        (0.25, (2, 4, 6, 5)): 2,  # text to regions
+        (0.25, (2, 4, 5, 6)): 2,  # regions to text
+    }
+    objectives = list(lxmert.PRETRAINING["objectives"])
+    assert dropout_places(monkeypatch, lambda: model(batch, objectives)) == expected
+    assert dropout_places(monkeypatch, lambda: model.eval()(batch, objectives)) == {}
+
+
+@pytest.mark.parametrize("head", ["vqa", "ve", "nlvr2", "vcr", "rank", "refer"])
+def test_task_heads_have_no_dropout(head, monkeypatch):
+    model, batch = make(dropout=0.25, heads=(head,)).train(), make_batch(rows=6)
+    encoding = model.encode(batch)
+    batch.target = torch.zeros(3 if head == "nlvr2" else 6, dtype=torch.long)
+    batch.answers = torch.rand(6, 3 if head == "ve" else 7, dtype=torch.float64)
+    loss = lxmert.OBJECTIVES[head].loss
+    assert dropout_places(monkeypatch, lambda: loss(model, encoding, batch)) == {}
+
+
+def test_the_recipe_of_pretraining():
+    """Official values: all objectives in every step; boxes 80% zeroed, 10% another box's; sentences exchanged;
+    questions in the second half. Own values: a quarter of mismatched pairs, where nothing is predicted (official: half,
+    and everything is), and weaker region and answer losses in the tiny model."""
+    recipe = lxmert.PRETRAINING
+    assert recipe["objectives"] == dict.fromkeys(("mlm", "mrfr", "mrc", "attr", "itm", "qa"), 1)
+    assert recipe["region_masking"] == {"zero": 0.8, "random": 0.1, "force_one": False}
+    assert (recipe["mismatch"], recipe["false_pairs"], recipe["mask_false_pairs"]) == ("text", 0.25, False)
+    assert (recipe["second_half"], recipe["conditional"], recipe["rate"]) == (("qa",), False, 2.0)
+    assert recipe["joined"] == recipe["weights"] == {}
+    assert (lxmert.Config().region_factor, lxmert.Config().answer_factor) == (1 / 0.15, 1.0)
+    tiny = lxmert.PRESETS["tiny"]
+    assert (tiny["region_factor"], tiny["answer_factor"]) == (0.2, 0.2)
 
 
 # ---- objectives ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """ViLBERT against what nobody here wrote: the official names, sizes and schedule, closed forms and brute force."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import checkpoints
+import common
 import train
 import uniter
 import vilbert
@@ -249,6 +251,116 @@ def test_frozen_layers_get_no_gradient():
     assert "text_embedding.positions.weight" not in learn
     rest = {name for name, _ in model.named_parameters() if not name.startswith((*frozen, "text_embedding."))}
     assert {name for name in rest - learn} == {name for name in rest if ".unused" in name}
+
+
+# ---- dropout and recipe ------------------------------------------------------------------------------------------
+
+
+def dropout_places(monkeypatch, function):
+    """How often dropout acts while `function` runs, as {(rate, shape of what it acts on): times}."""
+    places = Counter()
+
+    def record(x, p):
+        if p > 0:
+            places[p, tuple(x.shape)] += 1
+        return x
+
+    monkeypatch.setattr(common, "apply_dropout", record)
+    function()
+    return places
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_dropout_acts_where_the_official_code_has_it(dynamic, monkeypatch):
+    """On the embeddings, the task token's too, on attention probabilities, after each output projection, and on the
+    fused vector.
+
+    2 rows of 7 words, 8 with the task token, and 5 regions, 6 with the whole image. 3 text layers (32 wide, 4 heads),
+    2 visual layers (24 wide, 2 heads), 2 co-attention layers (16 wide, 8 heads).
+    """
+    assert vilbert.Config().dropout == 0.1
+    sizes = {"hidden": 32, "layers": 3, "visual_hidden": 24, "visual_heads": 2, "shared": 16, "shared_heads": 8}
+    sizes |= {"connections": ((0, 1), (1, 2)), "task_tokens": 3, "dynamic_attention": dynamic, "dropout": 0.25}
+    model, batch = tiny(**sizes).train(), make_batch(rows=2, words=7)
+    batch.task = torch.tensor([0, 2])
+    expected = {
+        (0.25, (2, 7, 32)): 1,  # text embedding
+        (0.25, (2, 32)): 1,  # task token
+        (0.25, (2, 8, 32)): 3 * 2 + 2 * 2,  # two in a layer of either kind
+        (0.25, (2, 6, 24)): 1 + 2 * 2 + 2 * 2,  # region embedding besides
+        (0.25, (2, 4, 8, 8)): 3,  # text self-attention
+        (0.25, (2, 2, 6, 6)): 2,  # region self-attention
+        (0.25, (2, 8, 8, 6)): 2,  # text to regions
+        (0.25, (2, 8, 6, 8)): 2,  # regions to text
+        (0.25, (2, 16)): 1,  # fused vector
+    }
+    assert dropout_places(monkeypatch, lambda: model.encode(batch)) == expected
+    assert dropout_places(monkeypatch, lambda: model.eval().encode(batch)) == {}
+
+
+def test_dropout_acts_on_the_vector_of_one_modality_alone(monkeypatch):
+    model, batch = tiny(dropout=0.25).train(), make_batch()
+    for parts in ({"text": False}, {"regions": False}):
+        places = dropout_places(monkeypatch, lambda parts=parts: model.encode(batch, **parts))
+        assert places[0.25, (4, 128)] == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("vqa", {(0.5, (4, 256)): 1}),  # inside the answer head
+        ("refer", {(0.25, (4, 5, 128)): 1}),  # on the regions that the head reads
+        ("mlm", {}),
+        ("mrc", {}),
+        ("itm", {}),
+        ("ve", {}),
+        ("nlvr2", {}),
+        ("vcr", {}),
+        ("rank", {}),
+    ],
+)
+def test_dropout_of_the_heads(head, expected, monkeypatch):
+    model, batch = tiny(dropout=0.25, heads=(head,)).train(), make_batch()
+    batch.ids = ["one"]
+    if head == "ve":
+        batch.answers = torch.rand(4, 3)
+    if head == "nlvr2":
+        batch.target = torch.tensor([0, 1])
+    if head == "refer":
+        batch.target = torch.rand(4, 5)
+    encoding = model.encode(batch)
+    loss = vilbert.OBJECTIVES[head].loss
+    assert dropout_places(monkeypatch, lambda: loss(model, encoding, batch)) == expected
+
+
+def test_the_recipe_of_pretraining():
+    """Official values: all objectives in every step; 90% of the masked regions zeroed, the rest kept; half of the pairs
+    get another caption. In these nothing is predicted, as in 12-in-1."""
+    recipe = vilbert.PRETRAINING
+    assert recipe["objectives"] == {"mlm": 1, "mrc_kl": 1, "itm": 1}
+    assert recipe["region_masking"] == {"zero": 0.9, "random": 0.0, "force_one": False}
+    assert (recipe["mismatch"], recipe["false_pairs"], recipe["mask_false_pairs"]) == ("text", 0.5, False)
+    assert (recipe["conditional"], recipe["rate"]) == (False, 2.0)
+    assert recipe["joined"] == recipe["weights"] == {}
+    assert vilbert.NEGATIVES == ("text", "image", "text")
+    assert vilbert.VCR_TYPES == ((0, 1), (0, 0, 1))
+
+
+def test_nce_draws_89_negatives_of_other_pictures_and_38_of_the_same(monkeypatch):
+    """70% and 30% of 128, rounded down: the official defaults."""
+    model, batch = tiny(heads=("mrfr",)).eval(), make_batch()
+    drawn = []
+    sample = vilbert.sample_negatives
+
+    def record(batch, near, far):
+        drawn.append(sample(batch, near, far))
+        return drawn[-1]
+
+    monkeypatch.setattr(vilbert, "sample_negatives", record)
+    logits = model(batch, ("nce",))["nce"][1]
+    assert logits.shape == (8, 1 + 89 + 38)
+    same_picture = drawn[0] // 5 == batch.region_index[:, None] // 5
+    assert same_picture.sum(1).tolist() == [38] * 8
 
 
 # ---- objectives ------------------------------------------------------------------------------------------------
