@@ -225,6 +225,11 @@ def full_precision(device):
     return nullcontext()
 
 
+def at_least_float32(x):
+    """x in float32 if it is in half precision, else as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def in_float32(loss):
     """Decorator: computes a loss in float32 whatever autocast does; float64 stays float64.
 
@@ -237,7 +242,7 @@ def in_float32(loss):
         arguments = list(arguments)
         for i, x in enumerate(arguments):
             if isinstance(x, torch.Tensor) and x.is_floating_point():
-                arguments[i] = x.to(torch.promote_types(x.dtype, torch.float32))
+                arguments[i] = at_least_float32(x)
         with full_precision(arguments[0].device):
             return loss(*arguments, **options)
 
@@ -749,6 +754,13 @@ class Objective:
     labels: Callable | None = None  # (batch, logits) -> (M,) int64, for its accuracy; None: it has none
 
 
+def regions_to_predict(batch):
+    """(B, N) bool, True = a real region, masked or not, of a row in which words and regions are to be predicted."""
+    if batch.predict_rows is None:
+        return batch.region_mask
+    return batch.region_mask & batch.predict_rows[:, None]
+
+
 def count_items(mean_over, batch):
     """How many items of a batch an objective's mean runs over."""
     if mean_over == "words":
@@ -756,7 +768,7 @@ def count_items(mean_over, batch):
     if mean_over == "regions":
         return len(batch.region_index)  # masked regions
     if mean_over == "all regions":
-        return int(batch.region_mask.sum())
+        return int(regions_to_predict(batch).sum())
     if mean_over == "pairs":
         return len(batch.pair_index)
     if mean_over == "answers":
