@@ -37,6 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoints
 import data
+import machine
+import options
 import tasks
 import train  # after torch, so that its threads wait as torch has it: three sides share the cores in --peer
 
@@ -80,18 +82,21 @@ def make_dataset(folder, rng, words, regions, vocabulary, answers, count=512, pi
 def make_run(args, model, size, dtype, folder, **sizes):
     """A train.Run of one model on drawn examples, ready to step, and the examples of each step. Seeded: two calls
     give the same weights and examples."""
-    options = train.resolve_options(train.parse(["--model", model, "--device", args.device]), model, 0)
+    run_args = options.parse(["--model", model, "--mask", "0.15"])
+    run_args.tasks = ["pretrain"]
     paper, rng = checkpoints.PAPERS[model][0], np.random.default_rng(0)
     vocabulary, answers = paper.Config.vocab_size, getattr(paper.Config, "answers", 1)
     answers = [str(i) for i in range(answers if model == "lxmert" else 1)]
     dataset = make_dataset(folder, rng, args.words, args.regions, vocabulary, len(answers))
     pieces = {name: i for i, name in enumerate(data.SPECIALS)}
     tokenizer = data.wordpiece(pieces | {f"piece{i}": i for i in range(len(pieces), vocabulary)}, lowercase=False)
-    objectives, device = train.objectives_of(options, paper), train.pick_device(args.device)
+    objectives, device = options.objectives_of(run_args, paper), machine.pick_device(args.device)
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    run = train.Run(
-        options, paper, objectives, {"pretrain": {"train": dataset}}, tokenizer, answers, device, dtype, 0, 1
-    )
+    run = train.Run(run_args, paper, device, dtype, rank=0, world=1)
+    run.objectives = objectives
+    run.sets = {"pretrain": {"train": dataset}}
+    run.tokenizer = tokenizer
+    run.answers = answers
     config = {**paper.PRESETS[size], "classes": CLASSES, "attributes": ATTRIBUTES, **sizes}
     config["heads"] = tasks.heads_for(paper, objectives)
     torch.manual_seed(0)
@@ -294,14 +299,14 @@ def side(args, dtype, name, pipe):
     with tempfile.TemporaryDirectory() as folder:
         run, groups = make_run(args, "lxmert", "base", dtype, Path(folder), hidden_score=hidden, region_factor=6.67)
     if name != "transformers":
-        train.keep_freed_memory()
+        machine.keep_freed_memory()
     if name == "ours":
         model, step = run.model.eval(), partial(step_ours, run)
         batch, names = batch_of(run, groups[0], 0)
         with torch.no_grad():
             pipe.send(sum(float(loss) for loss, _ in model(batch.to(run.device), names).values()))
         if args.compile:
-            train.compile_layers(model)
+            machine.compile_layers(model)
     else:
         peer = Peer(run)
         model, step, run.model, run.optimizer = peer.model.eval(), peer.step, None, None
@@ -360,7 +365,7 @@ def memory(device):
 
 def measure(args, folder, model, size, dtype):
     """A row of the table."""
-    train.keep_freed_memory()
+    machine.keep_freed_memory()
     run, groups = make_run(args, model, size, dtype, folder)
     kind = torch.float32 if dtype == "f32" else torch.bfloat16
     best, times, known = peak(run.device, kind), [], {}
@@ -370,7 +375,7 @@ def measure(args, folder, model, size, dtype):
         real += int(batch.text_mask.sum() + batch.region_mask.sum())
         counted, useful = counted + flops(run, batch, names), useful + useful_flops(run, group, i, known)
     if args.compile:
-        train.compile_layers(run.model)
+        machine.compile_layers(run.model)
     for turn in range(-WARM_UP, args.repeats):
         taken = np.array([step_ours(run, group, i) for i, group in enumerate(groups)])
         if turn >= 0:
@@ -399,7 +404,7 @@ def sizes_with(model, layers):
 
 def sweep(args, folder):
     """Seconds of a step while one thing grows; a star where twice as much costs more than 2.3 times as much."""
-    train.keep_freed_memory()
+    machine.keep_freed_memory()
     grid = {"batch_size": (2, 4, 8, 16, 32), "words": (8, 16, 32, 64, 128), "regions": (9, 18, 36, 72, 144)}
     print("| | what | value | seconds a step | times the one before |\n|---|---|---|---|---|")
     for model in args.models:

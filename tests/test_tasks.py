@@ -20,7 +20,9 @@ from test_data import A_THING, COLORS, SHAPES, THING, matching
 import checkpoints
 import common
 import data
+import log
 import lxmert
+import options
 import predict
 import tasks
 import train
@@ -564,12 +566,12 @@ def test_no_step_waits_for_a_value(name, cache, tokenizer):
     """A GPU that is asked for a value must first do all that it was given. On the device "meta" tensors have no values:
     whoever asks for one fails. All objectives that train.py trains, forward and backward."""
     paper, cls = checkpoints.PAPERS[name]
-    options = train.resolve_options(train.parse(["--model", name]), name, 0)
+    args = options.resolve_options(options.parse(["--model", name]), name, 0)
     pretraining = [name for name, row in paper.OBJECTIVES.items() if row.pretraining]
     trained = dict.fromkeys(pretraining, "vqa")  # on the scenes of questions, whose texts have answers
     trained |= {tasks.OBJECTIVE.get(task, task): task for task in data.TASKS if task != "pretrain"}
     sets = {task: scenes.scenes("train", task, 20, cache=cache).encode(tokenizer) for task in trained.values()}
-    run = SimpleNamespace(args=options, paper=paper, tokenizer=tokenizer, answers=["red"], progress={"step": 0})
+    run = SimpleNamespace(args=args, paper=paper, tokenizer=tokenizer, answers=["red"], progress={"step": 0})
     run.columns = lambda task="vqa": dict.fromkeys(data.ENTAILMENT if task == "ve" else run.answers, 0)
     sizes = {**paper.PRESETS["tiny"], "dropout": 0.1, "vocab_size": tokenizer.get_vocab_size(), "classes": 7}
     sizes |= {"attributes": 8, "answers": 1, "types": 4, "feature_size": sets["vqa"].store.width}
@@ -830,5 +832,5 @@ def test_staying_at_chance_is_said(capsys):
     run = SimpleNamespace(args=SimpleNamespace(ablate=None, steps=10), sets={"nlvr2": {"val": range(1000)}})
     for step, accuracy, warned in ((4, 0.5, False), (5, 0.53, True), (5, 0.54, False)):
         run.progress = {"step": step}
-        train.warn_at_chance(run, {"accuracy": accuracy}, {"accuracy": 0.5})
+        log.warn_at_chance(run, {"accuracy": accuracy}, {"accuracy": 0.5})
         assert ("no better than chance" in capsys.readouterr().out) == warned

@@ -22,6 +22,8 @@ import common
 import data
 import distill
 import lxmert
+import machine
+import options
 import tasks
 import train
 import uniter
@@ -78,14 +80,14 @@ def test_learning_rate_is_two_straight_lines():
 
 def test_default_rates_at_base_size_are_the_papers():
     for paper, pretraining in ((uniter, 5e-5), (checkpoints.vilbert, 1e-4), (lxmert, 1e-4)):
-        assert train.default_learning_rate(paper, 768, "pretrain") == pretraining
-        assert train.default_learning_rate(paper, 768, "vqa") == 5e-5
+        assert options.default_learning_rate(paper, 768, "pretrain") == pretraining
+        assert options.default_learning_rate(paper, 768, "vqa") == 5e-5
 
 
 def test_default_steps_of_pretraining():
     """UNITER alone takes more, as each of its steps trains one objective; side by side all take equally many."""
     for model, choice, steps in (("uniter", "uniter", 3600), ("lxmert", "lxmert", 2400), ("uniter", "all", 2400)):
-        assert train.resolve_options(train.parse(["--model", choice]), model, 0).steps == steps
+        assert options.resolve_options(options.parse(["--model", choice]), model, 0).steps == steps
 
 
 def test_only_matrices_decay():
@@ -197,7 +199,7 @@ def test_compiled_layers_compute_the_same_and_are_compiled_once(model, monkeypat
         compiled(module, backend=backend, **settings)
 
     monkeypatch.setattr(torch.nn.Module, "compile", counting)
-    train.compile_layers(model)
+    machine.compile_layers(model)
     torch.testing.assert_close(model.encode(batches[0]).pooled, plain[0])
     seen = len(graphs)
     assert seen
@@ -752,20 +754,20 @@ def test_a_gpu_named_without_its_number_is_the_first(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)  # torch's own refuses a device without number
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert train.pick_device("cuda") == torch.device("cuda:0") and seen == [torch.device("cuda:0")]
-    assert train.pick_device("cuda:1") == torch.device("cuda:1")
+    assert machine.pick_device("cuda") == torch.device("cuda:0") and seen == [torch.device("cuda:0")]
+    assert machine.pick_device("cuda:1") == torch.device("cuda:1")
 
 
 def test_each_process_drops_other_values_and_goes_on_with_its_own():
     args, device, draws = SimpleNamespace(seed=0), torch.device("cpu"), []
     for rank in (0, 1, 2):
         torch.manual_seed(0)
-        train.seed_dropout(SimpleNamespace(args=args, rank=rank, device=device), [])
+        machine.seed_dropout(SimpleNamespace(args=args, rank=rank, device=device), [])
         draws.append(torch.rand(5))
     torch.manual_seed(0)
     assert torch.equal(draws[0], torch.rand(5)) and len({tuple(d.tolist()) for d in draws}) == 3
     states = [torch.Generator().manual_seed(seed).get_state() for seed in (5, 6)]
-    train.seed_dropout(SimpleNamespace(args=args, rank=1, device=device), states)
+    machine.seed_dropout(SimpleNamespace(args=args, rank=1, device=device), states)
     assert torch.equal(torch.rand(5), torch.rand(5, generator=torch.Generator().manual_seed(6)))
 
 
