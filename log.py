@@ -1,12 +1,25 @@
-"""log.py: what a run of train.py prints and writes beside its checkpoints: progress lines, log.jsonl, result.json."""
+"""log.py: what a run of train.py prints and writes beside its checkpoints: progress lines, log.jsonl, result.json.
+
+Printing cannot end a run: see `SafeOutput`. Two runs cannot write into one folder at the same time: see `lock_folder`.
+"""
 
 import json
 import math
+import os
+import sys
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
 import checkpoints
 import common
 import tasks
 from common import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# ---- progress lines and log.jsonl ------------------------------------------------------------------------------
 
 
 class Log:
@@ -20,6 +33,8 @@ class Log:
         self.waited = 0.0  # seconds spent waiting for data
         self.worked = 0.0  # seconds of all steps
         self.examples = 0  # of this process
+        if self.file.is_file() and not run.args.resume:
+            common.print0(f"out      {run.args.out} holds an earlier run, which this one writes over")
         if run.rank == 0:
             checkpoints.write_text(self.file, self.earlier_lines())
 
@@ -29,7 +44,11 @@ class Log:
             return ""
         kept = ""
         for line in self.file.read_text().splitlines():
-            if json.loads(line)["step"] <= self.run.progress["step"]:
+            try:
+                step = json.loads(line)["step"]
+            except ValueError:  # cut off when the run was killed
+                continue
+            if step <= self.run.progress["step"]:
                 kept += line + "\n"
         return kept
 
@@ -143,7 +162,9 @@ def warn_at_chance(run, metrics, chance):
             if name.startswith(f"{other}_"):
                 task = other
         examples = len(run.sets[task].get("val", ()))
-        if examples and metrics[name] <= p + 2 * math.sqrt(p * (1 - p) / examples):
+        if examples < 30:
+            continue  # too few to tell
+        if metrics[name] <= p + 2 * math.sqrt(p * (1 - p) / examples):
             common.print0(
                 f"warning  val {name} {tasks.percent(metrics[name])} is no better than chance, {tasks.percent(p)}: "
                 "train longer, start from a pretrained model (--init) or try another --lr"
@@ -171,5 +192,75 @@ def describe_result(run):
     result["parameters"] = parameters
     result["seconds"] = round(progress["seconds"], 1)
     result["examples_per_second"] = round(progress["examples"] / max(1e-9, progress["seconds"]), 1)
+    tested = tasks.heads_for(run.paper, run.objectives)
+    random_heads = [head for head in progress.get("random_heads", []) if head in tested]
+    if random_heads:
+        result["random_heads"] = random_heads
     result["chance"] = {}
     return result
+
+
+# ---- output ----------------------------------------------------------------------------------------------------
+
+
+class SafeOutput:
+    """A text stream that never raises: what it cannot encode is escaped, what it cannot write is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self.stream.encoding
+            self.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError):
+            self.close()
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.close()
+
+    def close(self):
+        """After a closed pipe or a full disk: the rest goes nowhere, also what Python writes when it ends."""
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except (OSError, ValueError):
+            pass  # a stream without a file
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def safe_output():
+    """Inside the block stdout and stderr are a `SafeOutput`."""
+    with ExitStack() as stack:
+        if sys.stdout is not None:
+            stack.enter_context(redirect_stdout(SafeOutput(sys.stdout)))
+        if sys.stderr is not None:
+            stack.enter_context(redirect_stderr(SafeOutput(sys.stderr)))
+        yield
+
+
+@contextmanager
+def lock_folder(folder, rank):
+    """Inside the block no other run can use the folder. UserError if another one does."""
+    if rank > 0 or fcntl is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--out {folder}: another run is writing there; wait for it or give another --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import checkpoints
 import common
@@ -95,6 +96,38 @@ def interruptible():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def explain(error):
+    """The one line that says what ended a run; None for a fault of the program, which keeps its traceback."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what the last checkpoint holds is saved"
+    if isinstance(error, OSError):
+        if error.errno is None:
+            return None
+        return f"{error.filename or 'a file'}: {error.strerror}; the last checkpoint is kept"
+    if "PytorchStreamWriter" in text or "inline_container" in text:  # torch.save, for example on a full disk
+        return "a checkpoint could not be written; is the disk full? The one before it is kept"
+    if dist.is_initialized() and ("gloo" in text or "Connection" in text or isinstance(error, dist.DistError)):
+        return "another process of this run has ended"
+    return None
+
+
+def print_once(text):
+    """A line on stderr. What several processes have to say alike, only the first of them prints."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if os.environ["RANK"] != "0":
+            return
+    elif dist.is_initialized():
+        try:
+            if dist.distributed_c10d._get_default_store().add(text, 1) > 1:
+                return
+        except RuntimeError:
+            return  # the process that kept the store has ended, with a message of its own
+    print(text, file=sys.stderr, flush=True)
 
 
 # ---- CPU tuning and compilation --------------------------------------------------------------------------------

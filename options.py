@@ -20,6 +20,33 @@ import tasks
 from common import UserError
 from machine import first_process_first
 
+# ---- ranges ----------------------------------------------------------------------------------------------------
+
+
+def number(kind, least, most=math.inf, above=False):
+    """A type for argparse: a finite number of this kind, int or float, from `least` to `most`; above: not `least` itself."""
+
+    def parse_number(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+        if not least <= value <= most or value == math.inf or (above and value == least):
+            wanted = f"{'above' if above else 'at least'} {least}"
+            if most < math.inf:
+                wanted += f" and at most {most}"
+            raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
+        return value
+
+    return parse_number
+
+
+COUNT = number(int, 1)
+COUNT_OR_ZERO = number(int, 0)
+SHARE = number(float, 0, 1)
+POSITIVE = number(float, 0, above=True)
+NOT_NEGATIVE = number(float, 0)
+
 # ---- the table of options --------------------------------------------------------------------------------------
 # Each row: name, type or choices (bool: a flag), default, help. Where the default depends on the task, the data or the
 # model, it is None here: see `resolve_options`.
@@ -33,11 +60,12 @@ OPTIONS = {
     ],
     "data": [
         ("--data", str, "scenes", "scenes (built in) or a .jsonl file; one for all tasks, or one for each: a,b,c"),
-        ("--limit", int, None, "use N training examples, drawn at random"),
+        ("--limit", COUNT, None, "use N of the training examples, drawn at random"),
         ("--vocab", str, None, "a BERT vocab.txt or a tokenizer.json (default: trained on the training texts)"),
-        ("--mask", float, None, "share of the word pieces that pretraining masks (default: 0.15, scenes 0.3)"),
-        ("--patch", int, 12, "each region of a picture is resized to PATCH x PATCH pixels"),
-        ("--grid", int, 6, "a picture without boxes is cut into GRID x GRID regions"),
+        ("--max-words", number(int, 8), 60, "word pieces of a text, with [CLS] and [SEP]; the rest is cut off"),
+        ("--mask", SHARE, None, "share of the word pieces that pretraining masks (default: 0.15, scenes 0.3)"),
+        ("--patch", COUNT, 12, "each region of a picture is resized to N x N pixels"),
+        ("--grid", COUNT, 6, "a picture without boxes is cut into N x N regions"),
     ],
     "size and start": [
         ("--size", ["tiny", "base", "large"], "tiny", "preset of layer sizes"),
@@ -47,20 +75,20 @@ OPTIONS = {
         ("--partial", bool, False, "accept an --init that lacks tensors of the trunk; they stay at random"),
     ],
     "optimization": [
-        ("--steps", int, None, "optimizer steps (default: of the data set, scenes: about five minutes on two cores)"),
-        ("--batch-size", int, None, "examples in one forward pass of one process (default: of the data set, or 64 rows)"),
-        ("--accumulate", int, 1, "forward passes of one process in an optimizer step"),
-        ("--lr", float, None, "peak learning rate (default: by the model's width)"),
-        ("--warmup", float, 0.1, "share of the steps in which the learning rate rises"),
-        ("--weight-decay", float, 0.01, "AdamW's weight decay, on matrices only"),
-        ("--clip", float, 5.0, "largest gradient norm"),
+        ("--steps", COUNT_OR_ZERO, None, "optimizer steps (default: of the data set, scenes: about five minutes on two cores)"),
+        ("--batch-size", COUNT, None, "examples in one forward pass of one process (default: of the data set, or 64 rows)"),
+        ("--accumulate", COUNT, 1, "forward passes of one process in an optimizer step"),
+        ("--lr", NOT_NEGATIVE, None, "peak learning rate (default: by the model's width)"),
+        ("--warmup", SHARE, 0.1, "share of the steps in which the learning rate rises"),
+        ("--weight-decay", NOT_NEGATIVE, 0.01, "AdamW's weight decay, on matrices only"),
+        ("--clip", POSITIVE, 5.0, "largest gradient norm"),
     ],
     "retrieval and captions": [
-        ("--mine", int, 4, "candidates of which the hardest is the negative, in the second half of the steps"),
-        ("--pool", int, 200, "pictures in the test of retrieval and captions"),
-        ("--beams", int, 1, "beam width of the captions in the test; 1 is greedy search"),
+        ("--mine", COUNT, 4, "candidates of which the hardest is the negative, in the second half of the steps"),
+        ("--pool", COUNT, 200, "pictures in the test of retrieval and captions"),
+        ("--beams", COUNT, 1, "beam width of the captions in the test; 1 is greedy search"),
         ("--temperature", str, "learned", "of itc: learned, a number, or FIRST:LAST for half a cosine over the run"),
-        ("--rerank", int, None, "also test retrieval in two stages: itc's best RERANK are ranked by the matching head"),
+        ("--rerank", COUNT, None, "also test retrieval in two stages: itc's best N are ranked by the matching head"),
     ],
     "distillation": [
         ("--teacher", str, None, "a trained checkpoint to learn from *"),
@@ -70,10 +98,10 @@ OPTIONS = {
         ("--out", str, None, "folder of checkpoints, log and result (default: out/MODEL-TASK)"),
         ("--resume", bool, False, "go on from the checkpoint in --out, exactly where it stopped"),
         ("--export-official", str, None, "also write the final weights under the official names to this file *"),
-        ("--seed", int, 0, "seed of weights, order and masks"),
-        ("--seeds", int, 1, "repeat with SEED, SEED+1, ... and report mean and standard deviation"),
-        ("--eval-every", int, None, "steps between evaluations (default: a fifth of the steps)"),
-        ("--log-every", int, 50, "steps between progress lines"),
+        ("--seed", COUNT_OR_ZERO, 0, "seed of weights, order and masks"),
+        ("--seeds", COUNT, 1, "repeat with N seeds, --seed, --seed + 1, ..., and report mean and standard deviation"),
+        ("--eval-every", COUNT, None, "steps between evaluations (default: a fifth of the steps)"),
+        ("--log-every", COUNT, 50, "steps between progress lines"),
         ("--device", str, "auto", "auto, cpu, cuda, cuda:1 or mps"),
         ("--dtype", ["auto", "f32", "bf16"], "auto", "number format of matrix products"),
         ("--compile", bool, False, "compile the layers first; pays off in long runs"),
@@ -107,8 +135,10 @@ def parse(argv=None):
                 group.add_argument(name, nargs="+", default=default, metavar="FIELD", help=text)
             elif isinstance(kind, list):
                 group.add_argument(name, choices=kind, default=default, help=text)
+            elif kind is str:
+                group.add_argument(name, default=default, metavar="NAME", help=text)
             else:
-                group.add_argument(name, type=kind, default=default, help=text)
+                group.add_argument(name, type=kind, metavar="N", default=default, help=text)
     args = parser.parse_args(argv)
     check_options(args)
     return args
@@ -116,10 +146,6 @@ def parse(argv=None):
 
 def check_options(args):
     """UserError where an option has a value that cannot be, or does not go with another one."""
-    for name, value in vars(args).items():
-        least = 0 if name in ("steps", "seed") else 1
-        if type(value) is int and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be positive")
     names = args.task.split(",")
     for name in names:
         if name not in data.TASKS:

@@ -50,7 +50,9 @@ def make_batch(run, dataset, index, names, rng, false=None, **words):
     if any(objective.mean_over == "answers" for objective in objectives):
         batch = data.sample_answers(batch, rng)
     if "words" in masks:
-        batch = data.mask_words(batch, run.tokenizer, rng, **(words or {"p": run.args.mask}))
+        batch = data.mask_words(
+            batch, run.tokenizer, rng, **(words or {"p": run.args.mask, "force_one": run.args.mask > 0})
+        )
     if "regions" in masks:
         batch = data.mask_regions(batch, rng, **run.paper.PRETRAINING["region_masking"])
     if matched is not None and not run.paper.PRETRAINING.get("mask_false_pairs", True):

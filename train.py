@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections import Counter
@@ -31,9 +30,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-
-if not shutil.which("nvidia-smi"):
-    os.environ.setdefault("OMP_WAIT_POLICY", "active")  # read by torch when it is loaded
 
 import numpy as np
 import torch
@@ -47,7 +43,7 @@ import machine
 import options
 import tasks
 from common import UserError
-from log import Log, describe_result, print_run, warn_at_chance
+from log import Log, describe_result, lock_folder, print_run, safe_output, warn_at_chance
 
 # ---- the run and its loop --------------------------------------------------------------------------------------
 
@@ -97,7 +93,7 @@ def train(args):
     paper, _ = checkpoints.PAPERS[args.model]
     run = Run(args, paper, device, machine.pick_dtype(args.dtype, device), rank, world)
     checkpoint = read_start(args)
-    teacher = read_teacher(args, checkpoint)
+    teacher = read_teacher_checkpoint(args, checkpoint)
     load_data(run, checkpoint, teacher)
     if teacher:
         distill.read_teacher(run, teacher)
@@ -148,6 +144,8 @@ def training_loop(run, log):
             run.optimizer.zero_grad(set_to_none=True)
 
             progress["step"] = step
+            trained = tasks.heads_for(run.paper, names)
+            progress["random_heads"] = [head for head in progress["random_heads"] if head not in trained]
             last = step == args.steps
             due = last or step % args.log_every == 0
             if due and run.device.type != "cpu":
@@ -238,7 +236,7 @@ def load_data(run, checkpoint, teacher):
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)
     for splits in run.sets.values():
         for split in splits.values():
-            split.encode(run.tokenizer, max_length=60)
+            split.encode(run.tokenizer, max_length=args.max_words)
     run.answers = []
     if "vqa" in run.objectives or "qa" in run.objectives:
         questions = run.sets["vqa" if "vqa" in run.sets else "pretrain"]
@@ -422,7 +420,7 @@ def read_start(args):
     return None
 
 
-def read_teacher(args, checkpoint):
+def read_teacher_checkpoint(args, checkpoint):
     """The checkpoint of --teacher, or None. UserError if the start has another tokenizer."""
     if not args.teacher:
         return None
@@ -454,12 +452,17 @@ def build_model(run, checkpoint):
     except (TypeError, ValueError) as error:
         start = f"{args.init or args.model} {' '.join(args.config)}"
         raise UserError(f"{start}: no model of these sizes: {error}") from None
+    run.progress["random_heads"] = list(sizes["heads"])
     if checkpoint is None:
         return model
     if args.fresh:
         common.print0(f"init     {args.init}: its sizes and tokenizer only; all weights at random")
         return model
-    state, report = checkpoints.fit_state_dict(args, model.state_dict(), checkpoint, run.answers)
+    random = model.state_dict()
+    state, report = checkpoints.fit_state_dict(args, random, checkpoint, run.answers)
+    still_random = [name for name in state if state[name] is random[name]]
+    heads = {name.split(".")[1] for name in still_random if name.startswith("heads.")}
+    run.progress["random_heads"] = sorted(heads)
     model.load_state_dict(state)
     common.print0(report)
     return model
@@ -515,7 +518,7 @@ def learning_rate(step, peak, warmup, steps):
         return peak * step / warmup
     if step < steps:
         return peak * (steps - step) / (steps - warmup)
-    return 1e-8
+    return min(peak, 1e-8)
 
 
 def set_learning_rate(optimizer, step, rate):
@@ -550,7 +553,7 @@ def restore_optimizer(run, checkpoint):
         raise UserError(
             f"--resume: {run.args.init} is of a run with other heads; give the options that it had"
         ) from None
-    run.progress = checkpoint["progress"]
+    run.progress.update(checkpoint["progress"])
     machine.seed_dropout(run, checkpoint.get("generators", {}).get(run.device.type, []))
 
 
@@ -570,24 +573,36 @@ def validate(run, log):
         metrics, chance = tasks.evaluate(run, "val")
         log.metrics(metrics, chance, time.perf_counter() - start)
         warn_at_chance(run, metrics, chance)
-        score = validation_score(metrics)
+        score, name = best_score(run, metrics)
         if score > run.progress["best"]:
             run.progress["best"] = score
             checkpoints.save_checkpoint(run, "best.pt")
+            common.print0(f"best     step {run.progress['step']}: {name} {score:.4f}")
     if run.progress["step"] > 0:
         checkpoints.save_checkpoint(run, "checkpoint.pt")
 
 
-def validation_score(metrics):
-    """What best.pt is the best of: the sum of accuracies, mean recalls and 1 / perplexity."""
+def best_score(run, metrics):
+    """(number, its name): best.pt has the weights with the largest number.
+
+    The sum of accuracies, mean recalls and 1 / perplexity; minus the sum of the losses where there is none of them.
+    """
     score = 0.0
+    names = []
     for name, value in metrics.items():
         if name.endswith(("accuracy", "mean_recall")):
             score += float(value)
+            names.append(name)
     for name, value in metrics.items():
         if name.endswith("perplexity"):
             score += 1 / float(value)
-    return score
+            names.append(f"1 / {name}")
+    if not names:
+        for name, value in metrics.items():
+            if name.endswith("_loss"):
+                score -= float(value)
+                names.append(f"-{name}")
+    return score, " + ".join(names)
 
 
 def run_test(run):
@@ -599,6 +614,7 @@ def run_test(run):
     if has_split(run, "val") and best.is_file():
         run.model.load_state_dict(checkpoints.load_checkpoint(best)["state"])
     result = describe_result(run)
+    lines = []
     for split in split_names(run):
         if split in ("train", "val"):
             continue
@@ -608,7 +624,9 @@ def run_test(run):
             if split in splits:
                 examples += len(tasks.test_examples(run, task, splits[split]))
         title = f"{args.model} {args.task}, split {split}, {examples} examples"
-        common.print0(tasks.format_metrics(title, metrics, chance))
+        if "random_heads" in result:
+            title += f"; WARNING: untrained, at random: {', '.join(result['random_heads'])}"
+        lines.append(tasks.format_metrics(title, metrics, chance))
         prefix = "" if split == "test" else f"{split}_"
         for name, value in metrics.items():
             result[prefix + name] = round(float(value), 5)
@@ -619,11 +637,12 @@ def run_test(run):
     if args.rerank:
         task, head = ("pretrain", "itm") if args.task == "pretrain" else ("retrieval", "rank")
         if "test" in run.sets[task]:
-            stages, lines = tasks.compare_stages(run, run.sets[task]["test"], head)
+            stages, text = tasks.compare_stages(run, run.sets[task]["test"], head)
             result.update(stages)
-            common.print0(lines)
+            lines.append(text)
     if run.rank == 0:
         checkpoints.write_text(args.out / "result.json", json.dumps(result, indent=1) + "\n")
+    common.print0("\n".join(lines))
     return result
 
 
@@ -640,17 +659,19 @@ def split_names(run):
 
 def main(argv=None):
     """Trains every model and seed asked for. Exit code 0, or 2 with one line on stderr."""
-    try:
-        args = options.parse(argv)
-        machine.keep_freed_memory()
-        train_all(args)
+    with safe_output():
+        try:
+            args = options.parse(argv)
+            machine.keep_freed_memory()
+            train_all(args)
+        except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
+            message = machine.explain(error)
+            if message is None:
+                raise
+            machine.print_once(f"train.py: {message}")
+            return 2
         if dist.is_initialized():
             dist.barrier()  # a process that leaves early breaks the others' last reduction
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
             dist.destroy_process_group()
     return 0
 
@@ -667,7 +688,10 @@ def train_all(args):
         if any(started):  # the others start now; if none has been started, the first says so
             for run_args, resume in zip(runs, started, strict=True):
                 run_args.resume = resume
-    results = [train(run_args) for run_args in runs]
+    results = []
+    for run_args in runs:
+        with lock_folder(run_args.out, common.rank_and_world()[0]):
+            results.append(train(run_args))
     if len(results) > 1:
         tasks.compare_models(results, options.output_folder(args, args.model))
 

@@ -19,7 +19,6 @@ import argparse
 import copy
 import math
 import multiprocessing
-import os
 import resource
 import sys
 import tempfile
@@ -40,7 +39,7 @@ import data
 import machine
 import options
 import tasks
-import train  # after torch, so that its threads wait as torch has it: three sides share the cores in --peer
+import train
 
 CLASSES, ATTRIBUTES, WIDTH = 1601, 400, 2048
 STAGES = ("data", "forward", "backward", "optimizer")
@@ -321,7 +320,6 @@ def side(args, dtype, name, pipe):
 def compare_peer(args, dtype):
     """Ours and the peer's in turn over the same examples: the peer as it ships, and with the memory setting of ours."""
     spawn, sides, times = multiprocessing.get_context("spawn"), {}, {}
-    os.environ.pop("OMP_WAIT_POLICY", None)  # the sides that have to wait must not hold the cores
     for name in ("ours", "transformers", "transformers, freed memory kept"):
         sides[name], end = spawn.Pipe()
         spawn.Process(target=side, args=(args, dtype, name, end), daemon=True).start()

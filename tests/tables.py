@@ -21,17 +21,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoints
-import tasks
-
-import train  # isort: skip  before torch: it tells torch's threads how to wait
-
-import torch
-
 import data
+import tasks
+import train
 
 COLUMNS = {  # task: the metrics of its cells
     "vqa": ("accuracy",),
