@@ -47,6 +47,7 @@ import checkpoints
 import common
 import data
 import distill
+import evaluation
 import tasks
 from common import UserError
 from prepare import scenes
@@ -274,6 +275,7 @@ class Run:
     dtype: torch.dtype
     rank: int
     world: int
+    content_words: tuple = ()  # words that only the picture tells, of the data set
     model: torch.nn.Module = None
     optimizer: torch.optim.Optimizer = None
     teacher: torch.nn.Module = None
@@ -605,6 +607,8 @@ def train(args):
     answers = teacher["answers"] if teacher and teacher["answers"] and answers else answers
     dtype = pick_dtype(args.dtype, device)
     run = Run(args, paper, objectives, sets, tokenizer, answers, device, dtype, rank, world)
+    if args.data == "scenes":
+        run.content_words = scenes.CONTENT_WORDS
     if teacher:
         distill.read_teacher(run, teacher)
     run.model = build_model(run, checkpoint).to(device)
@@ -761,7 +765,7 @@ def warn_at_chance(run, metrics, chance):
         task = next((t for t in run.sets if name.startswith(f"{t}_")), next(iter(run.sets)))
         n = len(run.sets[task].get("val", ()))
         if name.endswith("accuracy") and n and metrics[name] <= p + 2 * math.sqrt(p * (1 - p) / n):
-            common.print0(f"warning  val {name} {tasks.percent(metrics[name])} is no better than chance, {tasks.percent(p)}: train longer, start "
+            common.print0(f"warning  val {name} {evaluation.percent(metrics[name])} is no better than chance, {evaluation.percent(p)}: train longer, start "
                 "from a pretrained model (--init) or try another --lr")  # fmt: skip
 
 
@@ -792,7 +796,7 @@ def run_test(run):
             continue
         examples = sum(len(tasks.test_examples(run, task, s[split])) for task, s in run.sets.items() if split in s)
         common.print0(
-            tasks.format_metrics(f"{args.model} {args.task}, split {split}, {examples} examples", metrics, chance)
+            evaluation.format_metrics(f"{args.model} {args.task}, split {split}, {examples} examples", metrics, chance)
         )
         prefix = "" if split == "test" else f"{split}_"
         result |= {prefix + name: round(float(value), 5) for name, value in metrics.items()}
@@ -801,7 +805,7 @@ def run_test(run):
         result["temperature"] = round(math.exp(-run.model.heads["itc"].log_scale.item()), 5)
     searched, head = (run.splits, "itm") if args.task == "pretrain" else (run.sets.get("retrieval", {}), "rank")
     if args.rerank and "test" in searched:
-        stages, lines = tasks.compare_stages(run, searched["test"], head)
+        stages, lines = evaluation.compare_stages(run, searched["test"], head)
         result |= stages
         common.print0(lines)
     if run.rank == 0:
@@ -861,10 +865,12 @@ class Log:
         """The val split's metrics, chance in brackets."""
         step, shown = self.run.progress["step"], []
         for name, value in metrics.items():
-            beside = f" ({tasks.percent(chance[name])})" if name in chance else ""
+            beside = f" ({evaluation.percent(chance[name])})" if name in chance else ""
             if "accuracy_" not in name:
                 shown.append(
-                    f"{name} {value:.3f}" if name.endswith(tasks.PLAIN) else f"{name} {tasks.percent(value)}{beside}"
+                    f"{name} {value:.3f}"
+                    if name.endswith(evaluation.NO_SHARE)
+                    else f"{name} {evaluation.percent(value)}{beside}"
                 )
         common.print0(f"step {step:5d}/{self.run.args.steps}  val: {', '.join(shown)}; {seconds:.0f} s")
         self.write({"step": step, "split": "val", **metrics, "chance": chance})
@@ -911,7 +917,7 @@ def main(argv=None):
                 args.resume = resume
         results = [train(args) for args in runs]
         if len(results) > 1:
-            tasks.compare_models(results, output_folder(options, options.model))
+            evaluation.compare_models(results, output_folder(options, options.model))
         if dist.is_initialized():
             dist.barrier()  # a process that leaves early breaks the others' last reduction
     except UserError as error:
