@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 
 import checkpoints
 import common
+import evaluation
 import tasks
 from common import UserError
 
@@ -110,12 +111,12 @@ class Log:
         for name, value in metrics.items():
             if "accuracy_" in name:
                 continue
-            if name.endswith(tasks.PLAIN):
+            if name.endswith(evaluation.NO_SHARE):
                 text = f"{name} {value:.3f}"
             else:
-                text = f"{name} {tasks.percent(value)}"
+                text = f"{name} {evaluation.percent(value)}"
             if name in chance:
-                text += f" ({tasks.percent(chance[name])})"
+                text += f" ({evaluation.percent(chance[name])})"
             shown.append(text)
         common.print0(f"step {step:5d}/{self.run.args.steps}  val: {', '.join(shown)}; {seconds:.0f} s")
         self.write({"step": step, "split": "val", **metrics, "chance": chance})
@@ -166,9 +167,34 @@ def warn_at_chance(run, metrics, chance):
             continue  # too few to tell
         if metrics[name] <= p + 2 * math.sqrt(p * (1 - p) / examples):
             common.print0(
-                f"warning  val {name} {tasks.percent(metrics[name])} is no better than chance, {tasks.percent(p)}: "
+                f"warning  val {name} {evaluation.percent(metrics[name])} is no better than chance, {evaluation.percent(p)}: "
                 "train longer, start from a pretrained model (--init) or try another --lr"
             )
+
+
+def best_score(run, metrics):
+    """(number, its name): best.pt has the weights with the largest number.
+
+    The sum of accuracies, mean recalls and 1 / perplexity; minus the sum of the losses where there is none of them.
+    """
+    score = 0.0
+    names = []
+    for name, value in metrics.items():
+        if name.endswith(("accuracy", "mean_recall")):
+            score += float(value)
+            names.append(name)
+    for name, value in metrics.items():
+        if name.endswith("perplexity"):
+            score += 1 / float(value)
+            names.append(f"1 / {name}")
+    if not names:
+        for name, value in metrics.items():
+            if name.endswith("_loss"):
+                score -= float(value)
+                names.append(f"-{name}")
+    if not names:
+        return run.progress["step"], "the last step, as nothing was measured"
+    return score, " + ".join(names)
 
 
 def describe_result(run):

@@ -54,7 +54,7 @@ NOT_NEGATIVE = number(float, 0)
 OPTIONS = {
     "what to train": [
         ("--model", [*checkpoints.PAPERS, "all"], "uniter", "the model; all: one after the other, compared in a table"),
-        ("--task", str, "pretrain", f"{', '.join(data.TASKS)}; several downstream tasks, a,b,c, train together"),
+        ("--task", str, "pretrain", f"{', '.join(tasks.TASKS)}; several downstream tasks, a,b,c, train together"),
         ("--objectives", str, None, "pretraining objectives, a,b,c (default: those of the paper)"),
         ("--ablate", ["text", "image"], None, "take the text or the image away, to measure what the other is worth"),
     ],
@@ -114,7 +114,6 @@ CHOICES = {  # fields of --config that are words
 }
 # fields of a Config that --config may not set
 DECIDED_BY_DATA = {"vocab_size", "feature_size", "types", "classes", "attributes", "answers", "heads", "teacher_widths"}
-ROWS = {"nlvr2": 2, "vcr": 4, "retrieval": 3}  # rows of a batch that one example takes, where not 1
 
 
 def parse(argv=None):
@@ -148,8 +147,8 @@ def check_options(args):
     """UserError where an option has a value that cannot be, or does not go with another one."""
     names = args.task.split(",")
     for name in names:
-        if name not in data.TASKS:
-            raise UserError(f"--task: there is no task {name!r}; choose from {', '.join(data.TASKS)}")
+        if name not in tasks.TASKS:
+            raise UserError(f"--task: there is no task {name!r}; choose from {', '.join(tasks.TASKS)}")
     if len(set(names)) < len(names) or ("pretrain" in names and len(names) > 1):
         raise UserError("--task: name each task once, and pretrain alone")
     if len(args.data.split(",")) not in (1, len(names)):
@@ -254,7 +253,7 @@ def set_data_defaults(args, all_models):
     if args.mask is None:
         args.mask = defaults.get("mask", 0.15)
     if args.batch_size is None:
-        rows = max(ROWS.get(task, 1) for task in args.tasks)
+        rows = max(tasks.TASKS[task].rows for task in args.tasks)
         args.batch_size = max(1, defaults.get("batch_size", 64) // rows // world)
     if args.eval_every is None:
         args.eval_every = max(1, math.ceil(args.steps / 5))
@@ -263,10 +262,17 @@ def set_data_defaults(args, all_models):
 def open_data(source):
     """(path, description) of a data set: where it lies, and what its dataset.json says."""
     if source != "scenes":
-        return source, {"extra_splits": [], "vocab": None, "regions": None, "defaults": {}}
-    defaults = {"steps": 2400, "steps_one_objective": 3600, "mask": 0.3, "batch_size": 256}
-    extra_splits = ["compose", "detected"]
-    return source, {"extra_splits": extra_splits, "vocab": "vocab.txt", "regions": {"patch": 12}, "defaults": defaults}
+        return source, {"extra_splits": [], "vocab": None, "content_words": [], "regions": {}, "defaults": {}}
+    from prepare import scenes
+
+    description = {
+        "extra_splits": ["compose", "detected"],
+        "vocab": "vocab.txt",
+        "content_words": scenes.CONTENT_WORDS,
+        "regions": {"patch": 12},
+        "defaults": {"steps": 2400, "steps_one_objective": 3600, "mask": 0.3, "batch_size": 256},
+    }
+    return source, description
 
 
 def read_vocab(path, description):

@@ -146,7 +146,7 @@ def answer(args, model, tokenizer, checkpoint, task):
         elif task == "vcr":
             begin = (args.text, args.answer) if args.answer else (args.text,)
             batch = make_batch(tokenizer, [(*begin, choice) for choice in args.choices], [picture] * len(args.choices))
-            batch.segments = tasks.text_types(paper, batch.segments)
+            batch.segments = tasks.vcr_text_types(paper, batch.segments)
             batch.target, batch.ids = torch.eye(len(args.choices), dtype=torch.long)[0], [args.text]
             found = ranked(model(batch, ["vcr"])["vcr"][1].softmax(0), args.choices, args.top)
         else:

@@ -39,11 +39,12 @@ import checkpoints
 import common
 import data
 import distill
+import evaluation
 import machine
 import options
 import tasks
 from common import UserError
-from log import Log, describe_result, lock_folder, print_run, safe_output, warn_at_chance
+from log import Log, best_score, describe_result, lock_folder, print_run, safe_output, warn_at_chance
 
 # ---- the run and its loop --------------------------------------------------------------------------------------
 
@@ -61,6 +62,7 @@ class Run:
     objectives: dict = None  # name -> ratio in which pretraining draws it; 1 in fine-tuning
     sets: dict = None  # task -> its splits, {name: data.Dataset}
     tokenizer: object = None
+    content_words: list = ()  # words that only the picture tells, as colours
     answers: list = None  # column -> answer, most frequent first
     model: torch.nn.Module = None
     optimizer: torch.optim.Optimizer = None
@@ -233,6 +235,8 @@ def load_data(run, checkpoint, teacher):
         )
     if args.task == "pretrain":
         run.objectives = drop_unsupported(run.paper, run.objectives, run.splits["train"])
+    if options.one_source(args):
+        run.content_words = args.data_sets[0][1]["content_words"]
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)
     for splits in run.sets.values():
         for split in splits.values():
@@ -582,29 +586,6 @@ def validate(run, log):
         checkpoints.save_checkpoint(run, "checkpoint.pt")
 
 
-def best_score(run, metrics):
-    """(number, its name): best.pt has the weights with the largest number.
-
-    The sum of accuracies, mean recalls and 1 / perplexity; minus the sum of the losses where there is none of them.
-    """
-    score = 0.0
-    names = []
-    for name, value in metrics.items():
-        if name.endswith(("accuracy", "mean_recall")):
-            score += float(value)
-            names.append(name)
-    for name, value in metrics.items():
-        if name.endswith("perplexity"):
-            score += 1 / float(value)
-            names.append(f"1 / {name}")
-    if not names:
-        for name, value in metrics.items():
-            if name.endswith("_loss"):
-                score -= float(value)
-                names.append(f"-{name}")
-    return score, " + ".join(names)
-
-
 def run_test(run):
     """Tests the best weights, or the last ones if there is no val split. Returns what result.json holds."""
     args = run.args
@@ -626,7 +607,7 @@ def run_test(run):
         title = f"{args.model} {args.task}, split {split}, {examples} examples"
         if "random_heads" in result:
             title += f"; WARNING: untrained, at random: {', '.join(result['random_heads'])}"
-        lines.append(tasks.format_metrics(title, metrics, chance))
+        lines.append(evaluation.format_metrics(title, metrics, chance))
         prefix = "" if split == "test" else f"{split}_"
         for name, value in metrics.items():
             result[prefix + name] = round(float(value), 5)
@@ -637,7 +618,7 @@ def run_test(run):
     if args.rerank:
         task, head = ("pretrain", "itm") if args.task == "pretrain" else ("retrieval", "rank")
         if "test" in run.sets[task]:
-            stages, text = tasks.compare_stages(run, run.sets[task]["test"], head)
+            stages, text = evaluation.compare_stages(run, run.sets[task]["test"], head)
             result.update(stages)
             lines.append(text)
     if run.rank == 0:
@@ -693,7 +674,7 @@ def train_all(args):
         with lock_folder(run_args.out, common.rank_and_world()[0]):
             results.append(train(run_args))
     if len(results) > 1:
-        tasks.compare_models(results, options.output_folder(args, args.model))
+        evaluation.compare_models(results, options.output_folder(args, args.model))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoints
 import data
-import tasks
+import evaluation
 import train
 
 COLUMNS = {  # task: the metrics of its cells
@@ -86,7 +86,7 @@ def restore(folder):
     names = {"args": SimpleNamespace(ablate=None), "device": torch.device("cpu"), "autocast": nullcontext}
     tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
     dataset = data.load("scenes", "caption", "test").encode(tokenizer, max_length=60)
-    return SimpleNamespace(model=model, rank=0, world=1, **names), dataset, tasks.first_captions(dataset)
+    return SimpleNamespace(model=model, rank=0, world=1, **names), dataset, evaluation.first_captions(dataset)
 
 
 def spread(values, scale=100):
@@ -178,8 +178,8 @@ def table_of_temperatures(args):
             ends.append(run(args, name, *options, *extra, steps=steps)["temperature"])
             restored, dataset, texts = restore(args.out / name)
             with torch.inference_mode():
-                dots = tasks.dot_products(restored, dataset, texts[:500], dataset.image[texts[:500]])
-            recalls = tasks.recall_at(dots, torch.arange(len(dots)))
+                dots = evaluation.dot_products(restored, dataset, texts[:500], dataset.image[texts[:500]])
+            recalls = evaluation.recall_at(dots, torch.arange(len(dots)))
             found.append((recalls["text_to_image_r1"] + recalls["image_to_text_r1"]) / 2)
         points[value] = float(np.mean(ends)), float(np.mean(found))
         rows[f"learned, ends at {points[value][0]:.3f}" if value == "learned" else value] = {"R@1": spread(found)}

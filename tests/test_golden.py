@@ -35,7 +35,7 @@ from common import (
     optimal_transport,
     soft_answer_loss,
 )
-from tasks import recall_at
+from evaluation import recall_at
 
 # ---- frame -----------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from test_data import A_THING, COLORS, SHAPES, THING, matching
 import checkpoints
 import common
 import data
+import evaluation
 import log
 import lxmert
 import options
@@ -135,6 +136,23 @@ def test_states_computed_apart_change_nothing(name):
         torch.testing.assert_close(getattr(apart, field), getattr(together, field), atol=1e-12, rtol=0)
 
 
+class RereadingModel:
+    """Decodes the whole text anew at each step, and keeps in the cache nothing but the text."""
+
+    def __init__(self, model):
+        self.model = model
+        self.word_scores = model.word_scores
+
+    def decode(self, batch, cache):
+        text = batch.text
+        if cache:
+            text = torch.cat([cache["text"][0], text], 1)
+        cache["text"] = (text,)
+        mask = torch.ones_like(text, dtype=torch.bool)
+        batch = dataclasses.replace(batch, text=text, text_mask=mask, segments=torch.zeros_like(text))
+        return self.model.decode(batch, {})
+
+
 class Toy:
     """A language model of four pieces (0 the end, 1 the beginning) whose chances depend on all pieces so far."""
 
@@ -165,13 +183,13 @@ def test_enough_beams_find_the_likeliest_of_all_texts_and_one_beam_is_greedy():
     texts, lengths, better = ended + list(itertools.product((1, 2, 3), repeat=4)), set(), 0
     for toy in map(Toy, range(12)):
         best = max(texts, key=toy.chance)
-        found = tasks.generate(toy, batch, first=1, last=0, beams=250, most=4, cached=False)
+        found = evaluation.generate(RereadingModel(toy), batch, first=1, last=0, beams=250, most=4)
         assert found == [[p for p in best if p]] * 2
         greedy = []
         while len(greedy) < 4 and 0 not in greedy:
             past = ([0, 0, 0, 1] + greedy)[-3:]
             greedy.append(int(toy.table[tuple(past)].argmax()))
-        found = tasks.generate(toy, batch, first=1, last=0, beams=1, most=4, cached=False)
+        found = evaluation.generate(RereadingModel(toy), batch, first=1, last=0, beams=1, most=4)
         assert found == [[p for p in greedy if p]] * 2
         lengths.add(len(best))
         better += toy.chance(best) > toy.chance(greedy) + 1e-9
@@ -183,8 +201,10 @@ def test_captions_with_and_without_the_cache_are_the_same(name):
     model, batch = make(name, heads=("mlm",)), make_batch()
     model.heads["mlm"].bias.data[3] -= 2  # or a caption of random weights might end at once
     for beams in (1, 3):
-        cached, plain = (tasks.generate(model, batch, 2, 3, beams, most=8, cached=c) for c in (True, False))
-        assert cached == plain and all(1 < len(c) <= 8 for c in cached)
+        cached = evaluation.generate(model, batch, 2, 3, beams, most=8)
+        plain = evaluation.generate(RereadingModel(model), batch, 2, 3, beams, most=8)
+        assert cached == plain
+        assert all(1 < len(caption) <= 8 for caption in cached)
 
 
 # ---- scenes ----------------------------------------------------------------------------------------------------
@@ -337,9 +357,9 @@ def test_rows_of_choices_are_question_answer_and_reason(cache, tokenizer):
             pieces, types = pieces + [*ids, sep], types + [number] * len(ids) + [number + (not last)]
         assert batch.text[row, : len(pieces)].tolist() == pieces and batch.text_mask[row].sum() == len(pieces)
         assert batch.segments[row, : len(pieces)].tolist() == types
-    uniters = tasks.text_types(uniter, batch.segments)[batch.text_mask]
+    uniters = tasks.vcr_text_types(uniter, batch.segments)[batch.text_mask]
     assert torch.equal(uniters, torch.tensor([0, 2, 3])[batch.segments[batch.text_mask]])
-    other = tasks.text_types(lxmert, batch.segments)
+    other = tasks.vcr_text_types(lxmert, batch.segments)
     assert torch.equal(other[:4], (batch.segments[:4] == 2).long()) and torch.equal(other[4:], batch.segments[4:])
     part = dataset.subset(np.array([3, 1]))
     assert torch.equal(data.collate(part, np.array([1])).text, data.collate(dataset, np.array([1])).text)
@@ -457,15 +477,19 @@ def test_a_summed_loss_counts_as_a_mean_whatever_the_parts(name):
 
 def test_bleu_by_hand():
     the = ["the", "cat", "is", "on", "the", "mat"], ["there", "is", "a", "cat", "on", "the", "mat"]
-    assert tasks.bleu([["the"] * 7], [the], longest=1) == pytest.approx(2 / 7)  # Papineni's example 2
+    assert evaluation.bleu([["the"] * 7], [the], longest=1) == pytest.approx(2 / 7)  # Papineni's example 2
     said, true = ["a", "b", "c", "d", "e", "f"], ["a", "b", "c", "d", "x", "f", "g"]
     value = (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
-    assert tasks.bleu([said], [[true]]) == pytest.approx(math.exp(1 - 7 / 6) * value)
-    assert tasks.bleu([said], [[true, ["z", "z", "z", "z", "z", "z"]]]) == pytest.approx(value)  # the nearer length
-    assert tasks.bleu([true], [[said]]) == pytest.approx((5 / 7 * 3 / 6 * 2 / 5 * 1 / 4) ** 0.25)  # long: no penalty
+    assert evaluation.bleu([said], [[true]]) == pytest.approx(math.exp(1 - 7 / 6) * value)
+    assert evaluation.bleu([said], [[true, ["z", "z", "z", "z", "z", "z"]]]) == pytest.approx(
+        value
+    )  # the nearer length
+    assert evaluation.bleu([true], [[said]]) == pytest.approx(
+        (5 / 7 * 3 / 6 * 2 / 5 * 1 / 4) ** 0.25
+    )  # long: no penalty
     corpus = (5 + 5) / (6 + 7), (3 + 3) / (5 + 6), (2 + 2) / (4 + 5), (1 + 1) / (3 + 4)
-    assert tasks.bleu([said, true], [[true], [said]]) == pytest.approx(math.prod(corpus) ** 0.25)
-    assert tasks.bleu([["a", "b"]], [[["a", "b"]]]) == 0.0  # no 4-gram
+    assert evaluation.bleu([said, true], [[true], [said]]) == pytest.approx(math.prod(corpus) ** 0.25)
+    assert evaluation.bleu([["a", "b"]], [[["a", "b"]]]) == 0.0  # no 4-gram
 
 
 def test_choices_are_scored_as_counted_by_hand(monkeypatch):
@@ -477,10 +501,10 @@ def test_choices_are_scored_as_counted_by_hand(monkeypatch):
     monkeypatch.setattr(tasks, "make_batch", lambda *_: None)
     scores = torch.tensor([2.0, 1, 0, 1, 0, 1, 3, 1])  # right, right, wrong, right
     monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (None, scores))
-    metrics, chance = tasks.evaluate_choice(None, "vcr", dataset)
+    metrics, chance = tasks.evaluate_vcr(None, dataset)
     assert metrics == {"q_a_accuracy": 0.5, "qa_r_accuracy": 1.0, "q_ar_accuracy": 0.5}
     assert chance == {"q_a_accuracy": 0.5, "qa_r_accuracy": 0.5, "q_ar_accuracy": 0.25}
-    metrics, chance = tasks.evaluate_choice(None, "nlvr2", dataset)
+    metrics, chance = tasks.evaluate_nlvr2(None, dataset)
     assert metrics == {"accuracy": 0.75, "accuracy_answer": 0.5, "accuracy_reason": 1.0}
     assert chance == {"accuracy": 0.75, "accuracy_answer": 1.0, "accuracy_reason": 0.5}
 
@@ -500,14 +524,14 @@ def test_regions_are_right_above_one_half(cache, tokenizer, monkeypatch):
         return None, torch.nn.functional.one_hot(batch.target.argmax(1), batch.boxes.shape[1]).float()
 
     monkeypatch.setattr(tasks, "loss_and_logits", scores_of)
-    metrics, found = tasks.evaluate_choice(run, "refer", dataset)
+    metrics, found = tasks.evaluate_refer(run, dataset)
     assert metrics["accuracy"] == metrics["reachable"] == 1.0 and found["accuracy"] == pytest.approx(np.mean(chance))
     batch = tasks.make_batch(run, dataset, np.arange(len(dataset)), ["refer"], None)
     assert batch.target.argmax(1).tolist() == best
     for row, overlap, real in zip(batch.target, overlaps, batch.region_mask, strict=True):
         assert row[real].tolist() == pytest.approx(overlap) and (row[~real] < 0).all()
     monkeypatch.setattr(tasks, "loss_and_logits", lambda *a: (None, -scores_of(*a)[1]))  # any wrong region, or padding
-    assert tasks.evaluate_choice(run, "refer", dataset)[0]["accuracy"] < 0.1
+    assert tasks.evaluate_refer(run, dataset)[0]["accuracy"] < 0.1
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -517,9 +541,9 @@ def test_the_matrix_of_all_pairs_equals_scoring_each_pair(name, cache, tokenizer
     model = make(name, heads=("rank",), vocab_size=tokenizer.get_vocab_size(), feature_size=432).float()
     run = SimpleNamespace(model=model, device=torch.device("cpu"), autocast=train.nullcontext, rank=0, world=1)
     run.args, seen = SimpleNamespace(ablate=None), []
-    monkeypatch.setattr(tasks, "recall_at", lambda scores, truth: seen.append(scores))
+    monkeypatch.setattr(evaluation, "recall_at", lambda scores, truth: seen.append(scores))
     with torch.no_grad():
-        tasks.recall_of_all_pairs(run, dataset, index, "rank")
+        evaluation.recall_of_all_pairs(run, dataset, index, "rank")
         for i, j in itertools.product(range(6), range(6)):
             batch = data.collate(dataset, index[[i]], dataset.image[index[[j]]])
             assert float(model.heads["rank"](model.encode(batch).pooled)) == pytest.approx(
@@ -529,20 +553,20 @@ def test_the_matrix_of_all_pairs_equals_scoring_each_pair(name, cache, tokenizer
 
 def test_a_caption_repeated_word_for_word_has_bleu_1(cache, tokenizer, monkeypatch):
     dataset = scenes.scenes("val", "caption", 30, cache=cache).encode(tokenizer)
-    index = tasks.first_captions(dataset)
+    index = evaluation.first_captions(dataset)
     run = SimpleNamespace(
-        args=SimpleNamespace(ablate=None, beams=1), rank=0, world=1, paper=uniter, tokenizer=tokenizer
+        args=SimpleNamespace(ablate=None, beams=1, pool=30), rank=0, world=1, paper=uniter, tokenizer=tokenizer
     )
     run.model, run.device, run.autocast, run.answers = None, torch.device("cpu"), train.nullcontext, []
     pieces = [dataset.tokens[a + 1 : b - 1].tolist() for a, b in itertools.pairwise(dataset.offsets)]
     turn = iter(tasks.evaluation_batches(run, dataset, index))
     monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (torch.tensor(0.0), None))
     monkeypatch.setattr(tasks, "generate", lambda *_: [pieces[i] for i in next(turn)])
-    metrics, chance = tasks.evaluate_captions(run, dataset, index)
+    metrics, chance = tasks.evaluate_captions(run, dataset)
     assert metrics["bleu4"] == 1.0 > chance["bleu4"]
 
 
-@pytest.mark.parametrize("task", [task for task in data.TASKS if task not in ("pretrain", "vqa")])
+@pytest.mark.parametrize("task", [task for task in tasks.TASKS if task not in ("pretrain", "vqa")])
 def test_a_task_s_batch_can_be_pinned_and_names_its_examples(task, cache, tokenizer):
     """Page-locked memory has no place for tensors that repeat a row without holding it (a stride of 0)."""
     dataset = scenes.scenes("train", task, 20, cache=cache).encode(tokenizer)
@@ -551,7 +575,7 @@ def test_a_task_s_batch_can_be_pinned_and_names_its_examples(task, cache, tokeni
     )
     run.model, run.progress = make("uniter", heads=("rank",)), {"step": 0}
     run.columns = lambda name="vqa": dict.fromkeys(data.ENTAILMENT, 0)
-    name = tasks.OBJECTIVE.get(task, task)
+    name = tasks.TASKS[task].objective
     batch = tasks.make_batch(run, dataset, np.arange(4), [name], np.random.default_rng(0))
     assert len(batch.ids) == 4
     for field in dataclasses.fields(batch):
@@ -569,7 +593,7 @@ def test_no_step_waits_for_a_value(name, cache, tokenizer):
     args = options.resolve_options(options.parse(["--model", name]), name, 0)
     pretraining = [name for name, row in paper.OBJECTIVES.items() if row.pretraining]
     trained = dict.fromkeys(pretraining, "vqa")  # on the scenes of questions, whose texts have answers
-    trained |= {tasks.OBJECTIVE.get(task, task): task for task in data.TASKS if task != "pretrain"}
+    trained |= {tasks.TASKS[task].objective: task for task in tasks.TASKS if task != "pretrain"}
     sets = {task: scenes.scenes("train", task, 20, cache=cache).encode(tokenizer) for task in trained.values()}
     run = SimpleNamespace(args=args, paper=paper, tokenizer=tokenizer, answers=["red"], progress={"step": 0})
     run.columns = lambda task="vqa": dict.fromkeys(data.ENTAILMENT if task == "ve" else run.answers, 0)
@@ -718,7 +742,7 @@ def test_every_task_learns_from_a_teacher(folder, monkeypatch, capsys):
     six += ["--teacher", "uniter/checkpoint.pt", "--steps", 6]
     assert start(folder, monkeypatch, *six, "--init", "uniter/checkpoint.pt", "--lr", "1e-12", "--out", "same") == 0
     assert start(folder, monkeypatch, *six, "--config", "layers=1", "--out", "student") == 0
-    soft = {f"{tasks.OBJECTIVE.get(task, task)}_soft" for task in SIX.split(",")}
+    soft = {f"{tasks.TASKS[task].objective}_soft" for task in SIX.split(",")}
     same, other = losses(folder, "same"), losses(folder, "student")
     assert soft <= set(same) and soft <= set(other)
     assert max(abs(v) for name in soft for v in same[name]) < 1e-6 < min(v for name in soft for v in other[name])

@@ -21,6 +21,7 @@ import checkpoints
 import common
 import data
 import distill
+import evaluation
 import lxmert
 import machine
 import options
@@ -176,8 +177,8 @@ def test_parts_of_unlike_size_give_the_gradients_of_the_whole(names):
 def test_comparison_says_tie_where_the_spread_covers_the_lead():
     close = {"a": {"mean": 0.91, "spread": 0.02}, "b": {"mean": 0.90, "spread": 0.01}}
     clear = {"a": {"mean": 0.95, "spread": 0.01}, "b": {"mean": 0.90, "spread": 0.01}}
-    assert tasks.best_model(close) == "tie"
-    assert tasks.best_model(clear) == "a"
+    assert evaluation.best_model(close) == "tie"
+    assert evaluation.best_model(clear) == "a"
 
 
 @pytest.mark.parametrize("model", ["uniter", "vilbert", "lxmert"])
@@ -269,7 +270,7 @@ def test_two_streams_predict_in_true_pairs_alone_and_mask_15_percent_of_the_regi
 
 def test_recall_counts_every_right_picture_once():
     scores = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 2.0], [2.0, 0.0, 1.0]])
-    recalls = tasks.recall_at(scores, torch.arange(3), ks=(1, 2))
+    recalls = evaluation.recall_at(scores, torch.arange(3), ks=(1, 2))
     assert recalls["text_to_image_r1"] == pytest.approx(1 / 3)
     assert recalls["text_to_image_r2"] == pytest.approx(1.0)
 
@@ -360,12 +361,12 @@ def test_all_models_and_seeds_end_in_one_table(pictures, tmp_path):
 
 
 def test_ablation_removes_a_modality():
-    batch = tasks.remove_modality(masked_batch(3, 0), "image")
+    batch = data.remove_modality(masked_batch(3, 0), "image")
     assert not batch.region_mask.any() and not batch.features.any() and not batch.boxes.any()
     batch = masked_batch(3, 0)
     batch.text_mask[0, 4:] = False
     first, last = batch.text[:, 0].clone(), torch.stack([batch.text[0, 3], batch.text[1, 5], batch.text[2, 5]])
-    batch = tasks.remove_modality(batch, "text")
+    batch = data.remove_modality(batch, "text")
     assert batch.text.tolist() == torch.stack([first, last], 1).tolist() and batch.text_mask.all()
 
 
@@ -493,11 +494,11 @@ def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
         asked.extend(zip(texts.tolist(), (pictures - 10).tolist(), strict=True))
         return fine[texts, pictures - 10]
 
-    monkeypatch.setattr(tasks, "dot_products", lambda *_: dots)
-    monkeypatch.setattr(tasks, "score_pairs", matching)
+    monkeypatch.setattr(evaluation, "dot_products", lambda *_: dots)
+    monkeypatch.setattr(evaluation, "score_pairs", matching)
     for k in (1, 2, 4, 20):
         asked.clear()
-        got = tasks.two_stage(None, dataset, np.arange(n), np.arange(10, 10 + m), k)
+        got = evaluation.two_stage(None, dataset, np.arange(n), np.arange(10, 10 + m), k, "itm")
         ranks, near = {"text_to_image": [], "image_to_text": []}, set()
         for text in range(n):
             best = sorted(range(m), key=lambda i, t=text: -dots[t, i])[:k]
@@ -545,9 +546,9 @@ def test_dot_products_and_matching_scores_one_pair_at_a_time(own_run):
     run, dataset = own_run
     texts, images = np.array([3, 0, 5, 4]), dataset.image[[5, 4, 1]]
     with torch.inference_mode():
-        dots = tasks.dot_products(run, dataset, texts, images)
+        dots = evaluation.dot_products(run, dataset, texts, images)
         rows, columns = np.repeat(texts, 3), np.tile(images, 4)
-        matching = tasks.score_pairs(run, dataset, rows, columns).view(4, 3)
+        matching = evaluation.score_pairs(run, dataset, rows, columns, "itm").view(4, 3)
         for i, text in enumerate(texts):
             for j, image in enumerate(images):
                 batch = data.collate(dataset, np.array([text]), np.array([image]))
