@@ -6,6 +6,7 @@ goes; and the ratio to a peer, measured in the same run. No test: nothing here a
     python tests/benchmark.py --peer transformers               LXMERT against transformers', A B A B: same weights,
                                                                 batches, losses and optimizer
     python tests/benchmark.py --sweep                           cost against batch, words, regions and layers
+    python tests/benchmark.py --busy 2                          train.py's default job beside two busy processes
 
 Examples are drawn: words with the lengths of VQA v2 questions (mean 9 with [CLS] and [SEP]) or `--words`, `--regions`
 with random features of width 2048, 1,600 classes and 400 attributes, from a memory-mapped store as in training. Peak is
@@ -19,7 +20,10 @@ import argparse
 import copy
 import math
 import multiprocessing
+import os
+import re
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -420,6 +424,53 @@ def sweep(args, folder):
                 before, run = seconds, None  # its memory, before the next one's
 
 
+# ---- a busy machine --------------------------------------------------------------------------------------------
+
+
+def busy_loop():
+    while True:
+        pass
+
+
+def compare_wait_policies(args):
+    """Examples/s of train.py's default UNITER job beside --busy other processes that never rest: as it is, and with
+    OMP_WAIT_POLICY=passive, A B A B."""
+    spawn = multiprocessing.get_context("spawn")
+    loops = [spawn.Process(target=busy_loop, daemon=True) for _ in range(args.busy)]
+    for loop in loops:
+        loop.start()
+    print("| other processes | OMP_WAIT_POLICY | examples/s |\n|---|---|---|")
+    for policy in (None, "passive", None, "passive"):
+        speed = train_for(args.seconds, policy)
+        print(f"| {args.busy} | {policy or 'as train.py has it'} | {speed:.0f} |", flush=True)
+    for loop in loops:
+        loop.terminate()
+
+
+def train_for(seconds, policy):
+    """Examples/s that the last progress line says after so many seconds of training the default UNITER job."""
+    environment = dict(os.environ)
+    environment.pop("OMP_WAIT_POLICY", None)
+    if policy:
+        environment["OMP_WAIT_POLICY"] = policy
+    program = Path(__file__).parent.parent / "train.py"
+    speed = math.nan
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(program), "--model", "uniter", "--log-every", "1", "--out", folder]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        end = None
+        for line in process.stdout:
+            found = re.search(r"(\d+) examples/s", line)
+            if found:
+                speed = float(found[1])
+                end = end or time.perf_counter() + seconds
+            if end and time.perf_counter() > end:
+                break
+        process.kill()
+        process.wait()
+    return speed
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measure pretraining steps.")
     add = parser.add_argument
@@ -433,9 +484,13 @@ def main():
     add("--repeats", type=int, default=3, help="turns that count")
     add("--compile", action="store_true", help="with compiled layers")
     add("--peer", choices=["transformers"], help="compare LXMERT with that library's")
-    add("--sweep", action="store_true")
+    add("--sweep", action="store_true", help="cost against batch, words, regions and layers")
+    add("--busy", type=int, metavar="N", help="train.py's default job beside N processes that never rest")
+    add("--seconds", type=float, default=20.0, help="of each of the four measurements of --busy")
     add("--device", default="auto")
     args = parser.parse_args()
+    if args.busy is not None:
+        return compare_wait_policies(args)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if args.sweep:
