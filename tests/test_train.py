@@ -1,7 +1,9 @@
 """train.py: the pieces against closed forms, the command line as a user runs it, resume and two processes to the bit."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -22,6 +24,7 @@ import common
 import data
 import distill
 import evaluation
+import log
 import lxmert
 import machine
 import options
@@ -539,7 +542,9 @@ def own_run(pictures, tmp_path, monkeypatch):
     _, model = small_model("uniter", vocab_size=tokenizer.get_vocab_size(), feature_size=dataset.store.width)
     args, device = SimpleNamespace(ablate=None), torch.device("cpu")
     model.float().eval()
-    return SimpleNamespace(model=model, args=args, device=device, rank=0, world=1, autocast=train.nullcontext), dataset
+    run = SimpleNamespace(model=model, args=args, device=device, rank=0, world=1, autocast=train.nullcontext)
+    run.tokenizer = tokenizer
+    return run, dataset
 
 
 def test_dot_products_and_matching_scores_one_pair_at_a_time(own_run):
@@ -804,3 +809,395 @@ def test_a_tie_counts_as_the_share_that_is_right():
     scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     hit = torch.tensor([[True, True, False], [False, True, True], [True, False, False]])
     torch.testing.assert_close(tasks.top_choice_accuracy(scores, hit), torch.tensor([0.5, 0.0, 1 / 3]))
+
+
+# ---- options ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--lr -1", "--lr inf", "--lr nan", "--clip 0", "--clip -1", "--warmup 5", "--warmup -0.1", "--weight-decay -1",
+        "--mask 2", "--mask -0.1", "--steps -1", "--steps 1.5", "--batch-size 0", "--accumulate 0", "--seed -1",
+        "--seeds 0", "--limit 0", "--pool 0", "--beams 0", "--mine 0", "--rerank 0", "--patch 0", "--grid 0",
+        "--log-every 0", "--eval-every 0", "--max-words 2", "--temperature 0",
+    ],
+)  # fmt: skip
+def test_an_impossible_number_is_refused_by_name(arguments):
+    option = arguments.split()[0]
+    with pytest.raises(common.UserError, match=option):
+        options.parse(arguments.split())
+
+
+def test_zero_means_zero():
+    args = options.parse(
+        ["--data", "x.jsonl", "--lr", "0", "--mask", "0", "--warmup", "0", "--weight-decay", "0", "--steps", "0"]
+    )
+    args = options.resolve_options(args, "uniter", 0)
+    assert (args.lr, args.mask, args.warmup, args.weight_decay, args.steps) == (0, 0, 0, 0, 0)
+    assert train.learning_rate(5, 0.0, 0, 5) == 0
+
+
+def test_a_learning_rate_of_zero_leaves_the_weights(pictures, tmp_path, here):
+    here("--data", pictures, "--lr", 0, "--weight-decay", 0, "--steps", 2, "--out", "zero")
+    here("--data", pictures, "--steps", 0, "--out", "start")
+    trained = state_of(tmp_path / "zero")
+    start = checkpoints.load_checkpoint(tmp_path / "start/best.pt")["state"]
+    for name in start:
+        assert torch.equal(start[name], trained[name]), name
+
+
+def test_texts_are_cut_at_max_words(pictures, here, monkeypatch):
+    longest = []
+    real = train.training_loop
+
+    def record(run, log):
+        longest.append(int(run.splits["train"].lengths()[:, 0].max()))
+        real(run, log)
+
+    monkeypatch.setattr(train, "training_loop", record)
+    here("--data", pictures, "--steps", 0)
+    here("--data", pictures, "--steps", 0, "--max-words", 8)
+    assert longest[0] > 8 and longest[1] == 8
+
+
+def test_every_option_has_a_help_text_and_a_group():
+    for title, rows in options.OPTIONS.items():
+        for name, _, _, text in rows:
+            assert name.startswith("--") and len(text) > 10, (title, name)
+
+
+# ---- optimization ----------------------------------------------------------------------------------------------
+
+
+def test_a_step_clips_warms_up_and_decays_as_the_options_say(pictures, here, monkeypatch):
+    seen = []
+    real = train.set_learning_rate
+
+    def record(optimizer, step, rate):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+        real(optimizer, step, rate)
+        seen.append((norm, rate, [dict(group) for group in optimizer.param_groups]))
+
+    monkeypatch.setattr(train, "set_learning_rate", record)
+    given = ["--data", pictures, "--objectives", "mlm", "--steps", 4, "--lr", 0.01, "--warmup", 0.5]
+    here(*given, "--clip", 0.001)
+    for norm, _, groups in seen:
+        assert norm == pytest.approx(0.001, rel=1e-3)
+        matrices, vectors = groups
+        assert matrices["betas"] == vectors["betas"] == (0.9, 0.98)
+        assert matrices["weight_decay"] == pytest.approx(0.01, rel=1e-3)  # the default
+        assert vectors["weight_decay"] == 0
+    assert [rate for _, rate, _ in seen] == pytest.approx([0.005, 0.01, 0.005, 1e-8])
+    seen.clear()
+    here(*given, "--clip", 1e6, "--weight-decay", 0.2)
+    for norm, _, groups in seen:
+        assert norm > 0.01
+        assert groups[0]["weight_decay"] == pytest.approx(0.2, rel=1e-2)
+
+
+def test_each_loss_counts_with_the_factor_of_its_paper():
+    """UNITER gives word-region alignment a tenth."""
+    torch.manual_seed(0)
+    config = uniter.Config(**uniter.PRESETS["tiny"], vocab_size=30, feature_size=8, classes=5)
+    model = uniter.UNITER(config).double()
+    batch = as_double(masked_batch(4, 1))
+    run = SimpleNamespace(model=model, paper=uniter, device=torch.device("cpu"), teacher=None)
+    run.autocast = train.nullcontext
+    train.backward(run, [batch], ["itm", "wra"])
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    parts = model(batch, ["itm", "wra"])
+    (parts["itm"][0] + 0.1 * parts["wra"][0] / len(batch.text)).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, atol=1e-12, rtol=1e-9)
+
+
+# ---- the order of examples and random numbers ------------------------------------------------------------------
+
+
+class Lengths:
+    """A dataset of which only the lengths are known."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def lengths(self):
+        return np.full((self.count, 2), 5)
+
+
+def order_of(seed, epochs=2, skip=0):
+    """The examples in the order in which they are trained, 8 examples in steps of 4."""
+    args = SimpleNamespace(seed=seed, batch_size=4)
+    stream = train.index_stream(args, Lengths(8), parts=1, skip=skip)
+    return [next(stream).tolist() for _ in range(2 * epochs - skip)]
+
+
+def test_each_epoch_has_every_example_once_in_an_order_of_its_own():
+    first, second, third, fourth = order_of(seed=0)
+    assert sorted(first + second) == sorted(third + fourth) == list(range(8))
+    assert first + second != third + fourth
+    assert first + second != list(range(8))
+    assert order_of(seed=0) == order_of(seed=0) != order_of(seed=1)
+    for skip in range(4):
+        assert order_of(seed=0, skip=skip) == order_of(seed=0)[skip:]
+
+
+def test_each_forward_pass_of_each_step_draws_numbers_of_its_own(monkeypatch):
+    draws = []
+
+    def record(run, dataset, index, names, rng):
+        draws.append((float(rng.random()), tuple(index)))
+
+    monkeypatch.setattr(tasks, "make_batch", record)
+    for seed in (0, 1):
+        for rank in (0, 1):
+            args = SimpleNamespace(seed=seed, task="vqa", tasks=["vqa"], accumulate=2, batch_size=2, rerank=None)
+            run = SimpleNamespace(args=args, rank=rank, world=2, device=torch.device("cpu"), progress={"step": 0})
+            run.sets = {"vqa": {"train": Lengths(16)}}
+            streams = train.index_streams(run)
+            for step in (1, 2):
+                train.prepare_step(run, streams, step)
+    numbers = [number for number, _ in draws]
+    assert len(draws) == 16 and len(set(numbers)) == 16
+    examples = [index for _, index in draws[:8]]  # seed 0: two steps of two processes of two passes
+    assert sorted(sum(examples, ())) == list(range(16))
+
+
+def test_after_a_resume_each_task_goes_on_after_its_own_steps():
+    args = SimpleNamespace(seed=0, accumulate=1, batch_size=2)
+    run = SimpleNamespace(args=args, world=1, progress={"step": 0})
+    run.sets = {"vqa": {"train": Lengths(10)}, "refer": {"train": Lengths(14)}}
+    whole = train.index_streams(run)
+    for step in range(1, 12):
+        next(whole[train.sample_task(run, step)])
+    run.progress["step"] = 11
+    resumed = train.index_streams(run)
+    for task in run.sets:
+        assert next(whole[task]).tolist() == next(resumed[task]).tolist()
+
+
+def test_mask_is_the_share_of_masked_words(own_run):
+    run, dataset = own_run
+    run.paper = uniter
+    run.answers = []
+    index = np.arange(len(dataset))
+    shares = []
+    for run.args.mask in (0.0, 0.2, 1.0):
+        batch = tasks.make_batch(run, dataset, index, ["mlm"], np.random.default_rng(0))
+        words = int(batch.text_mask.sum()) - 2 * len(batch.text)  # without [CLS] and [SEP]
+        shares.append(len(batch.word_index) / words)
+    assert shares[0] == 0 and 0.1 < shares[1] < 0.35 and shares[2] == 1
+
+
+# ---- nothing of val and test is learned ------------------------------------------------------------------------
+
+
+def test_tokenizer_and_answers_come_from_the_training_split(pictures, tmp_path, here):
+    lines = [json.loads(line) for line in pictures.read_text().splitlines()]
+    for line in lines:
+        line["image"] = str(pictures.parent / line["image"])
+        if line["split"] != "train":
+            line["text"] += " ζ"
+            line["answer"] = f"only in {line['split']}"
+    (tmp_path / "marked.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    here("--data", "marked.jsonl", "--task", "vqa", "--steps", 0)
+    checkpoint = checkpoints.load_checkpoint(tmp_path / "out/uniter-vqa/best.pt")
+    assert "ζ" not in json.dumps(json.loads(checkpoint["tokenizer"]), ensure_ascii=False)
+    assert checkpoint["answers"] == ["no", "yes"]
+
+
+def test_the_test_has_the_best_weights_not_the_last(pictures, tmp_path, here, monkeypatch):
+    values = []
+
+    def evaluate(run, split):
+        value = run.model.heads["vqa"][-1].bias.sum().item()
+        values.append((split, value))
+        return {"accuracy": value}, {"accuracy": 0.5}
+
+    scores = iter([1.0, 3.0, 2.0])  # after steps 0, 1, 2
+    monkeypatch.setattr(tasks, "evaluate", evaluate)
+    monkeypatch.setattr(train, "best_score", lambda run, metrics: (next(scores), "a number"))
+    here("--data", pictures, "--task", "vqa", "--steps", 2, "--eval-every", 1)
+    assert len({value for _, value in values[:3]}) == 3
+    assert values[3] == ("test", values[1][1])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "better"),
+    [
+        ({"mrfr_loss": 1.9}, {"mrfr_loss": 1.3}),
+        ({"nce_loss": 4.0, "mrfr_loss": 1.0}, {"nce_loss": 3.0, "mrfr_loss": 1.1}),
+        ({"mlm_loss": 1.0, "mlm_accuracy": 0.3}, {"mlm_loss": 2.0, "mlm_accuracy": 0.4}),
+        ({"mean_recall": 0.3}, {"mean_recall": 0.4}),
+        ({"perplexity": 9.0, "bleu4": 0.5}, {"perplexity": 8.0, "bleu4": 0.4}),
+    ],
+)
+def test_the_best_weights_are_defined_for_every_set_of_metrics(metrics, better):
+    run = SimpleNamespace(progress={"step": 0})
+    worse_score, name = train.best_score(run, metrics)
+    better_score, same_name = train.best_score(run, better)
+    assert better_score > worse_score and name == same_name
+
+
+def test_a_loss_without_accuracy_chooses_the_best_weights(pictures, tmp_path, here, capsys):
+    here("--data", pictures, "--objectives", "mrfr", "--steps", 2, "--eval-every", 1)
+    assert "mrfr_loss" in capsys.readouterr().out.split("best     step 2")[1]
+    assert checkpoints.load_checkpoint(tmp_path / "out/uniter-pretrain/best.pt")["progress"]["step"] == 2
+
+
+# ---- resume and the run's folder -------------------------------------------------------------------------------
+
+
+def test_resume_keeps_the_best_of_before(pictures, tmp_path, here):
+    given = ["--data", pictures, "--task", "vqa", "--eval-every", 1, "--steps", 1]
+    here(*given)
+    path = tmp_path / "out/uniter-vqa/checkpoint.pt"
+    checkpoint = checkpoints.load_checkpoint(path)
+    checkpoint["progress"]["best"] = 1e9
+    torch.save(checkpoint, path)
+    before = path.with_name("best.pt").read_bytes()
+    here(*given, "--resume", "--steps", 3)
+    assert path.with_name("best.pt").read_bytes() == before
+
+
+def test_resume_drops_log_lines_after_the_checkpoint_and_a_torn_one(tmp_path):
+    lines = [json.dumps({"step": step, "lr": 0.1}) for step in range(6)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 2, "l')
+    args = SimpleNamespace(out=tmp_path, resume=True)
+    log.Log(SimpleNamespace(args=args, rank=0, progress={"step": 3}))
+    assert (tmp_path / "log.jsonl").read_text().splitlines() == lines[:4]
+
+
+def test_a_used_folder_is_said_and_a_folder_in_use_is_refused(pictures, tmp_path, here, capsys):
+    here("--data", pictures, "--steps", 0)
+    assert "holds an earlier run" not in capsys.readouterr().out
+    here("--data", pictures, "--steps", 0)
+    assert "holds an earlier run" in capsys.readouterr().out
+    with log.lock_folder(tmp_path / "out/uniter-pretrain", rank=0):
+        here("--data", pictures, "--steps", 0, code=2)
+    error = capsys.readouterr().err
+    assert "another run is writing there" in error and error.count("\n") == 1
+    here("--data", pictures, "--steps", 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (OSError(28, "No space left on device", "best.pt.tmp"), "best.pt.tmp: No space left on device"),
+        (PermissionError(13, "Permission denied", "out"), "out: Permission denied"),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), "is the disk full?"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(error, message, pictures, here, monkeypatch, capsys):
+    def fail(run, name):
+        raise error
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", fail)
+    here("--data", pictures, "--steps", 1, code=2)
+    text = capsys.readouterr().err
+    assert message in text and text.count("\n") == 1
+
+
+def test_a_head_left_at_random_is_said_on_the_result_line(pictures, tmp_path, here, capsys):
+    given = ["--data", pictures, "--task", "vqa"]
+    here(*given, "--steps", 0, "--out", "untrained")
+    assert "4 examples; WARNING: untrained, at random: vqa" in capsys.readouterr().out
+    assert json.loads((tmp_path / "untrained/result.json").read_text())["random_heads"] == ["vqa"]
+    here(*given, "--steps", 1, "--out", "trained")
+    assert "WARNING" not in capsys.readouterr().out
+    here(*given, "--steps", 0, "--init", "trained/checkpoint.pt", "--out", "again")
+    assert "WARNING" not in capsys.readouterr().out
+
+
+# ---- output ----------------------------------------------------------------------------------------------------
+
+
+def test_output_that_cannot_encode_a_character_escapes_it():
+    raw = io.BytesIO()
+    with contextlib.redirect_stdout(io.TextIOWrapper(raw, encoding="ascii")), log.safe_output():
+        print("caf\u00e9 \u7530", flush=True)
+        assert raw.getvalue() == b"caf\\xe9 \\u7530\n"
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError(28, "No space left on device"), ValueError("closed file")])
+def test_output_that_fails_is_dropped(error):
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise error
+
+        def flush(self):
+            raise error
+
+    with contextlib.redirect_stdout(Broken()), log.safe_output():
+        print("lost", flush=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_and_stderr_ends_no_run(pictures, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--data", str(pictures), "--steps", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, stdout=full, stderr=full, timeout=120, check=False
+        )
+    assert done.returncode == 0
+    assert "seconds" in json.loads((tmp_path / "out/uniter-pretrain/result.json").read_text())
+
+
+# ---- small and odd sets ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", checkpoints.PAPERS)
+@pytest.mark.parametrize("task", ["pretrain", "vqa", "caption", "retrieval"])
+def test_one_picture_and_one_example_a_split_work_or_are_one_line(model, task, pictures, tmp_path, here, capsys):
+    line = json.loads(pictures.read_text().splitlines()[0])
+    line["image"] = str(pictures.parent / line["image"])
+    lines = [json.dumps({**line, "split": split}) for split in ("train", "val", "test")]
+    (tmp_path / "one.jsonl").write_text("\n".join(lines))
+    given = [*SMALL, "--model", model, "--task", task, "--data", "one.jsonl", "--steps", "2"]
+    code = train.main(given)
+    output = capsys.readouterr()
+    assert code == 0 or output.err.count("\n") == 1
+    assert "no better than chance" not in output.out
+
+
+# ---- several processes -----------------------------------------------------------------------------------------
+
+
+def test_one_process_that_dies_ends_the_others(pictures, tmp_path):
+    program = tmp_path / "dies.py"
+    program.write_text(
+        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+        "real = train.backward\n"
+        "def backward(run, batches, names):\n"
+        "    if run.rank == 1 and run.progress['step'] == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(run, batches, names)\n"
+        "train.backward = backward\n"
+        "code = train.main(sys.argv[1:])\n"
+        "os._exit(code)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
+    command += [*SMALL, "--data", str(pictures), "--steps", "50", "--batch-size", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0
+    assert "train.py: another process of this run has ended" in done.stderr
+
+
+def test_an_error_in_the_data_is_said_once_by_several_processes(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"image": "nowhere.png", "text": "x"}\n')
+    done = run("--data", "bad.jsonl", cwd=tmp_path, processes=2, check=False)
+    assert done.returncode != 0
+    own_lines = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
+    assert "bad.jsonl:1" in own_lines[0]
+    assert sum("bad.jsonl:1" in line for line in own_lines) == 1
