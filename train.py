@@ -456,6 +456,8 @@ def build_model(run, checkpoint):
     except (TypeError, ValueError) as error:
         start = f"{args.init or args.model} {' '.join(args.config)}"
         raise UserError(f"{start}: no model of these sizes: {error}") from None
+    if args.max_words > model.config.max_positions:
+        raise UserError(f"--max-words {args.max_words}: the model has only {model.config.max_positions} positions")
     run.progress["random_heads"] = list(sizes["heads"])
     if checkpoint is None:
         return model
