@@ -473,6 +473,50 @@ def test_a_summed_loss_counts_as_a_mean_whatever_the_parts(name):
 # ---- metrics ---------------------------------------------------------------------------------------------------
 
 
+def expected_recall(scores, right, k):
+    """The share of all orders of the candidates, sorted by score alone, in which a right one is among the first k."""
+    hits = []
+    for order in itertools.permutations(range(len(scores))):
+        ranked = sorted(order, key=lambda i: -scores[i])  # a stable sort keeps the order of ties
+        hits.append(any(right[i] for i in ranked[:k]))
+    return np.mean(hits)
+
+
+def test_recall_is_the_mean_over_all_orders_of_ties():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        scores = torch.randint(0, 3, (6, 5), generator=g).double()  # 6 texts, 5 pictures: many ties
+        truth = torch.randint(0, 4, (6,), generator=g)  # picture 4 has no text, another one several
+        recalls = evaluation.recall_at(scores, truth, ks=(1, 2, 4))
+        for k in (1, 2, 4):
+            to_image = [expected_recall(scores[t], [truth[t] == i for i in range(5)], k) for t in range(6)]
+            assert recalls[f"text_to_image_r{k}"] == pytest.approx(np.mean(to_image))
+            to_text = [expected_recall(scores[:, i], truth == i, k) for i in truth.unique()]
+            assert recalls[f"image_to_text_r{k}"] == pytest.approx(np.mean(to_text))
+
+
+def test_recall_without_ties_counts_sorted_lists():
+    scores = torch.randn(30, 12, generator=torch.Generator().manual_seed(1))
+    truth = torch.randint(0, 11, (30,), generator=torch.Generator().manual_seed(2))
+    recalls = evaluation.recall_at(scores, truth, ks=(1, 3, 10))
+    for k in (1, 3, 10):
+        to_image = [truth[t] in scores[t].topk(k).indices for t in range(30)]
+        to_text = [bool((truth[scores[:, i].topk(k).indices] == i).any()) for i in truth.unique()]
+        assert recalls[f"text_to_image_r{k}"] == pytest.approx(np.mean(to_image))
+        assert recalls[f"image_to_text_r{k}"] == pytest.approx(np.mean(to_text))
+
+
+def test_a_scorer_that_tells_nothing_apart_gets_chance_and_no_number_ranks_last():
+    truth = torch.arange(4)
+    for constant in (0.0, math.nan):
+        recalls = evaluation.recall_at(torch.full((4, 4), constant), truth, ks=(1, 3, 10))
+        assert recalls == pytest.approx(evaluation.recall_chance(recalls, 4))
+    assert set(evaluation.recall_at(torch.eye(4), truth, ks=(1,)).values()) == {1.0}
+    assert set(evaluation.recall_at(-torch.eye(4), truth, ks=(1, 3)).values()) == {0.0}
+    broken = torch.eye(4).masked_fill(torch.eye(4).bool(), math.nan)  # the true pairs have no number
+    assert set(evaluation.recall_at(broken, truth, ks=(3,)).values()) == {0.0}
+
+
 def test_bleu_by_hand():
     the = ["the", "cat", "is", "on", "the", "mat"], ["there", "is", "a", "cat", "on", "the", "mat"]
     assert evaluation.bleu([["the"] * 7], [the], longest=1) == pytest.approx(2 / 7)  # Papineni's example 2
