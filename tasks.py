@@ -33,6 +33,7 @@ from evaluation import (
     dot_products,
     first_captions,
     generate,
+    match_logits,
     recall_at,
     recall_chance,
     recall_of_all_pairs,
@@ -721,9 +722,10 @@ def hardest_pairs(run, dataset, texts, images):
     batch = data.remove_modality(data.collate(dataset, texts.ravel(), images.ravel()), run.args.ablate)
     run.model.eval()
     with torch.no_grad(), run.autocast():
-        logits = run.model.heads["rank"](run.model.encode(batch.to(run.device)).pooled)  # (B*K*mine, 1)
+        pooled = run.model.encode(batch.to(run.device)).pooled  # (B*K*mine, C)
+        logits = match_logits(run.model, pooled, "rank")  # (B*K*mine,)
     run.model.train()
-    return logits.float().cpu().view(texts.shape).argmax(2, keepdim=True).numpy()
+    return logits.view(texts.shape).argmax(2, keepdim=True).numpy()
 
 
 def evaluate_retrieval(run, dataset):
