@@ -114,8 +114,9 @@ def items_of(paper, name, batch):
     mean_over = "rows"  # losses of a teacher's attention and states have no row in OBJECTIVES
     if objective:
         mean_over = objective.mean_over
-    if name.endswith("_soft") and mean_over == "all regions":
-        mean_over = "regions"  # a teacher's logits are those of masked regions
+    if name.endswith("_soft"):
+        # the mean runs over all rows of logits, those of masked regions, or of texts with and without an answer
+        mean_over = {"all regions": "regions", "answers": "rows"}.get(mean_over, mean_over)
     return common.count_items(mean_over, batch)
 
 

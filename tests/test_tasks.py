@@ -470,6 +470,27 @@ def test_a_summed_loss_counts_as_a_mean_whatever_the_parts(name):
         torch.testing.assert_close(whole, split, atol=1e-6, rtol=1e-6)
 
 
+def test_a_teacher_s_answers_count_as_the_mean_whatever_the_parts():
+    """Nine and four rows, of which few have an answer, weighted by `items_of`, give the loss of thirteen at once."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 13, 6)
+    labels = torch.tensor([0, -1, 2, -1, -1, 5, -1, -1, -1, 1, 1, 4, -1])
+    matched = torch.ones(13, dtype=torch.long)
+    parts = []
+    for rows in (slice(0, 9), slice(9, 13)):
+        batch = SimpleNamespace(text=torch.zeros(13, 3)[rows], answer_labels=labels[rows], matched=matched[rows])
+        loss = common.soft_label_loss(student[rows], teacher[rows])
+        parts.append((tasks.items_of(lxmert, "qa_soft", batch), loss))
+    items = sum(n for n, _ in parts)
+    together = sum(n * loss for n, loss in parts) / items
+    torch.testing.assert_close(together, common.soft_label_loss(student, teacher))
+
+
+def test_questions_of_mismatched_pairs_do_not_count():
+    batch = SimpleNamespace(answer_labels=torch.tensor([1, -1, 2, 0]), matched=torch.tensor([1, 1, 0, 1]))
+    assert tasks.items_of(lxmert, "qa", batch) == 2
+
+
 # ---- metrics ---------------------------------------------------------------------------------------------------
 
 
