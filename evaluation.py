@@ -51,18 +51,42 @@ def top_choice_accuracy(logits, right):
 
 
 def recall_at(scores, truth, ks=(1, 5, 10)):
-    """Retrieval: the part of the queries with a true match among the k best-scored candidates, both ways.
+    """Retrieval: the expected share of queries with a true match among the first k candidates, both ways.
 
-    scores (texts, pictures); truth (texts,), each text's picture. A picture may have several texts: the best-ranked one
-    counts; pictures without a text are candidates only. Ties, and scores that are not a number, count against us.
+    Candidates are ranked by score, those of equal score in random order: the expectation is over that order. A scorer that
+    tells nothing apart gets what guessing gets. Scores that are not a number rank last.
+    scores (texts, pictures); truth (texts,), each text's picture. A picture may have several texts, and one of them among
+    the first k is enough. Pictures without a text are candidates only.
     Returns {"text_to_image_r1": .., "image_to_text_r1": .., ...}.
     """
-    own = scores.gather(1, truth[:, None])  # (texts, 1)
-    to_image = (~(scores < own)).sum(1)  # (texts,): rank of the true picture, 1 = best
-    rank = torch.stack([(~(scores[:, i] < scores[text, i])).sum() for text, i in enumerate(truth)])  # among the texts
-    to_text = torch.full((scores.shape[1],), len(scores) + 1).scatter_reduce(0, truth, rank, "amin")[truth.unique()]
-    ways = {"text_to_image": to_image, "image_to_text": to_text}
-    return {f"{way}_r{k}": (ranks <= k).double().mean().item() for k in ks for way, ranks in ways.items()}
+    scores = torch.where(scores.isnan(), -math.inf, scores)
+    matches = torch.nn.functional.one_hot(truth, scores.shape[1]).bool()  # (texts, pictures)
+    has_text = matches.any(0)  # (pictures,)
+    recalls = {}
+    for k in ks:
+        recalls[f"text_to_image_r{k}"] = expected_hits(scores, matches, k).mean().item()
+        recalls[f"image_to_text_r{k}"] = expected_hits(scores.T[has_text], matches.T[has_text], k).mean().item()
+    return recalls
+
+
+def expected_hits(scores, matches, k):
+    """How probable it is that a true match is among the first k candidates, ties in random order: (Q,) float64.
+
+        1 - C(f, j) / C(f + t, j),   j = min(k - b, f + t), 0 if that is negative
+
+    b: candidates above the best true match; t true and f false ones share its score; j of them are among the first k.
+    scores, matches (Q, candidates), matches True = a true match, at least one in a row.
+    """
+    best = scores.masked_fill(~matches, -math.inf).amax(1, keepdim=True)  # (Q, 1)
+    tied = scores == best
+    above = (scores > best).sum(1)  # (Q,)
+    false = (tied & ~matches).sum(1)
+    everyone = tied.sum(1)
+    missed = torch.ones(len(scores), dtype=torch.float64)  # probability that all places so far went to false ones
+    for place in range(k):
+        still_missed = missed * (false - place).clamp(min=0) / (everyone - place).clamp(min=1)
+        missed = torch.where(above + place < k, still_missed, missed)
+    return 1 - missed
 
 
 def recall_chance(recalls, candidates):
@@ -88,11 +112,21 @@ def first_captions(dataset):
 
 
 def match_logits(model, pooled, head):
-    """How well pairs match: the log odds of head "itm", or the logit of head "rank". (rows, C) -> (rows,) float64"""
-    logits = model.heads[head](pooled).cpu().double()  # (rows, 2) or (rows, 1); Apple's GPUs have no float64
+    """How well pairs match: the log odds of head "itm", or the logit of head "rank". (rows, C) -> (rows,) float64
+
+    The head computes in float32 whatever autocast says: in bfloat16 most pairs would be tied.
+    """
+    with common.full_precision(pooled.device):
+        logits = model.heads[head](float32(pooled))  # (rows, 2) or (rows, 1)
+    logits = logits.cpu().double()  # on the CPU: Apple's GPUs have no float64
     if head == "itm":
         return logits[:, 1] - logits[:, 0]
     return logits[:, 0]
+
+
+def float32(x):
+    """x in float32, or as it is if that is more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def recall_of_all_pairs(run, dataset, index, head):
@@ -136,13 +170,15 @@ def dot_products(run, dataset, texts, pictures):
     for part in data.batches(np.diff(dataset.offsets)[texts], size=256, rank=run.rank, world=run.world):
         batch = data.remove_modality(data.collate(dataset, texts[part]), run.args.ablate).to(run.device)
         with run.autocast():
-            vectors = head.text(run.model.encode(batch, regions=False).text)
+            states = run.model.encode(batch, regions=False).text
+        vectors = head.text(float32(states))
         text_vectors[part] = vectors.cpu().double()
     for part in data.batches(np.diff(dataset.store.offsets)[pictures], size=256, rank=run.rank, world=run.world):
         any_text = np.full(len(part), texts[0])  # it is not read
         batch = data.remove_modality(data.collate(dataset, any_text, pictures[part]), run.args.ablate).to(run.device)
         with run.autocast():
-            vectors = head.image(run.model.encode(batch, text=False).regions, batch.region_mask)
+            states = run.model.encode(batch, text=False).regions
+        vectors = head.image(float32(states), batch.region_mask)
         image_vectors[part] = vectors.cpu().double()
     text_vectors = common.all_reduce_sum(text_vectors)
     image_vectors = common.all_reduce_sum(image_vectors)

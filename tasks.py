@@ -33,6 +33,7 @@ from evaluation import (
     dot_products,
     first_captions,
     generate,
+    match_logits,
     recall_at,
     recall_chance,
     recall_of_all_pairs,
@@ -115,8 +116,9 @@ def items_of(paper, name, batch):
     mean_over = "rows"  # losses of a teacher's attention and states have no row in OBJECTIVES
     if objective:
         mean_over = objective.mean_over
-    if name.endswith("_soft") and mean_over == "all regions":
-        mean_over = "regions"  # a teacher's logits are those of masked regions
+    if name.endswith("_soft"):
+        # the mean runs over all rows of logits, those of masked regions, or of texts with and without an answer
+        mean_over = {"all regions": "regions", "answers": "rows"}.get(mean_over, mean_over)
     return common.count_items(mean_over, batch)
 
 
@@ -723,9 +725,10 @@ def hardest_pairs(run, dataset, texts, images):
     batch = data.remove_modality(data.collate(dataset, texts.ravel(), images.ravel()), run.args.ablate)
     run.model.eval()
     with torch.no_grad(), run.autocast():
-        logits = run.model.heads["rank"](run.model.encode(batch.to(run.device)).pooled)  # (B*K*mine, 1)
+        pooled = run.model.encode(batch.to(run.device)).pooled  # (B*K*mine, C)
+        logits = match_logits(run.model, pooled, "rank")  # (B*K*mine,)
     run.model.train()
-    return logits.float().cpu().view(texts.shape).argmax(2, keepdim=True).numpy()
+    return logits.view(texts.shape).argmax(2, keepdim=True).numpy()
 
 
 def evaluate_retrieval(run, dataset):

@@ -10,7 +10,6 @@ from torch import nn
 
 import checkpoints
 import common
-import evaluation
 
 
 @pytest.fixture(autouse=True)
@@ -329,26 +328,6 @@ def test_iou_edges():
     close(pairs, torch.tensor(want), 1e-6)
     assert common.iou(boxes[0], boxes[2], least=1.0) == 0  # an overlap of one pixel, in the official RefCOCO code
     assert common.iou(boxes[0], boxes[2], least=0.99) > 0
-
-
-def test_recall_at_by_a_loop():
-    scores, truth = randn(30, 12), torch.randint(0, 11, (30,))  # picture 11 has no text
-    got = evaluation.recall_at(scores, truth, ks=(1, 3, 10))
-    for k in (1, 3, 10):
-        to_image = [i in sorted(range(12), key=lambda j: -scores[t, j])[:k] for t, i in enumerate(truth.tolist())]
-        assert got[f"text_to_image_r{k}"] == pytest.approx(sum(to_image) / 30)
-        to_text = [
-            any(truth[t] == i for t in sorted(range(30), key=lambda t: -scores[t, i])[:k])
-            for i in sorted(set(truth.tolist()))
-        ]
-        assert got[f"image_to_text_r{k}"] == pytest.approx(sum(to_text) / len(to_text))
-
-
-def test_recall_at_extremes():
-    truth = torch.arange(4)
-    assert set(evaluation.recall_at(torch.eye(4), truth, ks=(1,)).values()) == {1.0}
-    for useless in (torch.zeros(4, 4), torch.full((4, 4), torch.nan), -torch.eye(4)):
-        assert set(evaluation.recall_at(useless, truth, ks=(1,)).values()) == {0.0}
 
 
 # ---- names -----------------------------------------------------------------------------------------------------

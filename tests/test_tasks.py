@@ -472,7 +472,72 @@ def test_a_summed_loss_counts_as_a_mean_whatever_the_parts(name):
         torch.testing.assert_close(whole, split, atol=1e-6, rtol=1e-6)
 
 
+def test_a_teacher_s_answers_count_as_the_mean_whatever_the_parts():
+    """Nine and four rows, of which few have an answer, weighted by `items_of`, give the loss of thirteen at once."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 13, 6)
+    labels = torch.tensor([0, -1, 2, -1, -1, 5, -1, -1, -1, 1, 1, 4, -1])
+    matched = torch.ones(13, dtype=torch.long)
+    parts = []
+    for rows in (slice(0, 9), slice(9, 13)):
+        batch = SimpleNamespace(text=torch.zeros(13, 3)[rows], answer_labels=labels[rows], matched=matched[rows])
+        loss = common.soft_label_loss(student[rows], teacher[rows])
+        parts.append((tasks.items_of(lxmert, "qa_soft", batch), loss))
+    items = sum(n for n, _ in parts)
+    together = sum(n * loss for n, loss in parts) / items
+    torch.testing.assert_close(together, common.soft_label_loss(student, teacher))
+
+
+def test_questions_of_mismatched_pairs_do_not_count():
+    batch = SimpleNamespace(answer_labels=torch.tensor([1, -1, 2, 0]), matched=torch.tensor([1, 1, 0, 1]))
+    assert tasks.items_of(lxmert, "qa", batch) == 2
+
+
 # ---- metrics ---------------------------------------------------------------------------------------------------
+
+
+def expected_recall(scores, right, k):
+    """The share of all orders of the candidates, sorted by score alone, in which a right one is among the first k."""
+    hits = []
+    for order in itertools.permutations(range(len(scores))):
+        ranked = sorted(order, key=lambda i: -scores[i])  # a stable sort keeps the order of ties
+        hits.append(any(right[i] for i in ranked[:k]))
+    return np.mean(hits)
+
+
+def test_recall_is_the_mean_over_all_orders_of_ties():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        scores = torch.randint(0, 3, (6, 5), generator=g).double()  # 6 texts, 5 pictures: many ties
+        truth = torch.randint(0, 4, (6,), generator=g)  # picture 4 has no text, another one several
+        recalls = evaluation.recall_at(scores, truth, ks=(1, 2, 4))
+        for k in (1, 2, 4):
+            to_image = [expected_recall(scores[t], [truth[t] == i for i in range(5)], k) for t in range(6)]
+            assert recalls[f"text_to_image_r{k}"] == pytest.approx(np.mean(to_image))
+            to_text = [expected_recall(scores[:, i], truth == i, k) for i in truth.unique()]
+            assert recalls[f"image_to_text_r{k}"] == pytest.approx(np.mean(to_text))
+
+
+def test_recall_without_ties_counts_sorted_lists():
+    scores = torch.randn(30, 12, generator=torch.Generator().manual_seed(1))
+    truth = torch.randint(0, 11, (30,), generator=torch.Generator().manual_seed(2))
+    recalls = evaluation.recall_at(scores, truth, ks=(1, 3, 10))
+    for k in (1, 3, 10):
+        to_image = [truth[t] in scores[t].topk(k).indices for t in range(30)]
+        to_text = [bool((truth[scores[:, i].topk(k).indices] == i).any()) for i in truth.unique()]
+        assert recalls[f"text_to_image_r{k}"] == pytest.approx(np.mean(to_image))
+        assert recalls[f"image_to_text_r{k}"] == pytest.approx(np.mean(to_text))
+
+
+def test_a_scorer_that_tells_nothing_apart_gets_chance_and_no_number_ranks_last():
+    truth = torch.arange(4)
+    for constant in (0.0, math.nan):
+        recalls = evaluation.recall_at(torch.full((4, 4), constant), truth, ks=(1, 3, 10))
+        assert recalls == pytest.approx(evaluation.recall_chance(recalls, 4))
+    assert set(evaluation.recall_at(torch.eye(4), truth, ks=(1,)).values()) == {1.0}
+    assert set(evaluation.recall_at(-torch.eye(4), truth, ks=(1, 3)).values()) == {0.0}
+    broken = torch.eye(4).masked_fill(torch.eye(4).bool(), math.nan)  # the true pairs have no number
+    assert set(evaluation.recall_at(broken, truth, ks=(3,)).values()) == {0.0}
 
 
 def test_bleu_by_hand():
@@ -549,6 +614,20 @@ def test_the_matrix_of_all_pairs_equals_scoring_each_pair(name, cache, tokenizer
             assert float(model.heads["rank"](model.encode(batch).pooled)) == pytest.approx(
                 float(seen[0][i, j]), abs=1e-4
             )
+
+
+@pytest.mark.parametrize("head", ["rank", "itm"])
+def test_pairs_are_ranked_in_float32_whatever_autocast_does(head):
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.heads = torch.nn.ModuleDict({"rank": torch.nn.Linear(16, 1), "itm": torch.nn.Linear(16, 2)})
+    pooled = 1 + 0.01 * torch.randn(200, 16)  # pairs that are nearly alike, as those of a model at its start
+    plain = evaluation.match_logits(model, pooled, head)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = evaluation.match_logits(model, pooled, head)
+        half = evaluation.match_logits(model, pooled.bfloat16(), head)
+    assert torch.equal(plain, cast)
+    assert len(half.unique()) > 150
 
 
 def test_a_caption_repeated_word_for_word_has_bleu_1(cache, tokenizer, monkeypatch):
