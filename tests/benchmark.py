@@ -45,7 +45,9 @@ import options
 import tasks
 import train
 
-CLASSES, ATTRIBUTES, WIDTH = 1601, 400, 2048
+CLASSES = 1601
+ATTRIBUTES = 400
+WIDTH = 2048
 STAGES = ("data", "forward", "backward", "optimizer")
 WARM_UP = 2  # turns that do not count: memory and, if asked for, compilation settle in them
 
@@ -72,12 +74,14 @@ def make_dataset(folder, rng, words, regions, vocabulary, answers, count=512, pi
         store.append(picture)
     data.write_store(folder, [(store, [])])
     lengths = question_lengths(rng, count) if words is None else np.full(count, words)
-    first, last = data.SPECIALS.index("[CLS]"), data.SPECIALS.index("[SEP]")
+    first = data.SPECIALS.index("[CLS]")
+    last = data.SPECIALS.index("[SEP]")
     rows = [[first, *rng.integers(len(data.SPECIALS), vocabulary, n - 2), last] for n in lengths]
     dataset = data.Dataset("drawn", "train", data.FeatureStore(folder), rng.integers(pictures, size=count), [""] * count,
                            [{str(a): 1.0} for a in rng.integers(answers, size=count)], [""] * count,
                            [str(i) for i in range(count)])  # fmt: skip
-    dataset.tokens, dataset.offsets = np.concatenate(rows).astype(np.int64), np.cumsum([0, *lengths])
+    dataset.tokens = np.concatenate(rows).astype(np.int64)
+    dataset.offsets = np.cumsum([0, *lengths])
     dataset.segment = np.zeros_like(dataset.tokens)
     return dataset
 
@@ -87,13 +91,16 @@ def make_run(args, model, size, dtype, folder, **sizes):
     give the same weights and examples."""
     run_args = options.parse(["--model", model, "--mask", "0.15"])
     run_args.tasks = ["pretrain"]
-    paper, rng = checkpoints.PAPERS[model][0], np.random.default_rng(0)
-    vocabulary, answers = paper.Config.vocab_size, getattr(paper.Config, "answers", 1)
+    paper = checkpoints.PAPERS[model][0]
+    rng = np.random.default_rng(0)
+    vocabulary = paper.Config.vocab_size
+    answers = getattr(paper.Config, "answers", 1)
     answers = [str(i) for i in range(answers if model == "lxmert" else 1)]
     dataset = make_dataset(folder, rng, args.words, args.regions, vocabulary, len(answers))
     pieces = {name: i for i, name in enumerate(data.SPECIALS)}
     tokenizer = data.wordpiece(pieces | {f"piece{i}": i for i in range(len(pieces), vocabulary)}, lowercase=False)
-    objectives, device = options.objectives_of(run_args, paper), machine.pick_device(args.device)
+    objectives = options.objectives_of(run_args, paper)
+    device = machine.pick_device(args.device)
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
     run = train.Run(run_args, paper, device, dtype, rank=0, world=1)
     run.objectives = objectives
@@ -162,7 +169,9 @@ def step_ours(run, index, step):
 def peak(device, dtype, seconds=1.0):
     """FLOP/s of a square matrix product: the best of those that fit into `seconds`."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b, best = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), np.inf
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
+    best = np.inf
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = wait(device)
@@ -185,7 +194,8 @@ def useful_flops(run, index, step, known):
     batch, names = batch_of(run, index, step)
     total = 0
     for row in range(len(index)):
-        t, n = int(batch.text_mask[row].sum()), int(batch.region_mask[row].sum())
+        t = int(batch.text_mask[row].sum())
+        n = int(batch.region_mask[row].sum())
         count = {}
         for name, mask in (("word", batch.text_mask), ("region", batch.region_mask)):
             flat = getattr(batch, f"{name}_index")
@@ -200,8 +210,8 @@ def useful_flops(run, index, step, known):
 def alone(batch, row, t, n, count):
     """Row `row` of a batch by itself, cut to its t words and n regions, with so many words and regions to predict."""
     part = batch.rows(torch.tensor([row]))
-    text, regions = ("text", "text_mask", "segments"), ("features", "boxes", "region_mask", "masked_regions",
-        "clean_features", *data.STORED)  # fmt: skip
+    text = ("text", "text_mask", "segments")
+    regions = ("features", "boxes", "region_mask", "masked_regions", "clean_features", *data.STORED)
     for names, length in ((text, t), (regions, n)):
         for name in names:
             if (value := getattr(part, name)) is not None:
@@ -255,7 +265,8 @@ class Peer:
         config = transformers.LxmertConfig(
             vocab_size=run.model.config.vocab_size, num_qa_labels=run.model.config.answers,
             num_object_labels=CLASSES - 1, num_attr_labels=ATTRIBUTES)  # fmt: skip
-        self.model, self.run = transformers.LxmertForPreTraining(config).to(run.device), run
+        self.model = transformers.LxmertForPreTraining(config).to(run.device)
+        self.run = run
         self.model.load_state_dict(checkpoints.lxmert_to_hugging_face(run.model.state_dict()), strict=False)
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-9, fused=True)
@@ -304,7 +315,8 @@ def side(args, dtype, name, pipe):
     if name != "transformers":
         machine.keep_freed_memory()
     if name == "ours":
-        model, step = run.model.eval(), partial(step_ours, run)
+        model = run.model.eval()
+        step = partial(step_ours, run)
         batch, names = batch_of(run, groups[0], 0)
         with torch.no_grad():
             pipe.send(sum(float(loss) for loss, _ in model(batch.to(run.device), names).values()))
@@ -312,7 +324,10 @@ def side(args, dtype, name, pipe):
             machine.compile_layers(model)
     else:
         peer = Peer(run)
-        model, step, run.model, run.optimizer = peer.model.eval(), peer.step, None, None
+        model = peer.model.eval()
+        step = peer.step
+        run.model = None
+        run.optimizer = None
         with torch.no_grad():
             pipe.send(float(model(**peer.inputs(groups[0], 0)).loss))
     model.train()
@@ -323,7 +338,9 @@ def side(args, dtype, name, pipe):
 
 def compare_peer(args, dtype):
     """Ours and the peer's in turn over the same examples: the peer as it ships, and with the memory setting of ours."""
-    spawn, sides, times = multiprocessing.get_context("spawn"), {}, {}
+    spawn = multiprocessing.get_context("spawn")
+    sides = {}
+    times = {}
     for name in ("ours", "transformers", "transformers, freed memory kept"):
         sides[name], end = spawn.Pipe()
         spawn.Process(target=side, args=(args, dtype, name, end), daemon=True).start()
@@ -370,12 +387,15 @@ def measure(args, folder, model, size, dtype):
     machine.keep_freed_memory()
     run, groups = make_run(args, model, size, dtype, folder)
     kind = torch.float32 if dtype == "f32" else torch.bfloat16
-    best, times, known = peak(run.device, kind), [], {}
+    best = peak(run.device, kind)
+    times = []
+    known = {}
     real = counted = useful = 0
     for i, group in enumerate(groups):
         batch, names = batch_of(run, group, i)
         real += int(batch.text_mask.sum() + batch.region_mask.sum())
-        counted, useful = counted + flops(run, batch, names), useful + useful_flops(run, group, i, known)
+        counted = counted + flops(run, batch, names)
+        useful = useful + useful_flops(run, group, i, known)
     if args.compile:
         machine.compile_layers(run.model)
     for turn in range(-WARM_UP, args.repeats):
@@ -413,7 +433,8 @@ def sweep(args, folder):
         for what, values in {**grid, "layers": (3, 6, 12)}.items():
             before = None
             for value in values:
-                changed, sizes = copy.copy(args), sizes_with(model, value) if what == "layers" else {}
+                changed = copy.copy(args)
+                sizes = sizes_with(model, value) if what == "layers" else {}
                 changed.words = args.words or 9
                 if what != "layers":
                     setattr(changed, what, (value, value) if what == "regions" else value)
@@ -421,7 +442,8 @@ def sweep(args, folder):
                 seconds = min(step_ours(run, groups[0], 0).sum() for _ in range(3))
                 ratio = "" if before is None else f"{seconds / before:.2f}{' *' if seconds > 2.3 * before else ''}"
                 print(f"| {model} | {what} | {value} | {seconds:.3f} | {ratio} |", flush=True)
-                before, run = seconds, None  # its memory, before the next one's
+                before = seconds
+                run = None  # its memory, before the next one's
 
 
 # ---- a busy machine --------------------------------------------------------------------------------------------

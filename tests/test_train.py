@@ -117,7 +117,8 @@ def test_steps_draw_one_objective_by_ratio_with_what_is_joined_to_it():
 
 
 def test_lxmert_answers_questions_in_the_second_half_only():
-    names, rng = dict.fromkeys(lxmert.PRETRAINING["objectives"], 1), np.random.default_rng(0)
+    names = dict.fromkeys(lxmert.PRETRAINING["objectives"], 1)
+    rng = np.random.default_rng(0)
     assert train.sample_objectives(lxmert, names, rng, 0.499) == ["mlm", "mrfr", "mrc", "attr", "itm"]
     assert train.sample_objectives(lxmert, names, rng, 0.5) == [*names]
     assert train.sample_objectives(lxmert, {"qa": 1}, rng, 0.0) == ["qa"]  # alone it has no other half
@@ -149,13 +150,26 @@ def masked_batch(rows, seed):
 
 def joined(a, b):
     """Two batches of the same widths as one, index lists moved along."""
+    shifts = {"word_index": a.text.numel(), "region_index": a.region_mask.numel()}
     fields = {}
     for name, x in vars(a).items():
         y = getattr(b, name)
-        shift = {"word_index": a.text.numel(), "region_index": a.region_mask.numel()}.get(name, 0)
-        fields[name] = (
-            x + y if isinstance(x, list) else None if x is None else torch.cat([x, y + shift if shift else y])
-        )
+        if x is None:
+            fields[name] = None
+        elif isinstance(x, list):
+            fields[name] = x + y
+        else:
+            fields[name] = torch.cat([x, y + shifts[name]]) if name in shifts else torch.cat([x, y])
+    return data.Batch(**fields)
+
+
+def as_double(batch, **changes):
+    """The batch with its float tensors in float64, and with these fields changed."""
+    fields = dict(vars(batch))
+    for name, value in fields.items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            fields[name] = value.double()
+    fields.update(changes)
     return data.Batch(**fields)
 
 
@@ -163,9 +177,8 @@ def joined(a, b):
 def test_parts_of_unlike_size_give_the_gradients_of_the_whole(names):
     torch.manual_seed(0)
     model = uniter.UNITER(uniter.Config(**uniter.PRESETS["tiny"], vocab_size=30, feature_size=8, classes=5)).double()
-    a, b = ({k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in vars(m).items()}
-            for m in (masked_batch(3, 1), masked_batch(5, 2)))  # fmt: skip
-    a, b = data.Batch(**a), data.Batch(**b)
+    a = as_double(masked_batch(3, 1))
+    b = as_double(masked_batch(5, 2))
     found = []
     run = SimpleNamespace(model=model, paper=uniter, device=torch.device("cpu"), autocast=train.nullcontext)
     run.teacher = None
@@ -189,7 +202,8 @@ def test_comparison_says_tie_where_the_spread_covers_the_lead():
 def test_compiled_layers_compute_the_same_and_are_compiled_once(model, monkeypatch):
     """With a back end that counts graphs in place of the real one, which would take minutes."""
     torch._dynamo.reset()
-    graphs, model = [], small_model(model)[1].float()
+    graphs = []
+    model = small_model(model)[1].float()
     batches = [masked_batch(rows, 0) for rows in (5, 7, 9)]
     batches = [dataclasses.replace(b, text=b.text[:, :t], text_mask=b.text_mask[:, :t], segments=b.segments[:, :t])
                for b, t in zip(batches, (6, 5, 4), strict=True)]  # fmt: skip
@@ -244,7 +258,8 @@ def test_the_benchmark_counts_whatever_a_step_trains(model, tmp_path):
 
 def test_the_benchmark_sees_every_product():
     """The products it would time alone hold all the arithmetic that torch's own counter finds."""
-    layer, x = common.TransformerLayer(16, 2, 32), torch.randn(3, 5, 16, requires_grad=True)
+    layer = common.TransformerLayer(16, 2, 32)
+    x = torch.randn(3, 5, 16, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
     with benchmark.Products() as products:
@@ -267,7 +282,8 @@ def test_two_streams_predict_in_true_pairs_alone_and_mask_15_percent_of_the_regi
         assert len(index) and batch.matched[index // length].all()
     false = {"vilbert": 0.5, "lxmert": 0.25}[model]
     assert abs(1 - batch.matched.double().mean() - false) < 4 * (false * (1 - false) / 512) ** 0.5
-    share, sigma = batch.masked_regions.float().mean(), (0.15 * 0.85 / (512 * 4)) ** 0.5
+    share = batch.masked_regions.float().mean()
+    sigma = (0.15 * 0.85 / (512 * 4)) ** 0.5
     assert abs(share - 0.15) < 4 * sigma
 
 
@@ -332,7 +348,8 @@ def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path):
     stopped = checkpoints.load_checkpoint(tmp_path / "parts/checkpoint.pt")["progress"]["step"]
     assert 4 <= stopped < 12
     run(*options, "--out", "parts", "--resume", cwd=tmp_path)
-    whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
+    whole = state_of(tmp_path / "whole")
+    parts = state_of(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     logs = [(tmp_path / out / "log.jsonl").read_text().splitlines() for out in ("whole", "parts")]
     lines = [[json.loads(line) for line in log if "grad_norm" in line] for log in logs]
@@ -344,7 +361,8 @@ def test_two_processes_equal_one(model, pictures, tmp_path):
     options = ["--model", model, "--data", pictures, "--steps", 4]
     run(*options, "--accumulate", 2, "--out", "one", cwd=tmp_path)
     run(*options, "--out", "two", cwd=tmp_path, processes=2)
-    one, two = state_of(tmp_path / "one"), state_of(tmp_path / "two")
+    one = state_of(tmp_path / "one")
+    two = state_of(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     results = [json.loads((tmp_path / out / "result.json").read_text()) for out in ("one", "two")]
@@ -368,7 +386,8 @@ def test_ablation_removes_a_modality():
     assert not batch.region_mask.any() and not batch.features.any() and not batch.boxes.any()
     batch = masked_batch(3, 0)
     batch.text_mask[0, 4:] = False
-    first, last = batch.text[:, 0].clone(), torch.stack([batch.text[0, 3], batch.text[1, 5], batch.text[2, 5]])
+    first = batch.text[:, 0].clone()
+    last = torch.stack([batch.text[0, 3], batch.text[1, 5], batch.text[2, 5]])
     batch = data.remove_modality(batch, "text")
     assert batch.text.tolist() == torch.stack([first, last], 1).tolist() and batch.text_mask.all()
 
@@ -438,7 +457,8 @@ def test_scenes_by_default(here, tmp_path, monkeypatch):
 
 def small_model(name, **changes):
     """A float64 model with narrow layers and weights far from zero, so that every term shows."""
-    paper, sizes = checkpoints.PAPERS[name][0], {"hidden": 16, "attention_heads": 2, "intermediate": 32}
+    paper = checkpoints.PAPERS[name][0]
+    sizes = {"hidden": 16, "attention_heads": 2, "intermediate": 32}
     if name == "vilbert":
         sizes |= {"visual_hidden": 8, "visual_heads": 2, "visual_intermediate": 16, "shared": 8, "shared_heads": 2}
     sizes |= {"vocab_size": 30, "feature_size": 8, "classes": 5, "heads": ("mlm", "mrfr", "itm", "itc")}
@@ -452,11 +472,6 @@ def small_model(name, **changes):
     return paper, model
 
 
-def as_double(batch, **changes):
-    fields = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in vars(batch).items()}
-    return data.Batch(**fields | changes)
-
-
 @pytest.mark.parametrize("name", checkpoints.PAPERS)
 def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     """By hand: row by row, each modality encoded with the other one's input destroyed."""
@@ -467,11 +482,15 @@ def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     batch.region_mask[2, 2:] = False
     batch.text_mask[3, 4:] = False
     loss, scores = model(batch, ["itc"])["itc"]
-    head, texts, images = model.heads["itc"], [], []
+    head = model.heads["itc"]
+    texts = []
+    images = []
     for row in batch.pair_index.tolist():
         one = batch.rows(torch.tensor([row]))
-        blind, deaf = one.rows(torch.tensor([0])), one.rows(torch.tensor([0]))
-        blind.features, blind.boxes = torch.randn_like(one.features), torch.rand_like(one.boxes)
+        blind = one.rows(torch.tensor([0]))
+        deaf = one.rows(torch.tensor([0]))
+        blind.features = torch.randn_like(one.features)
+        blind.boxes = torch.rand_like(one.boxes)
         deaf.text = torch.randint(5, 30, one.text.shape)
         texts.append(model.encode(blind, regions=False).text[0, 0] @ head.project_text.weight.T)
         states = model.encode(deaf, text=False).regions[0][one.region_mask[0]]
@@ -480,7 +499,8 @@ def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     torch.testing.assert_close(scores, cosines / 0.07, atol=1e-5, rtol=1e-5)  # the temperature is a float32
     hidden = torch.zeros(4, 4).double()
     hidden[0, 2] = hidden[2, 0] = -1e9  # rows 0 and 3 show one picture
-    target, scores = torch.arange(4), cosines / 0.07 + hidden
+    target = torch.arange(4)
+    scores = cosines / 0.07 + hidden
     want = (torch.nn.functional.cross_entropy(scores, target) + torch.nn.functional.cross_entropy(scores.T, target)) / 2
     assert loss.item() == pytest.approx(want.item(), abs=1e-5)
     assert tasks.items_of(paper, "itc", batch) == 4
@@ -489,10 +509,13 @@ def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
 def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
     """Random scores: a query's candidates sorted by (among the k best by dot product, then by matching; else by dot)."""
     rng = np.random.default_rng(0)
-    n, m = 9, 7
+    n = 9
+    m = 7
     truth = np.array([0, 1, 2, 3, 4, 5, 6, 0, 3])
-    dots, fine = torch.from_numpy(rng.uniform(-1, 1, (n, m))), torch.from_numpy(rng.normal(0, 5, (n, m)))
-    dataset, asked = SimpleNamespace(image=truth + 10), []
+    dots = torch.from_numpy(rng.uniform(-1, 1, (n, m)))
+    fine = torch.from_numpy(rng.normal(0, 5, (n, m)))
+    dataset = SimpleNamespace(image=truth + 10)
+    asked = []
 
     def matching(run, dataset, texts, pictures, head):
         asked.extend(zip(texts.tolist(), (pictures - 10).tolist(), strict=True))
@@ -503,7 +526,8 @@ def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
     for k in (1, 2, 4, 20):
         asked.clear()
         got = evaluation.two_stage(None, dataset, np.arange(n), np.arange(10, 10 + m), k, "itm")
-        ranks, near = {"text_to_image": [], "image_to_text": []}, set()
+        ranks = {"text_to_image": [], "image_to_text": []}
+        near = set()
         for text in range(n):
             best = sorted(range(m), key=lambda i, t=text: -dots[t, i])[:k]
             near |= {(text, i) for i in best}
@@ -541,7 +565,8 @@ def own_run(pictures, tmp_path, monkeypatch):
     tokenizer = data.train_tokenizer(dataset.text)
     dataset.encode(tokenizer)
     _, model = small_model("uniter", vocab_size=tokenizer.get_vocab_size(), feature_size=dataset.store.width)
-    args, device = SimpleNamespace(ablate=None), torch.device("cpu")
+    args = SimpleNamespace(ablate=None)
+    device = torch.device("cpu")
     model.float().eval()
     run = SimpleNamespace(model=model, args=args, device=device, rank=0, world=1, autocast=train.nullcontext)
     run.tokenizer = tokenizer
@@ -550,10 +575,12 @@ def own_run(pictures, tmp_path, monkeypatch):
 
 def test_dot_products_and_matching_scores_one_pair_at_a_time(own_run):
     run, dataset = own_run
-    texts, images = np.array([3, 0, 5, 4]), dataset.image[[5, 4, 1]]
+    texts = np.array([3, 0, 5, 4])
+    images = dataset.image[[5, 4, 1]]
     with torch.inference_mode():
         dots = evaluation.dot_products(run, dataset, texts, images)
-        rows, columns = np.repeat(texts, 3), np.tile(images, 4)
+        rows = np.repeat(texts, 3)
+        columns = np.tile(images, 4)
         matching = evaluation.score_pairs(run, dataset, rows, columns, "itm").view(4, 3)
         for i, text in enumerate(texts):
             for j, image in enumerate(images):
@@ -636,7 +663,8 @@ def test_distillation_matches_layers_and_leaves_padding_out():
     real = torch.cat([batch.text_mask, batch.region_mask], 1)
     student, teacher = (m.encode(batch, record=True) for m in (run.model, run.teacher))
     parts = distill.forward_with_teacher(run, batch, ["itm"])
-    project, total = run.model.heads["hidden"]["text"], 0.0
+    project = run.model.heads["hidden"]["text"]
+    total = 0.0
     for own, other in (("embedding", "embedding"), ("layer.0", "layer.2")):
         wrong = (project(student.states[own]) - teacher.states[other]).square()
         total += sum(wrong[row][real[row]].mean() for row in range(3)) / 3 / 2
@@ -654,14 +682,16 @@ def test_a_whole_image_that_one_model_lacks_is_left_out():
     batch = as_double(masked_batch(3, 0))
     batch.region_mask[1, 2:] = False
     student, teacher = (m.encode(batch, record=True) for m in (run.model, run.teacher))
-    masks, total = {"text": batch.text_mask, "regions": batch.region_mask}, []
+    masks = {"text": batch.text_mask, "regions": batch.region_mask}
+    total = []
     for own, other in (("text.0", "text.1"), ("text.1", "text.3"), ("regions.0", "regions.1"), *(
         (name, name) for i in (0, 1) for name in (f"cross.{i}.text_to_regions", f"cross.{i}.regions_to_text")
     )):  # fmt: skip
         asks, _, answers = own.split(".")[-1].partition("_to_")
         if asks.isdigit():
             asks = answers = own.split(".")[0]
-        p, t = student.maps[own], teacher.maps[other]
+        p = student.maps[own]
+        t = teacher.maps[other]
         t = t[:, :, 1:] if asks == "regions" else t
         t = t[..., 1:] if answers == "regions" else t
         rows = []
@@ -711,7 +741,8 @@ def test_one_architecture_teaches_another(student, teacher):
 def test_distilled_parts_of_unlike_size_give_the_gradients_of_the_whole(model, name):
     sizes = {"heads": ("mlm", "mrfr", "itm", "itc", "hidden"), "teacher_widths": (16, 16)}
     run = taught(model, "uniter", "logits,hidden" if model == "lxmert" else "logits,attention,hidden", **sizes)
-    a, b = as_double(masked_batch(3, 1)), as_double(masked_batch(5, 2))
+    a = as_double(masked_batch(3, 1))
+    b = as_double(masked_batch(5, 2))
     found = []
     for batches in ([joined(a, b)], [a, b]):
         run.model.zero_grad()
@@ -766,7 +797,9 @@ def test_a_gpu_named_without_its_number_is_the_first(monkeypatch):
 
 
 def test_each_process_drops_other_values_and_goes_on_with_its_own():
-    args, device, draws = SimpleNamespace(seed=0), torch.device("cpu"), []
+    args = SimpleNamespace(seed=0)
+    device = torch.device("cpu")
+    draws = []
     for rank in (0, 1, 2):
         torch.manual_seed(0)
         machine.seed_dropout(SimpleNamespace(args=args, rank=rank, device=device), [])
