@@ -63,7 +63,7 @@ OPTIONS = {
         ("--limit", COUNT, None, "use N of the training examples, drawn at random"),
         ("--vocab", str, None, "a BERT vocab.txt or a tokenizer.json (default: trained on the training texts)"),
         ("--max-words", number(int, 8), 60, "word pieces of a text, with [CLS] and [SEP]; the rest is cut off"),
-        ("--mask", SHARE, None, "share of the word pieces that pretraining masks (default: 0.15, scenes 0.3)"),
+        ("--mask", SHARE, None, "share of the word pieces that pretraining masks (default: of the data set, or 0.15)"),
         ("--patch", COUNT, 12, "each region of a picture is resized to N x N pixels"),
         ("--grid", COUNT, 6, "a picture without boxes is cut into N x N regions"),
     ],
@@ -75,7 +75,7 @@ OPTIONS = {
         ("--partial", bool, False, "accept an --init that lacks tensors of the trunk; they stay at random"),
     ],
     "optimization": [
-        ("--steps", COUNT_OR_ZERO, None, "optimizer steps (default: of the data set, scenes: about five minutes on two cores)"),
+        ("--steps", COUNT_OR_ZERO, None, "optimizer steps (default: of the data set, or 1000)"),
         ("--batch-size", COUNT, None, "examples in one forward pass of one process (default: of the data set, or 64 rows)"),
         ("--accumulate", COUNT, 1, "forward passes of one process in an optimizer step"),
         ("--lr", NOT_NEGATIVE, None, "peak learning rate (default: by the model's width)"),
