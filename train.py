@@ -47,6 +47,7 @@ import checkpoints
 import common
 import data
 import distill
+import formats
 import tasks
 from common import UserError
 from prepare import scenes
@@ -73,7 +74,7 @@ def parse(argv=None):
     add(
         "--model",
         default="uniter",
-        choices=[*checkpoints.PAPERS, "all"],
+        choices=[*checkpoints.MODELS, "all"],
         help="which paper; all: one after the other, compared",
     )
     add("--task", default="pretrain", help=f"{', '.join(data.TASKS)}; several, a,b,c, train together")
@@ -196,7 +197,7 @@ def resolve_options(options, model_name, seed):
         # UNITER trains one objective a step, so it takes more of them; side by side all three take equally many
         alone = (
             args.task == "pretrain"
-            and checkpoints.PAPERS[model_name][0].PRETRAINING["conditional"]
+            and checkpoints.MODELS[model_name].PRETRAINING["conditional"]
             and options.model != "all"
         )
         args.steps = 1000 if args.data != "scenes" else 3600 if alone else 2400
@@ -427,8 +428,7 @@ def build_model(run, checkpoint):
                 f"{args.init}: has {sizes['vocab_size']} words, the tokenizer {words}; give --vocab its own pieces"
             )
         sizes |= known
-    if args.model == "uniter":
-        sizes["types"] = max(sizes.get("types", 2), *(checkpoints.TYPES.get(task, 2) for task in args.tasks))
+    sizes["types"] = max(sizes.get("types", 2), paper.text_types(args.tasks))
     sizes |= {"heads": tasks.heads_for(paper, run.objectives), "answers": max(1, len(run.answers))}
     if run.teacher and "hidden" in args.distill.split(","):
         theirs = run.teacher.config
@@ -437,7 +437,7 @@ def build_model(run, checkpoint):
     sizes |= parse_config_options(args, paper)
     torch.manual_seed(args.seed)
     try:
-        model = getattr(paper, checkpoints.PAPERS[args.model][1])(paper.Config(**sizes))
+        model = paper.MODEL(paper.Config(**sizes))
     except (TypeError, ValueError) as error:
         raise common.UserError(
             f"{args.init or args.model} {' '.join(args.config)}: no model of these sizes: {error}"
@@ -576,7 +576,7 @@ def backward(run, batches, names):
 
 def train(args):
     """One run: reads the data, builds or restores the model, trains, evaluates. Returns what goes to result.json."""
-    paper, (rank, world), last = checkpoints.PAPERS[args.model][0], common.rank_and_world(), args.out / "checkpoint.pt"
+    paper, (rank, world), last = checkpoints.MODELS[args.model], common.rank_and_world(), args.out / "checkpoint.pt"
     device = pick_device(args.device)
     if args.resume and not last.is_file():
         raise common.UserError(
@@ -627,14 +627,14 @@ def train(args):
     if args.export_official:
         if Path(args.export_official).is_dir():
             raise common.UserError(f"--export-official {args.export_official}: is a folder; give a file name")
-        checkpoints.export_official(
+        formats.export_official(
             args.model, run.model.state_dict()
         )  # refuses two heads of one name before the first step
     print_run(run)
     loop(run)
     result = run_test(run)
     if args.export_official and rank == 0:
-        checkpoints.save(checkpoints.export_official(args.model, run.model.state_dict()), Path(args.export_official))
+        checkpoints.save(formats.export_official(args.model, run.model.state_dict()), Path(args.export_official))
     return result
 
 
@@ -901,7 +901,7 @@ def main(argv=None):
     try:
         options = parse(argv)
         keep_freed_memory()
-        models = list(checkpoints.PAPERS) if options.model == "all" else [options.model]
+        models = list(checkpoints.MODELS) if options.model == "all" else [options.model]
         runs = [
             resolve_options(options, m, s) for m in models for s in range(options.seed, options.seed + options.seeds)
         ]

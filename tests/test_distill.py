@@ -55,14 +55,12 @@ def joined(a, b):
 
 def small_model(name, **changes):
     """A float64 model with narrow layers and weights far from zero, so that every term shows."""
-    paper, sizes = checkpoints.PAPERS[name][0], {"hidden": 16, "attention_heads": 2, "intermediate": 32}
+    paper, sizes = checkpoints.MODELS[name], {"hidden": 16, "attention_heads": 2, "intermediate": 32}
     if name == "vilbert":
         sizes |= {"visual_hidden": 8, "visual_heads": 2, "visual_intermediate": 16, "shared": 8, "shared_heads": 2}
     sizes |= {"vocab_size": 30, "feature_size": 8, "classes": 5, "heads": ("mlm", "mrfr", "itm", "itc")}
     torch.manual_seed(0)
-    model = getattr(paper, checkpoints.PAPERS[name][1])(
-        paper.Config(**paper.PRESETS["tiny"] | sizes | changes)
-    ).double()
+    model = paper.MODEL(paper.Config(**paper.PRESETS["tiny"] | sizes | changes)).double()
     for key, parameter in model.named_parameters():
         if "norm" not in key and parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -111,7 +109,7 @@ def taught(student, teacher, distill, **changes):
                            soft=("mlm", "mrfr", "itm"), device=torch.device("cpu"), autocast=train.nullcontext)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", checkpoints.PAPERS)
+@pytest.mark.parametrize("name", checkpoints.MODELS)
 def test_nothing_is_left_to_learn_from_oneself(name):
     """Teacher = student, projections the identity: every loss of the teacher is 0; each grows with another student."""
     widths = (16, 8 if name == "vilbert" else 16)

@@ -224,7 +224,7 @@ def test_the_benchmark_counts_padding_apart(tmp_path):
     assert times.shape == (4,) and (times > 0).all()
 
 
-@pytest.mark.parametrize("model", checkpoints.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.MODELS)
 def test_the_benchmark_counts_whatever_a_step_trains(model, tmp_path):
     args = argparse.Namespace(device="cpu", batch_size=4, batches=1, words=9, regions=(4, 4))
     run, (index,) = benchmark.make_run(args, model, "tiny", "f32", tmp_path)
@@ -293,7 +293,7 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
 # ---- the command line ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", checkpoints.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.MODELS)
 def test_pretrain_then_vqa(model, pictures, tmp_path):
     done = run("--model", model, "--data", pictures, "--steps", 3, cwd=tmp_path)
     assert "chance" in done.stdout
@@ -349,9 +349,9 @@ def test_all_models_and_seeds_end_in_one_table(pictures, tmp_path):
     options = ["--model", "all", "--task", "vqa", "--data", pictures, "--steps", 1, "--seeds", 2, "--out", "cmp"]
     done = run(*options, cwd=tmp_path)
     table = (tmp_path / "cmp/comparison.md").read_text()
-    assert table in done.stdout and all(model in table for model in checkpoints.PAPERS)
+    assert table in done.stdout and all(model in table for model in checkpoints.MODELS)
     runs = json.loads((tmp_path / "cmp/comparison.json").read_text())["runs"]
-    assert len(runs) == 2 * len(checkpoints.PAPERS)
+    assert len(runs) == 2 * len(checkpoints.MODELS)
     mean = json.loads((tmp_path / "cmp/comparison.json").read_text())["table"]["accuracy"]["lxmert"]["mean"]
     assert mean == pytest.approx(np.mean([r["accuracy"] for r in runs if r["model"] == "lxmert"]))
 
@@ -430,14 +430,12 @@ def test_scenes_by_default(here, tmp_path, monkeypatch):
 
 def small_model(name, **changes):
     """A float64 model with narrow layers and weights far from zero, so that every term shows."""
-    paper, sizes = checkpoints.PAPERS[name][0], {"hidden": 16, "attention_heads": 2, "intermediate": 32}
+    paper, sizes = checkpoints.MODELS[name], {"hidden": 16, "attention_heads": 2, "intermediate": 32}
     if name == "vilbert":
         sizes |= {"visual_hidden": 8, "visual_heads": 2, "visual_intermediate": 16, "shared": 8, "shared_heads": 2}
     sizes |= {"vocab_size": 30, "feature_size": 8, "classes": 5, "heads": ("mlm", "mrfr", "itm", "itc")}
     torch.manual_seed(0)
-    model = getattr(paper, checkpoints.PAPERS[name][1])(
-        paper.Config(**paper.PRESETS["tiny"] | sizes | changes)
-    ).double()
+    model = paper.MODEL(paper.Config(**paper.PRESETS["tiny"] | sizes | changes)).double()
     for key, parameter in model.named_parameters():
         if "norm" not in key and parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -449,7 +447,7 @@ def as_double(batch, **changes):
     return data.Batch(**fields | changes)
 
 
-@pytest.mark.parametrize("name", checkpoints.PAPERS)
+@pytest.mark.parametrize("name", checkpoints.MODELS)
 def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     """By hand: row by row, each modality encoded with the other one's input destroyed."""
     paper, model = small_model(name)
