@@ -9,6 +9,7 @@ A state dict is {parameter name: tensor}. "Official" names are those of the auth
 
 import json
 import os
+import re
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -126,7 +127,12 @@ def load_checkpoint(path):
 
 # ---- other people's files ----------------------------------------------------------------------------------------
 
-STATE_KEYS = ("state", "model_state", "model_state_dict", "state_dict", "model")  # some codes put the state dict there
+# keys under which codes put the state dict, the plain weights before their moving average
+STATE_KEYS = ("state", "model_state", "model_state_dict", "state_dict", "model", "module", "net", "network")
+STATE_KEYS += ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema", "shadow")
+# what DistributedDataParallel, torch.compile, Lightning and averaging put before a parameter's name
+WRAPPERS = ("module.", "_orig_mod.", "model.", "ema_model.", "ema.")
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face folder
 CONFIG_VALUES = {"model_type": ("bert", "lxmert"), "hidden_act": ("gelu",)}  # what a config.json may say, if it does
 
 
@@ -138,6 +144,12 @@ def read_torch(path):
         with warnings.catch_warnings(action="ignore"):  # a failure is one line
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 (bytes that are no weights end in nearly every kind of error)
+        objects = re.findall(r"GLOBAL (\S+) was not", str(error))
+        if objects:
+            raise UserError(
+                f"{path}: holds more than weights, an object {objects[0]}; save the state dict alone with "
+                "torch.save(model.state_dict(), FILE)"
+            ) from None
         raise UserError(f"{path}: no weights, damaged, or more than weights ({type(error).__name__})") from None
 
 
@@ -178,13 +190,12 @@ def load_weights(args):
     UserError for anything else, for another model's weights and for numbers that are not finite.
     """
     path = find_weights(Path(args.init))
-    if path.suffix == ".safetensors":
-        content = read_safetensors(path)
-    else:
-        content = read_torch(path)
+    content = read_weights(path)
     state = find_state_dict(path, content)
+    check_finite(path, state)
     if is_checkpoint(content):
         return content
+    state = strip_wrappers(path, state)
     kind = kind_of(state)
     if kind not in ("BERT", args.model):
         raise UserError(f"{path}: holds weights of {kind}, which do not fit --model {args.model}")
@@ -214,21 +225,52 @@ def load_weights(args):
 
 
 def find_weights(path):
-    """The weights file of a folder; a file is itself."""
+    """The weights file of a folder, or the index file of one in several parts. A file is itself."""
     if not path.is_dir():
         return path
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return path / name
-    raise UserError(f"{path}: a folder without model.safetensors or pytorch_model.bin; give the file")
+    for name in WEIGHTS_FILES:
+        for candidate in (path / name, path / f"{name}.index.json"):
+            if candidate.is_file():
+                return candidate
+    raise UserError(f"{path}: a folder without {' or '.join(WEIGHTS_FILES)}; give the file")
+
+
+def read_weights(path):
+    """The content of a weights file. Of an index file: {name: tensor} of all its parts."""
+    if path.name.endswith(".index.json"):
+        return read_parts(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    return read_torch(path)
+
+
+def read_parts(index):
+    """{name: tensor} of the files that an index file names: {"weight_map": {name: file}}. UserError if one is missing."""
+    content = read_json(index, dict) or {}
+    files = content.get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{index}: has no weight_map that names the files of its tensors")
+    tensors = {}
+    for file in sorted(set(map(str, files.values()))):
+        if Path(file).name != file or file.endswith(".json"):
+            raise UserError(f"{index}: {file} is no weights file of its own folder")
+        part = read_weights(index.with_name(file))
+        if isinstance(part, dict):
+            tensors.update(part)
+    missing = [name for name in files if name not in tensors]
+    if missing:
+        raise UserError(f"{index}: {len(missing)} tensors are in none of its files, the first is {missing[0]}")
+    return tensors
 
 
 def find_state_dict(path, content):
-    """The tensors of a file's content, {name: tensor}. UserError if there is none, or a number that is not finite."""
+    """The tensors of a file's content, {name: tensor}, under any chain of STATE_KEYS. UserError if there is none."""
     state = content
-    for key in STATE_KEYS:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+    for _ in range(10):  # a dict may hold itself
+        for key in STATE_KEYS:
+            if isinstance(state, dict) and isinstance(state.get(key), dict):
+                state = state[key]
+                break
     tensors = {}
     if isinstance(state, dict):
         for name, tensor in state.items():
@@ -237,14 +279,31 @@ def find_state_dict(path, content):
     usable = all(tensor.layout == torch.strided and not tensor.is_meta for tensor in tensors.values())
     if not tensors or not usable:
         raise UserError(f"{path}: holds no weights; give a checkpoint, a state dict or a safetensors file")
+    return tensors
+
+
+def check_finite(path, state):
+    """UserError if a tensor holds NaN or infinity."""
     wrong = []
-    for name, tensor in tensors.items():
+    for name, tensor in state.items():
         # a sum is finite only if all its numbers are, and costs no memory
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
             wrong.append(name)
     if wrong:
         raise UserError(f"{path}: {len(wrong)} tensors hold NaN or infinity, the first is {wrong[0]}")
-    return tensors
+
+
+def strip_wrappers(path, state):
+    """A state dict without the WRAPPERS before its names. UserError if two tensors then have one name."""
+    plain = {}
+    for name, tensor in state.items():
+        short = name.replace("_orig_mod.", "")  # torch.compile of a part puts it inside a name
+        while short.startswith(WRAPPERS):
+            short = short.split(".", 1)[1]
+        if short in plain:
+            raise UserError(f"{path}: holds {short} twice, as plain and as averaged weights; save one of the two")
+        plain[short] = tensor
+    return plain
 
 
 def kind_of(state):
@@ -346,6 +405,10 @@ def fit_state_dict(args, own, checkpoint, answers):
     at_random = sorted(set(own) - loaded)
     ignored = ignored + left_out + [name for name in state if name not in loaded]
     check_trunk(args, kind, at_random)
+    if not loaded:
+        raise UserError(
+            f"{args.init}: none of its {len(ignored)} tensors fits --model {args.model}; the first is {ignored[0]}"
+        )
     full = {}
     for name, tensor in own.items():
         full[name] = state[name] if name in loaded else tensor

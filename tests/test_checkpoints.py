@@ -1,6 +1,7 @@
 """Weights that others trained: read, checked, fitted into each model, and written back. Oracles: transformers' BertModel,
 BertTokenizer and LXMERT on the same files, the names and shapes of the official checkpoints."""
 
+import argparse
 import importlib.util
 import itertools
 import json
@@ -175,6 +176,75 @@ def test_every_spelling_of_bert_gives_the_same_model(model, tmp_path):
     )
     taken = built["plain"]["heads.itm.weight"].flatten()[:64], plain["cls.seq_relationship.weight"].flatten()[:64]
     assert torch.equal(*taken) == (model == "lxmert")  # only LXMERT's code takes BERT's next-sentence head
+
+
+WRAPPED = {  # how a code wraps a state dict: what it saves
+    "distributed": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    "compiled, then distributed": lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
+    "Lightning": lambda state: {"state_dict": {f"model.{name}": t for name, t in state.items()}, "epoch": 3},
+    "compiled layers": lambda state: {name.replace(".layer.0.", ".layer.0._orig_mod."): t for name, t in state.items()},
+    "average alone": lambda state: {"ema": {"module": state}, "step": torch.tensor(3)},
+    "average beside": lambda state: {"ema": {n: t * 2 for n, t in state.items()}, "model_state_dict": state},
+    "three keys deep": lambda state: {"model": {"state_dict": {"module": state}}},
+    "everything": lambda state: {"model": {f"module.model._orig_mod.{n}": t for n, t in state.items()}},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPED)
+def test_weights_are_found_in_any_wrapping(wrapping, tmp_path):
+    plain = bert_state(layers=1)
+    torch.save(plain, tmp_path / "plain.bin")
+    torch.save(WRAPPED[wrapping](plain), tmp_path / "wrapped.bin")
+    expected = checkpoint_of(tmp_path / "plain.bin", "uniter")
+    found = checkpoint_of(tmp_path / "wrapped.bin", "uniter")
+    assert found["config"] == expected["config"]
+    assert set(found["state"]) == set(expected["state"])
+    assert all(torch.equal(found["state"][name], tensor) for name, tensor in expected["state"].items())
+
+
+def test_plain_and_averaged_weights_side_by_side_are_refused(tmp_path):
+    state = bert_state(layers=1)
+    both = {f"model.{n}": t for n, t in state.items()} | {f"ema_model.{n}": t for n, t in state.items()}
+    torch.save(both, tmp_path / "x.bin")
+    with pytest.raises(UserError, match="x.bin: holds bert.embeddings.* twice"):
+        checkpoint_of(tmp_path / "x.bin", "uniter")
+
+
+def save_in_parts(state, folder, kind):
+    """A state dict in three files with an index, as Hugging Face saves large models."""
+    weight_map = {}
+    for i, name in enumerate(state):
+        weight_map[name] = f"model-0000{i % 3 + 1}-of-00003.{kind}"
+    for file in set(weight_map.values()):
+        part = {name: state[name] for name in state if weight_map[name] == file}
+        if kind == "safetensors":
+            pytest.importorskip("safetensors.torch").save_file(part, folder / file)
+        else:
+            torch.save(part, folder / file)
+    index = "model.safetensors.index.json" if kind == "safetensors" else "pytorch_model.bin.index.json"
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder / index
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_folder_in_several_parts_is_read_by_its_index_file(kind, tmp_path):
+    state = bert_state(layers=2)
+    index = save_in_parts(state, tmp_path, kind)
+    for given in (tmp_path, index):
+        found = checkpoint_of(given, "uniter")["state"]
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    content = json.loads(index.read_text())
+    wrong = {  # what is wrong with weight_map: what the line must say
+        "has no weight_map": None,
+        "model-9.bin: no such file": {"a": "model-9.bin"},
+        "is no weights file of its own folder": {"a": f"../{tmp_path.name}/x.bin"},
+        "1 tensors are in none of its files, the first is a": content["weight_map"]
+        | {"a": f"model-00001-of-00003.{kind}"},
+    }
+    for message, weight_map in wrong.items():
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(UserError, match=message):
+            checkpoint_of(tmp_path, "uniter")
 
 
 def test_bert_base_has_the_sizes_of_the_papers():
@@ -535,6 +605,14 @@ def test_a_trunk_with_holes_is_refused_unless_partial():
     assert f"at random {len(gone)}: layers ({len(gone)})" in report
 
 
+def test_a_file_of_which_nothing_fits_is_refused_even_if_partial():
+    state = {f"other.{name}": tensor for name, tensor in make("uniter").items()}
+    with pytest.raises(
+        UserError, match="x.pt: none of its .* tensors fits --model uniter; the first is other.text_emb"
+    ):
+        fitted("uniter", state, make("uniter"), args=options("x.pt", partial=True))
+
+
 @pytest.mark.parametrize(
     ("model", "heads"), {"uniter": ("vqa", "ve"), "vilbert": ("mrc", "mrfr"), "lxmert": ("vqa", "ve")}.items()
 )
@@ -628,6 +706,8 @@ def wrong_file(kind, folder):
     elif kind == "config damaged":
         torch.save(good, path)
         (folder / "config.json").write_text("{")
+    elif kind == "options beside the weights":
+        torch.save({"state_dict": good, "args": argparse.Namespace(lr=1e-4)}, path)
     elif kind == "code":
         path.write_bytes(pickle.dumps(Harm(folder / "harm")))
     elif kind == "code in an archive":
@@ -677,6 +757,7 @@ WRONG = {  # kind: what the line must say
     "heads unknown": "put its config.json beside it",
     "config of another": "64 wide with 7 heads",
     "config damaged": "not JSON",
+    "options beside the weights": "an object argparse.Namespace; save the state dict alone",
     "code": "more than weights",
     "code in an archive": "more than weights",
     "empty": "no weights",
