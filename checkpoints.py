@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -350,10 +350,13 @@ class Report:
     """What `fit_state_dict` did. Each list holds names of parameters."""
 
     source: str  # the file, and whose weights it holds
-    loaded: list
-    resized: list
-    at_random: list
-    ignored: list
+    loaded: list = field(default_factory=list)
+    resized: list = field(default_factory=list)
+    at_random: list = field(default_factory=list)
+    ignored: list = field(default_factory=list)
+    new_answers: list = field(
+        default_factory=list
+    )  # answers of the model that the file does not know; their rows start at 0
 
     @property
     def random_heads(self):
@@ -380,6 +383,8 @@ class Report:
             if len(parts) > 8:
                 shown += ", ..."
             lines.append(f"         {kind} {len(names)}: {shown}")
+        if self.new_answers:
+            lines.append(f"         answers new to it {len(self.new_answers)}: {', '.join(self.new_answers[:8])}")
         return "\n".join(lines)
 
 
@@ -392,55 +397,58 @@ def fit_state_dict(args, own, checkpoint, answers):
     """
     kind = checkpoint.get("kind")
     state = checkpoint["state"]
-    ignored = []
+    whose = f"weights of {kind}" if kind else "a checkpoint"
+    report = Report(f"{args.init}: {whose}")
     try:
         if kind:
-            state, ignored = rename_state(args.model, kind, state, own)
-        state, moved, left_out = move_answers(args.model, state, own, checkpoint["answers"], answers)
-        state, widened = widen_text_types(state, own, args.tasks)
+            state = rename_state(args.model, kind, state, own, report)
+        state = move_answers(state, own, checkpoint["answers"], answers, report)
+        state = widen_text_types(state, own, args.tasks, report)
         state = make_rank_head(state, own)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{args.init}: {str(error).splitlines()[0]}") from None
     loaded = names_that_fit(state, own)
-    at_random = sorted(set(own) - loaded)
-    ignored = ignored + left_out + [name for name in state if name not in loaded]
-    check_trunk(args, kind, at_random)
+    report.loaded = sorted(loaded)
+    report.at_random = sorted(set(own) - loaded)
+    report.ignored += [name for name in state if name not in loaded]
+    check_trunk(args, kind, report.at_random)
     if not loaded:
         raise UserError(
-            f"{args.init}: none of its {len(ignored)} tensors fits --model {args.model}; the first is {ignored[0]}"
+            f"{args.init}: no tensor fits --model {args.model}; the first in the file is {report.ignored[0]}"
         )
     full = {}
     for name, tensor in own.items():
         full[name] = state[name] if name in loaded else tensor
-    whose = f"weights of {kind}" if kind else "a checkpoint"
-    report = Report(f"{args.init}: {whose}", sorted(loaded), moved + widened, at_random, ignored)
     return full, report
 
 
-def rename_state(model, kind, state, own):
-    """A state dict of `kind`, under our names. Returns (state, names that have no place in the model)."""
+def rename_state(model, kind, state, own, report):
+    """A state dict of `kind`, under our names."""
     names = list(own)
     for name in own:  # heads that the model lacks, but that become one of its heads below
         names.append(name.replace("heads.vqa.", "heads.qa."))
         if kind != "BERT":
             names.append(name.replace("heads.rank.", "heads.itm."))
-    return formats.FORMATS[model].from_official(state, names)
+    state, unexpected = formats.FORMATS[model].from_official(state, names)
+    report.ignored += unexpected
+    return state
 
 
-def widen_text_types(state, own, tasks):
-    """Adds the text types that the model has and the file lacks. Returns (state, names of what was widened).
+def widen_text_types(state, own, tasks, report):
+    """The state dict with the text types that the model has and the file lacks.
 
     The type of NLVR2's second picture starts as that of the first one, row 1; VCR's types as that of the text, row 0.
     """
     name = "text_embedding.types.weight"
     if name not in state or name not in own or len(state[name]) >= len(own[name]):
-        return state, []
+        return state
     table = state[name]
     if "nlvr2" in tasks and len(table) == 2:
         table = widen_types(table, 3, copy=1)
     state = dict(state)
     state[name] = widen_types(table, len(own[name]), copy=0)
-    return state, [name]
+    report.resized.append(name)
+    return state
 
 
 def widen_types(table, types, copy):
@@ -527,43 +535,79 @@ def normalize_lxmert_answer(answer):
     return SPELLINGS.get(answer, answer)
 
 
-def move_answers(model, state, own, known, wanted):
-    """The state dict with an answer head for the list `wanted`. Returns (state, names that changed, names left out)."""
-    if model == "lxmert" and known:
-        before = {id(tensor) for tensor in state.values()}
-        state = transfer_answer_head(state, own, known, wanted)
-        return state, [name for name in state if id(state[name]) not in before], []
-    if known == wanted:
-        return state, [], []
-    left_out = [name for name in state if name.startswith(("heads.vqa.", "heads.qa."))]
-    return {name: tensor for name, tensor in state.items() if name not in left_out}, [], left_out
+def match_answers(known, wanted):
+    """For each wanted answer its place in the list `known`, -1 where it is unknown.
 
-
-def transfer_answers(weight, bias, known, wanted):
-    """The QA head's last layer for another answer list: rows copied by normalised answer, unknown answers 0.
-
-    weight (A, 2C), bias (A,) of the A answers in `known`; returns the two for the list `wanted`.
+    Answers that are written alike match first, then those that are alike once normalised.
     """
-    place = {normalize_lxmert_answer(answer): i for i, answer in enumerate(known)}
-    rows = torch.tensor([place.get(normalize_lxmert_answer(answer), -1) for answer in wanted], device=weight.device)
-    found = rows >= 0
-    return weight[rows] * found[:, None], bias[rows] * found  # row -1 is read, then zeroed
+    written = {}
+    normalized = {}
+    for place, answer in enumerate(known):
+        written.setdefault(answer, place)
+        normalized.setdefault(normalize_lxmert_answer(answer), place)
+    places = []
+    for answer in wanted:
+        place = written.get(answer)
+        if place is None:
+            place = normalized.get(normalize_lxmert_answer(answer), -1)
+        places.append(place)
+    return places
 
 
-def transfer_answer_head(state, names, known, wanted):
-    """Our state dict with its answer head, vqa or qa, as the model has it whose names are `names` (the official code's
-    `load_lxmert_qa`): pretraining's head becomes that of VQA; the rows of its last layer follow `transfer_answers`.
+def move_rows(tensor, places):
+    """Rows of a tensor (A, ...) in another order: (A', ...). Where a place is -1, a row of zeros."""
+    places = torch.tensor(places, device=tensor.device)  # (A',)
+    moved = tensor[places]  # for -1 the last row is read, then zeroed
+    moved[places < 0] = 0
+    return moved
 
-    known: the answers of the state's rows; wanted: the model's. Unchanged where there is nothing to do. ValueError if
-    the head has another number of rows than `known`.
+
+def answer_head_of(names):
+    """The answer head among a model's parameter names, None without one."""
+    for head in ANSWER_HEADS:
+        if any(name.startswith(f"heads.{head}.") for name in names):
+            return head
+    return None
+
+
+def move_answers(state, own, known, wanted, report):
+    """The state dict with its answer head as the model `own` has it, for the answers `wanted` in place of `known`.
+
+    A row of the head's last layer goes where its answer goes; answers that the file does not know start at 0, the
+    layers before are kept. LXMERT's pretraining head becomes that of VQA (official code: `load_lxmert_qa`). Where no
+    answer is known the head is left out. ValueError if the head has another number of rows than `known`.
     """
-    kind = next((head for head in ("vqa", "qa") if f"heads.{head}.3.weight" in state), None)
-    head = next((head for head in ("vqa", "qa") if f"heads.{head}.3.weight" in names), None)
-    if None in (kind, head) or (kind, known) == (head, wanted):
+    source = answer_head_of(state)
+    target = answer_head_of(own)
+    if source is None or target is None or (source == target and known == wanted):
         return state
-    weight, bias = state[f"heads.{kind}.3.weight"], state[f"heads.{kind}.3.bias"]
-    if len(known) != len(weight):
-        raise ValueError(f"its answer head has {len(weight)} rows, the list of answers {len(known)}")
-    weight, bias = transfer_answers(weight, bias, known, wanted)
-    state = {n.replace(f"heads.{kind}.", f"heads.{head}."): t for n, t in state.items()}
-    return state | {f"heads.{head}.3.weight": weight, f"heads.{head}.3.bias": bias}
+    places = match_answers(known, wanted)
+    new = [answer for answer, place in zip(wanted, places, strict=True) if place < 0]
+    if len(new) == len(wanted):
+        report.ignored += [name for name in state if name.startswith(f"heads.{source}.")]
+        return {name: tensor for name, tensor in state.items() if not name.startswith(f"heads.{source}.")}
+    moved = {name.replace(f"heads.{source}.", f"heads.{target}."): tensor for name, tensor in state.items()}
+    biases = [name for name in own if name.startswith(f"heads.{target}.") and name.endswith(".bias")]
+    last_layer = biases[-1].removesuffix("bias")
+    if f"{last_layer}bias" not in moved:
+        return moved  # a head of another kind, which will not fit
+    rows = len(moved[f"{last_layer}bias"])
+    if rows != len(known):
+        raise ValueError(f"its answer head has {rows} rows, the list of answers {len(known)}")
+    report.new_answers = new
+    move_last_layer(moved, last_layer, places, report)
+    return moved
+
+
+def move_last_layer(state, layer, places, report):
+    """Moves the rows of a linear layer inside a state dict; `layer` is the beginning of its names, with the dot."""
+    gain = f"{layer}weight_g"
+    direction = f"{layer}weight_v"
+    if gain in state:  # weight normalisation, w = g v / |v|: g follows |v|, so that the rows of w stay what they are
+        kept = move_rows(state[direction], places)
+        state[gain] = state[gain] * kept.norm() / state[direction].norm()
+        report.resized.append(gain)
+    for name in state:
+        if name.startswith(layer) and name != gain:
+            state[name] = move_rows(state[name], places)
+            report.resized.append(name)

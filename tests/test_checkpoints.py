@@ -573,15 +573,48 @@ def test_the_answers_of_lxmert_keep_their_rows():
         fitted("lxmert", state, own, known=["yes", "no"], wanted=["yes"])
 
 
-@pytest.mark.parametrize("model", ["uniter", "vilbert"])
-def test_an_answer_head_is_kept_for_the_same_answers_only(model):
+def answer_logits(state, changes, x):
+    """What an answer head computes from x, by the modules of the model itself."""
+    model, sizes = changes
+    paper = checkpoints.MODELS[model]
+    config = paper.Config(**{**paper.PRESETS["tiny"], **sizes})
+    head = paper.HEADS["vqa"](config).eval()
+    head.load_state_dict({n.removeprefix("heads.vqa."): t for n, t in state.items() if n.startswith("heads.vqa.")})
+    return head(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"), [("uniter", {}), ("lxmert", {}), ("vilbert", {}), ("vilbert", {"twelve_in_one": True})]
+)
+def test_answers_belong_to_the_checkpoint(model, changes):
+    """On data with other answers each known answer keeps its logit, in all models; a new one starts at 0."""
+    known, wanted = ["red", "blue", "two"], ["blue", "green", "red", "Two."]
+    state = make(model, heads=("vqa",), **changes)
+    own = make(model, heads=("vqa",), answers=4, **changes)
+    found, report = fitted(model, state, own, known=known, wanted=wanted)
+    x = torch.randn(5, 128)
+    with torch.no_grad():
+        before = answer_logits(state, (model, changes | {"answers": 3}), x)
+        after = answer_logits(found, (model, changes | {"answers": 4}), x)
+    torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [1, 0, 2]], atol=1e-5, rtol=1e-5)
+    assert (after[:, 1] == 0).all()
+    assert "answers new to it 1: green" in report and "at random 0" in report
+    with pytest.raises(UserError, match="3 rows, the list of answers 2"):
+        fitted(model, state, own, known=["yes", "no"], wanted=["yes"])
+
+
+@pytest.mark.parametrize("model", checkpoints.MODELS)
+def test_a_head_without_a_known_answer_stays_at_random_and_is_reported(model):
     state, own = make(model, heads=("vqa",)), make(model, heads=("vqa",))
     same, report = fitted(model, state, own, known="abc", wanted="abc")
     assert all(torch.equal(same[name], state[name]) for name in state)
     assert "at random 0" in report
-    other, report = fitted(model, state, own, known="abc", wanted="acb")
-    assert all(torch.equal(other[n], (own if n.startswith("heads.") else state)[n]) for n in state)
-    assert "heads.vqa" in report.splitlines()[4]
+    for known in ([], ["x", "y", "z"]):
+        file = {"state": state, "answers": known}
+        found, report = checkpoints.fit_state_dict(options("x.pt", model), own, file, list("abc"))
+        assert all(torch.equal(found[n], (own if n.startswith("heads.") else state)[n]) for n in state)
+        assert report.random_heads == ["vqa"]
+        assert "heads.vqa" in str(report).splitlines()[3] and "heads.vqa" in str(report).splitlines()[4]
 
 
 def test_a_head_is_loaded_whole_or_not_at_all():
@@ -607,9 +640,7 @@ def test_a_trunk_with_holes_is_refused_unless_partial():
 
 def test_a_file_of_which_nothing_fits_is_refused_even_if_partial():
     state = {f"other.{name}": tensor for name, tensor in make("uniter").items()}
-    with pytest.raises(
-        UserError, match="x.pt: none of its .* tensors fits --model uniter; the first is other.text_emb"
-    ):
+    with pytest.raises(UserError, match="x.pt: no tensor fits --model uniter; the first in the file is other.text_emb"):
         fitted("uniter", state, make("uniter"), args=options("x.pt", partial=True))
 
 
