@@ -7,6 +7,7 @@
 A state dict is {parameter name: tensor}. "Official" names are those of the authors' released checkpoints.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -23,7 +25,7 @@ import formats
 import lxmert
 import uniter
 import vilbert
-from common import UserError
+from common import UserError, print0, rank_and_world
 
 # ---- the table of models -----------------------------------------------------------------------------------------
 
@@ -49,20 +51,28 @@ MODELS = {"uniter": uniter, "vilbert": vilbert, "lxmert": lxmert}
 
 # ---- our own checkpoints -----------------------------------------------------------------------------------------
 
+NEWEST = "checkpoint.pt"  # what a run goes on from; best.pt holds the weights that were best on the val split
+PREVIOUS = "checkpoint.previous.pt"  # the one before, in case the newest is damaged
 CHECKPOINT_KEYS = {"model", "config", "state", "tokenizer", "answers"}  # what a checkpoint must hold to be used
 
 
 def write_whole(path, write):
-    """Makes a file whole or not at all: `write` gets a temporary path beside it, which is then renamed."""
+    """Makes a file whole or not at all: `write` gets a temporary path beside it, which is then renamed. The content is on
+    the disk before the name is, so that a power cut leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
     """A text file, whole or not at all."""
-    write_whole(path, lambda file: file.write_text(text))
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def save(content, path):
@@ -91,8 +101,18 @@ def save_checkpoint(run, name):
         "data": run.args.data,
         "patch": run.args.patch,
         "grid": run.args.grid,
+        "fingerprint": run.fingerprint,
     }
-    save(content, run.args.out / name)
+    path = run.args.out / name
+    if name != NEWEST:
+        save(content, path)
+        return
+    # at every moment one of the last two checkpoints is whole, under its own name
+    new = path.with_name(NEWEST + ".new")
+    save(content, new)
+    if path.is_file():
+        os.replace(path, path.with_name(PREVIOUS))
+    os.replace(new, path)
 
 
 def gather_generators(run):
@@ -123,6 +143,91 @@ def load_checkpoint(path):
     if not is_checkpoint(content):
         raise UserError(f"{path}: not a checkpoint of train.py (it lacks model, config, state, tokenizer or answers)")
     return content
+
+
+def has_checkpoint(folder):
+    """Whether a folder holds a run that can go on."""
+    return (folder / NEWEST).is_file() or (folder / PREVIOUS).is_file()
+
+
+def load_latest(folder):
+    """The newest checkpoint of a run's folder. Where it cannot be read, the one before, and a line that says so."""
+    newest = folder / NEWEST
+    try:
+        return load_checkpoint(newest)
+    except UserError as error:
+        if not (folder / PREVIOUS).is_file():
+            raise
+        content = load_checkpoint(folder / PREVIOUS)
+        print0(f"resume   {error}; going on from {PREVIOUS}, step {content['progress']['step']}")
+    if rank_and_world()[0] == 0 and newest.is_file():
+        newest.rename(folder / "checkpoint.damaged.pt")  # or the next save would take it for the one before
+    return content
+
+
+# Options that change what a run computes. The others, as --steps, --device and --log-every, may change on --resume.
+RESULT_OPTIONS = (
+    "seed",
+    "batch_size",
+    "lr",
+    "warmup",
+    "weight_decay",
+    "clip",
+    "mask",
+    "temperature",
+    "ablate",
+    "limit",
+)
+RESULT_OPTIONS += ("mine", "patch", "grid", "teacher", "distill")
+
+
+def fingerprint(run):
+    """What a run is made of, {what: text}, to be compared when it is resumed."""
+    found = {
+        "--model": run.args.model,
+        "--task": run.args.task,
+        "the objectives": ",".join(run.objectives),
+        "the tokenizer": hash_text(run.tokenizer.to_str()),
+        "the list of answers": f"{len(run.answers)} answers, {hash_text(json.dumps(run.answers))}",
+        "--dtype": str(run.dtype).removeprefix("torch."),
+        "--accumulate times processes": str(run.args.accumulate * run.world),
+    }
+    for option in RESULT_OPTIONS:
+        found[f"--{option.replace('_', '-')}"] = str(getattr(run.args, option))
+    for field_name, value in asdict(run.model.config).items():
+        found[f"the model's {field_name}"] = str(list(value) if isinstance(value, tuple) else value)
+    for task, splits in run.sets.items():
+        for split in ("train", "val"):
+            if split in splits:
+                found[f"--data ({task}, split {split})"] = f"{len(splits[split])} examples, {hash_data(splits[split])}"
+    return found
+
+
+def check_fingerprint(saved, now):
+    """UserError that names what differs between the run of a checkpoint and the one that would go on from it."""
+    for name, value in now.items():
+        if name in saved and saved[name] != value:
+            raise UserError(
+                f"--resume: {name} was {saved[name]:.60}, now {value:.60}; give the data and options of the stopped run, "
+                "or another --out for a new one"
+            )
+
+
+def hash_text(text):
+    """A short hash."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def hash_data(dataset):
+    """A short hash of a split: its word pieces, pictures, regions, targets, and ten thousand of its answers."""
+    found = hashlib.sha256()
+    for column in (dataset.tokens, dataset.offsets, dataset.image, dataset.lengths(), dataset.target):
+        if column is not None:
+            found.update(np.ascontiguousarray(column))
+    step = max(1, len(dataset) // 10_000)
+    for i in range(0, len(dataset), step):
+        found.update(json.dumps(dataset.answer[i]).encode())
+    return found.hexdigest()[:12]
 
 
 # ---- other people's files ----------------------------------------------------------------------------------------

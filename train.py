@@ -279,6 +279,7 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     teacher: torch.nn.Module = None
     teacher_paper: object = None
+    fingerprint: dict = field(default_factory=dict)  # what must not change on --resume
     soft: tuple = ()  # objectives whose scores the teacher has too
     progress: dict = field(default_factory=lambda: {"step": 0, "seconds": 0.0, "examples": 0, "best": -math.inf})
 
@@ -578,13 +579,13 @@ def train(args):
     """One run: reads the data, builds or restores the model, trains, evaluates. Returns what goes to result.json."""
     paper, (rank, world), last = checkpoints.MODELS[args.model], common.rank_and_world(), args.out / "checkpoint.pt"
     device = pick_device(args.device)
-    if args.resume and not last.is_file():
+    if args.resume and not checkpoints.has_checkpoint(args.out):
         raise common.UserError(
             f"--resume: there is no {last}; start without --resume, or give the --out of the stopped run"
         )
     args.init, args.fresh = (last, False) if args.resume else (args.init, args.fresh)
     checkpoint = (
-        checkpoints.load_checkpoint(last) if args.resume else checkpoints.load_weights(args) if args.init else None
+        checkpoints.load_latest(args.out) if args.resume else checkpoints.load_weights(args) if args.init else None
     )
     teacher = checkpoints.load_checkpoint(args.teacher) if args.teacher else None
     if checkpoint and teacher and checkpoint["tokenizer"] != teacher["tokenizer"]:
@@ -615,7 +616,9 @@ def train(args):
     if args.compile:
         compile_layers(run.model)
     run.optimizer = make_optimizer(run.model, args.weight_decay)
+    run.fingerprint = checkpoints.fingerprint(run)
     if args.resume:
+        checkpoints.check_fingerprint(checkpoint.get("fingerprint", {}), run.fingerprint)
         try:
             run.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError:
@@ -905,7 +908,7 @@ def main(argv=None):
         runs = [
             resolve_options(options, m, s) for m in models for s in range(options.seed, options.seed + options.seeds)
         ]
-        started = [(args.out / "checkpoint.pt").is_file() for args in runs]
+        started = [checkpoints.has_checkpoint(args.out) for args in runs]
         if options.resume and any(started):
             for args, resume in zip(runs, started, strict=True):
                 args.resume = resume

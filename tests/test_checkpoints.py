@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 from contextlib import contextmanager
@@ -487,6 +488,72 @@ def test_a_run_that_began_with_bert_resumes_from_its_own_checkpoint(own, tmp_pat
         assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+# ---- our own checkpoints ---------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_names_what_has_changed(own, tmp_path, capsys):
+    """Each change stops with its name; steps, intervals and the file's time may change."""
+    options = ["--task", "vqa", "--eval-every", "1"]
+    assert main(own, tmp_path, *options) == 0
+    lines = [json.loads(line) for line in own.read_text().splitlines()]
+    changed = {  # a change of the data: what the line must say
+        "text": ({"text": "is it not so?"}, "the model's vocab_size|--data .vqa, split train.|the tokenizer"),
+        "answer": ({"answer": "maybe"}, "the list of answers|the model's answers"),
+    }
+    for key, (change, message) in changed.items():
+        other = own.parent / f"changed-{key}.jsonl"
+        other.write_text("".join(json.dumps(line | change) + "\n" for line in [*lines[:1], *lines[1:]]))
+        assert main(other, tmp_path, *options, "--resume", "--steps", "2") == 2
+        assert re.search(f"--resume: ({message}) was", capsys.readouterr().err), key
+    fewer = own.parent / "fewer.jsonl"
+    fewer.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    assert main(fewer, tmp_path, *options, "--resume", "--steps", "2") == 2
+    assert "--data (vqa, split train) was 4 examples" in capsys.readouterr().err
+    for option, value in {"--seed": "1", "--lr": "0.5", "--batch-size": "1", "--clip": "1", "--dtype": "bf16"}.items():
+        assert main(own, tmp_path, *options, "--resume", "--steps", "2", option, value) == 2
+        error = capsys.readouterr().err
+        assert f"--resume: {option} was" in error and error.count("\n") == 1, error
+    assert main(own, tmp_path, "--task", "ve", "--resume") == 2
+    os.utime(own)
+    assert main(own, tmp_path, *options[:2], "--resume", "--steps", "2", "--log-every", "1") == 0
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(own, tmp_path, capsys):
+    options = ["--task", "vqa", "--eval-every", "1", "--steps", "3"]
+    assert main(own, tmp_path, *options) == 0
+    newest, previous = tmp_path / "out/checkpoint.pt", tmp_path / "out/checkpoint.previous.pt"
+    whole = checkpoints.load_checkpoint(newest)
+    assert checkpoints.load_checkpoint(previous)["progress"]["step"] == whole["progress"]["step"] - 1 == 2
+    for harm in (lambda: newest.write_bytes(newest.read_bytes()[:-100]), newest.unlink):
+        harm()
+        capsys.readouterr()
+        assert main(own, tmp_path, *options, "--resume") == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume ")]
+        assert len(lines) == 1 and "going on from checkpoint.previous.pt, step 2" in lines[0]
+        again = checkpoints.load_checkpoint(newest)
+        assert all(torch.equal(tensor, again["state"][name]) for name, tensor in whole["state"].items())
+    newest.write_bytes(b"")
+    previous.unlink()
+    with pytest.raises(UserError, match=r"checkpoint.pt: no weights"):
+        checkpoints.load_latest(tmp_path / "out")
+
+
+def test_a_save_that_fails_leaves_both_checkpoints_and_no_temporary_file(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "x.pt"
+    checkpoints.save({"a": torch.ones(2)}, path)
+
+    def full(*_):
+        raise OSError("disk full")
+
+    for function in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, full)
+            with pytest.raises(OSError, match="disk full"):
+                checkpoints.save({"a": torch.zeros(2)}, path)
+        assert torch.load(path)["a"].tolist() == [1, 1]
+        assert [file.name for file in path.parent.iterdir()] == ["x.pt"]
+
+
 # ---- surgery -------------------------------------------------------------------------------------------------------
 
 
@@ -836,11 +903,3 @@ def test_options_that_make_no_sense_are_one_line(arguments, message, own, tmp_pa
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()
-
-
-def test_an_export_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    checkpoints.save({"a": torch.ones(2)}, tmp_path / "new" / "x.bin")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.save({"a": torch.zeros(2)}, tmp_path / "new" / "x.bin")
-    assert torch.load(tmp_path / "new/x.bin")["a"].tolist() == [1, 1]

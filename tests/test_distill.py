@@ -237,10 +237,10 @@ def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsy
     assert student["config"]["layers"] == 1 and student["state"]["pooler.dense.weight"].shape == (64, 64)
     assert student["tokenizer"] == teacher["tokenizer"] and student["answers"] == teacher["answers"]
     here(*options, *small, "--out", "student", "--resume", "--steps", 3)
-    here(*options, "--out", "student", "--resume", "--steps", 3, code=2)  # without the teacher: other heads
+    here(*options, "--out", "student", "--resume", "--steps", 3, code=2)  # without the teacher
     here("--data", pictures, "--teacher", "uniter.pt", code=2)
     three = ["--teacher", "uniter.pt", "--distill", "attention", "--config", "hidden=48", "attention_heads=3"]
     here(*options, *three, code=2)
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3 and "give the options that it had" in errors[0] and "not trained for it" in errors[1]
+    assert len(errors) == 3 and "--teacher was uniter.pt, now None" in errors[0] and "not trained for it" in errors[1]
     assert "4 attention heads of the teacher cannot be shared by 3" in errors[2]
