@@ -53,7 +53,7 @@ NOT_NEGATIVE = number(float, 0)
 
 OPTIONS = {
     "what to train": [
-        ("--model", [*checkpoints.PAPERS, "all"], "uniter", "the model; all: one after the other, compared in a table"),
+        ("--model", [*checkpoints.MODELS, "all"], "uniter", "the model; all: one after the other, compared in a table"),
         ("--task", str, "pretrain", f"{', '.join(tasks.TASKS)}; several downstream tasks, a,b,c, train together"),
         ("--objectives", str, None, "pretraining objectives, a,b,c (default: those of the paper)"),
         ("--ablate", ["text", "image"], None, "take the text or the image away, to measure what the other is worth"),
@@ -246,7 +246,7 @@ def set_data_defaults(args, all_models):
     if args.patch != 12 and any(description["regions"] for _, description in args.data_sets):
         raise UserError("--patch is for pictures; the regions of this data set were made with a patch of 12")
     if args.steps is None:
-        paper, _ = checkpoints.PAPERS[args.model]
+        paper = checkpoints.MODELS[args.model]
         # UNITER trains one objective a step, so it takes more steps; side by side all models take equally many
         one_objective = args.task == "pretrain" and paper.PRETRAINING["conditional"] and not all_models
         args.steps = defaults.get("steps_one_objective" if one_objective else "steps", 1000)

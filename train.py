@@ -40,6 +40,7 @@ import common
 import data
 import distill
 import evaluation
+import formats
 import machine
 import options
 import tasks
@@ -68,6 +69,7 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     teacher: torch.nn.Module = None
     teacher_paper: object = None
+    fingerprint: dict = None  # what must not change on --resume
     soft: tuple = ()  # objectives whose logits the teacher has too
     progress: dict = field(default_factory=lambda: {"step": 0, "seconds": 0.0, "examples": 0, "best": -math.inf})
 
@@ -92,7 +94,7 @@ def train(args):
     """One run, from its options to the test. Returns what result.json holds."""
     rank, world = common.rank_and_world()
     device = machine.pick_device(args.device)
-    paper, _ = checkpoints.PAPERS[args.model]
+    paper = checkpoints.MODELS[args.model]
     run = Run(args, paper, device, machine.pick_dtype(args.dtype, device), rank, world)
     checkpoint = read_start(args)
     teacher = read_teacher_checkpoint(args, checkpoint)
@@ -107,17 +109,18 @@ def train(args):
     if args.compile:
         machine.compile_layers(run.model)
     run.optimizer = make_optimizer(run.model, args.weight_decay)
+    run.fingerprint = checkpoints.fingerprint(run)
     if args.resume:
         restore_optimizer(run, checkpoint)
     else:
         machine.seed_dropout(run, [])
     if args.export_official:
-        checkpoints.export_official(args.model, run.model.state_dict())  # refuses what has no official name at once
+        formats.export_official(args.model, run.model.state_dict())  # refuses what has no official name at once
     print_run(run)
     training_loop(run, Log(run))
     result = run_test(run)
     if args.export_official and rank == 0:
-        checkpoints.save(checkpoints.export_official(args.model, run.model.state_dict()), Path(args.export_official))
+        checkpoints.save(formats.export_official(args.model, run.model.state_dict()), Path(args.export_official))
     return result
 
 
@@ -411,14 +414,13 @@ def index_stream(args, dataset, parts, skip):
 def read_start(args):
     """The checkpoint that the run starts from: of --resume or of --init; None if all weights start at random."""
     if args.resume:
-        path = args.out / "checkpoint.pt"
-        if not path.is_file():
-            raise UserError(
-                f"--resume: there is no {path}; start without --resume, or give the --out of the stopped run"
-            )
-        args.init = path
+        args.init = args.out / "checkpoint.pt"
         args.fresh = False
-        return checkpoints.load_checkpoint(path)
+        if not checkpoints.has_checkpoint(args.out):
+            raise UserError(
+                f"--resume: there is no {args.init}; start without --resume, or give the --out of the stopped run"
+            )
+        return checkpoints.load_latest(args.out)
     if args.init:
         return checkpoints.load_weights(args)
     return None
@@ -442,9 +444,7 @@ def build_model(run, checkpoint):
     sizes = start_sizes(run, checkpoint)
     sizes["heads"] = tasks.heads_for(run.paper, run.objectives)
     sizes["answers"] = max(1, len(run.answers))
-    if args.model == "uniter":
-        types = [checkpoints.TYPES.get(task, 2) for task in args.tasks]
-        sizes["types"] = max(sizes.get("types", 2), *types)
+    sizes["types"] = max(sizes.get("types", 2), run.paper.text_types(args.tasks))
     if run.teacher and "hidden" in args.distill.split(","):
         config = run.teacher.config
         sizes["heads"] = (*sizes["heads"], "hidden")
@@ -452,7 +452,7 @@ def build_model(run, checkpoint):
     sizes.update(options.parse_config_options(args, run.paper))
     torch.manual_seed(args.seed)
     try:
-        model = getattr(run.paper, checkpoints.PAPERS[args.model][1])(run.paper.Config(**sizes))
+        model = run.paper.MODEL(run.paper.Config(**sizes))
     except (TypeError, ValueError) as error:
         start = f"{args.init or args.model} {' '.join(args.config)}"
         raise UserError(f"{start}: no model of these sizes: {error}") from None
@@ -464,11 +464,8 @@ def build_model(run, checkpoint):
     if args.fresh:
         common.print0(f"init     {args.init}: its sizes and tokenizer only; all weights at random")
         return model
-    random = model.state_dict()
-    state, report = checkpoints.fit_state_dict(args, random, checkpoint, run.answers)
-    still_random = [name for name in state if state[name] is random[name]]
-    heads = {name.split(".")[1] for name in still_random if name.startswith("heads.")}
-    run.progress["random_heads"] = sorted(heads)
+    state, report = checkpoints.fit_state_dict(args, model.state_dict(), checkpoint, run.answers)
+    run.progress["random_heads"] = report.random_heads
     model.load_state_dict(state)
     common.print0(report)
     return model
@@ -553,6 +550,7 @@ def set_temperature(run, part):
 
 def restore_optimizer(run, checkpoint):
     """Optimizer, progress and the generators of dropout as the checkpoint has them."""
+    checkpoints.check_fingerprint(checkpoint.get("fingerprint", {}), run.fingerprint)
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
     except ValueError:
@@ -661,13 +659,13 @@ def main(argv=None):
 
 def train_all(args):
     """One run for each model and seed; several are compared in a table."""
-    models = list(checkpoints.PAPERS) if args.model == "all" else [args.model]
+    models = list(checkpoints.MODELS) if args.model == "all" else [args.model]
     runs = []
     for model in models:
         for seed in range(args.seed, args.seed + args.seeds):
             runs.append(options.resolve_options(args, model, seed))
     if args.resume:
-        started = [(run_args.out / "checkpoint.pt").is_file() for run_args in runs]
+        started = [checkpoints.has_checkpoint(run_args.out) for run_args in runs]
         if any(started):  # the others start now; if none has been started, the first says so
             for run_args, resume in zip(runs, started, strict=True):
                 run_args.resume = resume

@@ -362,4 +362,14 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
 VCR_TYPES = ((0, 2), (0, 2, 3))  # text types: a question and its answer; a question, its answer and the reason
 NEGATIVES = ("image", "text")  # false partners of a true pair in retrieval, in the order of the rows
 
-# ---- official checkpoint names ---------------------------------------------------------------------------------
+
+def text_types(tasks):
+    """Rows that the table of text types needs: 4 for VCR, 3 for NLVR2 (the second picture has its own), else 2."""
+    if "vcr" in tasks:
+        return 4
+    if "nlvr2" in tasks:
+        return 3
+    return 2
+
+
+MODEL = UNITER  # the file's model, for the table of models

@@ -529,4 +529,10 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
 VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
 NEGATIVES = ("text", "image", "text")  # false partners of a true pair in retrieval, in the order of the rows
 
-# ---- official checkpoint names ---------------------------------------------------------------------------------
+
+def text_types(tasks):
+    """Rows that the table of text types needs for these tasks: always 2."""
+    return 2
+
+
+MODEL = ViLBERT  # the file's model, for the table of models

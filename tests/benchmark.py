@@ -40,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoints
 import data
+import formats
 import machine
 import options
 import tasks
@@ -91,7 +92,7 @@ def make_run(args, model, size, dtype, folder, **sizes):
     give the same weights and examples."""
     run_args = options.parse(["--model", model, "--mask", "0.15"])
     run_args.tasks = ["pretrain"]
-    paper = checkpoints.PAPERS[model][0]
+    paper = checkpoints.MODELS[model]
     rng = np.random.default_rng(0)
     vocabulary = paper.Config.vocab_size
     answers = getattr(paper.Config, "answers", 1)
@@ -110,7 +111,7 @@ def make_run(args, model, size, dtype, folder, **sizes):
     config = {**paper.PRESETS[size], "classes": CLASSES, "attributes": ATTRIBUTES, **sizes}
     config["heads"] = tasks.heads_for(paper, objectives)
     torch.manual_seed(0)
-    run.model = getattr(paper, checkpoints.PAPERS[model][1])(paper.Config(**config)).to(device).train()
+    run.model = paper.MODEL(paper.Config(**config)).to(device).train()
     run.optimizer = train.make_optimizer(run.model, 0.01)
     train.set_learning_rate(run.optimizer, 1, 1e-6)  # a rate that leaves the weights as they are, but does the work
     groups = data.batches(dataset.lengths(), np.random.default_rng(1), size=args.batch_size)
@@ -267,7 +268,7 @@ class Peer:
             num_object_labels=CLASSES - 1, num_attr_labels=ATTRIBUTES)  # fmt: skip
         self.model = transformers.LxmertForPreTraining(config).to(run.device)
         self.run = run
-        self.model.load_state_dict(checkpoints.lxmert_to_hugging_face(run.model.state_dict()), strict=False)
+        self.model.load_state_dict(formats.lxmert_to_hugging_face(run.model.state_dict()), strict=False)
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-9, fused=True)
 
@@ -496,7 +497,7 @@ def train_for(seconds, policy):
 def main():
     parser = argparse.ArgumentParser(description="Measure pretraining steps.")
     add = parser.add_argument
-    add("--models", nargs="+", default=list(checkpoints.PAPERS), choices=checkpoints.PAPERS)
+    add("--models", nargs="+", default=list(checkpoints.MODELS), choices=checkpoints.MODELS)
     add("--sizes", nargs="+", default=["base"], choices=["tiny", "base", "large"])
     add("--dtypes", nargs="+", default=["f32", "bf16"], choices=["f32", "bf16"])
     add("--batch-size", type=int, default=16)
@@ -525,7 +526,7 @@ def main():
               f"{' / '.join(STAGES)} % |\n{'|---' * 10}|")  # fmt: skip
         for model in args.models:
             for size in args.sizes:
-                if size in checkpoints.PAPERS[model][0].PRESETS:
+                if size in checkpoints.MODELS[model].PRESETS:
                     for dtype in args.dtypes:
                         in_a_process(measure, args, folder, model, size, dtype)
     return None

@@ -93,8 +93,8 @@ def restore(folder):
     """(run, dataset, examples): a trained model as the functions of evaluation.py take it, on the CPU in float32, with
     one caption of each picture of the test split."""
     checkpoint = checkpoints.load_checkpoint(folder / "best.pt")
-    paper, name = checkpoints.PAPERS[checkpoint["model"]]
-    model = getattr(paper, name)(paper.Config(**checkpoint["config"])).eval()
+    paper = checkpoints.MODELS[checkpoint["model"]]
+    model = paper.MODEL(paper.Config(**checkpoint["config"])).eval()
     model.load_state_dict(checkpoint["state"])
     tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
     path, _ = options.open_data("scenes")
@@ -340,7 +340,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=2.0, help="training time of a run")
     parser.add_argument("--steps", type=int, help="steps of each run, whatever its time")
     parser.add_argument("--pretrain-steps", type=int, help="steps of a pretraining (default: those of train.py)")
-    parser.add_argument("--models", nargs="+", default=list(checkpoints.PAPERS), choices=checkpoints.PAPERS)
+    parser.add_argument("--models", nargs="+", default=list(checkpoints.MODELS), choices=checkpoints.MODELS)
     parser.add_argument("--tasks", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     parser.add_argument("--seeds", type=int, default=1, help="runs of a cell; table tasks: of vqa, nlvr2 and refer")
     parser.add_argument("--teacher", nargs="+", default=["layers=6"], help="distill: --config of the teacher")

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoints
 import common
+import formats
 
 
 @pytest.fixture(autouse=True)
@@ -334,7 +334,7 @@ def test_iou_edges():
 
 
 def test_rename_applies_the_rules_in_order():
-    assert checkpoints.rename("a.b.c", [("a.b", "x"), ("x.c", "y"), ("a", "z")]) == "y"
+    assert formats.rename("a.b.c", [("a.b", "x"), ("x.c", "y"), ("a", "z")]) == "y"
 
 
 # ---- contrast --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoints
+import formats
 import lxmert
 from common import attention_bias
 
@@ -80,7 +81,7 @@ def test_base_has_the_released_number_of_parameters_and_tensors():
     with torch.device("meta"):
         model = lxmert.LXMERT(lxmert.Config())
     assert sum(p.numel() for p in model.parameters()) == 228_051_752
-    assert len(checkpoints.lxmert_to_official(model.state_dict())) == 473
+    assert len(formats.lxmert_to_official(model.state_dict())) == 473
 
 
 @pytest.mark.parametrize("kind", ["official", "hf"])
@@ -90,23 +91,21 @@ def test_base_has_the_released_names(kind):
         pytest.skip(f"no {path}")
     with torch.device("meta"):
         state = lxmert.LXMERT(lxmert.Config()).state_dict()
-    there = (checkpoints.lxmert_to_official if kind == "official" else checkpoints.lxmert_to_hugging_face)(state)
+    there = (formats.lxmert_to_official if kind == "official" else formats.lxmert_to_hugging_face)(state)
     assert {name: list(tensor.shape) for name, tensor in there.items()} == dict(json.loads(path.read_text()))
-    back, unexpected = checkpoints.lxmert_from_official(
-        {f"module.{name}": tensor for name, tensor in there.items()}, state
-    )
+    back, unexpected = formats.lxmert_from_official({f"module.{name}": tensor for name, tensor in there.items()}, state)
     assert set(back) == set(state) and not unexpected
 
 
 @pytest.mark.parametrize("head", ["vqa", "nlvr2", "ve", "rank", "vcr", "refer"])
 def test_a_fine_tuned_model_goes_to_its_official_names_and_back(head):
     state = make(heads=(head,)).state_dict()
-    there = checkpoints.lxmert_to_official(state)
+    there = formats.lxmert_to_official(state)
     assert any(n.startswith("lxrt_encoder.model.bert.") for n in there) == (head in ("vqa", "nlvr2", "ve"))
-    back, unexpected = checkpoints.lxmert_from_official(there, state)
+    back, unexpected = formats.lxmert_from_official(there, state)
     assert set(back) == set(state) and not unexpected
     stray = "bert.encoder.layer.99.output.dense.weight"
-    assert checkpoints.lxmert_from_official({stray: torch.zeros(1)}, state) == ({}, [stray])
+    assert formats.lxmert_from_official({stray: torch.zeros(1)}, state) == ({}, [stray])
 
 
 def test_answers_are_normalised_as_the_official_table_is():
@@ -128,9 +127,8 @@ def test_answers_are_normalised_as_the_official_table_is():
 
 def test_answer_rows_move_with_their_answers_and_unknown_ones_are_zero():
     weight, bias = torch.randn(3, 4), torch.randn(3)
-    rows, offsets = checkpoints.transfer_answers(
-        weight, bias, ["dog", "2", "yes"], ["Yes.", "cat", "two", "a dog", "yes"]
-    )
+    places = checkpoints.match_answers(["dog", "2", "yes"], ["Yes.", "cat", "two", "a dog", "yes"])
+    rows, offsets = checkpoints.move_rows(weight, places), checkpoints.move_rows(bias, places)
     assert torch.equal(rows, torch.stack([weight[2], torch.zeros(4), weight[1], weight[0], weight[2]]))
     assert offsets.tolist() == [bias[2].item(), 0.0, bias[1].item(), bias[0].item(), bias[2].item()]
 
@@ -347,14 +345,12 @@ def test_transformers_computes_the_same(direction):
     torch.manual_seed(2)
     other = transformers.LxmertForPreTraining(config).double().eval()
     if direction == "to":
-        missing, unexpected = other.load_state_dict(
-            checkpoints.lxmert_to_hugging_face(model.state_dict()), strict=False
-        )
+        missing, unexpected = other.load_state_dict(formats.lxmert_to_hugging_face(model.state_dict()), strict=False)
         assert not missing and not unexpected
     else:
         for p in other.parameters():
             nn.init.normal_(p, std=0.2)
-        state, unexpected = checkpoints.lxmert_from_official(other.state_dict(), model.state_dict())
+        state, unexpected = formats.lxmert_from_official(other.state_dict(), model.state_dict())
         assert not unexpected
         model.load_state_dict(state)
     batch = make_batch()

@@ -32,15 +32,15 @@ import vilbert
 from prepare import scenes
 
 ROOT = Path(__file__).parent.parent
-PAPERS = list(checkpoints.PAPERS)
+PAPERS = list(checkpoints.MODELS)
 
 
 def make(name, seed=0, **changes):
     """A tiny model in float64 with random biases and norms, which an untrained one has not."""
-    paper, cls = checkpoints.PAPERS[name]
+    paper = checkpoints.MODELS[name]
     sizes = {**paper.PRESETS["tiny"], "vocab_size": 30, "feature_size": 8, "classes": 5, **changes}
     torch.manual_seed(seed)
-    model = getattr(paper, cls)(paper.Config(**sizes)).double().eval()
+    model = paper.MODEL(paper.Config(**sizes)).double().eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
@@ -460,13 +460,13 @@ def test_tasks_are_drawn_by_size():
 def test_a_summed_loss_counts_as_a_mean_whatever_the_parts(name):
     model, found = make(name, heads=("refer",)), []
     batch = dataclasses.replace(make_batch(rows=4), target=torch.tensor([0, 1, 2, 2]), ids=[""] * 4)
-    run = SimpleNamespace(model=model, paper=checkpoints.PAPERS[name][0], teacher=None)
+    run = SimpleNamespace(model=model, paper=checkpoints.MODELS[name], teacher=None)
     run.device, run.autocast = torch.device("cpu"), train.nullcontext
     for parts in ([[0, 1, 2, 3]], [[0], [1, 2, 3]]):
         model.zero_grad()
         loss = train.backward(run, [batch.rows(torch.tensor(p)) for p in parts], ["refer"])["refer"]
         found.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    scores = checkpoints.PAPERS[name][0].OBJECTIVES["refer"].loss(model, model.encode(batch), batch)[1]
+    scores = checkpoints.MODELS[name].OBJECTIVES["refer"].loss(model, model.encode(batch), batch)[1]
     assert found[0][0].item() == pytest.approx(torch.nn.functional.cross_entropy(scores, batch.target).item(), rel=1e-6)
     for whole, split in zip(*found, strict=True):
         torch.testing.assert_close(whole, split, atol=1e-6, rtol=1e-6)
@@ -668,7 +668,7 @@ def test_a_task_s_batch_can_be_pinned_and_names_its_examples(task, cache, tokeni
 def test_no_step_waits_for_a_value(name, cache, tokenizer):
     """A GPU that is asked for a value must first do all that it was given. On the device "meta" tensors have no values:
     whoever asks for one fails. All objectives that train.py trains, forward and backward."""
-    paper, cls = checkpoints.PAPERS[name]
+    paper = checkpoints.MODELS[name]
     args = options.resolve_options(options.parse(["--model", name]), name, 0)
     pretraining = [name for name, row in paper.OBJECTIVES.items() if row.pretraining]
     trained = dict.fromkeys(pretraining, "vqa")  # on the scenes of questions, whose texts have answers
@@ -681,7 +681,7 @@ def test_no_step_waits_for_a_value(name, cache, tokenizer):
     known = {field.name for field in dataclasses.fields(paper.Config)}
     config = paper.Config(**{k: v for k, v in sizes.items() if k in known}, heads=tasks.heads_for(paper, trained))
     with torch.device("meta"):
-        run.model = getattr(paper, cls)(config)
+        run.model = paper.MODEL(config)
     for objective, task in trained.items():
         batch = tasks.make_batch(run, sets[task], np.arange(8), [objective], np.random.default_rng(0))
         loss, _ = run.model(batch.to("meta"), [objective])[objective]

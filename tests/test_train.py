@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoints
 import common
 import data
-import distill
 import evaluation
 import log
 import lxmert
@@ -245,7 +244,7 @@ def test_the_benchmark_counts_padding_apart(tmp_path):
     assert times.shape == (4,) and (times > 0).all()
 
 
-@pytest.mark.parametrize("model", checkpoints.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.MODELS)
 def test_the_benchmark_counts_whatever_a_step_trains(model, tmp_path):
     args = argparse.Namespace(device="cpu", batch_size=4, batches=1, words=9, regions=(4, 4))
     run, (index,) = benchmark.make_run(args, model, "tiny", "f32", tmp_path)
@@ -316,7 +315,7 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
 # ---- the command line ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", checkpoints.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.MODELS)
 def test_pretrain_then_vqa(model, pictures, tmp_path):
     done = run("--model", model, "--data", pictures, "--steps", 3, cwd=tmp_path)
     assert "chance" in done.stdout
@@ -374,9 +373,9 @@ def test_all_models_and_seeds_end_in_one_table(pictures, tmp_path):
     options = ["--model", "all", "--task", "vqa", "--data", pictures, "--steps", 1, "--seeds", 2, "--out", "cmp"]
     done = run(*options, cwd=tmp_path)
     table = (tmp_path / "cmp/comparison.md").read_text()
-    assert table in done.stdout and all(model in table for model in checkpoints.PAPERS)
+    assert table in done.stdout and all(model in table for model in checkpoints.MODELS)
     runs = json.loads((tmp_path / "cmp/comparison.json").read_text())["runs"]
-    assert len(runs) == 2 * len(checkpoints.PAPERS)
+    assert len(runs) == 2 * len(checkpoints.MODELS)
     mean = json.loads((tmp_path / "cmp/comparison.json").read_text())["table"]["accuracy"]["lxmert"]["mean"]
     assert mean == pytest.approx(np.mean([r["accuracy"] for r in runs if r["model"] == "lxmert"]))
 
@@ -457,22 +456,20 @@ def test_scenes_by_default(here, tmp_path, monkeypatch):
 
 def small_model(name, **changes):
     """A float64 model with narrow layers and weights far from zero, so that every term shows."""
-    paper = checkpoints.PAPERS[name][0]
+    paper = checkpoints.MODELS[name]
     sizes = {"hidden": 16, "attention_heads": 2, "intermediate": 32}
     if name == "vilbert":
         sizes |= {"visual_hidden": 8, "visual_heads": 2, "visual_intermediate": 16, "shared": 8, "shared_heads": 2}
     sizes |= {"vocab_size": 30, "feature_size": 8, "classes": 5, "heads": ("mlm", "mrfr", "itm", "itc")}
     torch.manual_seed(0)
-    model = getattr(paper, checkpoints.PAPERS[name][1])(
-        paper.Config(**paper.PRESETS["tiny"] | sizes | changes)
-    ).double()
+    model = paper.MODEL(paper.Config(**paper.PRESETS["tiny"] | sizes | changes)).double()
     for key, parameter in model.named_parameters():
         if "norm" not in key and parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     return paper, model
 
 
-@pytest.mark.parametrize("name", checkpoints.PAPERS)
+@pytest.mark.parametrize("name", checkpoints.MODELS)
 def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     """By hand: row by row, each modality encoded with the other one's input destroyed."""
     paper, model = small_model(name)
@@ -619,159 +616,6 @@ def test_temperature_is_what_the_command_line_says(temperature, first, last):
         train.set_temperature(run, part)
         assert math.exp(-model.heads["itc"].log_scale.item()) == pytest.approx(want)
     assert not model.heads["itc"].log_scale.requires_grad
-
-
-# ---- distillation ----------------------------------------------------------------------------------------------
-
-
-def taught(student, teacher, distill, **changes):
-    """A run in which one small model learns from another."""
-    paper, model = small_model(student, **changes)
-    teacher_paper, other = small_model(teacher)
-    names = SimpleNamespace(distill=distill, model=student, teacher=teacher)
-    return SimpleNamespace(args=names, paper=paper, model=model, teacher_paper=teacher_paper, teacher=other.eval(),
-                           soft=("mlm", "mrfr", "itm"), device=torch.device("cpu"), autocast=train.nullcontext)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", checkpoints.PAPERS)
-def test_nothing_is_left_to_learn_from_oneself(name):
-    """Teacher = student, projections the identity: every loss of the teacher is 0; each grows with another student."""
-    widths = (16, 8 if name == "vilbert" else 16)
-    run = taught(name, name, "logits,attention,hidden", heads=("mlm", "itm", "itc", "hidden"), teacher_widths=widths)
-    run.model.load_state_dict(run.teacher.state_dict(), strict=False)
-    for layer in run.model.heads["hidden"].values():
-        torch.nn.init.eye_(layer.weight)
-    batch = as_double(masked_batch(3, 0))
-    batch.region_mask[1, 2:] = False
-    parts = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
-    extra = distill.distillation_losses(run, ["mlm", "itm"])
-    assert set(extra) == {"mlm_soft", "itm_soft", "attention_kl", "attention_mse", "hidden"}
-    for loss in extra:
-        assert abs(parts[loss][0].item()) < 1e-12, loss
-    for parameter in run.model.parameters():
-        parameter.data *= 0.9
-    parts = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
-    assert all(parts[loss][0] > 1e-5 for loss in extra)
-
-
-def test_distillation_matches_layers_and_leaves_padding_out():
-    """A student of one layer by hand: its layer beside the teacher's third, real positions only."""
-    sizes = {"heads": ("mlm", "itm", "itc", "hidden"), "teacher_widths": (16, 16), "layers": 1, "hidden": 8}
-    run = taught("uniter", "uniter", "attention,hidden", **sizes)
-    batch = as_double(masked_batch(3, 0))
-    batch.region_mask[1, 2:] = False
-    real = torch.cat([batch.text_mask, batch.region_mask], 1)
-    student, teacher = (m.encode(batch, record=True) for m in (run.model, run.teacher))
-    parts = distill.forward_with_teacher(run, batch, ["itm"])
-    project = run.model.heads["hidden"]["text"]
-    total = 0.0
-    for own, other in (("embedding", "embedding"), ("layer.0", "layer.2")):
-        wrong = (project(student.states[own]) - teacher.states[other]).square()
-        total += sum(wrong[row][real[row]].mean() for row in range(3)) / 3 / 2
-    assert parts["hidden"][0].item() == pytest.approx(total.item())
-    total = 0.0
-    for row in range(3):
-        own, other = (x[row][:, real[row]][..., real[row]] for x in (student.maps["layer.0"], teacher.maps["layer.2"]))
-        total += (other * (other.log() - own.log())).sum(-1).mean() / 3
-    assert parts["attention_kl"][0].item() == pytest.approx(total.item())
-
-
-def test_a_whole_image_that_one_model_lacks_is_left_out():
-    """LXMERT learns from ViLBERT, whose regions have the whole image in front: by hand, map by map, state by state."""
-    run = taught("lxmert", "vilbert", "attention,hidden", heads=("itm", "hidden"), teacher_widths=(16, 8))
-    batch = as_double(masked_batch(3, 0))
-    batch.region_mask[1, 2:] = False
-    student, teacher = (m.encode(batch, record=True) for m in (run.model, run.teacher))
-    masks = {"text": batch.text_mask, "regions": batch.region_mask}
-    total = []
-    for own, other in (("text.0", "text.1"), ("text.1", "text.3"), ("regions.0", "regions.1"), *(
-        (name, name) for i in (0, 1) for name in (f"cross.{i}.text_to_regions", f"cross.{i}.regions_to_text")
-    )):  # fmt: skip
-        asks, _, answers = own.split(".")[-1].partition("_to_")
-        if asks.isdigit():
-            asks = answers = own.split(".")[0]
-        p = student.maps[own]
-        t = teacher.maps[other]
-        t = t[:, :, 1:] if asks == "regions" else t
-        t = t[..., 1:] if answers == "regions" else t
-        rows = []
-        for row in range(3):
-            a, b = (x[row][:, masks[asks][row]][..., masks[answers][row]] for x in (p, t))
-            b = b / b.sum(-1, keepdim=True)
-            rows.append((b * (b.log() - a.log())).sum(-1).mean())
-        total.append(sum(rows) / 3)
-    parts = distill.forward_with_teacher(run, batch, ["itm"])
-    assert parts["attention_kl"][0].item() == pytest.approx((sum(total) / len(total)).item())
-    names = [("text.embedding",) * 2, ("regions.embedding",) * 2, ("text.0", "text.1"), ("text.1", "text.3")]
-    names += [("regions.0", "regions.1"), *((f"cross.{i}.{side}",) * 2 for i in (0, 1) for side in masks)]
-    total = 0.0
-    for own, other in names:
-        side = "regions" if "regions" in own else "text"
-        wrong = run.model.heads["hidden"][side](student.states[own]) - teacher.states[other][:, side == "regions" :]
-        total += sum(wrong[row][masks[side][row]].square().mean() for row in range(3)) / 3 / len(names)
-    assert parts["hidden"][0].item() == pytest.approx(total.item())
-
-
-@pytest.mark.parametrize(("student", "teacher"), [("lxmert", "vilbert"), ("vilbert", "lxmert"), ("uniter", "lxmert")])
-def test_one_architecture_teaches_another(student, teacher):
-    """ViLBERT's maps and states without the whole image; where no layer is of one kind, the last states."""
-    widths = (16, 8 if teacher == "vilbert" else 16)
-    run = taught(student, teacher, "logits,hidden", heads=("mlm", "itm", "itc", "hidden"), teacher_widths=widths)
-    if student != "uniter":
-        run.args.distill = "logits,attention,hidden"
-    batch = as_double(masked_batch(3, 0))
-    batch.region_mask[1, 2:] = False
-    parts = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
-    sum(loss for loss, _ in parts.values()).backward()
-    assert all(p.grad is None for p in run.teacher.parameters())
-    assert run.model.heads["hidden"]["regions"].weight.grad.abs().max() > 0
-    before = {name: parts[name][0].item() for name in distill.distillation_losses(run, ["mlm", "itm"])}
-    batch.features[1, 2:] += 1.0  # padding must not matter
-    after = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
-    assert before == pytest.approx({name: after[name][0].item() for name in before})
-    if student == "uniter":
-        run.args.distill = "attention"
-        with pytest.raises(common.UserError, match="no map of uniter"):
-            distill.forward_with_teacher(run, batch, ["mlm"])
-
-
-@pytest.mark.parametrize(
-    ("model", "name"), [("uniter", "mlm"), ("uniter", "mrfr"), ("lxmert", "mrfr"), ("uniter", "itm")]
-)
-def test_distilled_parts_of_unlike_size_give_the_gradients_of_the_whole(model, name):
-    sizes = {"heads": ("mlm", "mrfr", "itm", "itc", "hidden"), "teacher_widths": (16, 16)}
-    run = taught(model, "uniter", "logits,hidden" if model == "lxmert" else "logits,attention,hidden", **sizes)
-    a = as_double(masked_batch(3, 1))
-    b = as_double(masked_batch(5, 2))
-    found = []
-    for batches in ([joined(a, b)], [a, b]):
-        run.model.zero_grad()
-        losses = train.backward(run, batches, [name])
-        found.append([*losses.values(), *(p.grad.clone() for p in run.model.parameters() if p.grad is not None)])
-    assert {name, f"{name}_soft", "hidden"} <= set(losses)
-    for whole, split in zip(*found, strict=True):
-        torch.testing.assert_close(whole, split, atol=1e-10, rtol=1e-7)
-
-
-def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsys):
-    options = ["--data", pictures, "--task", "vqa", "--steps", 2]
-    here(*options, "--out", "teacher")
-    small = ["--config", "layers=1", "hidden=64", "--teacher", "{model}.pt", "--distill", "logits,attention,hidden"]
-    (tmp_path / "teacher/best.pt").rename(tmp_path / "uniter.pt")
-    here(*options, *small, "--out", "student")
-    logged = [json.loads(line) for line in (tmp_path / "student/log.jsonl").read_text().splitlines()]
-    assert {"vqa", "vqa_soft", "attention_kl", "attention_mse", "hidden"} <= set(logged[1])
-    student, teacher = (checkpoints.load_checkpoint(tmp_path / f) for f in ("student/best.pt", "uniter.pt"))
-    assert student["config"]["layers"] == 1 and student["state"]["pooler.dense.weight"].shape == (64, 64)
-    assert student["tokenizer"] == teacher["tokenizer"] and student["answers"] == teacher["answers"]
-    here(*options, *small, "--out", "student", "--resume", "--steps", 3)
-    here(*options, "--out", "student", "--resume", "--steps", 3, code=2)  # without the teacher: other heads
-    here("--data", pictures, "--teacher", "uniter.pt", code=2)
-    three = ["--teacher", "uniter.pt", "--distill", "attention", "--config", "hidden=48", "attention_heads=3"]
-    here(*options, *three, code=2)
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3 and "give the options that it had" in errors[0] and "not trained for it" in errors[1]
-    assert "4 attention heads of the teacher cannot be shared by 3" in errors[2]
 
 
 def test_rerank_from_the_command_line(pictures, tmp_path, here, capsys):
@@ -1188,7 +1032,7 @@ def test_a_full_disk_behind_stdout_and_stderr_ends_no_run(pictures, tmp_path):
 # ---- small and odd sets ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", checkpoints.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.MODELS)
 @pytest.mark.parametrize("task", ["pretrain", "vqa", "caption", "retrieval"])
 def test_one_picture_and_one_example_a_split_work_or_are_one_line(model, task, pictures, tmp_path, here, capsys):
     line = json.loads(pictures.read_text().splitlines()[0])
