@@ -275,9 +275,13 @@ def load_splits(args, objectives, task, path, description):
 
 
 def drop_unsupported(paper, objectives, dataset):
-    """The objectives that the data have labels for: region classes need a detector, qa needs answers."""
+    """The objectives that the data have labels for: region classes need a detector, qa needs answers, and the false
+    pairs of matching need a second picture."""
     missing = {}
+    one_picture = (dataset.image == dataset.image[0]).all()
     for name in objectives:
+        if one_picture and paper.OBJECTIVES[name].mismatch:
+            missing[name] = "there is only one picture"
         for field_name in paper.OBJECTIVES[name].fields:
             if field_name == "answers":
                 if not any(dataset.answer):
