@@ -690,32 +690,43 @@ def sample_negatives(run, dataset, index, rng):
     pair; then comes one mismatched pair for each of the model's NEGATIVES, with another picture or another text.
 
     In the first half of the steps they are drawn at random. In the second half `--mine` are drawn for each, and the one
-    with the highest logit is kept (UNITER 4.1; ViLBERT mines one of its two texts, from a fixed pool). UserError if all
-    examples show one picture.
+    with the highest logit is kept (UNITER 4.1; ViLBERT mines one of its two texts, from a fixed pool). A text that equals
+    one of the picture's own texts word for word is no mismatch. UserError if no other text is found.
     """
     kinds = run.paper.NEGATIVES
     second_half = 2 * run.progress["step"] >= run.args.steps
     mine = run.args.mine if second_half else 1
-    if (dataset.image == dataset.image[0]).all():
-        raise UserError("retrieval needs at least two pictures")
-    texts = np.broadcast_to(index[:, None, None], (len(index), len(kinds), mine)).copy()  # (B, K, mine)
-    other = rng.integers(len(dataset), size=texts.shape)
-    same = dataset.image[other] == dataset.image[texts]
-    while same.any():
-        other[same] = rng.integers(len(dataset), size=same.sum())
-        same = dataset.image[other] == dataset.image[texts]
-    images = dataset.image[texts]
-    for k, kind in enumerate(kinds):
-        if kind == "image":
-            images[:, k] = dataset.image[other[:, k]]
-        else:
-            texts[:, k] = other[:, k]
+    true = np.broadcast_to(index[:, None, None], (len(index), len(kinds), mine))  # (B, K, mine) examples
+    other = true.copy()
+    swap_picture = np.array([kind == "image" for kind in kinds])[None, :, None]  # (1, K, 1); False: the text is swapped
+    again = np.ones(true.shape, bool)  # True = not mismatched yet
+    for _ in range(100):
+        other[again] = rng.integers(len(dataset), size=again.sum())
+        texts = np.where(swap_picture, true, other)
+        images = dataset.image[np.where(swap_picture, other, true)]
+        again = is_text_of(dataset, texts, images)
+        if not again.any():
+            break
+    else:
+        raise UserError("retrieval needs pictures with different texts: found no text that is wrong for some picture")
     best = np.zeros((*texts.shape[:2], 1), np.int64)  # (B, K, 1)
     if mine > 1:
         best = hardest_pairs(run, dataset, texts, images)
     texts = np.take_along_axis(texts, best, 2)[:, :, 0]  # (B, K, mine) -> (B, K)
     images = np.take_along_axis(images, best, 2)[:, :, 0]
     return np.column_stack([index, texts]), np.column_stack([dataset.image[index], images])
+
+
+def is_text_of(dataset, texts, images):
+    """True where example `texts` has a text that equals, word for word, a text of the picture `images`. Both (...), examples
+    and store rows."""
+    texts_of = {}  # picture -> its texts
+    for i in np.flatnonzero(np.isin(dataset.image, images)):
+        texts_of.setdefault(int(dataset.image[i]), set()).add(dataset.text[i])
+    found = np.zeros(texts.shape, bool)
+    for position, example in np.ndenumerate(texts):
+        found[position] = dataset.text[example] in texts_of[int(images[position])]
+    return found
 
 
 def hardest_pairs(run, dataset, texts, images):

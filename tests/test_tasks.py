@@ -430,6 +430,31 @@ def test_false_partners_are_false_and_mined_ones_are_the_hardest(cache, tokenize
             assert ((size >= most - 1).mean() > 0.8) == mined
 
 
+def test_a_negative_does_not_repeat_a_caption_of_the_picture():
+    """Six pictures; pictures 0 to 2 share a caption word for word, and so do pictures 3 to 5 another one."""
+    image = np.repeat(np.arange(6), 2)
+    text = []
+    for picture in range(6):
+        text.append("a red disc" if picture < 3 else "a blue ring")
+        text.append(f"picture number {picture}")
+    dataset = data.Dataset("", "train", None, image, text, [{}] * 12, ["caption"] * 12, [str(i) for i in range(12)])
+    run = SimpleNamespace(args=SimpleNamespace(mine=1, steps=10), paper=vilbert, progress={"step": 0})
+    index = np.arange(12)
+    repeated = 0
+    for seed in range(20):
+        texts, images = tasks.sample_negatives(run, dataset, index, np.random.default_rng(seed))
+        for row in range(12):
+            for column in (1, 2, 3):
+                own = [text[i] for i in range(12) if image[i] == images[row, column]]
+                assert text[texts[row, column]] not in own
+        drawn = np.random.default_rng(seed).integers(12, size=(12, 3))
+        repeated += ((image[drawn] < 3) == (image[index] < 3)[:, None]).sum()
+    assert repeated > 100  # draws that had a chance to go wrong
+    dataset.text = ["the same"] * 12
+    with pytest.raises(common.UserError, match="different texts"):
+        tasks.sample_negatives(run, dataset, index, np.random.default_rng(0))
+
+
 def test_the_matching_head_becomes_the_rank_head_and_types_are_widened():
     for name in PAPERS:
         old, new = (
