@@ -790,3 +790,40 @@ def evaluate(run, split):
         for metric, value in task_chance.items():
             chance[prefix + metric] = value
     return metrics, chance
+
+
+def best_score(run, metrics):
+    """(number, its name): best.pt holds the weights with the largest number so far, of the metrics of `evaluate`.
+
+    A task: the first of its `best` metrics that was measured; for one that is better if lower, 1 / metric. (1 / perplexity
+    is in 0..1, as the others: the geometric mean of the probabilities of the pieces.)   Pretraining: the mean accuracy of
+    its objectives; where none has an accuracy, minus the sum of their losses.   Several tasks: the mean of their numbers.
+    """
+    values = []
+    names = []
+    for name in run.sets:
+        task = TASKS[name]
+        prefix = f"{name}_" if len(run.sets) > 1 else ""
+        measured = [prefix + metric for metric in task.best if prefix + metric in metrics]
+        if not task.best:
+            return pretraining_score(metrics)
+        if not measured:
+            continue  # this task has no val split
+        metric = measured[0]
+        value = float(metrics[metric])
+        if task.lower_is_better:
+            value = 1 / value
+            metric = f"1 / {metric}"
+        values.append(value)
+        names.append(metric)
+    name = names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+    return float(np.mean(values)), name
+
+
+def pretraining_score(metrics):
+    """`best_score` of pretraining."""
+    accuracies = [float(value) for name, value in metrics.items() if name.endswith("_accuracy")]
+    losses = [float(value) for name, value in metrics.items() if name.endswith("_loss")]
+    if accuracies:
+        return float(np.mean(accuracies)), f"mean of {len(accuracies)} accuracies"
+    return -sum(losses), "minus the sum of the losses"

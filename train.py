@@ -747,11 +747,11 @@ def validate(run, log):
         start = time.perf_counter()
         metrics, chance = tasks.evaluate(run, "val")
         log.metrics(metrics, chance, time.perf_counter() - start)
-        score = float(sum(value for name, value in metrics.items() if name.endswith(("accuracy", "mean_recall"))))
-        score += sum(1 / value for name, value in metrics.items() if name.endswith("perplexity"))  # a share as well
+        score, name = tasks.best_score(run, metrics)
         warn_at_chance(run, metrics, chance)
         if score > run.progress["best"]:
             run.progress["best"] = score
+            common.print0(f"best     step {run.progress['step']}: {name} {score:.4f}")
             checkpoints.save_checkpoint(run, "best.pt")
     if run.progress["step"]:
         checkpoints.save_checkpoint(run, "checkpoint.pt")

@@ -954,6 +954,43 @@ def test_bad_requests_are_one_line_and_exit_code_2(program, arguments, message, 
     assert message in error and error.count("\n") == 1 and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("names", "worse", "better"),
+    [
+        (["pretrain"], {"mrfr_loss": 1.98}, {"mrfr_loss": 1.32}),
+        (["pretrain"], {"nce_loss": 3.0, "wra_loss": -0.1}, {"nce_loss": 3.0, "wra_loss": -0.2}),
+        (["pretrain"], {"mlm_loss": 1.0, "mlm_accuracy": 0.1}, {"mlm_loss": 2.0, "mlm_accuracy": 0.2}),
+        (["pretrain"], {"itm_accuracy": 0.5, "text_to_image_r1": 0.9}, {"itm_accuracy": 0.6, "text_to_image_r1": 0.1}),
+        (["vqa"], {"accuracy": 0.5, "accuracy_color": 0.9}, {"accuracy": 0.6, "accuracy_color": 0.1}),
+        (["ve"], {"accuracy": 0.5}, {"accuracy": 0.6}),
+        (["nlvr2"], {"accuracy": 0.5}, {"accuracy": 0.6}),
+        (["refer"], {"accuracy": 0.5, "reachable": 0.9}, {"accuracy": 0.6, "reachable": 0.8}),
+        (["vcr"], {"q_a_accuracy": 0.9, "q_ar_accuracy": 0.3}, {"q_a_accuracy": 0.8, "q_ar_accuracy": 0.4}),
+        (["vcr"], {"q_a_accuracy": 0.5}, {"q_a_accuracy": 0.6}),
+        (["retrieval"], {"mean_recall": 0.3, "text_to_image_r1": 0.9}, {"mean_recall": 0.4, "text_to_image_r1": 0.1}),
+        (["caption"], {"perplexity": 9.0, "bleu4": 0.9}, {"perplexity": 8.0, "bleu4": 0.1}),
+        (["vqa", "caption"], {"vqa_accuracy": 0.5, "caption_perplexity": 9.0}, {"vqa_accuracy": 0.5, "caption_perplexity": 8.0}),
+        (["vqa", "caption"], {"vqa_accuracy": 0.5, "caption_perplexity": 9.0}, {"vqa_accuracy": 0.6, "caption_perplexity": 9.0}),
+    ],
+)  # fmt: skip
+def test_the_best_weights_are_defined_for_every_task_and_every_objective(names, worse, better):
+    run = SimpleNamespace(sets=dict.fromkeys(names))
+    low, _ = tasks.best_score(run, worse)
+    high, name = tasks.best_score(run, better)
+    assert -math.inf < low < high
+    assert name
+
+
+def test_the_best_checkpoint_of_an_objective_without_accuracy_is_a_trained_one(folder, monkeypatch, capsys):
+    options = ["--objectives", "mrfr", "--steps", 6, "--eval-every", 3, "--lr", "1e-3"]
+    assert start(folder, monkeypatch, *options, "--out", "regress") == 0
+    log = [json.loads(line) for line in (folder / "regress/log.jsonl").read_text().splitlines()]
+    losses_of = {line["step"]: line["mrfr_loss"] for line in log if line.get("split") == "val"}
+    assert min(losses_of, key=losses_of.get) == 6
+    assert checkpoints.load_checkpoint(folder / "regress/best.pt")["progress"]["step"] == 6
+    assert "best     step 6: minus the sum of the losses" in capsys.readouterr().out
+
+
 def test_staying_at_chance_is_said(capsys):
     run = SimpleNamespace(args=SimpleNamespace(ablate=None, steps=10), sets={"nlvr2": {"val": range(1000)}})
     for step, accuracy, warned in ((4, 0.5, False), (5, 0.53, True), (5, 0.54, False)):
