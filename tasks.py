@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import common
 import data
@@ -32,12 +31,14 @@ from evaluation import (
     bleu,
     dot_products,
     first_captions,
+    gather_objects,
     generate,
     match_logits,
     recall_at,
     recall_chance,
     recall_of_all_pairs,
     score_pairs,
+    show_ranked,
     top_choice_accuracy,
 )
 
@@ -161,15 +162,6 @@ def evaluation_batches(run, dataset, index):
         yield index[part]
 
 
-def gather_objects(run, value):
-    """[value of process 0, value of process 1, ...]"""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * run.world
-    dist.all_gather_object(values, value)
-    return values
-
-
 def test_examples(run, name, dataset):
     """Numbers of the examples that a task is evaluated on: all, or for retrieval and captions one of each picture of
     --pool, and of a hundred pictures on val."""
@@ -178,18 +170,6 @@ def test_examples(run, name, dataset):
         return np.arange(len(dataset))
     pool = 100 if dataset.split == "val" else run.args.pool
     return first_captions(dataset)[: min(pool, limit)]
-
-
-# ---- how an answer is shown ---------------------------------------------------------------------------------------------
-
-
-def show_ranked(names, probs, top):
-    """The `top` likeliest names with their probabilities: "red 0.981  blue 0.012". probs (K,), K >= the number of names."""
-    best = probs[: len(names)].topk(min(top, len(names)))
-    shown = []
-    for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-        shown.append(f"{names[i]} {p:.3f}")
-    return "  ".join(shown)
 
 
 def simple_example(record, kind, answer=None, target=-1):
