@@ -118,6 +118,18 @@ def first_captions(dataset):
     return captions[first]
 
 
+def is_text_of(dataset, texts, images):
+    """True where example `texts` has a text that equals, word for word, a text of the picture `images`. Both (...), examples
+    and store rows."""
+    texts_of = {}  # picture -> its texts
+    for i in np.flatnonzero(np.isin(dataset.image, images)):
+        texts_of.setdefault(int(dataset.image[i]), set()).add(dataset.text[i])
+    found = np.zeros(texts.shape, bool)
+    for position, example in np.ndenumerate(texts):
+        found[position] = dataset.text[example] in texts_of[int(images[position])]
+    return found
+
+
 # ---- retrieval: scores of pairs --------------------------------------------------------------------------------------
 
 

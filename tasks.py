@@ -33,6 +33,7 @@ from evaluation import (
     first_captions,
     gather_objects,
     generate,
+    is_text_of,
     match_logits,
     recall_at,
     recall_chance,
@@ -63,6 +64,7 @@ class Task:
     check: Callable = lambda record: None  # record -> None, or a sentence that says what is wrong with it
     best: tuple = ("accuracy",)  # metrics that choose the best weights: the first of them that was measured
     lower_is_better: bool = False  # of that metric
+    first_stage: str = ""  # objective that is trained too if --rerank asks for two stages
     one_per_picture: int = 0  # > 0: evaluated on one example of each picture of --pool, on at most so many pictures
 
 
@@ -133,9 +135,10 @@ def heads_for(paper, objectives):
 
 def task_objectives(args, name):
     """The objectives that a downstream task trains: its own, and for retrieval in two stages also that of the first."""
-    objectives = [TASKS[name].objective]
-    if name == "retrieval" and args.rerank is not None:
-        objectives.append("itc")
+    task = TASKS[name]
+    objectives = [task.objective]
+    if task.first_stage and args.rerank is not None:
+        objectives.append(task.first_stage)
     return objectives
 
 
@@ -347,9 +350,8 @@ VQA = Task(
 
 
 def check_ve(record):
-    known = ", ".join(data.ENTAILMENT)
     if not set(record["answer"]) <= set(data.ENTAILMENT):
-        return f"'answer' is {', '.join(record['answer'])[:60]}; task ve takes {known}"
+        return f"'answer' is {', '.join(record['answer'])[:60]}; task ve takes {', '.join(data.ENTAILMENT)}"
     return None
 
 
@@ -697,18 +699,6 @@ def sample_negatives(run, dataset, index, rng):
     return np.column_stack([index, texts]), np.column_stack([dataset.image[index], images])
 
 
-def is_text_of(dataset, texts, images):
-    """True where example `texts` has a text that equals, word for word, a text of the picture `images`. Both (...), examples
-    and store rows."""
-    texts_of = {}  # picture -> its texts
-    for i in np.flatnonzero(np.isin(dataset.image, images)):
-        texts_of.setdefault(int(dataset.image[i]), set()).add(dataset.text[i])
-    found = np.zeros(texts.shape, bool)
-    for position, example in np.ndenumerate(texts):
-        found[position] = dataset.text[example] in texts_of[int(images[position])]
-    return found
-
-
 def hardest_pairs(run, dataset, texts, images):
     """Which of the `mine` pairs (B, K, mine) has the highest logit, the model in eval mode: (B, K, 1) int64."""
     batch = data.remove_modality(data.collate(dataset, texts.ravel(), images.ravel()), run.args.ablate)
@@ -740,6 +730,7 @@ RETRIEVAL = Task(
     logits=lambda run, dataset, index: score_pairs(run, dataset, index, dataset.image[index], "rank"),
     show=lambda run, dataset, i, logits, top: f"match {logits.sigmoid().item():.3f}",
     best=("mean_recall",),
+    first_stage="itc",
     one_per_picture=1000,  # a full matrix of more takes hours
 )
 
@@ -788,7 +779,7 @@ def best_score(run, metrics):
         if not task.best:
             return pretraining_score(metrics)
         if not measured:
-            continue  # this task has no val split
+            continue  # the task has no val split
         metric = measured[0]
         value = float(metrics[metric])
         if task.lower_is_better:
