@@ -3,7 +3,7 @@
 1. Accuracy of the best choice, by kind of question.
 2. Retrieval: recall; the full matrix of texts and pictures; dot products of vectors; two stages.
 3. Captions: beam search, and BLEU.
-4. Tables: metrics beside chance, and models beside each other with the spread over seeds.
+4. Answers and metrics as text: metrics beside chance, and models beside each other with the spread over seeds.
 
 Which metrics a task has, and on which examples, is in tasks.py. Accuracies, recalls and BLEU are in 0..1. `run` is
 train.Run, as in tasks.py. Every process computes its share; the sums are then added over all processes.
@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import common
 import data
@@ -45,6 +46,15 @@ def top_choice_accuracy(logits, right):
     """
     best = logits == logits.amax(1, keepdim=True)  # (B, K)
     return (best & right).sum(1) / best.sum(1).clamp(min=1)
+
+
+def gather_objects(run, value):
+    """[value of process 0, value of process 1, ...]"""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * run.world
+    dist.all_gather_object(values, value)
+    return values
 
 
 # ---- retrieval: recall -----------------------------------------------------------------------------------------------
@@ -106,6 +116,18 @@ def first_captions(dataset):
         captions = np.flatnonzero(kinds == "caption")
     _, first = np.unique(dataset.image[captions], return_index=True)
     return captions[first]
+
+
+def is_text_of(dataset, texts, images):
+    """True where example `texts` has a text that equals, word for word, a text of the picture `images`. Both (...), examples
+    and store rows."""
+    texts_of = {}  # picture -> its texts
+    for i in np.flatnonzero(np.isin(dataset.image, images)):
+        texts_of.setdefault(int(dataset.image[i]), set()).add(dataset.text[i])
+    found = np.zeros(texts.shape, bool)
+    for position, example in np.ndenumerate(texts):
+        found[position] = dataset.text[example] in texts_of[int(images[position])]
+    return found
 
 
 # ---- retrieval: scores of pairs --------------------------------------------------------------------------------------
@@ -359,6 +381,15 @@ def percent(share):
 def format_value(name, value):
     """A metric as text: a share in percent, a loss or perplexity as it is."""
     return f"{value:.4f}" if name.endswith(NO_SHARE) else percent(value)
+
+
+def show_ranked(names, probs, top):
+    """The `top` likeliest names with their probabilities: "red 0.981  blue 0.012". probs (K,), K >= the number of names."""
+    best = probs[: len(names)].topk(min(top, len(names)))
+    shown = []
+    for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        shown.append(f"{names[i]} {p:.3f}")
+    return "  ".join(shown)
 
 
 def format_metrics(title, metrics, chance):

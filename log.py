@@ -172,31 +172,6 @@ def warn_at_chance(run, metrics, chance):
             )
 
 
-def best_score(run, metrics):
-    """(number, its name): best.pt has the weights with the largest number.
-
-    The sum of accuracies, mean recalls and 1 / perplexity; minus the sum of the losses where there is none of them.
-    """
-    score = 0.0
-    names = []
-    for name, value in metrics.items():
-        if name.endswith(("accuracy", "mean_recall")):
-            score += float(value)
-            names.append(name)
-    for name, value in metrics.items():
-        if name.endswith("perplexity"):
-            score += 1 / float(value)
-            names.append(f"1 / {name}")
-    if not names:
-        for name, value in metrics.items():
-            if name.endswith("_loss"):
-                score -= float(value)
-                names.append(f"-{name}")
-    if not names:
-        return run.progress["step"], "the last step, as nothing was measured"
-    return score, " + ".join(names)
-
-
 def describe_result(run):
     """The first entries of result.json: what was trained, on what, how long."""
     args = run.args

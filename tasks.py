@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import common
 import data
@@ -32,12 +31,15 @@ from evaluation import (
     bleu,
     dot_products,
     first_captions,
+    gather_objects,
     generate,
+    is_text_of,
     match_logits,
     recall_at,
     recall_chance,
     recall_of_all_pairs,
     score_pairs,
+    show_ranked,
     top_choice_accuracy,
 )
 
@@ -62,6 +64,7 @@ class Task:
     check: Callable = lambda record: None  # record -> None, or a sentence that says what is wrong with it
     best: tuple = ("accuracy",)  # metrics that choose the best weights: the first of them that was measured
     lower_is_better: bool = False  # of that metric
+    first_stage: str = ""  # objective that is trained too if --rerank asks for two stages
     one_per_picture: int = 0  # > 0: evaluated on one example of each picture of --pool, on at most so many pictures
 
 
@@ -134,9 +137,10 @@ def heads_for(paper, objectives):
 
 def task_objectives(args, name):
     """The objectives that a downstream task trains: its own, and for retrieval in two stages also that of the first."""
-    objectives = [TASKS[name].objective]
-    if name == "retrieval" and args.rerank is not None:
-        objectives.append("itc")
+    task = TASKS[name]
+    objectives = [task.objective]
+    if task.first_stage and args.rerank is not None:
+        objectives.append(task.first_stage)
     return objectives
 
 
@@ -163,15 +167,6 @@ def evaluation_batches(run, dataset, index):
         yield index[part]
 
 
-def gather_objects(run, value):
-    """[value of process 0, value of process 1, ...]"""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * run.world
-    dist.all_gather_object(values, value)
-    return values
-
-
 def test_examples(run, name, dataset):
     """Numbers of the examples that a task is evaluated on: all, or for retrieval and captions one of each picture of
     --pool, and of a hundred pictures on val."""
@@ -180,18 +175,6 @@ def test_examples(run, name, dataset):
         return np.arange(len(dataset))
     pool = 100 if dataset.split == "val" else run.args.pool
     return first_captions(dataset)[: min(pool, limit)]
-
-
-# ---- how an answer is shown ---------------------------------------------------------------------------------------------
-
-
-def show_ranked(names, probs, top):
-    """The `top` likeliest names with their probabilities: "red 0.981  blue 0.012". probs (K,), K >= the number of names."""
-    best = probs[: len(names)].topk(min(top, len(names)))
-    shown = []
-    for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-        shown.append(f"{names[i]} {p:.3f}")
-    return "  ".join(shown)
 
 
 def simple_example(record, kind, answer=None, target=-1):
@@ -372,9 +355,8 @@ VQA = Task(
 
 
 def check_ve(record):
-    known = ", ".join(data.ENTAILMENT)
     if not set(record["answer"]) <= set(data.ENTAILMENT):
-        return f"'answer' is {', '.join(record['answer'])[:60]}; task ve takes {known}"
+        return f"'answer' is {', '.join(record['answer'])[:60]}; task ve takes {', '.join(data.ENTAILMENT)}"
     return None
 
 
@@ -695,26 +677,25 @@ def sample_negatives(run, dataset, index, rng):
     pair; then comes one mismatched pair for each of the model's NEGATIVES, with another picture or another text.
 
     In the first half of the steps they are drawn at random. In the second half `--mine` are drawn for each, and the one
-    with the highest logit is kept (UNITER 4.1; ViLBERT mines one of its two texts, from a fixed pool). UserError if all
-    examples show one picture.
+    with the highest logit is kept (UNITER 4.1; ViLBERT mines one of its two texts, from a fixed pool). A text that equals
+    one of the picture's own texts word for word is no mismatch. UserError if no other text is found.
     """
     kinds = run.paper.NEGATIVES
     second_half = 2 * run.progress["step"] >= run.args.steps
     mine = run.args.mine if second_half else 1
-    if (dataset.image == dataset.image[0]).all():
-        raise UserError("retrieval needs at least two pictures")
-    texts = np.broadcast_to(index[:, None, None], (len(index), len(kinds), mine)).copy()  # (B, K, mine)
-    other = rng.integers(len(dataset), size=texts.shape)
-    same = dataset.image[other] == dataset.image[texts]
-    while same.any():
-        other[same] = rng.integers(len(dataset), size=same.sum())
-        same = dataset.image[other] == dataset.image[texts]
-    images = dataset.image[texts]
-    for k, kind in enumerate(kinds):
-        if kind == "image":
-            images[:, k] = dataset.image[other[:, k]]
-        else:
-            texts[:, k] = other[:, k]
+    true = np.broadcast_to(index[:, None, None], (len(index), len(kinds), mine))  # (B, K, mine) examples
+    other = true.copy()
+    swap_picture = np.array([kind == "image" for kind in kinds])[None, :, None]  # (1, K, 1); False: the text is swapped
+    again = np.ones(true.shape, bool)  # True = not mismatched yet
+    for _ in range(100):
+        other[again] = rng.integers(len(dataset), size=again.sum())
+        texts = np.where(swap_picture, true, other)
+        images = dataset.image[np.where(swap_picture, other, true)]
+        again = is_text_of(dataset, texts, images)
+        if not again.any():
+            break
+    else:
+        raise UserError("retrieval needs pictures with different texts: found no text that is wrong for some picture")
     best = np.zeros((*texts.shape[:2], 1), np.int64)  # (B, K, 1)
     if mine > 1:
         best = hardest_pairs(run, dataset, texts, images)
@@ -754,6 +735,7 @@ RETRIEVAL = Task(
     logits=lambda run, dataset, index: score_pairs(run, dataset, index, dataset.image[index], "rank"),
     show=lambda run, dataset, i, logits, top: f"match {logits.sigmoid().item():.3f}",
     best=("mean_recall",),
+    first_stage="itc",
     one_per_picture=1000,  # a full matrix of more takes hours
 )
 
@@ -784,3 +766,40 @@ def evaluate(run, split):
         for metric, value in task_chance.items():
             chance[prefix + metric] = value
     return metrics, chance
+
+
+def best_score(run, metrics):
+    """(number, its name): best.pt holds the weights with the largest number so far, of the metrics of `evaluate`.
+
+    A task: the first of its `best` metrics that was measured; for one that is better if lower, 1 / metric. (1 / perplexity
+    is in 0..1, as the others: the geometric mean of the probabilities of the pieces.)   Pretraining: the mean accuracy of
+    its objectives; where none has an accuracy, minus the sum of their losses.   Several tasks: the mean of their numbers.
+    """
+    values = []
+    names = []
+    for name in run.sets:
+        task = TASKS[name]
+        prefix = f"{name}_" if len(run.sets) > 1 else ""
+        measured = [prefix + metric for metric in task.best if prefix + metric in metrics]
+        if not task.best:
+            return pretraining_score(metrics)
+        if not measured:
+            continue  # the task has no val split
+        metric = measured[0]
+        value = float(metrics[metric])
+        if task.lower_is_better:
+            value = 1 / value
+            metric = f"1 / {metric}"
+        values.append(value)
+        names.append(metric)
+    name = names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+    return float(np.mean(values)), name
+
+
+def pretraining_score(metrics):
+    """`best_score` of pretraining."""
+    accuracies = [float(value) for name, value in metrics.items() if name.endswith("_accuracy")]
+    losses = [float(value) for name, value in metrics.items() if name.endswith("_loss")]
+    if accuracies:
+        return float(np.mean(accuracies)), f"mean of {len(accuracies)} accuracies"
+    return -sum(losses), "minus the sum of the losses"

@@ -45,7 +45,7 @@ import machine
 import options
 import tasks
 from common import UserError
-from log import Log, best_score, describe_result, lock_folder, print_run, safe_output, warn_at_chance
+from log import Log, describe_result, lock_folder, print_run, safe_output, warn_at_chance
 
 # ---- the run and its loop --------------------------------------------------------------------------------------
 
@@ -581,11 +581,12 @@ def validate(run, log):
         metrics, chance = tasks.evaluate(run, "val")
         log.metrics(metrics, chance, time.perf_counter() - start)
         warn_at_chance(run, metrics, chance)
-        score, name = best_score(run, metrics)
-        if score > run.progress["best"]:
-            run.progress["best"] = score
-            checkpoints.save_checkpoint(run, "best.pt")
-            common.print0(f"best     step {run.progress['step']}: {name} {score:.4f}")
+        if metrics:
+            score, name = tasks.best_score(run, metrics)
+            if score > run.progress["best"]:
+                run.progress["best"] = score
+                checkpoints.save_checkpoint(run, "best.pt")
+                common.print0(f"best     step {run.progress['step']}: {name} {score:.4f}")
     if run.progress["step"] > 0:
         checkpoints.save_checkpoint(run, "checkpoint.pt")
 
@@ -593,11 +594,10 @@ def validate(run, log):
 def run_test(run):
     """Tests the best weights, or the last ones if there is no val split. Returns what result.json holds."""
     args = run.args
-    best = args.out / "best.pt"
     if dist.is_initialized():
         dist.barrier()  # the first process writes best.pt, all read it
-    if has_split(run, "val") and best.is_file():
-        run.model.load_state_dict(checkpoints.load_checkpoint(best)["state"])
+    if run.progress["best"] > -math.inf:
+        run.model.load_state_dict(checkpoints.load_checkpoint(args.out / "best.pt")["state"])
     result = describe_result(run)
     lines = []
     for split in split_names(run):

@@ -432,6 +432,31 @@ def test_false_partners_are_false_and_mined_ones_are_the_hardest(cache, tokenize
             assert ((size >= most - 1).mean() > 0.8) == mined
 
 
+def test_a_negative_does_not_repeat_a_caption_of_the_picture():
+    """Six pictures; pictures 0 to 2 share a caption word for word, and so do pictures 3 to 5 another one."""
+    image = np.repeat(np.arange(6), 2)
+    text = []
+    for picture in range(6):
+        text.append("a red disc" if picture < 3 else "a blue ring")
+        text.append(f"picture number {picture}")
+    dataset = data.Dataset("", "train", None, image, text, [{}] * 12, ["caption"] * 12, [str(i) for i in range(12)])
+    run = SimpleNamespace(args=SimpleNamespace(mine=1, steps=10), paper=vilbert, progress={"step": 0})
+    index = np.arange(12)
+    repeated = 0
+    for seed in range(20):
+        texts, images = tasks.sample_negatives(run, dataset, index, np.random.default_rng(seed))
+        for row in range(12):
+            for column in (1, 2, 3):
+                own = [text[i] for i in range(12) if image[i] == images[row, column]]
+                assert text[texts[row, column]] not in own
+        drawn = np.random.default_rng(seed).integers(12, size=(12, 3))
+        repeated += ((image[drawn] < 3) == (image[index] < 3)[:, None]).sum()
+    assert repeated > 100  # draws that had a chance to go wrong
+    dataset.text = ["the same"] * 12
+    with pytest.raises(common.UserError, match="different texts"):
+        tasks.sample_negatives(run, dataset, index, np.random.default_rng(0))
+
+
 def test_the_matching_head_becomes_the_rank_head_and_types_are_widened():
     for name in PAPERS:
         old, new = (
@@ -555,6 +580,88 @@ def test_bleu_by_hand():
     corpus = (5 + 5) / (6 + 7), (3 + 3) / (5 + 6), (2 + 2) / (4 + 5), (1 + 1) / (3 + 4)
     assert evaluation.bleu([said, true], [[true], [said]]) == pytest.approx(math.prod(corpus) ** 0.25)
     assert evaluation.bleu([["a", "b"]], [[["a", "b"]]]) == 0.0  # no 4-gram
+
+
+def test_bleu_takes_all_references_and_the_nearest_length():
+    words = ["a", "b", "c", "d", "e", "f"]
+    short, long = ["a", "b", "x"], ["c", "d", "e", "f", "y", "y", "y"]
+    # a reference of three words is shorter, but the one of seven is nearer to six; pieces come from both references
+    assert evaluation.bleu([words], [[short, long]], longest=1) == pytest.approx(math.exp(1 - 7 / 6) * 6 / 6)
+    assert evaluation.bleu([words], [[long, short]], longest=2) == pytest.approx(math.exp(1 - 7 / 6) * math.sqrt(4 / 5))
+    # of five and seven words, equally near to six, the shorter counts: no penalty
+    assert evaluation.bleu([words], [[long, words[:5]]], longest=1) == pytest.approx(6 / 6)
+    # a word counts as often as in the reference that has it most often, not as often as in all together
+    assert evaluation.bleu([["a"] * 4], [[["a", "a", "b", "b"], ["a", "b", "b", "b"]]], longest=1) == 2 / 4
+    # the lengths of a corpus are summed before they are compared: 3 + 7 words against 4 + 6
+    assert evaluation.bleu([["a"] * 3, ["b"] * 7], [[["a"] * 4], [["b"] * 6]], longest=1) == pytest.approx(9 / 10)
+
+
+def test_the_mean_recall_is_the_mean_of_all_six(cache, tokenizer, monkeypatch):
+    dataset = scenes.scenes("test", "retrieval", 20, cache=cache).encode(tokenizer)
+    run = SimpleNamespace(args=SimpleNamespace(pool=15))
+    recalls = {"text_to_image_r1": 0.1, "image_to_text_r1": 0.2, "text_to_image_r5": 0.3}
+    recalls |= {"image_to_text_r5": 0.4, "text_to_image_r10": 0.5, "image_to_text_r10": 0.9}
+    pools = []
+
+    def all_pairs(run, dataset, index, head):
+        pools.append(len(index))
+        return dict(recalls)
+
+    monkeypatch.setattr(tasks, "recall_of_all_pairs", all_pairs)
+    metrics, chance = tasks.evaluate_retrieval(run, dataset)
+    assert metrics["mean_recall"] == pytest.approx(0.4)
+    assert chance["mean_recall"] == pytest.approx(2 * (1 + 5 + 10) / 15 / 6)
+    assert pools == [15]
+
+
+def test_evaluation_runs_in_eval_mode_and_without_gradients(monkeypatch):
+    model = torch.nn.Dropout(0.5).train()
+    seen = []
+
+    def evaluate(run, dataset):
+        seen.append((run.model.training, torch.is_inference_mode_enabled()))
+        return {"accuracy": 0.5}, {"accuracy": 0.1}
+
+    monkeypatch.setitem(tasks.TASKS, "vqa", dataclasses.replace(tasks.VQA, evaluate=evaluate))
+    run = SimpleNamespace(model=model, sets={"vqa": {"val": None}})
+    assert tasks.evaluate(run, "val") == ({"accuracy": 0.5}, {"accuracy": 0.1})
+    assert seen == [(False, True)]
+    assert tasks.evaluate(run, "test") == ({}, {})
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_half_of_the_pairs_are_mismatched_in_evaluation_for_every_model(name, cache, tokenizer, monkeypatch):
+    """LXMERT trains with a quarter. The itm accuracy of a model that says "match" to all is chance, one half."""
+    dataset = scenes.scenes("train", "caption", 60, cache=cache).encode(tokenizer)
+    run = SimpleNamespace(args=SimpleNamespace(ablate=None, mask=0.15), paper=checkpoints.PAPERS[name][0])
+    run.rank, run.world, run.answers, run.tokenizer = 0, 1, [], tokenizer
+
+    def always_match(run, batch, name):
+        return torch.tensor(0.7), torch.tensor([[0.0, 1.0]]).expand(len(batch.text), 2)
+
+    monkeypatch.setattr(tasks, "loss_and_logits", always_match)
+    sums = tasks.objective_sums(run, dataset, np.arange(len(dataset)), "itm")
+    assert sums.items == sums.labels.total() == len(dataset) > 300
+    assert sums.hits == sums.labels[1]
+    assert abs(sums.hits / len(dataset) - 0.5) < 4 * math.sqrt(0.25 / len(dataset))
+    assert sums.loss == pytest.approx(0.7 * len(dataset), rel=1e-6)
+    again = tasks.objective_sums(run, dataset, np.arange(len(dataset)), "itm")
+    assert again == sums  # the same pairs at every evaluation
+
+
+def test_an_answer_and_its_reason_belong_together_in_any_order(monkeypatch):
+    """The answers of two questions, then their reasons in another order."""
+    dataset = type("D", (SimpleNamespace,), {"__len__": lambda self: 4})(
+        target=np.array([0, 1, 1, 0]), kind=["answer", "answer", "reason", "reason"], ids=["a", "b", "b", "a"], group=2
+    )
+    monkeypatch.setattr(tasks, "evaluation_batches", lambda run, dataset, index: [index[[3, 1]], index[[0, 2]]])
+    monkeypatch.setattr(tasks, "make_batch", lambda run, dataset, index, names, rng: index)
+    scores = {0: [1.0, 0.0], 1: [1.0, 0.0], 2: [0.0, 1.0], 3: [1.0, 0.0]}  # only the answer of b is wrong
+    monkeypatch.setattr(
+        tasks, "loss_and_logits", lambda run, index, name: (None, torch.tensor([scores[i] for i in index]).flatten())
+    )
+    metrics, _ = tasks.evaluate_vcr(None, dataset)
+    assert metrics == {"q_a_accuracy": 0.5, "qa_r_accuracy": 1.0, "q_ar_accuracy": 0.5}
 
 
 def test_choices_are_scored_as_counted_by_hand(monkeypatch):
@@ -929,6 +1036,43 @@ def test_bad_requests_are_one_line_and_exit_code_2(program, arguments, message, 
     assert program.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("names", "worse", "better"),
+    [
+        (["pretrain"], {"mrfr_loss": 1.98}, {"mrfr_loss": 1.32}),
+        (["pretrain"], {"nce_loss": 3.0, "wra_loss": -0.1}, {"nce_loss": 3.0, "wra_loss": -0.2}),
+        (["pretrain"], {"mlm_loss": 1.0, "mlm_accuracy": 0.1}, {"mlm_loss": 2.0, "mlm_accuracy": 0.2}),
+        (["pretrain"], {"itm_accuracy": 0.5, "text_to_image_r1": 0.9}, {"itm_accuracy": 0.6, "text_to_image_r1": 0.1}),
+        (["vqa"], {"accuracy": 0.5, "accuracy_color": 0.9}, {"accuracy": 0.6, "accuracy_color": 0.1}),
+        (["ve"], {"accuracy": 0.5}, {"accuracy": 0.6}),
+        (["nlvr2"], {"accuracy": 0.5}, {"accuracy": 0.6}),
+        (["refer"], {"accuracy": 0.5, "reachable": 0.9}, {"accuracy": 0.6, "reachable": 0.8}),
+        (["vcr"], {"q_a_accuracy": 0.9, "q_ar_accuracy": 0.3}, {"q_a_accuracy": 0.8, "q_ar_accuracy": 0.4}),
+        (["vcr"], {"q_a_accuracy": 0.5}, {"q_a_accuracy": 0.6}),
+        (["retrieval"], {"mean_recall": 0.3, "text_to_image_r1": 0.9}, {"mean_recall": 0.4, "text_to_image_r1": 0.1}),
+        (["caption"], {"perplexity": 9.0, "bleu4": 0.9}, {"perplexity": 8.0, "bleu4": 0.1}),
+        (["vqa", "caption"], {"vqa_accuracy": 0.5, "caption_perplexity": 9.0}, {"vqa_accuracy": 0.5, "caption_perplexity": 8.0}),
+        (["vqa", "caption"], {"vqa_accuracy": 0.5, "caption_perplexity": 9.0}, {"vqa_accuracy": 0.6, "caption_perplexity": 9.0}),
+    ],
+)  # fmt: skip
+def test_the_best_weights_are_defined_for_every_task_and_every_objective(names, worse, better):
+    run = SimpleNamespace(sets=dict.fromkeys(names))
+    low, _ = tasks.best_score(run, worse)
+    high, name = tasks.best_score(run, better)
+    assert -math.inf < low < high
+    assert name
+
+
+def test_the_best_checkpoint_of_an_objective_without_accuracy_is_a_trained_one(folder, monkeypatch, capsys):
+    options = ["--objectives", "mrfr", "--steps", 6, "--eval-every", 3, "--lr", "1e-3"]
+    assert start(folder, monkeypatch, *options, "--out", "regress") == 0
+    log = [json.loads(line) for line in (folder / "regress/log.jsonl").read_text().splitlines()]
+    losses_of = {line["step"]: line["mrfr_loss"] for line in log if line.get("split") == "val"}
+    assert min(losses_of, key=losses_of.get) == 6
+    assert checkpoints.load_checkpoint(folder / "regress/best.pt")["progress"]["step"] == 6
+    assert "best     step 6: minus the sum of the losses" in capsys.readouterr().out
 
 
 def test_staying_at_chance_is_said(capsys):

