@@ -209,9 +209,11 @@ def table_of_objectives(args):
         folder = f"pretrained-{name}"
         pretraining = (f"uniter-pretrain-{name}", ("--objectives", objectives))
         if name == "none":
-            folder, pretraining = "untrained", None
+            folder = "untrained"
+            pretraining = None
         elif objectives is None:
-            folder, pretraining = "pretrained", ("uniter-pretrain", ())
+            folder = "pretrained"
+            pretraining = ("uniter-pretrain", ())
         for task in ("nlvr2", "vqa"):
             results, _ = task_runs(args, "uniter", task, folder, args.seeds, pretraining)
             rows.setdefault(name, {})[task] = cell(results, COLUMNS[task])
