@@ -815,6 +815,21 @@ def join_pictures(batch):
     return dataclasses.replace(left, **both, target=batch.target, ids=batch.ids)
 
 
+def remove_modality(batch, what):
+    """The batch without what --ablate names: without "image" every region is masked out and zeroed; without "text" only
+    [CLS] and [SEP] are left. None: the batch as it is."""
+    if what == "image":
+        batch.region_mask = torch.zeros_like(batch.region_mask)
+        batch.features = torch.zeros_like(batch.features)
+        batch.boxes = torch.zeros_like(batch.boxes)
+    if what == "text":
+        last = batch.text_mask.sum(1, keepdim=True) - 1  # (B, 1), position of the last [SEP]
+        batch.text = torch.cat([batch.text[:, :1], batch.text.gather(1, last)], 1)  # (B, T) -> (B, 2)
+        batch.text_mask = torch.ones_like(batch.text, dtype=torch.bool)
+        batch.segments = torch.zeros_like(batch.text)
+    return batch
+
+
 def mask_regions(batch, rng, p=0.15, zero=1.0, random=0.0, force_one=True):
     """Each real region is selected with probability p; a selected one's feature becomes 0 with probability `zero`, that
     of a random real region of the batch with probability `random`, and stays itself otherwise. Boxes stay.
@@ -872,6 +887,14 @@ def batches(lengths, rng=None, size=None, tokens=None, rank=0, world=1):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of weights
+
+
+def write_text(path, text):
+    """A text file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

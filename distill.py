@@ -14,14 +14,14 @@ def read_teacher(run, checkpoint):
 
     UserError if it has seen other features."""
     args = run.args
-    run.teacher_paper, name = checkpoints.PAPERS[checkpoint["model"]]
+    run.teacher_paper = checkpoints.MODELS[checkpoint["model"]]
     config = run.teacher_paper.Config(**checkpoint["config"])
     width = run.splits["train"].store.width
     if config.feature_size != width:
         raise common.UserError(
             f"{args.teacher}: trained on features of width {config.feature_size}, {args.data} has {width}"
         )
-    run.teacher = getattr(run.teacher_paper, name)(config).to(run.device).eval().requires_grad_(False)
+    run.teacher = run.teacher_paper.MODEL(config).to(run.device).eval().requires_grad_(False)
     run.teacher.load_state_dict(checkpoint["state"])
 
 
@@ -40,7 +40,7 @@ def match_teacher(run, checkpoint):
             raise common.UserError(
                 f"{args.teacher}: reads the rows of {name} in another way than {args.model}; take one that agrees"
             )
-        if checkpoint["model"] == "uniter" and config.types < checkpoints.TYPES.get(name, 2):
+        if config.types < their.text_types([name]):
             raise common.UserError(
                 f"{args.teacher}: has too few text types for {name}; train it for --task {args.task} first"
             )

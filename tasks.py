@@ -1,656 +1,805 @@
-"""tasks.py: batches for every objective and task, evaluation, retrieval, metrics."""
+"""tasks.py: the downstream tasks, and pretraining's own evaluation.
 
-import dataclasses
-import itertools
-import json
+Each of the seven tasks is one block: what a line of data must hold, the examples that it gives, how they become a batch,
+the metrics beside chance, and how an answer is shown. A block ends with the task's row, a `Task`. The table TASKS at the
+end of the file lists the rows; train.py and predict.py reach every task through it.
+
+1. `make_batch` is the one way from examples to a batch, for pretraining objectives and for tasks.
+2. `evaluate` gives (metrics, chance) of a split, each a dict with the same names.
+3. Accuracies and recalls are in 0..1. Chance is what guessing without the model gets.
+4. Every process evaluates its share of the batches; the sums are then added over all processes.
+5. `best_score` says which number chooses the best weights.
+
+`run` is train.Run, or anything with the same attributes: args, paper (the model's module), model, tokenizer, answers,
+content_words, device, autocast(), rank, world, sets, objectives, progress, columns().
+Letters: B rows or examples of a batch, E examples, T text positions, N regions, C width, K choices, V vocabulary.
+"""
+
 import math
-import time
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-import checkpoints
 import common
 import data
 from common import UserError
-from prepare import scenes
+from evaluation import (
+    accuracy_by_kind,
+    bleu,
+    dot_products,
+    first_captions,
+    gather_objects,
+    generate,
+    is_text_of,
+    match_logits,
+    recall_at,
+    recall_chance,
+    recall_of_all_pairs,
+    score_pairs,
+    show_ranked,
+    top_choice_accuracy,
+)
 
-# ---- batches ----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the table of tasks.
+
+    record: a line of the data, as data.py read it.   example: data.Example.   index: (B,) numbers of examples.
+    """
+
+    name: str
+    objective: str  # its row in the models' OBJECTIVES; "": pretraining, whose objectives are options
+    examples: Callable  # record -> list of data.Example
+    batch: Callable  # (run, dataset, index, rng) -> data.Batch
+    evaluate: Callable  # (run, dataset) -> (metrics, chance)
+    show: Callable  # (run, dataset, example's number, its logits, how many answers) -> text for a reader
+    logits: Callable | None = None  # (run, dataset, index) -> what `show` takes of each; None: `example_logits`
+    needs: tuple = ()  # keys that a line must have besides text and a picture
+    pictures: int = 1  # pictures of a line
+    rows: int = 1  # rows of a batch that one example takes, for the default batch size
+    check: Callable = lambda record: None  # record -> None, or a sentence that says what is wrong with it
+    best: tuple = ("accuracy",)  # metrics that choose the best weights: the first of them that was measured
+    lower_is_better: bool = False  # of that metric
+    first_stage: str = ""  # objective that is trained too if --rerank asks for two stages
+    one_per_picture: int = 0  # > 0: evaluated on one example of each picture of --pool, on at most so many pictures
 
 
-OBJECTIVE = {"retrieval": "rank"}  # of the tasks whose objective has another name
+# ---- batches -----------------------------------------------------------------------------------------------------------
 
 
-DOWNSTREAM = {OBJECTIVE.get(task, task) for task in data.TASKS} - {"pretrain", "vqa"}
+def make_batch(run, dataset, index, names, rng, false_pairs=None, word_masking=None):
+    """Examples `index` as the objectives `names` need them: a task's batch, or pairs mismatched, words and regions masked.
+
+    false_pairs: share of mismatched pairs, by default that of the model's PRETRAINING. word_masking: arguments of
+    data.mask_words in place of the run's. Both are for pretraining objectives only.
+    """
+    task = TASK_OF_OBJECTIVE.get(names[0])
+    if task is None:
+        batch = pretraining_batch(run, dataset, index, names, rng, false_pairs, word_masking)
+    else:
+        batch = task.batch(run, dataset, index, rng)
+    return data.remove_modality(batch, run.args.ablate)
 
 
-def task_objectives(args, task):
-    """The objectives of a downstream task: its own, and for retrieval in two stages also that of the first."""
-    return [OBJECTIVE.get(task, task)] + ["itc"] * (task == "retrieval" and args.rerank is not None)
-
-
-def make_batch(run, dataset, index, names, rng, false=None, **words):
-    """Examples `index` as the objectives `names` need them: pairs mismatched, words masked, regions masked.
-    false: the share of false pairs, by default as the paper's file has it; `words`: arguments of data.mask_words in
-    place of the run's."""
-    if names[0] in DOWNSTREAM:
-        return remove_modality(task_batch(run, dataset, index, names[0], rng), run.args.ablate)
-    images, matched = None, None
+def pretraining_batch(run, dataset, index, names, rng, false_pairs, word_masking):
+    """Examples `index` for pretraining objectives that are trained on the same batch; see `make_batch`."""
+    settings = run.paper.PRETRAINING
     objectives = [run.paper.OBJECTIVES[name] for name in names]
     masks = {objective.masks for objective in objectives}
-    if any(objective.mismatch for objective in objectives):
-        false = run.paper.PRETRAINING["false_pairs"] if false is None else false
-        index, images, matched = data.sample_mismatches(dataset, index, rng, false, run.paper.PRETRAINING["mismatch"])
-    batch = data.collate(dataset, index, images, answers=run.columns() if run.answers else None)
-    if matched is not None:
+    mismatch = any(objective.mismatch for objective in objectives)
+    images = None
+    if mismatch:
+        if false_pairs is None:
+            false_pairs = settings["false_pairs"]
+        index, images, matched = data.sample_mismatches(dataset, index, rng, false_pairs, settings["mismatch"])
+    columns = run.columns() if run.answers else None
+    batch = data.collate(dataset, index, images, answers=columns)
+    if mismatch:
         batch.matched = matched
     if any(objective.mean_over == "answers" for objective in objectives):
         batch = data.sample_answers(batch, rng)
     if "words" in masks:
-        batch = data.mask_words(batch, run.tokenizer, rng, **(words or {"p": run.args.mask}))
+        if word_masking is None:
+            word_masking = {"p": run.args.mask, "force_one": run.args.mask > 0}
+        batch = data.mask_words(batch, run.tokenizer, rng, **word_masking)
     if "regions" in masks:
-        batch = data.mask_regions(batch, rng, **run.paper.PRETRAINING["region_masking"])
-    if matched is not None and not run.paper.PRETRAINING.get("mask_false_pairs", True):
+        batch = data.mask_regions(batch, rng, **settings["region_masking"])
+    if mismatch and not settings.get("mask_false_pairs", True):
         batch = data.drop_mismatched_labels(batch)
-    return remove_modality(batch, run.args.ablate)
-
-
-def task_batch(run, dataset, index, name, rng):
-    """Examples `index` as the objective of a downstream task needs them."""
-    if name == "rank":
-        index, images = sample_negatives(run, dataset, index, rng)
-        batch = data.collate(dataset, index.ravel(), images.ravel())  # (B, 1 + negatives) -> rows
-        return dataclasses.replace(batch, ids=[dataset.ids[i] for i in index[:, 0]])  # of the examples, not of the rows
-    batch = data.collate(dataset, index, answers=run.columns("ve") if name == "ve" else None)
-    if name == "nlvr2":
-        batch.target = torch.from_numpy(dataset.target[index])
-        side = torch.arange(len(batch.text))[:, None] % 2  # 0 the left picture, 1 the right one
-        batch.region_types = side.expand(batch.region_mask.shape).contiguous()  # or it could not be pinned
-        if getattr(run.model.config, "nlvr2", "") == "triplet":
-            batch = data.join_pictures(batch)
-    elif name == "vcr":
-        batch.segments = text_types(run.paper, batch.segments)
-        right = torch.from_numpy(dataset.target[index])
-        batch.target = torch.nn.functional.one_hot(right, dataset.group).flatten()  # (B, choices) -> (rows,)
-    elif name == "refer":
-        batch.target = target_overlaps(dataset, index, batch)
-    elif name == "caption":
-        batch = data.next_word_labels(batch)
-    return batch
-
-
-def text_types(paper, segments):
-    """The paper's text types of question, answer and reason, which depend on how many segments a row has: (B, T)."""
-    table = torch.tensor([[*types, 0, 0][:3] for types in ((0,), *paper.VCR_TYPES)])  # (segments - 1, segment)
-    return table[segments.amax(1, keepdim=True), segments]  # (B, 1), (B, T) -> (B, T)
-
-
-def target_overlaps(dataset, index, batch):
-    """(B, N) overlap (IoU) of each region with the box that is meant; -1 for padding."""
-    meant = torch.from_numpy(dataset.target[index]).float()[:, None]  # (B, 4) -> (B, 1, 4)
-    return common.iou(batch.boxes, meant).masked_fill(~batch.region_mask, -1.0)
-
-
-def sample_negatives(run, dataset, index, rng):
-    """True pairs and false ones for retrieval: texts (B, 1 + K) and pictures (B, 1 + K), the true pair first, then one
-    for each of the paper's NEGATIVES, with another picture or another text.
-
-    In the first half of the steps they are drawn at random; in the second half `--mine` are drawn for each and the one
-    that the model takes for the best match is kept (UNITER 4.1; ViLBERT mines one of its two texts, from a fixed pool).
-    """
-    kinds, mine = run.paper.NEGATIVES, run.args.mine if 2 * run.progress["step"] >= run.args.steps else 1
-    if (dataset.image == dataset.image[0]).all():
-        raise UserError("retrieval needs at least two pictures")
-    texts = np.broadcast_to(index[:, None, None], (len(index), len(kinds), mine)).copy()
-    other = rng.integers(len(dataset), size=texts.shape)
-    while (same := dataset.image[other] == dataset.image[texts]).any():
-        other[same] = rng.integers(len(dataset), size=same.sum())
-    images = dataset.image[texts]
-    for k, kind in enumerate(kinds):
-        if kind == "image":
-            images[:, k] = dataset.image[other[:, k]]
-        else:
-            texts[:, k] = other[:, k]
-    best = np.zeros(texts.shape[:2], np.int64)  # (B, K)
-    if mine > 1:
-        run.model.eval()
-        with torch.no_grad(), run.autocast():
-            batch = remove_modality(data.collate(dataset, texts.ravel(), images.ravel()), run.args.ablate).to(
-                run.device
-            )
-            scores = run.model.heads["rank"](run.model.encode(batch).pooled)  # (B*K*mine, 1)
-        run.model.train()
-        best = scores.float().cpu().view(texts.shape).argmax(2).numpy()
-    texts, images = (np.take_along_axis(x, best[:, :, None], 2)[:, :, 0] for x in (texts, images))
-    return np.column_stack([index, texts]), np.column_stack([dataset.image[index], images])
-
-
-def remove_modality(batch, what):
-    """Takes a modality away: the picture's regions (hidden and zeroed), or every word but [CLS] and [SEP]."""
-    if what == "image":
-        batch.region_mask = torch.zeros_like(batch.region_mask)
-        batch.features, batch.boxes = torch.zeros_like(batch.features), torch.zeros_like(batch.boxes)
-    if what == "text":
-        last = batch.text_mask.sum(1, keepdim=True) - 1  # (B, 1), where [SEP] stands
-        batch.text = torch.cat([batch.text[:, :1], batch.text.gather(1, last)], 1)  # (B, T) -> (B, 2)
-        batch.text_mask, batch.segments = torch.ones_like(batch.text, dtype=torch.bool), torch.zeros_like(batch.text)
     return batch
 
 
 def items_of(paper, name, batch):
-    """How many items the mean of an objective's loss, or of the loss NAME_soft of its teacher's logits, runs over."""
+    """How many items the mean of an objective's loss runs over; of NAME_soft, the loss of its teacher's logits."""
     objective = paper.OBJECTIVES.get(name.removesuffix("_soft"))
-    mean_over = objective.mean_over if objective else "rows"  # a teacher's attention and states: rows
-    if name.endswith("_soft") and mean_over == "all regions":
-        mean_over = "regions"  # a teacher's logits are those of masked regions
+    mean_over = "rows"  # losses of a teacher's attention and states have no row in OBJECTIVES
+    if objective:
+        mean_over = objective.mean_over
+    if name.endswith("_soft"):
+        # the mean runs over all rows of logits, those of masked regions, or of texts with and without an answer
+        mean_over = {"all regions": "regions", "answers": "rows"}.get(mean_over, mean_over)
     return common.count_items(mean_over, batch)
 
 
 def heads_for(paper, objectives):
-    """The heads that these objectives use, each once."""
-    heads = [paper.OBJECTIVES[name].head for name in objectives]
-    return tuple(dict.fromkeys(head for head in heads if head))
+    """Names of the heads that these objectives use, each once."""
+    heads = []
+    for name in objectives:
+        head = paper.OBJECTIVES[name].head
+        if head and head not in heads:
+            heads.append(head)
+    return tuple(heads)
 
 
-# ---- metrics ----------------------------------------------------------------------------------------------------------
+def task_objectives(args, name):
+    """The objectives that a downstream task trains: its own, and for retrieval in two stages also that of the first."""
+    task = TASKS[name]
+    objectives = [task.objective]
+    if task.first_stage and args.rerank is not None:
+        objectives.append(task.first_stage)
+    return objectives
 
 
-def recall_at(scores, truth, ks=(1, 5, 10)):
-    """Retrieval: the part of the queries with a true match among the k best-scored candidates, both ways.
-
-    scores (texts, pictures); truth (texts,), each text's picture. A picture may have several texts: the best-ranked one
-    counts; pictures without a text are candidates only. Ties, and scores that are not a number, count against us.
-    Returns {"text_to_image_r1": .., "image_to_text_r1": .., ...}.
-    """
-    own = scores.gather(1, truth[:, None])  # (texts, 1)
-    to_image = (~(scores < own)).sum(1)  # (texts,): rank of the true picture, 1 = best
-    rank = torch.stack([(~(scores[:, i] < scores[text, i])).sum() for text, i in enumerate(truth)])  # among the texts
-    to_text = torch.full((scores.shape[1],), len(scores) + 1).scatter_reduce(0, truth, rank, "amin")[truth.unique()]
-    ways = {"text_to_image": to_image, "image_to_text": to_text}
-    return {f"{way}_r{k}": (ranks <= k).double().mean().item() for k in ks for way, ranks in ways.items()}
-
-
-def bleu(candidates, references, longest=4):
-    """Corpus BLEU (Papineni 2002, section 2.3), in 0..1, without smoothing.
-
-        BLEU = min(1, exp(1 - r / c)) * (p_1 p_2 ... p_longest)^(1 / longest)
-
-    p_n: n-grams of all candidates that a reference of theirs has, each counted at most as often as in the reference
-    that has it most often, divided by all n-grams of the candidates. c: the candidates' words; r: the words of the
-    reference nearest in length to each, the shorter of two equally near.
-    candidates: a list of word lists; references: for each a list of word lists, at least one. 0 if some p_n is 0.
-    """
-    hits, totals, c, r = [0] * longest, [0] * longest, 0, 0
-    for words, true in zip(candidates, references, strict=True):
-        c, r = c + len(words), r + min((abs(len(t) - len(words)), len(t)) for t in true)[1]
-        for n in range(1, longest + 1):
-            grams, *theirs = (Counter(zip(*(w[i:] for i in range(n)), strict=False)) for w in (words, *true))
-            most = Counter()
-            for their in theirs:
-                most |= their  # the larger count of each
-            hits[n - 1] += (grams & most).total()
-            totals[n - 1] += grams.total()
-    if not all(hits):
-        return 0.0
-    precision = math.exp(sum(math.log(h / t) for h, t in zip(hits, totals, strict=True)) / longest)
-    return precision * min(1.0, math.exp(1 - r / c))
-
-
-@torch.no_grad()
-def generate(model, batch, first, last, beams=1, most=40, cached=True):
-    """Captions of a batch's pictures, word piece by word piece; beams=1 is greedy.
-
-    Beam search: of all ways to lengthen the `beams` likeliest beginnings by one piece the `beams` likeliest are kept;
-    one that ends with `last` keeps its log probability. The likeliest of the last beams is returned, by the plain sum
-    of log probabilities, so that enough beams find the likeliest caption of all.
-
-    model.decode(batch, cache) -> (B, T, C) and model.word_logits(states) -> (B, T, V); batch: its text is not read.
-    first, last: piece ids that begin and end a text. cached=False reads every beginning anew, for tests. Returns a list
-    of B lists of piece ids without first and last, at most `most` long.
-    """
-    rows = torch.arange(len(batch.features), device=batch.features.device)
-    batch = replace(batch, ids=None).rows(rows.repeat_interleave(beams))
-    text = torch.full((len(rows) * beams, 1), first, device=rows.device)  # (B*beams, 1)
-    scores = torch.full((len(rows), beams), -math.inf, device=rows.device)
-    scores[:, 0] = 0.0  # all beams begin alike: only one of them counts
-    ended, cache = torch.zeros_like(text[:, 0], dtype=torch.bool), {}
-    for _ in range(most):
-        new = text[:, -1:] if cached else text
-        batch.text, batch.text_mask = new, torch.ones_like(new, dtype=torch.bool)
-        batch.segments = torch.zeros_like(new)
-        states = model.decode(batch, cache if cached else None)[:, -1]  # (B*beams, T, C) -> (B*beams, C)
-        chances = model.word_logits(states).float().log_softmax(-1)  # (B*beams, V)
-        chances[ended] = -math.inf
-        chances[ended, last] = 0.0
-        V = chances.shape[-1]
-        total = scores[:, :, None] + chances.view(len(rows), beams, V)  # (B, beams, V)
-        scores, best = total.flatten(1).topk(beams)  # (B, beams*V) -> (B, beams)
-        parent = (rows[:, None] * beams + best // V).flatten()  # (B, beams) -> (B*beams,)
-        text = torch.cat([text[parent], (best % V).view(-1, 1)], 1)
-        ended = ended[parent] | (text[:, -1] == last)
-        cache = {k: tuple(x[parent] for x in v) if isinstance(v, tuple) else v for k, v in cache.items()}
-        if ended.all():
-            break
-    found = text.view(len(rows), beams, -1)[:, 0, 1:].tolist()  # topk sorts: beam 0 is the likeliest
-    return [pieces[: pieces.index(last)] if last in pieces else pieces for pieces in found]
-
-
-# ---- evaluation -------------------------------------------------------------------------------------------------------
-
-
-def evaluate(run, split):
-    """(metrics, chance) of the run's tasks on a split, the model in eval mode. Accuracies and recalls are in 0..1; of
-    several tasks each metric's name begins with its task's."""
-    run.model.eval()
-    metrics, chance = {}, {}
-    for task, splits in run.sets.items():
-        if split in splits:
-            with torch.inference_mode():
-                found = evaluate_task(run, task, splits[split])
-            for all_of, some in zip((metrics, chance), found, strict=True):
-                all_of |= {(f"{task}_" if len(run.sets) > 1 else "") + name: value for name, value in some.items()}
-    return metrics, chance
-
-
-def evaluate_task(run, task, dataset):
-    """(metrics, chance) of one task on one of its splits."""
-    if task == "vqa":
-        return evaluate_vqa(run, dataset)
-    if task == "ve":
-        return evaluate_vqa(run, dataset, "ve", list(data.ENTAILMENT))
-    if task in ("nlvr2", "vcr", "refer"):
-        return evaluate_choice(run, task, dataset)
-    if task == "pretrain":
-        return evaluate_pretraining(run, dataset)
-    index = test_examples(run, task, dataset)
-    if task == "caption":
-        return evaluate_captions(run, dataset, index)
-    metrics = recall_of_all_pairs(run, dataset, index, "rank")
-    chance = recall_chance(metrics, len(index))
-    metrics["mean_recall"], chance["mean_recall"] = (float(np.mean([*m.values()])) for m in (metrics, chance))
-    return metrics, chance
-
-
-def test_examples(run, task, dataset):
-    """Numbers of the examples that a task is tested on: retrieval and captions on one of each picture of --pool, on val
-    of a hundred; the others on all."""
-    if task not in ("retrieval", "caption"):
-        return np.arange(len(dataset))
-    most = 100 if dataset.split == "val" else run.args.pool
-    most = min(most, 1000) if task == "retrieval" else most  # a full matrix of more takes hours
-    return first_captions(dataset)[:most]
+# ---- running the model over examples ------------------------------------------------------------------------------------
 
 
 def loss_and_logits(run, batch, name):
-    """(loss, scores) of one objective on a batch."""
+    """(loss, logits) of one objective on a batch, in float32; the logits on the CPU."""
     with run.autocast():
-        loss, scores = run.model(batch.to(run.device), [name])[name]
-    return loss.float(), scores.float().cpu()
+        loss, logits = run.model(batch.to(run.device), [name])[name]
+    return loss.float(), logits.float().cpu()
+
+
+def example_logits(run, dataset, index, name):
+    """Logits of a task's objective for examples `index`: (B, K), K answers, choices or regions (padding last)."""
+    batch = make_batch(run, dataset, index, [name], None)
+    _, logits = loss_and_logits(run, batch, name)
+    return logits.view(len(index), -1)  # vcr: (B * choices,) -> (B, choices); the others are (B, K) already
 
 
 def evaluation_batches(run, dataset, index):
-    """The examples `index` in batches of like lengths; each process takes its own batches."""
+    """Yields the examples `index` in batches of like lengths, those of this process."""
     for part in data.batches(dataset.lengths()[index], size=256, rank=run.rank, world=run.world):
         yield index[part]
 
 
-def first_captions(dataset):
-    """The first caption of each picture, or text of any kind where none is a caption: numbers of examples."""
+def test_examples(run, name, dataset):
+    """Numbers of the examples that a task is evaluated on: all, or for retrieval and captions one of each picture of
+    --pool, and of a hundred pictures on val."""
+    limit = TASKS[name].one_per_picture
+    if not limit:
+        return np.arange(len(dataset))
+    pool = 100 if dataset.split == "val" else run.args.pool
+    return first_captions(dataset)[: min(pool, limit)]
+
+
+def simple_example(record, kind, answer=None, target=-1):
+    """One data.Example with one row: the line's text beside its picture."""
+    return data.Example(record["id"], record.get("kind", kind), [(record["text"], 0)], answer, target)
+
+
+# ---- pretraining --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ObjectiveSums:
+    """What an objective's mean loss and accuracy are computed from, added up over batches and processes."""
+
+    loss: float = 0.0  # sum over items
+    items: int = 0
+    hits: int = 0  # items whose label has the highest logit
+    labels: Counter = field(default_factory=Counter)  # label -> items that have it
+
+    def add(self, loss, items, hits, labels):
+        self.loss += loss
+        self.items += items
+        self.hits += hits
+        self.labels.update(labels)
+
+
+def pretraining_examples(record):
+    """A caption, or a question if the line has an answer."""
+    answer = record.get("answer")
+    kind = "question" if answer else "caption"
+    return [simple_example(record, kind, answer)]
+
+
+def evaluate_pretraining(run, dataset, most=1000, candidates=100):
+    """Each objective on held-out captions, masked under a fixed seed, and zero-shot retrieval among `candidates` pictures.
+
+    Captions: the first one of each of at most `most` pictures; of an objective that answers questions, as many questions.
+    Accuracies are over masked words, masked regions or pairs. mlm_content masks one word of every caption of these
+    pictures, of the words that only the picture tells (`content_words` of the data set: colours, shapes, numbers).
+    Chance: always the most frequent label.
+    """
     kinds = np.array(dataset.kind)
-    captions = np.flatnonzero(kinds == "caption") if "caption" in kinds else np.arange(len(dataset))
-    return captions[np.unique(dataset.image[captions], return_index=True)[1]]
-
-
-def evaluate_pretraining(run, dataset, examples=1000, candidates=100):
-    """Each objective on held-out captions, under a fixed seed, and zero-shot retrieval among `candidates` pictures.
-
-    Accuracies are over masked words, masked regions or pairs. mlm_content masks one word, of every caption of these
-    pictures, that only the picture tells: a colour, shape, size, number or direction. Beside each: what the most
-    frequent label would get.
-    """
-    kinds, names = np.array(dataset.kind), list(run.objectives)
-    captions = first_captions(dataset)[:examples]
-    every = np.flatnonzero((kinds == "caption") & np.isin(dataset.image, dataset.image[captions]))
-    questions = np.flatnonzero(kinds != "caption")[:examples]
-    content = torch.zeros(run.tokenizer.get_vocab_size(), dtype=torch.bool)
-    content[[i for w in scenes.CONTENT_WORDS if (i := run.tokenizer.token_to_id(w)) is not None]] = True
+    captions = first_captions(dataset)[:most]
+    questions = np.flatnonzero(kinds != "caption")[:most]
     sums = {}
-    for name in [*names, *["mlm_content"] * ("mlm" in names and run.args.data == "scenes")]:
-        for index in evaluation_batches(run, dataset, {"qa": questions, "mlm_content": every}.get(name, captions)):
-            rng = np.random.default_rng((1, int(index[0])))
-            if name == "mlm_content":
-                batch = make_batch(run, dataset, index, ["mlm"], rng, only=content, one=True)
-            else:
-                # half false whatever training has, so that chance is the same for all models
-                batch = make_batch(run, dataset, index, [name], rng, false=0.5)
-            add_counts(run.paper, sums, name, batch, *loss_and_logits(run, batch, name.removesuffix("_content")))
-    metrics, chance = {}, {}
-    gathered = [sums] * run.world
-    if dist.is_initialized():
-        dist.all_gather_object(gathered, sums)  # a process may have had no batch of a small split
-    for name in dict.fromkeys(name for sums in gathered for name in sums):
-        loss, n, hits, *labels = map(sum, itertools.zip_longest(*(s.get(name, []) for s in gathered), fillvalue=0))
-        metrics[f"{name}_loss"] = loss / max(1, n)
-        if seen := sum(labels):
-            metrics[f"{name}_accuracy"], chance[f"{name}_accuracy"] = hits / seen, max(labels) / seen
-    if "itm" in names:
-        recalls = recall_of_all_pairs(run, dataset, captions[:candidates])
-        metrics, chance = metrics | recalls, chance | recall_chance(recalls, len(captions[:candidates]))
-    if "itc" in names:
-        dots = dot_products(run, dataset, captions[:candidates], dataset.image[captions[:candidates]])
-        recalls = recall_at(dots, torch.arange(len(dots)))
-        recalls = {f"itc_{name}": value for name, value in recalls.items()}
-        metrics, chance = metrics | recalls, chance | recall_chance(recalls, len(dots))
-    return metrics, chance
+    one_picture = (dataset.image == dataset.image[0]).all()
+    for name in run.objectives:
+        if one_picture and run.paper.OBJECTIVES[name].mismatch:
+            continue  # there is no other picture for a false pair
+        answers_questions = run.paper.OBJECTIVES[name].mean_over == "answers"
+        index = questions if answers_questions else captions
+        sums[name] = objective_sums(run, dataset, index, name)
+    if "mlm" in run.objectives and run.content_words:
+        every = np.flatnonzero((kinds == "caption") & np.isin(dataset.image, dataset.image[captions]))
+        masking = {"only": content_pieces(run), "one": True}
+        sums["mlm_content"] = objective_sums(run, dataset, every, "mlm", masking)
+    metrics = {}
+    chance = {}
+    for name, total in sums.items():
+        if total.items:
+            metrics[f"{name}_loss"] = total.loss / total.items
+        if total.labels:
+            labelled = total.labels.total()
+            metrics[f"{name}_accuracy"] = total.hits / labelled
+            chance[f"{name}_accuracy"] = max(total.labels.values()) / labelled
+    index = captions[:candidates]
+    recalls = {}
+    if "itm" in run.objectives:
+        recalls |= recall_of_all_pairs(run, dataset, index, "itm")
+    if "itc" in run.objectives:
+        dots = dot_products(run, dataset, index, dataset.image[index])
+        for name, value in recall_at(dots, torch.arange(len(index))).items():
+            recalls[f"itc_{name}"] = value
+    return metrics | recalls, chance | recall_chance(recalls, len(index))
 
 
-def recall_chance(recalls, pictures):
-    """What guessing among so many pictures gets of each recall; its name ends in its rank: {"..._r5": 5 / pictures}."""
-    return {name: min(1.0, int(name.rsplit("r", 1)[1]) / pictures) for name in recalls}
+def content_pieces(run):
+    """(V,) bool, True = a content word of the data set that is one word piece."""
+    content = torch.zeros(run.tokenizer.get_vocab_size(), dtype=torch.bool)
+    for word in run.content_words:
+        piece = run.tokenizer.token_to_id(word)
+        if piece is not None:
+            content[piece] = True
+    return content
 
 
-def add_counts(paper, sums, name, batch, loss, logits):
-    """Adds a batch to sums[name]: [loss x items, items, hits, frequency of each label ...]."""
-    objective = paper.OBJECTIVES[name.removesuffix("_content")]
-    n, labels = common.count_items(objective.mean_over, batch), None
+def objective_sums(run, dataset, index, name, word_masking=None):
+    """ObjectiveSums of one objective on examples `index`, over all processes. Half of the pairs are mismatched, whatever
+    share training has, so that chance is the same for all models."""
+    own = ObjectiveSums()
+    for part in evaluation_batches(run, dataset, index):
+        rng = np.random.default_rng((1, int(part[0])))
+        batch = make_batch(run, dataset, part, [name], rng, 0.5, word_masking)
+        loss, logits = loss_and_logits(run, batch, name)
+        add_batch(own, run.paper.OBJECTIVES[name], batch, float(loss), logits)
+    total = ObjectiveSums()
+    for part in gather_objects(run, own):
+        total.add(part.loss, part.items, part.hits, part.labels)
+    return total
+
+
+def add_batch(sums, objective, batch, loss, logits):
+    """Adds a batch, its mean loss and its logits to ObjectiveSums."""
+    items = common.count_items(objective.mean_over, batch)
+    hits = 0
+    labels = []
     if objective.labels:
-        labels = objective.labels(batch, logits)
-        logits, labels = logits[labels >= 0], labels[labels >= 0]  # -1: no label
-    values = [float(loss) * n, n, 0]
-    if labels is not None:
-        values[2:] = [
-            int((logits.argmax(-1) == labels).sum()),
-            *np.bincount(labels.numpy(), minlength=logits.shape[-1]),
-        ]
-    sums[name] = [a + b for a, b in itertools.zip_longest(sums.get(name, []), values, fillvalue=0)]
+        labels = objective.labels(batch, logits)  # (M,) int64, -1 = no label
+        known = labels >= 0
+        labels = labels[known]
+        hits = int((logits[known].argmax(-1) == labels).sum())
+        labels = labels.tolist()
+    sums.add(loss * items, items, hits, labels)
 
 
-def evaluate_vqa(run, dataset, name="vqa", answers=None):
-    """Accuracy: the soft score of the answer with the highest logit, mean over questions, also for each kind.
-    Entailment is the same with its own three answers.
+PRETRAIN = Task(
+    "pretrain",
+    objective="",
+    examples=pretraining_examples,
+    batch=None,  # `pretraining_batch`, which needs the names of the objectives
+    evaluate=evaluate_pretraining,
+    logits=lambda run, dataset, index: score_pairs(run, dataset, index, dataset.image[index], "itm"),
+    show=lambda run, dataset, i, logits, top: f"match {logits.sigmoid().item():.3f}",
+    best=(),  # see `best_score`
+)
 
-    Chance: to each kind of question the training split's most frequent answer; of `answers`, if given, always the most
-    frequent here.
-    """
-    hits, kinds = np.zeros(len(dataset)), np.array(dataset.kind)
+
+# ---- vqa: visual question answering -------------------------------------------------------------------------------------
+
+
+def answer_scores(run, dataset, name, answers):
+    """The soft score of the answer with the highest logit, for every example: (E,) in 0..1. answers: column -> answer."""
+    scores = np.zeros(len(dataset))
     for index in evaluation_batches(run, dataset, np.arange(len(dataset))):
-        best = loss_and_logits(run, make_batch(run, dataset, index, [name], None), name)[1].argmax(-1).tolist()
-        known = answers or run.answers
-        hits[index] = [dataset.answer[i].get(known[b], 0.0) for i, b in zip(index, best, strict=True)]
-    if answers:
-        guess = max(([answer.get(a, 0.0) for answer in dataset.answer] for a in answers), key=sum)
-    else:
-        usual = most_frequent_answers(run.sets[name]["train"])
-        guess = [answer.get(usual.get(kind), 0.0) for kind, answer in zip(dataset.kind, dataset.answer, strict=True)]
-    return accuracy_by_kind(common.all_reduce_sum(hits).numpy(), np.array(guess), kinds)
+        columns = example_logits(run, dataset, index, name).argmax(-1).tolist()  # (B, A) -> B
+        for i, column in zip(index, columns, strict=True):
+            scores[i] = dataset.answer[i].get(answers[column], 0.0)
+    return common.all_reduce_sum(scores).numpy()
+
+
+def evaluate_vqa(run, dataset):
+    """Accuracy: the soft score of the answer with the highest logit, mean over questions, and over each kind of question.
+
+    Chance: to each kind of question the answer that the training split gives to that kind most often.
+    """
+    scores = answer_scores(run, dataset, "vqa", run.answers)
+    usual = most_frequent_answers(run.sets["vqa"]["train"])
+    guess = np.zeros(len(dataset))
+    for i, kind in enumerate(dataset.kind):
+        guess[i] = dataset.answer[i].get(usual.get(kind), 0.0)
+    return accuracy_by_kind(scores, guess, dataset.kind)
 
 
 def most_frequent_answers(dataset):
-    """{kind of question: its most frequent answer}, equals by text."""
+    """{kind of question: its most frequent answer}, of equally frequent ones the first in the alphabet."""
     counts = {}
     for kind, answers in zip(dataset.kind, dataset.answer, strict=True):
         counts.setdefault(kind, Counter()).update(answers.keys())
-    return {kind: min(count, key=lambda a: (-count[a], a)) for kind, count in counts.items() if count}
+    usual = {}
+    for kind, count in counts.items():
+        if count:
+            usual[kind] = min(count, key=lambda answer: (-count[answer], answer))
+    return usual
 
 
-def accuracy_by_kind(hits, guess, kinds, name="accuracy"):
-    """Means of `hits` and of `guess`, what guessing would get, (E,) each: over all, and over each of several kinds."""
-    groups = {name: np.ones(len(kinds), bool)}
-    groups |= {f"{name}_{kind}": kinds == kind for kind in sorted(set(kinds)) if len(set(kinds)) > 1}
-    return {k: hits[g].mean() for k, g in groups.items()}, {k: guess[g].mean() for k, g in groups.items()}
+VQA = Task(
+    "vqa",
+    objective="vqa",
+    needs=("answer",),
+    examples=lambda record: [simple_example(record, "vqa", record.get("answer"))],
+    batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=run.columns()),
+    evaluate=evaluate_vqa,
+    show=lambda run, dataset, i, logits, top: show_ranked(run.answers, logits.sigmoid(), top),
+)
 
 
-def evaluate_choice(run, task, dataset):
-    """Accuracies of the tasks that choose: of true and false (nlvr2), of several texts (vcr), of regions (refer).
+# ---- ve: visual entailment ----------------------------------------------------------------------------------------------
 
-    vcr: the answer (Q-A), the reason given the right answer (QA-R), and both (Q-AR). refer: the best-scored region
-    overlaps the box meant by more than one half; `reachable` is the share where some region does.
-    Chance: the more frequent truth of each kind of statement; one choice of all; the share of the regions that would be right.
-    """
-    right, guess, reachable = np.zeros((3, len(dataset)))
+
+def check_ve(record):
+    if not set(record["answer"]) <= set(data.ENTAILMENT):
+        return f"'answer' is {', '.join(record['answer'])[:60]}; task ve takes {', '.join(data.ENTAILMENT)}"
+    return None
+
+
+def evaluate_ve(run, dataset):
+    """Accuracy as in vqa, of three answers. Chance: always the answer that is most frequent here."""
+    scores = answer_scores(run, dataset, "ve", data.ENTAILMENT)
+    guess = np.zeros(len(dataset))
+    for answer in data.ENTAILMENT:
+        always = np.array([truth.get(answer, 0.0) for truth in dataset.answer])
+        if always.sum() > guess.sum():
+            guess = always
+    return accuracy_by_kind(scores, guess, dataset.kind)
+
+
+VE = Task(
+    "ve",
+    objective="ve",
+    needs=("answer",),
+    check=check_ve,
+    examples=lambda record: [simple_example(record, "ve", record.get("answer"))],
+    batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=run.columns("ve")),
+    evaluate=evaluate_ve,
+    show=lambda run, dataset, i, logits, top: show_ranked(data.ENTAILMENT, logits.sigmoid(), top),
+)
+
+
+# ---- nlvr2: is a statement true of two pictures? ------------------------------------------------------------------------
+
+
+def check_nlvr2(record):
+    if type(record["label"]) is not bool:
+        return f"'label' is {record['label']}; write true or false"
+    return None
+
+
+def nlvr2_examples(record):
+    """One example of two rows: the statement beside the left picture, and beside the right one."""
+    text = record["text"]
+    rows = [(text, 0), (text, 1)]
+    return [data.Example(record["id"], record.get("kind", "nlvr2"), rows, target=int(record.get("label", -1)))]
+
+
+def nlvr2_batch(run, dataset, index, rng):
+    """Rows 2i and 2i+1 are statement i with its left and its right picture; region_types tell which. batch.target (B,):
+    1 = true. Joined into one row each where the model's config wants triplets."""
+    batch = data.collate(dataset, index)
+    batch.target = torch.from_numpy(dataset.target[index])
+    side = torch.arange(len(batch.text))[:, None] % 2  # (2B, 1): 0 the left picture, 1 the right one
+    batch.region_types = side.expand(batch.region_mask.shape).contiguous()  # an expanded tensor cannot be pinned
+    if getattr(run.model.config, "nlvr2", "") == "triplet":
+        batch = data.join_pictures(batch)
+    return batch
+
+
+def choice_hits(run, dataset, name):
+    """(E,) 1 where the choice with the highest logit is dataset.target, else 0; ties as in `top_choice_accuracy`."""
+    hits = np.zeros(len(dataset))
     for index in evaluation_batches(run, dataset, np.arange(len(dataset))):
-        scores = loss_and_logits(run, make_batch(run, dataset, index, [task], None), task)[1]
-        if task == "refer":
-            clean = data.collate(dataset, index)  # with the boxes that --ablate takes away
-            hit = target_overlaps(dataset, index, clean) > 0.5  # (B, N)
-            right[index] = top_choice_accuracy(scores.masked_fill(~clean.region_mask, -math.inf), hit)
-            guess[index], reachable[index] = hit.sum(1) / clean.region_mask.sum(1), hit.any(1)
-        else:
-            scores = scores.view(len(index), -1)  # (B, 2), or (B * choices,) -> (B, choices)
-            truth = torch.from_numpy(dataset.target[index]).long()
-            right[index] = top_choice_accuracy(scores, torch.nn.functional.one_hot(truth, scores.shape[1]).bool())
-    right, guess, reachable = (common.all_reduce_sum(x).numpy() for x in (right, guess, reachable))
+        logits = example_logits(run, dataset, index, name)  # (B, K)
+        truth = torch.from_numpy(dataset.target[index]).long()
+        right = torch.nn.functional.one_hot(truth, logits.shape[1]).bool()  # (B,) -> (B, K)
+        hits[index] = top_choice_accuracy(logits, right)
+    return common.all_reduce_sum(hits).numpy()
+
+
+def evaluate_nlvr2(run, dataset):
+    """Accuracy of true against false. Chance: the more frequent truth of each kind of statement."""
+    hits = choice_hits(run, dataset, "nlvr2")
     kinds = np.array(dataset.kind)
-    if task == "refer":
-        metrics, chance = accuracy_by_kind(right, guess, kinds)
-        return metrics | {"reachable": reachable.mean()}, chance
-    if task == "nlvr2":
-        true = {kind: dataset.target[kinds == kind].mean() for kind in set(dataset.kind)}
-        usual = {kind: max(share, 1 - share) for kind, share in true.items()}
-        return accuracy_by_kind(right, np.array([usual[kind] for kind in kinds]), kinds)
-    metrics, chance = {}, {}
-    for kind, name in (("answer", "q_a"), ("reason", "qa_r")):
-        if (kinds == kind).any():
-            metrics[f"{name}_accuracy"], chance[f"{name}_accuracy"] = right[kinds == kind].mean(), 1 / dataset.group
-    answered = {i: hit for i, hit, kind in zip(dataset.ids, right, kinds, strict=True) if kind == "answer"}
-    both = [hit * answered[i] for i, hit, kind in zip(dataset.ids, right, kinds, strict=True) if kind == "reason"]
+    guess = np.zeros(len(dataset))
+    for kind in set(dataset.kind):
+        true = dataset.target[kinds == kind].mean()
+        guess[kinds == kind] = max(true, 1 - true)
+    return accuracy_by_kind(hits, guess, kinds)
+
+
+NLVR2 = Task(
+    "nlvr2",
+    objective="nlvr2",
+    needs=("label",),
+    pictures=2,
+    rows=2,
+    check=check_nlvr2,
+    examples=nlvr2_examples,
+    batch=nlvr2_batch,
+    evaluate=evaluate_nlvr2,
+    show=lambda run, dataset, i, logits, top: show_ranked(("false", "true"), logits.softmax(-1), top),
+)
+
+
+# ---- vcr: choose the answer, then the reason for it ---------------------------------------------------------------------
+
+
+def check_vcr(record):
+    most = len(record["choices"]) - 1
+    label = record["label"]
+    if type(label) is not int or not 0 <= label <= most:
+        return f"'label' is {label}; write the index of the right choice, 0 to {most}"
+    if "reasons" in record and not 0 <= record.get("reason", -1) < len(record["reasons"]):
+        return "'reasons' needs 'reason', the index of the right one, from 0"
+    return None
+
+
+def vcr_examples(record):
+    """One row a choice. The answer: (question, choice). The reason, if the line has reasons: (question, right answer,
+    reason)."""
+    question = record["text"]
+    right = record.get("label", -1)
+    answers = [((question, choice), 0) for choice in record["choices"]]
+    examples = [data.Example(record["id"], "answer", answers, target=right)]
+    if "reasons" in record:
+        reasons = [((question, record["choices"][right], reason), 0) for reason in record["reasons"]]
+        examples.append(data.Example(record["id"], "reason", reasons, target=record["reason"]))
+    return examples
+
+
+def vcr_batch(run, dataset, index, rng):
+    """Rows (B * choices,), those of an example side by side. batch.target (B * choices,): 1 = the right choice."""
+    batch = data.collate(dataset, index)
+    batch.segments = vcr_text_types(run.paper, batch.segments)
+    right = torch.from_numpy(dataset.target[index])
+    batch.target = torch.nn.functional.one_hot(right, dataset.group).flatten()  # (B, choices) -> (rows,)
+    return batch
+
+
+def vcr_text_types(paper, segments):
+    """The model's text types of question, answer and reason, which depend on how many of them a row has. segments (B, T):
+    0 the question, 1 the answer, 2 the reason -> (B, T)."""
+    types = torch.zeros(3, 3, dtype=torch.long)  # (segments of the row - 1, segment)
+    for last_segment, row in enumerate(paper.VCR_TYPES, 1):
+        types[last_segment, : len(row)] = torch.tensor(row)
+    last_segment = segments.amax(1, keepdim=True)  # (B, 1)
+    return types[last_segment, segments]  # (B, 1), (B, T) -> (B, T)
+
+
+def evaluate_vcr(run, dataset):
+    """Accuracy of the answer (Q-A), of the reason given the right answer (QA-R), and of both (Q-AR). Chance: 1 / choices,
+    of both its square."""
+    hits = choice_hits(run, dataset, "vcr")
+    kinds = np.array(dataset.kind)
+    metrics = {}
+    chance = {}
+    for kind, name in (("answer", "q_a_accuracy"), ("reason", "qa_r_accuracy")):
+        if kind in dataset.kind:
+            metrics[name] = hits[kinds == kind].mean()
+            chance[name] = 1 / dataset.group
+    answer_hits = {}
+    both = []
+    for i, kind in enumerate(dataset.kind):
+        if kind == "answer":
+            answer_hits[dataset.ids[i]] = hits[i]
+    for i, kind in enumerate(dataset.kind):
+        if kind == "reason":
+            both.append(hits[i] * answer_hits[dataset.ids[i]])
     if both:
-        metrics["q_ar_accuracy"], chance["q_ar_accuracy"] = float(np.mean(both)), 1 / dataset.group**2
+        metrics["q_ar_accuracy"] = float(np.mean(both))
+        chance["q_ar_accuracy"] = 1 / dataset.group**2
     return metrics, chance
 
 
-def top_choice_accuracy(scores, hit):
-    """Which part of the best-scored candidates is right: 0 or 1, but where several share the best score, as they do without
-    picture or words, their mean. scores (B, K), hit (B, K) bool -> (B,)"""
-    best = scores == scores.amax(1, keepdim=True)
-    return (best & hit).sum(1) / best.sum(1).clamp(min=1)
+def show_choices(run, dataset, example, logits, top):
+    texts = [dataset.text[row][-1] for row in dataset.rows([example])]  # the last segment is the choice
+    return show_ranked(texts, logits.softmax(-1), top)
 
 
-def evaluate_captions(run, dataset, index):
-    """Perplexity of the captions, exp of their mean loss a piece, and BLEU-4 of the generated ones, `index` naming one
-    example of each picture, against all captions of it. Chance: the caption of another picture."""
-    pictures, loss, pieces, own = set(dataset.image[index].tolist()), 0.0, 0, {}
-    examples = np.array([i for i, image in enumerate(dataset.image.tolist()) if image in pictures])
+VCR = Task(
+    "vcr",
+    objective="vcr",
+    needs=("choices", "label"),
+    rows=4,
+    check=check_vcr,
+    examples=vcr_examples,
+    batch=vcr_batch,
+    evaluate=evaluate_vcr,
+    show=show_choices,
+    best=("q_ar_accuracy", "q_a_accuracy"),
+)
+
+
+# ---- refer: the region that an expression means -------------------------------------------------------------------------
+
+
+def refer_examples(record):
+    return [simple_example(record, "refer", target=record.get("target", (0.0, 0.0, 0.0, 0.0)))]
+
+
+def refer_batch(run, dataset, index, rng):
+    batch = data.collate(dataset, index)
+    batch.target = target_overlaps(dataset, index, batch)
+    return batch
+
+
+def target_overlaps(dataset, index, batch):
+    """(B, N) overlap (IoU) of each region with the box that is meant; -1 for padding."""
+    target = torch.from_numpy(dataset.target[index]).float()[:, None]  # (B, 4) -> (B, 1, 4)
+    return common.iou(batch.boxes, target).masked_fill(~batch.region_mask, -1.0)
+
+
+def evaluate_refer(run, dataset):
+    """Accuracy: the region with the highest logit overlaps the box that is meant by more than one half. `reachable`: the
+    share of expressions for which some region does. Chance: the share of the regions that would be right."""
+    hits = np.zeros(len(dataset))
+    guess = np.zeros(len(dataset))
+    reachable = np.zeros(len(dataset))
+    for index in evaluation_batches(run, dataset, np.arange(len(dataset))):
+        logits = example_logits(run, dataset, index, "refer")  # (B, N)
+        clean = data.collate(dataset, index)  # --ablate image takes the boxes away
+        right = target_overlaps(dataset, index, clean) > 0.5  # (B, N)
+        hits[index] = top_choice_accuracy(logits.masked_fill(~clean.region_mask, -math.inf), right)
+        guess[index] = right.sum(1) / clean.region_mask.sum(1)
+        reachable[index] = right.any(1)
+    hits = common.all_reduce_sum(hits).numpy()
+    guess = common.all_reduce_sum(guess).numpy()
+    reachable = common.all_reduce_sum(reachable).numpy()
+    metrics, chance = accuracy_by_kind(hits, guess, dataset.kind)
+    metrics["reachable"] = reachable.mean()
+    return metrics, chance
+
+
+def show_regions(run, dataset, example, logits, top):
+    """Boxes as shares of the picture's width and height."""
+    boxes = dataset.store.gather(dataset.image[[example]])["boxes"][0]  # (N, 4)
+    names = ["[{:.2f} {:.2f} {:.2f} {:.2f}]".format(*box) for box in boxes.tolist()]
+    return show_ranked(names, logits[: len(names)].softmax(-1), top)
+
+
+REFER = Task(
+    "refer",
+    objective="refer",
+    needs=("target",),
+    examples=refer_examples,
+    batch=refer_batch,
+    evaluate=evaluate_refer,
+    show=show_regions,
+)
+
+
+# ---- caption: describe a picture ----------------------------------------------------------------------------------------
+
+
+def evaluate_captions(run, dataset):
+    """Perplexity: exp of the mean loss of a word piece, over all captions of the pictures. BLEU-4 of one generated caption a
+    picture, against all captions of that picture. Chance: the BLEU-4 of a caption of another picture."""
+    index = test_examples(run, "caption", dataset)
+    examples = np.flatnonzero(np.isin(dataset.image, dataset.image[index]))
+    perplexity = caption_perplexity(run, dataset, examples)
+    own = {}
+    for part in evaluation_batches(run, dataset, index):
+        for i, text in zip(part, generate_captions(run, dataset, part), strict=True):
+            own[int(dataset.image[i])] = text.split()
+    generated = {}
+    for captions in gather_objects(run, own):
+        generated |= captions
+    references = {}
+    for i in examples:
+        pieces = dataset.tokens[dataset.offsets[i] + 1 : dataset.offsets[i + 1] - 1]  # without [CLS] and [SEP]
+        references.setdefault(int(dataset.image[i]), []).append(run.tokenizer.decode(pieces.tolist()).split())
+    pictures = sorted(generated)
+    truth = [references[picture] for picture in pictures]
+    metrics = {"perplexity": perplexity, "bleu4": bleu([generated[picture] for picture in pictures], truth)}
+    chance = {}
+    if len(pictures) > 1:
+        neighbours = [*pictures[1:], pictures[0]]
+        chance["bleu4"] = bleu([references[picture][0] for picture in neighbours], truth)
+    return metrics, chance
+
+
+def caption_perplexity(run, dataset, examples):
+    """exp( sum of the losses of all pieces / number of pieces )."""
+    loss = 0.0
+    pieces = 0
     for part in evaluation_batches(run, dataset, examples):
         batch = make_batch(run, dataset, part, ["caption"], None)
-        loss += float(loss_and_logits(run, batch, "caption")[0]) * len(batch.word_index)
+        mean, _ = loss_and_logits(run, batch, "caption")
+        loss += float(mean) * len(batch.word_index)
         pieces += len(batch.word_index)
     loss, pieces = common.all_reduce_sum([loss, pieces]).tolist()
-    first, last = (run.tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
-    beams = run.args.beams if dataset.split != "val" else 1
-    for part in evaluation_batches(run, dataset, index):
-        batch = remove_modality(data.collate(dataset, part), run.args.ablate).to(run.device)
-        with run.autocast():
-            found = generate(run.model, batch, first, last, beams)
-        own |= {int(dataset.image[i]): run.tokenizer.decode(ids).split() for i, ids in zip(part, found, strict=True)}
-    gathered = [own] * run.world
-    if dist.is_initialized():
-        dist.all_gather_object(gathered, own)
-    own, true = {image: words for some in gathered for image, words in some.items()}, {}
-    for i in examples:
-        ids = dataset.tokens[dataset.offsets[i] + 1 : dataset.offsets[i + 1] - 1].tolist()  # without [CLS] and [SEP]
-        true.setdefault(int(dataset.image[i]), []).append(run.tokenizer.decode(ids).split())
-    order = sorted(own)
-    said, references = [own[image] for image in order], [true[image] for image in order]
-    strangers = [true[image][0] for image in [*order[1:], order[0]]]
-    metrics = {"perplexity": math.exp(loss / max(1, pieces)), "bleu4": bleu(said, references)}
-    return metrics, {"bleu4": bleu(strangers, references)} if len(order) > 1 else {}
+    return math.exp(loss / max(1, pieces))
 
 
-# ---- retrieval --------------------------------------------------------------------------------------------------------
-
-
-def match_logits(model, pooled, head):
-    """How well pairs match: the log odds of head "itm", or the one score of "rank". (rows, C) -> (rows,) float64"""
-    logits = model.heads[head](pooled).cpu().double()  # (rows, 2) or (rows, 1); Apple's GPUs have no float64
-    return logits[:, 1] - logits[:, 0] if head == "itm" else logits[:, 0]
-
-
-def recall_of_all_pairs(run, dataset, index, head="itm"):
-    """Recall at 1, 5 and 10, both ways: every text of `index` with every picture, ranked by `match_logits`. What
-    the model computes of each text and each picture alone is computed once."""
-    n, batch = len(index), remove_modality(data.collate(dataset, index), run.args.ablate).to(run.device)
-    scores = torch.zeros(n, n, dtype=torch.float64)
+def generate_captions(run, dataset, index):
+    """A caption for the picture of each example: B texts. By beam search with --beams, on val greedily."""
+    batch = data.remove_modality(data.collate(dataset, index), run.args.ablate).to(run.device)
+    first = run.tokenizer.token_to_id("[CLS]")
+    last = run.tokenizer.token_to_id("[SEP]")
+    beams = 1 if dataset.split == "val" else run.args.beams
     with run.autocast():
-        words, areas = run.model.unimodal(batch)
-        for row in range(run.rank, n, run.world):
-            text = {name: getattr(batch, name)[row].expand(n, -1) for name in ("text", "text_mask", "segments")}
-            pairs = dataclasses.replace(batch, **text)
-            pooled = run.model.encode(pairs, given=(words[row].expand(n, -1, -1), areas)).pooled  # (n, C)
-            scores[row] = match_logits(run.model, pooled, head)
-    return recall_at(common.all_reduce_sum(scores), torch.arange(n))
+        captions = generate(run.model, batch, first, last, beams)
+    return [run.tokenizer.decode(pieces) for pieces in captions]
 
 
-def dot_products(run, dataset, texts, pictures):
-    """Cosines (texts, pictures) of the unimodal vectors of itc: examples `texts`, store rows `pictures`. Each text and
-    each picture is encoded once."""
-    head, sides = run.model.heads["itc"], []
-    for index, side in ((texts, "text"), (pictures, "image")):
-        lengths = np.diff(dataset.offsets if side == "text" else dataset.store.offsets)[index]
-        vectors = torch.zeros(len(index), head.project_text.out_features, dtype=torch.float64)
-        for part in data.batches(lengths, size=256, rank=run.rank, world=run.world):
-            rows = (index[part], None) if side == "text" else (np.full(len(part), texts[0]), index[part])
-            batch = remove_modality(data.collate(dataset, *rows), run.args.ablate).to(run.device)
-            with run.autocast():
-                if side == "text":
-                    found = head.text(run.model.encode(batch, regions=False).text)
-                else:
-                    found = head.image(run.model.encode(batch, text=False).regions, batch.region_mask)
-            vectors[part] = found.cpu().double()
-        sides.append(common.all_reduce_sum(vectors))
-    return sides[0] @ sides[1].T  # (texts, E) @ (E, pictures)
+CAPTION = Task(
+    "caption",
+    objective="caption",
+    examples=lambda record: [simple_example(record, "caption")],
+    batch=lambda run, dataset, index, rng: data.next_word_labels(data.collate(dataset, index)),
+    evaluate=evaluate_captions,
+    logits=generate_captions,  # texts in place of logits
+    show=lambda run, dataset, i, caption, top: caption,
+    best=("perplexity",),
+    lower_is_better=True,
+    one_per_picture=10**9,
+)
 
 
-def score_pairs(run, dataset, texts, pictures, head="itm"):
-    """`match_logits` of text i with picture i, (P,). texts: examples, pictures: store rows, (P,) each."""
-    scores = torch.zeros(len(texts), dtype=torch.float64)
-    lengths = np.stack([np.diff(dataset.offsets)[texts], np.diff(dataset.store.offsets)[pictures]], 1)
-    for part in data.batches(lengths, size=256, rank=run.rank, world=run.world):
-        batch = remove_modality(data.collate(dataset, texts[part], pictures[part]), run.args.ablate).to(run.device)
-        with run.autocast():
-            scores[part] = match_logits(run.model, run.model.encode(batch).pooled, head)
-    return common.all_reduce_sum(scores)
+# ---- retrieval: find the picture of a text, and the text of a picture ---------------------------------------------------
 
 
-def two_stage(run, dataset, texts, pictures, k, head="itm"):
-    """Recalls of retrieval in two stages: dot products rank everything, then matching scores rank the best k anew.
+def retrieval_batch(run, dataset, index, rng):
+    """Rows B * (1 + negatives): each true pair, followed by its mismatched ones. ids are those of the B examples."""
+    texts, images = sample_negatives(run, dataset, index, rng)
+    batch = data.collate(dataset, texts.ravel(), images.ravel())  # (B, 1 + negatives) -> rows
+    return replace(batch, ids=[dataset.ids[i] for i in index])
 
-    texts: examples (n,); pictures: store rows (m,), each text's own among them. Every text's k best pictures and every
-    picture's k best texts are scored together, once where both want a pair; the others stay behind, by dot product.
+
+def sample_negatives(run, dataset, index, rng):
+    """Pairs for retrieval: examples of the texts (B, 1 + K) and store rows of the pictures (B, 1 + K). Column 0 is the true
+    pair; then comes one mismatched pair for each of the model's NEGATIVES, with another picture or another text.
+
+    In the first half of the steps they are drawn at random. In the second half `--mine` are drawn for each, and the one
+    with the highest logit is kept (UNITER 4.1; ViLBERT mines one of its two texts, from a fixed pool). A text that equals
+    one of the picture's own texts word for word is no mismatch. UserError if no other text is found.
     """
-    dots = dot_products(run, dataset, texts, pictures)  # (n, m)
-    nothing = torch.zeros_like(dots, dtype=torch.bool)
-    best = [nothing.scatter(axis, dots.topk(min(k, dots.shape[axis]), axis)[1], True) for axis in (0, 1)]
-    near = {"text_to_image": best[1], "image_to_text": best[0]}  # (n, m) bool, True = among the best k
-    rows, columns = (near["text_to_image"] | near["image_to_text"]).numpy().nonzero()  # (P,) each
-    fine = torch.zeros_like(dots)
-    fine[rows, columns] = score_pairs(run, dataset, texts[rows], pictures[columns], head)
-    fine = fine - fine.min() + 2.0  # above every cosine
-    place = {picture: i for i, picture in enumerate(pictures.tolist())}
-    truth = torch.tensor([place[picture] for picture in dataset.image[texts].tolist()])
-    recalls = {}
-    for way, mask in near.items():
-        found = recall_at(torch.where(mask, fine, dots), truth)
-        recalls |= {name: value for name, value in found.items() if name.startswith(way)}
-    return recalls
+    kinds = run.paper.NEGATIVES
+    second_half = 2 * run.progress["step"] >= run.args.steps
+    mine = run.args.mine if second_half else 1
+    true = np.broadcast_to(index[:, None, None], (len(index), len(kinds), mine))  # (B, K, mine) examples
+    other = true.copy()
+    swap_picture = np.array([kind == "image" for kind in kinds])[None, :, None]  # (1, K, 1); False: the text is swapped
+    again = np.ones(true.shape, bool)  # True = not mismatched yet
+    for _ in range(100):
+        other[again] = rng.integers(len(dataset), size=again.sum())
+        texts = np.where(swap_picture, true, other)
+        images = dataset.image[np.where(swap_picture, other, true)]
+        again = is_text_of(dataset, texts, images)
+        if not again.any():
+            break
+    else:
+        raise UserError("retrieval needs pictures with different texts: found no text that is wrong for some picture")
+    best = np.zeros((*texts.shape[:2], 1), np.int64)  # (B, K, 1)
+    if mine > 1:
+        best = hardest_pairs(run, dataset, texts, images)
+    texts = np.take_along_axis(texts, best, 2)[:, :, 0]  # (B, K, mine) -> (B, K)
+    images = np.take_along_axis(images, best, 2)[:, :, 0]
+    return np.column_stack([index, texts]), np.column_stack([dataset.image[index], images])
 
 
-def compare_stages(run, dataset, head, most=1000, measured=300):
-    """--rerank: recall and seconds of the full matrix of matching scores, of dot products, and of the two stages, as
-    result.json has them and as lines to print.
-
-    Among --pool pictures with a caption each; scenes are drawn until there are enough. Beyond `most` of them the full
-    matrix is not computed: its time is extrapolated from `measured` x `measured` pairs, and so called.
-    """
-    args = run.args
-    if dataset.name == "scenes" and args.pool > len(np.unique(dataset.image)):
-        dataset = scenes.scenes(dataset.split, "caption", count=args.pool * 5 // 4).encode(run.tokenizer, max_length=60)
-    texts = first_captions(dataset)[: args.pool]
-    pictures, n, result = dataset.image[texts], len(texts), {}
-    whole = n <= most
+def hardest_pairs(run, dataset, texts, images):
+    """Which of the `mine` pairs (B, K, mine) has the highest logit, the model in eval mode: (B, K, 1) int64."""
+    batch = data.remove_modality(data.collate(dataset, texts.ravel(), images.ravel()), run.args.ablate)
     run.model.eval()
-    with torch.inference_mode():
-        dot_products(run, dataset, texts[:64], pictures[:64])  # the first pass of a process is slower
-        start = time.perf_counter()
-        recalls = recall_of_all_pairs(run, dataset, texts if whole else texts[:measured], head)
-        seconds = (time.perf_counter() - start) * (1.0 if whole else (n / measured) ** 2)
-        rows = {"full": (recalls if whole else {}, seconds)}
-        start = time.perf_counter()
-        recalls = recall_at(dot_products(run, dataset, texts, pictures), torch.arange(n))
-        rows["dot"] = recalls, time.perf_counter() - start
-        start = time.perf_counter()
-        recalls = two_stage(run, dataset, texts, pictures, args.rerank, head)
-        rows["two_stage"] = recalls, time.perf_counter() - start
-    lines = [f"\n{args.model}, retrieval among {n} x {n}, best {args.rerank} re-ranked"]
-    for name, (recalls, seconds) in rows.items():
-        how = "" if whole or name != "full" else f" (extrapolated from {measured} x {measured})"
-        shown = "  ".join(f"{key} {100 * value:.1f}%" for key, value in recalls.items())
-        lines.append(f"  {name:10s} {seconds:9.1f} s{how}  {shown}".rstrip())
-        result |= {f"{name}_{key}": round(value, 5) for key, value in recalls.items()}
-        result[f"{name}_seconds"] = round(seconds, 2)
-    return {"pool": n, "rerank": args.rerank, "full_extrapolated": not whole, **result}, "\n".join(lines)
+    with torch.no_grad(), run.autocast():
+        pooled = run.model.encode(batch.to(run.device)).pooled  # (B*K*mine, C)
+        logits = match_logits(run.model, pooled, "rank")  # (B*K*mine,)
+    run.model.train()
+    return logits.view(texts.shape).argmax(2, keepdim=True).numpy()
 
 
-# ---- tables -----------------------------------------------------------------------------------------------------------
+def evaluate_retrieval(run, dataset):
+    """Recall at 1, 5 and 10, both ways, and their mean: the full matrix of texts and pictures of `test_examples`."""
+    index = test_examples(run, "retrieval", dataset)
+    metrics = recall_of_all_pairs(run, dataset, index, "rank")
+    chance = recall_chance(metrics, len(index))
+    metrics["mean_recall"] = float(np.mean(list(metrics.values())))
+    chance["mean_recall"] = float(np.mean(list(chance.values())))
+    return metrics, chance
 
 
-PLAIN = ("_loss", "perplexity")  # metrics that are no share of anything
+RETRIEVAL = Task(
+    "retrieval",
+    objective="rank",
+    rows=3,
+    examples=lambda record: [simple_example(record, "caption")],
+    batch=retrieval_batch,
+    evaluate=evaluate_retrieval,
+    logits=lambda run, dataset, index: score_pairs(run, dataset, index, dataset.image[index], "rank"),
+    show=lambda run, dataset, i, logits, top: f"match {logits.sigmoid().item():.3f}",
+    best=("mean_recall",),
+    first_stage="itc",
+    one_per_picture=1000,  # a full matrix of more takes hours
+)
 
 
-def percent(share):
-    """0.123 -> 12.3%."""
-    return f"{100 * share:.1f}%"
+# ---- the table of tasks -------------------------------------------------------------------------------------------------
+
+TASKS = {task.name: task for task in (PRETRAIN, VQA, VE, NLVR2, VCR, RETRIEVAL, REFER, CAPTION)}
+TASK_OF_OBJECTIVE = {task.objective: task for task in TASKS.values() if task.objective}
 
 
-def format_metrics(title, metrics, chance):
-    """Metrics in a column, chance beside each."""
-    lines = [f"\n{title}", f"  {'':24s} {'':>8s} {'chance':>8s}"]
-    for name, value in metrics.items():
-        shown = f"{value:.4f}" if name.endswith(PLAIN) else percent(value)
-        lines.append(f"  {name:24s} {shown:>8s} {percent(chance[name]) if name in chance else '':>8s}".rstrip())
-    return "\n".join(lines)
+# ---- evaluation of a run ------------------------------------------------------------------------------------------------
 
 
-def compare_models(results, out):
-    """Mean and spread over seeds of each metric, a column a model; "tie" where the spread covers the difference.
-    Printed, and written as comparison.json and comparison.md."""
-    models = list(dict.fromkeys(r["model"] for r in results))
-    shares = dict.fromkeys(n for r in results for n in r["chance"] if "accuracy_" not in n)
-    rows = {}
-    for name in ["parameters", "examples_per_second", *shares]:
-        values = {m: [r[name] for r in results if r["model"] == m and name in r] for m in models}
-        rows[name] = {
-            m: {"mean": float(np.mean(v)), "spread": float(np.std(v, ddof=1)) if len(v) > 1 else 0.0}
-            for m, v in values.items()
-            if v
-        }
-    lines = [f"| | {' | '.join(models)} | best | chance |", "|---" * (len(models) + 3) + "|"]
-    for name, row in rows.items():
-        chance = percent(np.mean([r["chance"][name] for r in results if name in r["chance"]])) if name in shares else ""
-        best = best_model(row) if name in shares else ""
-        lines.append(f"| {name} | {' | '.join(format_cell(name, row.get(m)) for m in models)} | {best} | {chance} |")
-    text = "\n".join(lines) + "\n"
-    common.print0("\n" + text)
-    if common.rank_and_world()[0] == 0:
-        checkpoints.write_text(out / "comparison.json", json.dumps({"runs": results, "table": rows}, indent=1) + "\n")
-        checkpoints.write_text(out / "comparison.md", text)
+def evaluate(run, split):
+    """(metrics, chance) of the run's tasks on a split, the model in eval mode; empty if no task has the split. With several
+    tasks, each metric's name begins with its task's."""
+    run.model.eval()
+    metrics = {}
+    chance = {}
+    for name, splits in run.sets.items():
+        if split not in splits:
+            continue
+        with torch.inference_mode():
+            task_metrics, task_chance = TASKS[name].evaluate(run, splits[split])
+        prefix = f"{name}_" if len(run.sets) > 1 else ""
+        for metric, value in task_metrics.items():
+            metrics[prefix + metric] = value
+        for metric, value in task_chance.items():
+            chance[prefix + metric] = value
+    return metrics, chance
 
 
-def format_cell(name, entry):
-    """mean ± spread, shares in percent."""
-    if entry is None:
-        return ""
-    if name in ("parameters", "examples_per_second"):
-        return f"{entry['mean']:,.0f}"
-    return f"{100 * entry['mean']:.1f} ± {100 * entry['spread']:.1f}"
+def best_score(run, metrics):
+    """(number, its name): best.pt holds the weights with the largest number so far, of the metrics of `evaluate`.
+
+    A task: the first of its `best` metrics that was measured; for one that is better if lower, 1 / metric. (1 / perplexity
+    is in 0..1, as the others: the geometric mean of the probabilities of the pieces.)   Pretraining: the mean accuracy of
+    its objectives; where none has an accuracy, minus the sum of their losses.   Several tasks: the mean of their numbers.
+    """
+    values = []
+    names = []
+    for name in run.sets:
+        task = TASKS[name]
+        prefix = f"{name}_" if len(run.sets) > 1 else ""
+        measured = [prefix + metric for metric in task.best if prefix + metric in metrics]
+        if not task.best:
+            return pretraining_score(metrics)
+        if not measured:
+            continue  # the task has no val split
+        metric = measured[0]
+        value = float(metrics[metric])
+        if task.lower_is_better:
+            value = 1 / value
+            metric = f"1 / {metric}"
+        values.append(value)
+        names.append(metric)
+    name = names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+    return float(np.mean(values)), name
 
 
-def best_model(row):
-    """The best model, or "tie" where its lead over the second is no larger than their two spreads together."""
-    if len(row) < 2:
-        return ""
-    (first, a), (_, b) = sorted(row.items(), key=lambda item: -item[1]["mean"])[:2]
-    return "tie" if a["mean"] - b["mean"] <= a["spread"] + b["spread"] else first
+def pretraining_score(metrics):
+    """`best_score` of pretraining."""
+    accuracies = [float(value) for name, value in metrics.items() if name.endswith("_accuracy")]
+    losses = [float(value) for name, value in metrics.items() if name.endswith("_loss")]
+    if accuracies:
+        return float(np.mean(accuracies)), f"mean of {len(accuracies)} accuracies"
+    return -sum(losses), "minus the sum of the losses"

@@ -6,6 +6,7 @@ goes; and the ratio to a peer, measured in the same run. No test: nothing here a
     python tests/benchmark.py --peer transformers               LXMERT against transformers', A B A B: same weights,
                                                                 batches, losses and optimizer
     python tests/benchmark.py --sweep                           cost against batch, words, regions and layers
+    python tests/benchmark.py --busy 2                          train.py's default job beside two busy processes
 
 Examples are drawn: words with the lengths of VQA v2 questions (mean 9 with [CLS] and [SEP]) or `--words`, `--regions`
 with random features of width 2048, 1,600 classes and 400 attributes, from a memory-mapped store as in training. Peak is
@@ -20,7 +21,9 @@ import copy
 import math
 import multiprocessing
 import os
+import re
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,10 +40,15 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoints
 import data
+import formats
+import machine
+import options
 import tasks
-import train  # after torch, so that its threads wait as torch has it: three sides share the cores in --peer
+import train
 
-CLASSES, ATTRIBUTES, WIDTH = 1601, 400, 2048
+CLASSES = 1601
+ATTRIBUTES = 400
+WIDTH = 2048
 STAGES = ("data", "forward", "backward", "optimizer")
 WARM_UP = 2  # turns that do not count: memory and, if asked for, compilation settle in them
 
@@ -67,12 +75,14 @@ def make_dataset(folder, rng, words, regions, vocabulary, answers, count=512, pi
         store.append(picture)
     data.write_store(folder, [(store, [])])
     lengths = question_lengths(rng, count) if words is None else np.full(count, words)
-    first, last = data.SPECIALS.index("[CLS]"), data.SPECIALS.index("[SEP]")
+    first = data.SPECIALS.index("[CLS]")
+    last = data.SPECIALS.index("[SEP]")
     rows = [[first, *rng.integers(len(data.SPECIALS), vocabulary, n - 2), last] for n in lengths]
     dataset = data.Dataset("drawn", "train", data.FeatureStore(folder), rng.integers(pictures, size=count), [""] * count,
                            [{str(a): 1.0} for a in rng.integers(answers, size=count)], [""] * count,
                            [str(i) for i in range(count)])  # fmt: skip
-    dataset.tokens, dataset.offsets = np.concatenate(rows).astype(np.int64), np.cumsum([0, *lengths])
+    dataset.tokens = np.concatenate(rows).astype(np.int64)
+    dataset.offsets = np.cumsum([0, *lengths])
     dataset.segment = np.zeros_like(dataset.tokens)
     return dataset
 
@@ -80,22 +90,28 @@ def make_dataset(folder, rng, words, regions, vocabulary, answers, count=512, pi
 def make_run(args, model, size, dtype, folder, **sizes):
     """A train.Run of one model on drawn examples, ready to step, and the examples of each step. Seeded: two calls
     give the same weights and examples."""
-    options = train.resolve_options(train.parse(["--model", model, "--device", args.device]), model, 0)
-    paper, rng = checkpoints.PAPERS[model][0], np.random.default_rng(0)
-    vocabulary, answers = paper.Config.vocab_size, getattr(paper.Config, "answers", 1)
+    run_args = options.parse(["--model", model, "--mask", "0.15"])
+    run_args.tasks = ["pretrain"]
+    paper = checkpoints.MODELS[model]
+    rng = np.random.default_rng(0)
+    vocabulary = paper.Config.vocab_size
+    answers = getattr(paper.Config, "answers", 1)
     answers = [str(i) for i in range(answers if model == "lxmert" else 1)]
     dataset = make_dataset(folder, rng, args.words, args.regions, vocabulary, len(answers))
     pieces = {name: i for i, name in enumerate(data.SPECIALS)}
     tokenizer = data.wordpiece(pieces | {f"piece{i}": i for i in range(len(pieces), vocabulary)}, lowercase=False)
-    objectives, device = train.objectives_of(options, paper), train.pick_device(args.device)
+    objectives = options.objectives_of(run_args, paper)
+    device = machine.pick_device(args.device)
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    run = train.Run(
-        options, paper, objectives, {"pretrain": {"train": dataset}}, tokenizer, answers, device, dtype, 0, 1
-    )
+    run = train.Run(run_args, paper, device, dtype, rank=0, world=1)
+    run.objectives = objectives
+    run.sets = {"pretrain": {"train": dataset}}
+    run.tokenizer = tokenizer
+    run.answers = answers
     config = {**paper.PRESETS[size], "classes": CLASSES, "attributes": ATTRIBUTES, **sizes}
     config["heads"] = tasks.heads_for(paper, objectives)
     torch.manual_seed(0)
-    run.model = getattr(paper, checkpoints.PAPERS[model][1])(paper.Config(**config)).to(device).train()
+    run.model = paper.MODEL(paper.Config(**config)).to(device).train()
     run.optimizer = train.make_optimizer(run.model, 0.01)
     train.set_learning_rate(run.optimizer, 1, 1e-6)  # a rate that leaves the weights as they are, but does the work
     groups = data.batches(dataset.lengths(), np.random.default_rng(1), size=args.batch_size)
@@ -154,7 +170,9 @@ def step_ours(run, index, step):
 def peak(device, dtype, seconds=1.0):
     """FLOP/s of a square matrix product: the best of those that fit into `seconds`."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b, best = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), np.inf
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
+    best = np.inf
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = wait(device)
@@ -177,7 +195,8 @@ def useful_flops(run, index, step, known):
     batch, names = batch_of(run, index, step)
     total = 0
     for row in range(len(index)):
-        t, n = int(batch.text_mask[row].sum()), int(batch.region_mask[row].sum())
+        t = int(batch.text_mask[row].sum())
+        n = int(batch.region_mask[row].sum())
         count = {}
         for name, mask in (("word", batch.text_mask), ("region", batch.region_mask)):
             flat = getattr(batch, f"{name}_index")
@@ -192,8 +211,8 @@ def useful_flops(run, index, step, known):
 def alone(batch, row, t, n, count):
     """Row `row` of a batch by itself, cut to its t words and n regions, with so many words and regions to predict."""
     part = batch.rows(torch.tensor([row]))
-    text, regions = ("text", "text_mask", "segments"), ("features", "boxes", "region_mask", "masked_regions",
-        "clean_features", *data.STORED)  # fmt: skip
+    text = ("text", "text_mask", "segments")
+    regions = ("features", "boxes", "region_mask", "masked_regions", "clean_features", *data.STORED)
     for names, length in ((text, t), (regions, n)):
         for name in names:
             if (value := getattr(part, name)) is not None:
@@ -247,8 +266,9 @@ class Peer:
         config = transformers.LxmertConfig(
             vocab_size=run.model.config.vocab_size, num_qa_labels=run.model.config.answers,
             num_object_labels=CLASSES - 1, num_attr_labels=ATTRIBUTES)  # fmt: skip
-        self.model, self.run = transformers.LxmertForPreTraining(config).to(run.device), run
-        self.model.load_state_dict(checkpoints.lxmert_to_hugging_face(run.model.state_dict()), strict=False)
+        self.model = transformers.LxmertForPreTraining(config).to(run.device)
+        self.run = run
+        self.model.load_state_dict(formats.lxmert_to_hugging_face(run.model.state_dict()), strict=False)
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-9, fused=True)
 
@@ -294,17 +314,21 @@ def side(args, dtype, name, pipe):
     with tempfile.TemporaryDirectory() as folder:
         run, groups = make_run(args, "lxmert", "base", dtype, Path(folder), hidden_score=hidden, region_factor=6.67)
     if name != "transformers":
-        train.keep_freed_memory()
+        machine.keep_freed_memory()
     if name == "ours":
-        model, step = run.model.eval(), partial(step_ours, run)
+        model = run.model.eval()
+        step = partial(step_ours, run)
         batch, names = batch_of(run, groups[0], 0)
         with torch.no_grad():
             pipe.send(sum(float(loss) for loss, _ in model(batch.to(run.device), names).values()))
         if args.compile:
-            train.compile_layers(model)
+            machine.compile_layers(model)
     else:
         peer = Peer(run)
-        model, step, run.model, run.optimizer = peer.model.eval(), peer.step, None, None
+        model = peer.model.eval()
+        step = peer.step
+        run.model = None
+        run.optimizer = None
         with torch.no_grad():
             pipe.send(float(model(**peer.inputs(groups[0], 0)).loss))
     model.train()
@@ -315,8 +339,9 @@ def side(args, dtype, name, pipe):
 
 def compare_peer(args, dtype):
     """Ours and the peer's in turn over the same examples: the peer as it ships, and with the memory setting of ours."""
-    spawn, sides, times = multiprocessing.get_context("spawn"), {}, {}
-    os.environ.pop("OMP_WAIT_POLICY", None)  # the sides that have to wait must not hold the cores
+    spawn = multiprocessing.get_context("spawn")
+    sides = {}
+    times = {}
     for name in ("ours", "transformers", "transformers, freed memory kept"):
         sides[name], end = spawn.Pipe()
         spawn.Process(target=side, args=(args, dtype, name, end), daemon=True).start()
@@ -360,17 +385,20 @@ def memory(device):
 
 def measure(args, folder, model, size, dtype):
     """A row of the table."""
-    train.keep_freed_memory()
+    machine.keep_freed_memory()
     run, groups = make_run(args, model, size, dtype, folder)
     kind = torch.float32 if dtype == "f32" else torch.bfloat16
-    best, times, known = peak(run.device, kind), [], {}
+    best = peak(run.device, kind)
+    times = []
+    known = {}
     real = counted = useful = 0
     for i, group in enumerate(groups):
         batch, names = batch_of(run, group, i)
         real += int(batch.text_mask.sum() + batch.region_mask.sum())
-        counted, useful = counted + flops(run, batch, names), useful + useful_flops(run, group, i, known)
+        counted = counted + flops(run, batch, names)
+        useful = useful + useful_flops(run, group, i, known)
     if args.compile:
-        train.compile_layers(run.model)
+        machine.compile_layers(run.model)
     for turn in range(-WARM_UP, args.repeats):
         taken = np.array([step_ours(run, group, i) for i, group in enumerate(groups)])
         if turn >= 0:
@@ -399,14 +427,15 @@ def sizes_with(model, layers):
 
 def sweep(args, folder):
     """Seconds of a step while one thing grows; a star where twice as much costs more than 2.3 times as much."""
-    train.keep_freed_memory()
+    machine.keep_freed_memory()
     grid = {"batch_size": (2, 4, 8, 16, 32), "words": (8, 16, 32, 64, 128), "regions": (9, 18, 36, 72, 144)}
     print("| | what | value | seconds a step | times the one before |\n|---|---|---|---|---|")
     for model in args.models:
         for what, values in {**grid, "layers": (3, 6, 12)}.items():
             before = None
             for value in values:
-                changed, sizes = copy.copy(args), sizes_with(model, value) if what == "layers" else {}
+                changed = copy.copy(args)
+                sizes = sizes_with(model, value) if what == "layers" else {}
                 changed.words = args.words or 9
                 if what != "layers":
                     setattr(changed, what, (value, value) if what == "regions" else value)
@@ -414,13 +443,61 @@ def sweep(args, folder):
                 seconds = min(step_ours(run, groups[0], 0).sum() for _ in range(3))
                 ratio = "" if before is None else f"{seconds / before:.2f}{' *' if seconds > 2.3 * before else ''}"
                 print(f"| {model} | {what} | {value} | {seconds:.3f} | {ratio} |", flush=True)
-                before, run = seconds, None  # its memory, before the next one's
+                before = seconds
+                run = None  # its memory, before the next one's
+
+
+# ---- a busy machine --------------------------------------------------------------------------------------------
+
+
+def busy_loop():
+    while True:
+        pass
+
+
+def compare_wait_policies(args):
+    """Examples/s of train.py's default UNITER job beside --busy other processes that never rest: as it is, and with
+    OMP_WAIT_POLICY=passive, A B A B."""
+    spawn = multiprocessing.get_context("spawn")
+    loops = [spawn.Process(target=busy_loop, daemon=True) for _ in range(args.busy)]
+    for loop in loops:
+        loop.start()
+    print("| other processes | OMP_WAIT_POLICY | examples/s |\n|---|---|---|")
+    for policy in (None, "passive", None, "passive"):
+        speed = train_for(args.seconds, policy)
+        print(f"| {args.busy} | {policy or 'as train.py has it'} | {speed:.0f} |", flush=True)
+    for loop in loops:
+        loop.terminate()
+
+
+def train_for(seconds, policy):
+    """Examples/s that the last progress line says after so many seconds of training the default UNITER job."""
+    environment = dict(os.environ)
+    environment.pop("OMP_WAIT_POLICY", None)
+    if policy:
+        environment["OMP_WAIT_POLICY"] = policy
+    program = Path(__file__).parent.parent / "train.py"
+    speed = math.nan
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(program), "--model", "uniter", "--log-every", "1", "--out", folder]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        end = None
+        for line in process.stdout:
+            found = re.search(r"(\d+) examples/s", line)
+            if found:
+                speed = float(found[1])
+                end = end or time.perf_counter() + seconds
+            if end and time.perf_counter() > end:
+                break
+        process.kill()
+        process.wait()
+    return speed
 
 
 def main():
     parser = argparse.ArgumentParser(description="Measure pretraining steps.")
     add = parser.add_argument
-    add("--models", nargs="+", default=list(checkpoints.PAPERS), choices=checkpoints.PAPERS)
+    add("--models", nargs="+", default=list(checkpoints.MODELS), choices=checkpoints.MODELS)
     add("--sizes", nargs="+", default=["base"], choices=["tiny", "base", "large"])
     add("--dtypes", nargs="+", default=["f32", "bf16"], choices=["f32", "bf16"])
     add("--batch-size", type=int, default=16)
@@ -430,9 +507,13 @@ def main():
     add("--repeats", type=int, default=3, help="turns that count")
     add("--compile", action="store_true", help="with compiled layers")
     add("--peer", choices=["transformers"], help="compare LXMERT with that library's")
-    add("--sweep", action="store_true")
+    add("--sweep", action="store_true", help="cost against batch, words, regions and layers")
+    add("--busy", type=int, metavar="N", help="train.py's default job beside N processes that never rest")
+    add("--seconds", type=float, default=20.0, help="of each of the four measurements of --busy")
     add("--device", default="auto")
     args = parser.parse_args()
+    if args.busy is not None:
+        return compare_wait_policies(args)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if args.sweep:
@@ -445,7 +526,7 @@ def main():
               f"{' / '.join(STAGES)} % |\n{'|---' * 10}|")  # fmt: skip
         for model in args.models:
             for size in args.sizes:
-                if size in checkpoints.PAPERS[model][0].PRESETS:
+                if size in checkpoints.MODELS[model].PRESETS:
                     for dtype in args.dtypes:
                         in_a_process(measure, args, folder, model, size, dtype)
     return None

@@ -6,12 +6,14 @@
     python tests/tables.py temperature    contrast alone: recall of dot products against the temperature, with a picture
     python tests/tables.py distill        how much of the gap between teacher and student each of the losses closes
 
-A run has --steps, or what `--minutes` buys: the speed is measured in a trial of 60 steps, one for all starts and seeds of a
-model's task. Runs that are done (they have a result.json) are not repeated, so that the command can go on after an
-interruption. What follows `--` goes to every run.
+A run has --steps, or as many as --minutes are enough for: a trial of 60 steps measures the speed, one for all starts and
+seeds of a model's task. Runs that have ended are not repeated, so that the command can go on after an interruption. The
+name of a run's folder holds a hash of all its options, so that results of other options are never shown. What follows
+`--` goes to every run.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -21,17 +23,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoints
-import tasks
-
-import train  # isort: skip  before torch: it tells torch's threads how to wait
-
-import torch
-
 import data
+import evaluation
+import options
+import train
 
 COLUMNS = {  # task: the metrics of its cells
     "vqa": ("accuracy",),
@@ -43,163 +43,220 @@ COLUMNS = {  # task: the metrics of its cells
     "caption": ("bleu4", "perplexity"),
 }
 SEEDED = ("vqa", "nlvr2", "refer")  # tasks whose cells have several seeds
-OBJECTIVES = {"none": None, "mlm": "mlm", "itm": "itm", "mlm+itm": "mlm,itm"}
-OBJECTIVES |= {"mlm+itm+mrm": "mlm,itm,mrfr,mrc_kl", "mlm+itm+mrm+wra, the default": None}
+OBJECTIVES = {  # row: --objectives of the pretraining
+    "none": None,
+    "mlm": "mlm",
+    "itm": "itm",
+    "mlm+itm": "mlm,itm",
+    "mlm+itm+mrm": "mlm,itm,mrfr,mrc_kl",
+    "mlm+itm+mrm+wra, the default": None,
+}
 TEMPERATURES = ("0.01", "0.02", "0.03", "0.05", "0.07", "0.1", "0.2", "0.5", "1.0", "learned")
-TEACH = {"student alone": None, "logits": "logits", "attention": "attention", "hidden": "hidden"}
-TEACH |= {"all three": "logits,attention,hidden"}
+DISTILL = {  # row: --distill of the student
+    "student alone": None,
+    "logits": "logits",
+    "attention": "attention",
+    "hidden": "hidden",
+    "all three": "logits,attention,hidden",
+}
 
 # ---- runs ------------------------------------------------------------------------------------------------------
 
 
 def run(args, name, *arguments, steps=None):
-    """result.json of a run of train.py in folder `name`; trains unless it is there already."""
-    folder = args.out / name
+    """(result.json, folder) of a run of train.py. Trains unless a run with the same options has ended there.
+
+    The folder's name ends in a hash of all options: other options are another run.
+    """
+    given = [*map(str, arguments), *args.more]
+    if steps is not None:
+        given += ["--steps", str(steps)]
+    key = hashlib.sha256(json.dumps(given).encode()).hexdigest()[:8]
+    folder = args.out / f"{name}-{key}"
     if not (folder / "result.json").is_file():
-        start(folder, *arguments, *args.more, *(("--steps", steps) if steps else ()))
-    return json.loads((folder / "result.json").read_text())
+        code = train.main(["--log-every", "200", *given, "--out", str(folder)])
+        if code != 0:
+            sys.exit(code)  # train.py has said why
+    return json.loads((folder / "result.json").read_text()), folder
 
 
-def bought(args, name, *arguments, times=1):
-    """--steps, or those that --minutes buy: by the speed of a trial of 60 steps, made once for all runs of a kind; that
-    many `times`."""
+def steps_of(args, name, *arguments, times=1):
+    """--steps, or as many as --minutes are enough for at the speed of a trial run of 60 steps; both `times` over."""
     if args.steps:
         return times * args.steps
-    trial = args.out / f"{name}-trial/result.json"
-    if not trial.is_file():
-        start(trial.parent, *arguments, *args.more, "--steps", 60, "--eval-every", 60)
-    done = json.loads(trial.read_text())
-    return max(10, int(60 * times * args.minutes * done["steps"] / max(done["seconds"], 0.1)))
-
-
-def start(folder, *arguments):
-    """train.py; a failure ends this program too."""
-    if train.main(["--log-every", "200", *map(str, arguments), "--out", str(folder)]):
-        sys.exit(2)
-    return json.loads((folder / "result.json").read_text())
+    trial, _ = run(args, f"{name}-trial", *arguments, "--eval-every", 60, steps=60)
+    steps_a_second = trial["steps"] / max(trial["seconds"], 0.1)
+    return max(10, int(60 * times * args.minutes * steps_a_second))
 
 
 def restore(folder):
-    """A trained model as the functions of train.py want it, on the CPU in float32, with captions of the test scenes, one
-    a picture: run, dataset, examples."""
+    """(run, dataset, examples): a trained model as the functions of evaluation.py take it, on the CPU in float32, with
+    one caption of each picture of the test split."""
     checkpoint = checkpoints.load_checkpoint(folder / "best.pt")
-    paper, name = checkpoints.PAPERS[checkpoint["model"]]
-    model = getattr(paper, name)(paper.Config(**checkpoint["config"])).eval()
+    paper = checkpoints.MODELS[checkpoint["model"]]
+    model = paper.MODEL(paper.Config(**checkpoint["config"])).eval()
     model.load_state_dict(checkpoint["state"])
-    names = {"args": SimpleNamespace(ablate=None), "device": torch.device("cpu"), "autocast": nullcontext}
     tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
-    dataset = data.load("scenes", "caption", "test").encode(tokenizer, max_length=60)
-    return SimpleNamespace(model=model, rank=0, world=1, **names), dataset, tasks.first_captions(dataset)
+    path, _ = options.open_data("scenes")
+    dataset = data.load(path, "caption", "test").encode(tokenizer, max_length=60)
+    restored = SimpleNamespace(model=model, rank=0, world=1)
+    restored.args = SimpleNamespace(ablate=None)
+    restored.device = torch.device("cpu")
+    restored.autocast = nullcontext
+    return restored, dataset, evaluation.first_captions(dataset)
 
 
 def spread(values, scale=100):
-    """ "93.1 ± 0.4": mean, in percent, and spread if there are several."""
-    beside = f" ± {scale * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{scale * np.mean(values):.1f}{beside}" if values else ""
+    """ "93.1 ± 0.4": the mean in percent, and the standard deviation if there are several values."""
+    if not values:
+        return ""
+    text = f"{scale * np.mean(values):.1f}"
+    if len(values) > 1:
+        text += f" ± {scale * np.std(values, ddof=1):.1f}"
+    return text
 
 
 def cell(results, names):
-    """ "93.1 ± 0.4 / 88.0": each metric over the runs."""
-    values = {name: [r[name] for r in results if name in r] for name in names}
-    return " / ".join(spread(v, 1 if name == "perplexity" else 100) for name, v in values.items() if v)
+    """ "93.1 ± 0.4 / 88.0": each metric over the runs that have it."""
+    parts = []
+    for name in names:
+        values = [result[name] for result in results if name in result]
+        if values:
+            parts.append(spread(values, 1 if name == "perplexity" else 100))
+    return " / ".join(parts)
 
 
 def table(rows, columns):
     """A Markdown table of {row: {column: text}}."""
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(row.get(c, '') for c in columns)} |" for name, row in rows.items()]
+    for name, row in rows.items():
+        cells = [row.get(column, "") for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------
 
 
-def runs(args, model, task, name, seeds, pretraining=(), extra=(), times=1):
-    """The results of a task's runs, and their steps. pretraining: folder and options of the run of train.py that they
-    start from, () for none; extra: options of these runs, which have `times` the steps."""
-    options, init = ("--model", model, "--task", task), ()
+def task_runs(args, model, task, name, seeds, pretraining=None, extra=(), times=1):
+    """(results, steps) of the runs of a task, one a seed. extra: options of these runs, which have `times` the steps.
+
+    pretraining: (name, options) of the run that they start from; None: they start at random.
+    """
+    given = ["--model", model, "--task", task]
+    steps = steps_of(args, f"{model}-{task}", *given, times=times)
     if pretraining:
-        folder, *objectives = pretraining
-        run(args, folder, "--model", model, *objectives, steps=args.pretrain_steps)
-        init = ("--init", args.out / folder / "checkpoint.pt")
-    steps, results = bought(args, f"{model}-{task}", *options, times=times), []
+        start_name, start_options = pretraining
+        _, folder = run(args, start_name, "--model", model, *start_options, steps=args.pretrain_steps)
+        given += ["--init", folder / "checkpoint.pt"]
+    results = []
     for seed in range(seeds):
-        results.append(run(args, f"{model}-{task}-{name}-{seed}", *options, *init, *extra, "--seed", seed, steps=steps))
+        result, _ = run(args, f"{model}-{task}-{name}-{seed}", *given, *extra, "--seed", seed, steps=steps)
+        results.append(result)
     return results, steps
 
 
 def table_of_tasks(args):
     """Three models x seven tasks x two starts; then the first model, one seed, without words or without picture, and on
     the tasks of SEEDED at once, in as many steps as the three together."""
-    rows, all_steps = {"chance": {}}, {}
-    variants = [(m, name, ()) for m in args.models for name in ("pretrained", "untrained")]
-    variants += [(args.models[0], f"pretrained, without {what}", ("--ablate", what)) for what in ("text", "image")]
+    first = args.models[0]
+    variants = []
+    for model in args.models:
+        variants += [(model, "pretrained", ()), (model, "untrained", ())]
+    for what in ("text", "image"):
+        variants.append((first, f"pretrained, without {what}", ("--ablate", what)))
+    rows = {"chance": {}}
+    steps_rows = {}
     for model, name, extra in variants:
         row = rows.setdefault(f"{model}, {name}", {})
         for task in args.tasks:
             if task == "caption" and "text" in extra:
                 continue
-            pretraining = () if name == "untrained" else (f"{model}-pretrain",)
-            folder = name.replace(", ", "-").replace(" ", "-")
+            pretraining = None if name == "untrained" else (f"{model}-pretrain", ())
             seeds = args.seeds if task in SEEDED and not extra else 1
-            results, steps = runs(args, model, task, folder, seeds, pretraining, extra)
+            folder = name.replace(", ", "-").replace(" ", "-")
+            results, steps = task_runs(args, model, task, folder, seeds, pretraining, extra)
             row[task] = cell(results, COLUMNS[task])
-            all_steps.setdefault(f"{model}, steps", {})[task] = f"{steps:,}"
-            if name == "pretrained" and model == args.models[0]:
+            steps_rows.setdefault(f"{model}, steps", {})[task] = f"{steps:,}"
+            if name == "pretrained" and model == first:
                 rows["chance"][task] = cell([results[0]["chance"]], COLUMNS[task])
-    if len(together := [task for task in SEEDED if task in args.tasks]) > 1:
-        model, row = args.models[0], rows.setdefault(f"{args.models[0]}, pretrained, {len(together)} tasks at once", {})
-        results, _ = runs(args, model, ",".join(together), "pretrained", 1, (f"{model}-pretrain",), times=len(together))
-        for task in together:  # "vqa_accuracy", "detected_refer_accuracy"
-            own = {name.replace(f"{task}_", ""): value for name, value in results[0].items() if f"{task}_" in name}
-            row[task] = cell([own], COLUMNS[task])
-    return table(rows | all_steps, args.tasks)
+    together = [task for task in SEEDED if task in args.tasks]
+    if len(together) > 1:
+        rows[f"{first}, pretrained, {len(together)} tasks at once"] = row_of_several_tasks(args, first, together)
+    rows.update(steps_rows)
+    return table(rows, args.tasks)
+
+
+def row_of_several_tasks(args, model, names):
+    """{task: cell} of one run that trains several tasks at once, from the pretrained start."""
+    pretraining = (f"{model}-pretrain", ())
+    results, _ = task_runs(args, model, ",".join(names), "pretrained", 1, pretraining, times=len(names))
+    row = {}
+    for task in names:
+        of_task = {}
+        for name, value in results[0].items():
+            if f"{task}_" in name:  # "vqa_accuracy", "detected_refer_accuracy"
+                of_task[name.replace(f"{task}_", "")] = value
+        row[task] = cell([of_task], COLUMNS[task])
+    return row
 
 
 def table_of_objectives(args):
     """UNITER's table 2 in small: which objectives of pretraining help nlvr2 and vqa. The first and the last row are
     those of the table of tasks."""
     rows = {}
-    for name, given in OBJECTIVES.items():
-        folder, pretraining = f"pretrained-{name}", (f"uniter-pretrain-{name}", "--objectives", given)
-        if given is None:
-            folder, pretraining = ("untrained", ()) if name == "none" else ("pretrained", ("uniter-pretrain",))
+    for name, objectives in OBJECTIVES.items():
+        folder = f"pretrained-{name}"
+        pretraining = (f"uniter-pretrain-{name}", ("--objectives", objectives))
+        if name == "none":
+            folder = "untrained"
+            pretraining = None
+        elif objectives is None:
+            folder = "pretrained"
+            pretraining = ("uniter-pretrain", ())
         for task in ("nlvr2", "vqa"):
-            results, _ = runs(args, "uniter", task, folder, args.seeds, pretraining)
+            results, _ = task_runs(args, "uniter", task, folder, args.seeds, pretraining)
             rows.setdefault(name, {})[task] = cell(results, COLUMNS[task])
     return table(rows, ("nlvr2", "vqa"))
 
 
 def table_of_temperatures(args):
-    """R@1 of dot products among 500 test scenes, mean of both ways, against the temperature of itc."""
-    rows, points, options = {}, {}, ("--model", args.models[0], "--objectives", "itc")
-    steps = bought(args, "temperature", *options)
+    """R@1 of dot products among 500 test pictures, mean of both ways, against the temperature of itc."""
+    rows = {}
+    points = {}  # of --temperature: (temperature at the end, R@1)
+    given = ["--model", args.models[0], "--objectives", "itc"]
+    steps = steps_of(args, "temperature", *given)
     for value in TEMPERATURES:
-        found, ends = [], []
+        recalls_at_1 = []
+        temperatures = []
         for seed in range(args.seeds):
-            name, extra = f"temperature-{value}-{seed}", ("--temperature", value, "--seed", seed)
-            ends.append(run(args, name, *options, *extra, steps=steps)["temperature"])
-            restored, dataset, texts = restore(args.out / name)
+            extra = ["--temperature", value, "--seed", seed]
+            result, folder = run(args, f"temperature-{value}-{seed}", *given, *extra, steps=steps)
+            temperatures.append(result["temperature"])
+            restored, dataset, texts = restore(folder)
             with torch.inference_mode():
-                dots = tasks.dot_products(restored, dataset, texts[:500], dataset.image[texts[:500]])
-            recalls = tasks.recall_at(dots, torch.arange(len(dots)))
-            found.append((recalls["text_to_image_r1"] + recalls["image_to_text_r1"]) / 2)
-        points[value] = float(np.mean(ends)), float(np.mean(found))
-        rows[f"learned, ends at {points[value][0]:.3f}" if value == "learned" else value] = {"R@1": spread(found)}
-    draw(
-        [point for value, point in points.items() if value != "learned"],
-        points["learned"],
-        args.out / "temperature.png",
-    )
+                dots = evaluation.dot_products(restored, dataset, texts[:500], dataset.image[texts[:500]])
+            recalls = evaluation.recall_at(dots, torch.arange(len(dots)))
+            recalls_at_1.append((recalls["text_to_image_r1"] + recalls["image_to_text_r1"]) / 2)
+        points[value] = (float(np.mean(temperatures)), float(np.mean(recalls_at_1)))
+        title = value
+        if value == "learned":
+            title = f"learned, ends at {points[value][0]:.3f}"
+        rows[title] = {"R@1": spread(recalls_at_1)}
+    learned = points.pop("learned")
+    draw(list(points.values()), learned, args.out / "temperature.png")
     return table(rows, ("R@1",))
 
 
 def draw(points, learned, path, width=640, height=400):
     """R@1 against temperature on a logarithmic axis; the learned one is a red ring, with its line across."""
-    scale, edge = 2, 50  # drawn at twice the size, for smooth lines
+    scale = 2  # drawn at twice the size, for smooth lines
+    edge = 50
     image = Image.new("RGB", (width * scale, height * scale), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14 * scale)
-    top = max(0.1, math.ceil(10 * max(r for _, r in [*points, learned])) / 10)
+    pen = ImageDraw.Draw(image)
+    font = ImageFont.load_default(14 * scale)
+    highest = max(recall for _, recall in [*points, learned])
+    top = max(0.1, math.ceil(10 * highest) / 10)
 
     def place(t, r):
         x = edge + (width - 2 * edge) * math.log(t / 0.01) / math.log(100)
@@ -225,33 +282,43 @@ def draw(points, learned, path, width=640, height=400):
 
 def table_of_students(args):
     """Teacher, student alone, and the student with each of the three losses and with all, on the first of --tasks."""
-    model, task, found, speed = args.models[0], args.tasks[0], {}, {}
-    options = ("--model", model, "--task", task)
-    steps = [bought(args, f"{task}-{who}", *options, "--config", *getattr(args, who)) for who in ("teacher", "student")]
+    task = args.tasks[0]
+    metric = COLUMNS[task][0]
+    given = ["--model", args.models[0], "--task", task]
+    teacher_steps = steps_of(args, f"{task}-teacher", *given, "--config", *args.teacher)
+    student_steps = steps_of(args, f"{task}-student", *given, "--config", *args.student)
+    values = {}  # row -> the metric of each seed
+    speeds = {}  # row -> examples a second, of the first seed
     for seed in range(args.seeds):
-        teacher, extra = f"{task}-teacher-{seed}", ("--seed", seed, "--config", *args.teacher)
-        found.setdefault("teacher", []).append(run(args, teacher, *options, *extra, steps=steps[0])[COLUMNS[task][0]])
-        speed.setdefault("teacher", examples_per_second(args.out / teacher))
-        for name, kind in TEACH.items():
-            extra = ("--seed", seed, "--config", *args.student)
-            extra += ("--teacher", args.out / teacher / "best.pt", "--distill", kind) if kind else ()
-            folder = f"{task}-{name.replace(' ', '-')}-{seed}"
-            result = run(args, folder, *options, *extra, steps=steps[1])
-            found.setdefault(name, []).append(result[COLUMNS[task][0]])
-            speed.setdefault(name, examples_per_second(args.out / folder))
-    alone, gap = np.mean(found["student alone"]), np.mean(found["teacher"]) - np.mean(found["student alone"])
-    rows = {name: {COLUMNS[task][0]: spread(values)} for name, values in found.items()}
-    for name, row in rows.items():
-        row["examples/s"] = f"{speed[name]:.0f}"
-        if TEACH.get(name) and gap:
-            row["gap closed"] = f"{100 * (np.mean(found[name]) - alone) / gap:.0f}%"
-    return table(rows, (COLUMNS[task][0], "gap closed", "examples/s"))
+        extra = ["--seed", seed, "--config", *args.teacher]
+        result, teacher = run(args, f"{task}-teacher-{seed}", *given, *extra, steps=teacher_steps)
+        values.setdefault("teacher", []).append(result[metric])
+        if seed == 0:
+            speeds["teacher"] = examples_per_second(teacher)
+        for name, losses in DISTILL.items():
+            extra = ["--seed", seed, "--config", *args.student]
+            if losses:
+                extra += ["--teacher", teacher / "best.pt", "--distill", losses]
+            folder_name = f"{task}-{name.replace(' ', '-')}-{seed}"
+            result, folder = run(args, folder_name, *given, *extra, steps=student_steps)
+            values.setdefault(name, []).append(result[metric])
+            if seed == 0:
+                speeds[name] = examples_per_second(folder)
+    alone = np.mean(values["student alone"])
+    gap = np.mean(values["teacher"]) - alone
+    rows = {}
+    for name, accuracies in values.items():
+        rows[name] = {metric: spread(accuracies), "examples/s": f"{speeds[name]:.0f}"}
+        if DISTILL.get(name) and gap:
+            rows[name]["share of the gap closed"] = f"{100 * (np.mean(accuracies) - alone) / gap:.0f}%"
+    return table(rows, (metric, "share of the gap closed", "examples/s"))
 
 
 def examples_per_second(folder, rows=64, repeats=30):
     """Forward passes of a trained model on one batch of captions, float32; the median of the repeats."""
     restored, dataset, texts = restore(folder)
-    batch, seconds = data.collate(dataset, texts[:rows]), []
+    batch = data.collate(dataset, texts[:rows])
+    seconds = []
     with torch.inference_mode():
         for _ in range(repeats):
             start = time.perf_counter()
@@ -275,15 +342,18 @@ def main():
     parser.add_argument("--minutes", type=float, default=2.0, help="training time of a run")
     parser.add_argument("--steps", type=int, help="steps of each run, whatever its time")
     parser.add_argument("--pretrain-steps", type=int, help="steps of a pretraining (default: those of train.py)")
-    parser.add_argument("--models", nargs="+", default=list(checkpoints.PAPERS), choices=checkpoints.PAPERS)
+    parser.add_argument("--models", nargs="+", default=list(checkpoints.MODELS), choices=checkpoints.MODELS)
     parser.add_argument("--tasks", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     parser.add_argument("--seeds", type=int, default=1, help="runs of a cell; table tasks: of vqa, nlvr2 and refer")
     parser.add_argument("--teacher", nargs="+", default=["layers=6"], help="distill: --config of the teacher")
     parser.add_argument("--student", nargs="+", default=["layers=2"], help="distill: --config of the student")
-    mine, more = sys.argv[1:], []
-    if "--" in mine:
-        mine, more = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
-    args = parser.parse_args(mine)
+    given = sys.argv[1:]
+    more = []
+    if "--" in given:
+        end = given.index("--")
+        more = given[end + 1 :]
+        given = given[:end]
+    args = parser.parse_args(given)
     args.more = more
     text = TABLES[args.which](args)
     checkpoints.write_text(args.out / f"{args.which}.md", text + "\n")

@@ -1,12 +1,15 @@
 """Weights that others trained: read, checked, fitted into each model, and written back. Oracles: transformers' BertModel,
-BertTokenizer and LXMERT on the same files, the names and shapes of the official checkpoints, safetensors' own writer."""
+BertTokenizer and LXMERT on the same files, the names and shapes of the official checkpoints."""
 
+import argparse
 import importlib.util
 import itertools
 import json
 import os
 import pickle
+import re
 import struct
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ from PIL import Image
 
 import checkpoints
 import data
+import formats
 import lxmert
 import predict
 import train
@@ -45,9 +49,9 @@ def checkpoint_of(path, model):
 
 def model_of(checkpoint, model, heads=(), **changes):
     """The model of a checkpoint's sizes on the meta device, which costs no memory, or with `real=True` on the CPU."""
-    paper, name = checkpoints.PAPERS[model]
+    paper = checkpoints.MODELS[model]
     with torch.device("cpu" if changes.pop("real", False) else "meta"):
-        return getattr(paper, name)(paper.Config(**checkpoint["config"] | {"heads": heads} | changes))
+        return paper.MODEL(paper.Config(**checkpoint["config"] | {"heads": heads} | changes))
 
 
 def fit(path, model, heads=(), partial=False, answers=(), **changes):
@@ -58,7 +62,7 @@ def fit(path, model, heads=(), partial=False, answers=(), **changes):
     args.partial = partial
     state, report = checkpoints.fit_state_dict(args, built.state_dict(), checkpoint, list(answers))
     built.load_state_dict(state)
-    return built.eval(), report
+    return built.eval(), str(report)
 
 
 # ---- a real BERT ---------------------------------------------------------------------------------------------------
@@ -94,7 +98,7 @@ def test_words_become_the_ids_that_bert_knows(file, minilm, bert):
     assert [row.tolist() for row in rows] == [row[m].tolist() for row, m in zip(ids, mask, strict=True)]
 
 
-@pytest.mark.parametrize("model", checkpoints.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.MODELS)
 def test_text_alone_is_encoded_as_by_bert(model, minilm, bert):
     """UNITER's trunk is the whole BERT, ViLBERT's text stream too, LXMERT's language layers are BERT's first four."""
     inputs, expected = bert
@@ -148,7 +152,7 @@ def bert_state(prefix="bert.", gamma=False, heads=True, hidden=64, layers=4, wor
     return state
 
 
-@pytest.mark.parametrize("model", checkpoints.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.MODELS)
 def test_every_spelling_of_bert_gives_the_same_model(model, tmp_path):
     """Hugging Face's names, TensorFlow's gamma and beta, a bare BertModel, a wrapped one, UNITER's own init files."""
     plain = bert_state()
@@ -162,7 +166,7 @@ def test_every_spelling_of_bert_gives_the_same_model(model, tmp_path):
         torch.save(state, tmp_path / f"{kind}.bin")
         torch.manual_seed(0)
         built[kind] = fit(tmp_path / f"{kind}.bin", model, heads=("mlm", "itm"))[0].state_dict()
-    trunk = checkpoints.FORMATS[model].from_bert
+    trunk = formats.FORMATS[model].from_bert
     for kind, state in built.items():
         names = [name for name in state if name.startswith(trunk if kind == "bare" else (*trunk, "heads.mlm"))]
         for name in names:
@@ -175,6 +179,75 @@ def test_every_spelling_of_bert_gives_the_same_model(model, tmp_path):
     assert torch.equal(*taken) == (model == "lxmert")  # only LXMERT's code takes BERT's next-sentence head
 
 
+WRAPPED = {  # how a code wraps a state dict: what it saves
+    "distributed": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    "compiled, then distributed": lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
+    "Lightning": lambda state: {"state_dict": {f"model.{name}": t for name, t in state.items()}, "epoch": 3},
+    "compiled layers": lambda state: {name.replace(".layer.0.", ".layer.0._orig_mod."): t for name, t in state.items()},
+    "average alone": lambda state: {"ema": {"module": state}, "step": torch.tensor(3)},
+    "average beside": lambda state: {"ema": {n: t * 2 for n, t in state.items()}, "model_state_dict": state},
+    "three keys deep": lambda state: {"model": {"state_dict": {"module": state}}},
+    "everything": lambda state: {"model": {f"module.model._orig_mod.{n}": t for n, t in state.items()}},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPED)
+def test_weights_are_found_in_any_wrapping(wrapping, tmp_path):
+    plain = bert_state(layers=1)
+    torch.save(plain, tmp_path / "plain.bin")
+    torch.save(WRAPPED[wrapping](plain), tmp_path / "wrapped.bin")
+    expected = checkpoint_of(tmp_path / "plain.bin", "uniter")
+    found = checkpoint_of(tmp_path / "wrapped.bin", "uniter")
+    assert found["config"] == expected["config"]
+    assert set(found["state"]) == set(expected["state"])
+    assert all(torch.equal(found["state"][name], tensor) for name, tensor in expected["state"].items())
+
+
+def test_plain_and_averaged_weights_side_by_side_are_refused(tmp_path):
+    state = bert_state(layers=1)
+    both = {f"model.{n}": t for n, t in state.items()} | {f"ema_model.{n}": t for n, t in state.items()}
+    torch.save(both, tmp_path / "x.bin")
+    with pytest.raises(UserError, match="x.bin: holds bert.embeddings.* twice"):
+        checkpoint_of(tmp_path / "x.bin", "uniter")
+
+
+def save_in_parts(state, folder, kind):
+    """A state dict in three files with an index, as Hugging Face saves large models."""
+    weight_map = {}
+    for i, name in enumerate(state):
+        weight_map[name] = f"model-0000{i % 3 + 1}-of-00003.{kind}"
+    for file in set(weight_map.values()):
+        part = {name: state[name] for name in state if weight_map[name] == file}
+        if kind == "safetensors":
+            pytest.importorskip("safetensors.torch").save_file(part, folder / file)
+        else:
+            torch.save(part, folder / file)
+    index = "model.safetensors.index.json" if kind == "safetensors" else "pytorch_model.bin.index.json"
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder / index
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_folder_in_several_parts_is_read_by_its_index_file(kind, tmp_path):
+    state = bert_state(layers=2)
+    index = save_in_parts(state, tmp_path, kind)
+    for given in (tmp_path, index):
+        found = checkpoint_of(given, "uniter")["state"]
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    content = json.loads(index.read_text())
+    wrong = {  # what is wrong with weight_map: what the line must say
+        "has no weight_map": None,
+        "model-9.bin: no such file": {"a": "model-9.bin"},
+        "is no weights file of its own folder": {"a": f"../{tmp_path.name}/x.bin"},
+        "1 tensors are in none of its files, the first is a": content["weight_map"]
+        | {"a": f"model-00001-of-00003.{kind}"},
+    }
+    for message, weight_map in wrong.items():
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(UserError, match=message):
+            checkpoint_of(tmp_path, "uniter")
+
+
 def test_bert_base_has_the_sizes_of_the_papers():
     """12 layers of 768 become the published models: what BERT does not say keeps the papers' proportions."""
     layers = {f"bert.encoder.layer.{i}.attention.self.query.weight": (768, 768) for i in range(12)}
@@ -183,8 +256,8 @@ def test_bert_base_has_the_sizes_of_the_papers():
         shapes[f"bert.embeddings.{name}_embeddings.weight"] = (rows, 768)
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     for paper in (uniter, vilbert, lxmert):
-        assert paper.Config(**checkpoints.FORMATS[paper.__name__].sizes_of(state, {})) == paper.Config(vocab_size=30522)
-    assert checkpoints.uniter_sizes_of(state, {"num_attention_heads": 16})["attention_heads"] == 16
+        assert paper.Config(**formats.FORMATS[paper.__name__].sizes_of(state, {})) == paper.Config(vocab_size=30522)
+    assert formats.uniter_sizes_of(state, {"num_attention_heads": 16})["attention_heads"] == 16
 
 
 HEADS = {"num_attention_heads": 4, "v_num_attention_heads": 4, "bi_num_attention_heads": 4}
@@ -215,14 +288,14 @@ HEADS = {"num_attention_heads": 4, "v_num_attention_heads": 4, "bi_num_attention
 )
 def test_every_size_that_the_names_tell_is_found(model, changes):
     """What ViLBERT's names do not tell, heads and connections, stands in its config.json."""
-    paper = checkpoints.PAPERS[model][0]
+    paper = checkpoints.MODELS[model]
     expected = paper.Config(**{**paper.PRESETS["tiny"], "vocab_size": 20, "feature_size": 6, **changes})
     with torch.device("meta"):
-        state = getattr(paper, checkpoints.PAPERS[model][1])(expected).state_dict()
+        state = paper.MODEL(expected).state_dict()
     config = dict(HEADS)
     if model == "vilbert":
         config["v_biattention_id"], config["t_biattention_id"] = zip(*expected.connections, strict=True)
-    found = checkpoints.FORMATS[model].sizes_of(checkpoints.FORMATS[model].to_official(state), config)
+    found = formats.FORMATS[model].sizes_of(formats.FORMATS[model].to_official(state), config)
     assert paper.Config(**found | {"heads": expected.heads, "dropout": 0.0}) == expected
 
 
@@ -252,7 +325,7 @@ def test_official_files_at_full_size_load_save_and_load(file, tmp_path):
     path = REFERENCE / f"names_{file}.json"
     if not path.exists():
         pytest.skip(f"no {path}")
-    paper, shapes = checkpoints.PAPERS[model][0], dict(json.loads(path.read_text()))
+    paper, shapes = checkpoints.MODELS[model], dict(json.loads(path.read_text()))
     # one number in memory and in the file, seen as a full-size tensor; tied matrices and the unused mask row as saved
     ties = {"cls.predictions.decoder.weight": "embeddings.word_embeddings.weight"}
     ties |= {"feat_regress.weight": "uniter.img_embeddings.img_linear.weight"}
@@ -274,14 +347,14 @@ def test_official_files_at_full_size_load_save_and_load(file, tmp_path):
         checkpoint["answers"] = answers = [str(i) for i in range(rows)]
         own = model_of(checkpoint, model, heads, answers=rows).state_dict()
         fitted, report = checkpoints.fit_state_dict(options("weights.pth", model), own, checkpoint, answers)
-        report = report.splitlines()
+        report = str(report).splitlines()
         assert report[1].startswith(f"         loaded {len(own)}: ")
         assert [line.split(":")[0] for line in report[2:]] == [
             "         resized 0",
             "         at random 0",
             "         ignored 0",
         ]
-        back = (checkpoints.lxmert_to_hugging_face if "hf" in file else checkpoints.FORMATS[model].to_official)(fitted)
+        back = (formats.lxmert_to_hugging_face if "hf" in file else formats.FORMATS[model].to_official)(fitted)
     assert {name: list(tensor.shape) for name, tensor in back.items()} == shapes
     assert all(torch.equal(tensor, back[name]) for name, tensor in state.items())
 
@@ -349,7 +422,7 @@ def main(own, folder, *arguments):
     return train.main([*small, "--device", "cpu", "--out", str(folder / "out"), *arguments])
 
 
-@pytest.mark.parametrize("model", checkpoints.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.MODELS)
 def test_what_is_exported_comes_back(model, own, tmp_path, capsys):
     """A pretrained model under official names, the best weights, not the last; taken up again nothing is left over."""
     vocabulary(tmp_path / "vocab.txt", 58)
@@ -360,7 +433,7 @@ def test_what_is_exported_comes_back(model, own, tmp_path, capsys):
     capsys.readouterr()
     best = checkpoints.load_checkpoint(tmp_path / "out/best.pt")["state"]
     official = torch.load(out)
-    assert set(official) == set(checkpoints.FORMATS[model].to_official(best))
+    assert set(official) == set(formats.FORMATS[model].to_official(best))
     (tmp_path / "all_ans.json").write_text('["no", "yes"]')
     again = tmp_path / "again.bin"
     options = ["--model", model, "--objectives", objectives, "--init", str(tmp_path / "{model}.bin"), "--steps", "0"]
@@ -415,19 +488,85 @@ def test_a_run_that_began_with_bert_resumes_from_its_own_checkpoint(own, tmp_pat
         assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+# ---- our own checkpoints ---------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_names_what_has_changed(own, tmp_path, capsys):
+    """Each change stops with its name; steps, intervals and the file's time may change."""
+    options = ["--task", "vqa", "--eval-every", "1"]
+    assert main(own, tmp_path, *options) == 0
+    lines = [json.loads(line) for line in own.read_text().splitlines()]
+    changed = {  # a change of the data: what the line must say
+        "text": ({"text": "is it not so?"}, "the model's vocab_size|--data .vqa, split train.|the tokenizer"),
+        "answer": ({"answer": "maybe"}, "the list of answers|the model's answers"),
+    }
+    for key, (change, message) in changed.items():
+        other = own.parent / f"changed-{key}.jsonl"
+        other.write_text("".join(json.dumps(line | change) + "\n" for line in [*lines[:1], *lines[1:]]))
+        assert main(other, tmp_path, *options, "--resume", "--steps", "2") == 2
+        assert re.search(f"--resume: ({message}) was", capsys.readouterr().err), key
+    fewer = own.parent / "fewer.jsonl"
+    fewer.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    assert main(fewer, tmp_path, *options, "--resume", "--steps", "2") == 2
+    assert "--data (vqa, split train) was 4 examples" in capsys.readouterr().err
+    for option, value in {"--seed": "1", "--lr": "0.5", "--batch-size": "1", "--clip": "1", "--dtype": "bf16"}.items():
+        assert main(own, tmp_path, *options, "--resume", "--steps", "2", option, value) == 2
+        error = capsys.readouterr().err
+        assert f"--resume: {option} was" in error and error.count("\n") == 1, error
+    assert main(own, tmp_path, "--task", "ve", "--resume") == 2
+    os.utime(own)
+    assert main(own, tmp_path, *options[:2], "--resume", "--steps", "2", "--log-every", "1") == 0
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(own, tmp_path, capsys):
+    options = ["--task", "vqa", "--eval-every", "1", "--steps", "3"]
+    assert main(own, tmp_path, *options) == 0
+    newest, previous = tmp_path / "out/checkpoint.pt", tmp_path / "out/checkpoint.previous.pt"
+    whole = checkpoints.load_checkpoint(newest)
+    assert checkpoints.load_checkpoint(previous)["progress"]["step"] == whole["progress"]["step"] - 1 == 2
+    for harm in (lambda: newest.write_bytes(newest.read_bytes()[:-100]), newest.unlink):
+        harm()
+        capsys.readouterr()
+        assert main(own, tmp_path, *options, "--resume") == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume ")]
+        assert len(lines) == 1 and "going on from checkpoint.previous.pt, step 2" in lines[0]
+        again = checkpoints.load_checkpoint(newest)
+        assert all(torch.equal(tensor, again["state"][name]) for name, tensor in whole["state"].items())
+    newest.write_bytes(b"")
+    previous.unlink()
+    with pytest.raises(UserError, match=r"checkpoint.pt: no weights"):
+        checkpoints.load_latest(tmp_path / "out")
+
+
+def test_a_save_that_fails_leaves_both_checkpoints_and_no_temporary_file(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "x.pt"
+    checkpoints.save({"a": torch.ones(2)}, path)
+
+    def full(*_):
+        raise OSError("disk full")
+
+    for function in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, full)
+            with pytest.raises(OSError, match="disk full"):
+                checkpoints.save({"a": torch.zeros(2)}, path)
+        assert torch.load(path)["a"].tolist() == [1, 1]
+        assert [file.name for file in path.parent.iterdir()] == ["x.pt"]
+
+
 # ---- surgery -------------------------------------------------------------------------------------------------------
 
 
 def fitted(model, state, own, known=(), wanted=(), **changes):
     """`train.fitting` for a checkpoint of this repository: the state and the report."""
     checkpoint = {"state": state, "answers": list(known)}
-    return checkpoints.fit_state_dict(
-        options("x.pt", model) if not changes else changes["args"], own, checkpoint, list(wanted)
-    )
+    args = changes.get("args", options("x.pt", model))
+    found, report = checkpoints.fit_state_dict(args, own, checkpoint, list(wanted))
+    return found, str(report)
 
 
 def make(model, **changes):
-    paper, name = checkpoints.PAPERS[model]
+    paper = checkpoints.MODELS[model]
     sizes = {
         **paper.PRESETS["tiny"],
         "vocab_size": 20,
@@ -436,7 +575,7 @@ def make(model, **changes):
         "answers": 3,
         "heads": ("itm",),
     }
-    return getattr(paper, name)(paper.Config(**sizes | changes)).state_dict()
+    return paper.MODEL(paper.Config(**sizes | changes)).state_dict()
 
 
 def test_the_type_table_of_uniter_grows_as_the_official_code_grows_it():
@@ -446,14 +585,12 @@ def test_the_type_table_of_uniter_grows_as_the_official_code_grows_it():
         found, report = fitted("uniter", state, own, args=args)
         assert torch.equal(found[name], state[name][copied])
         assert "resized 1: text_embedding (1)" in report
-    with pytest.raises(UserError, match=r"1 tensors of the trunk .* text_embedding.types"):
-        fitted("vilbert", make("vilbert"), make("vilbert", types=3))
 
 
-@pytest.mark.parametrize("model", checkpoints.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.MODELS)
 def test_an_official_matching_head_becomes_the_rank_head(model):
     state, own = make(model), make(model, heads=("rank",))
-    file = {"state": checkpoints.FORMATS[model].to_official(state), "answers": [], "kind": model}
+    file = {"state": formats.FORMATS[model].to_official(state), "answers": [], "kind": model}
     found, _ = checkpoints.fit_state_dict(options("x.pth", model), own, file, [])
     match = state["heads.itm.weight"]
     assert torch.equal(found["heads.rank.weight"], match[1:] - match[:1])
@@ -489,7 +626,7 @@ def test_the_answers_of_lxmert_keep_their_rows():
     found, _ = fitted("lxmert", state, state, known, known)
     assert torch.equal(found["heads.vqa.3.weight"], state["heads.vqa.3.weight"])
     file = {
-        "state": checkpoints.lxmert_to_official(make("lxmert", heads=("qa",))),
+        "state": formats.lxmert_to_official(make("lxmert", heads=("qa",))),
         "answers": ["yes", "no", "2"],
         "kind": "lxmert",
     }
@@ -503,15 +640,48 @@ def test_the_answers_of_lxmert_keep_their_rows():
         fitted("lxmert", state, own, known=["yes", "no"], wanted=["yes"])
 
 
-@pytest.mark.parametrize("model", ["uniter", "vilbert"])
-def test_an_answer_head_is_kept_for_the_same_answers_only(model):
+def answer_logits(state, changes, x):
+    """What an answer head computes from x, by the modules of the model itself."""
+    model, sizes = changes
+    paper = checkpoints.MODELS[model]
+    config = paper.Config(**{**paper.PRESETS["tiny"], **sizes})
+    head = paper.HEADS["vqa"](config).eval()
+    head.load_state_dict({n.removeprefix("heads.vqa."): t for n, t in state.items() if n.startswith("heads.vqa.")})
+    return head(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"), [("uniter", {}), ("lxmert", {}), ("vilbert", {}), ("vilbert", {"twelve_in_one": True})]
+)
+def test_answers_belong_to_the_checkpoint(model, changes):
+    """On data with other answers each known answer keeps its logit, in all models; a new one starts at 0."""
+    known, wanted = ["red", "blue", "two"], ["blue", "green", "red", "Two."]
+    state = make(model, heads=("vqa",), **changes)
+    own = make(model, heads=("vqa",), answers=4, **changes)
+    found, report = fitted(model, state, own, known=known, wanted=wanted)
+    x = torch.randn(5, 128)
+    with torch.no_grad():
+        before = answer_logits(state, (model, changes | {"answers": 3}), x)
+        after = answer_logits(found, (model, changes | {"answers": 4}), x)
+    torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [1, 0, 2]], atol=1e-5, rtol=1e-5)
+    assert (after[:, 1] == 0).all()
+    assert "answers new to it 1: green" in report and "at random 0" in report
+    with pytest.raises(UserError, match="3 rows, the list of answers 2"):
+        fitted(model, state, own, known=["yes", "no"], wanted=["yes"])
+
+
+@pytest.mark.parametrize("model", checkpoints.MODELS)
+def test_a_head_without_a_known_answer_stays_at_random_and_is_reported(model):
     state, own = make(model, heads=("vqa",)), make(model, heads=("vqa",))
     same, report = fitted(model, state, own, known="abc", wanted="abc")
     assert all(torch.equal(same[name], state[name]) for name in state)
     assert "at random 0" in report
-    other, report = fitted(model, state, own, known="abc", wanted="acb")
-    assert all(torch.equal(other[n], (own if n.startswith("heads.") else state)[n]) for n in state)
-    assert "heads.vqa" in report.splitlines()[4]
+    for known in ([], ["x", "y", "z"]):
+        file = {"state": state, "answers": known}
+        found, report = checkpoints.fit_state_dict(options("x.pt", model), own, file, list("abc"))
+        assert all(torch.equal(found[n], (own if n.startswith("heads.") else state)[n]) for n in state)
+        assert report.random_heads == ["vqa"]
+        assert "heads.vqa" in str(report).splitlines()[3] and "heads.vqa" in str(report).splitlines()[4]
 
 
 def test_a_head_is_loaded_whole_or_not_at_all():
@@ -535,53 +705,26 @@ def test_a_trunk_with_holes_is_refused_unless_partial():
     assert f"at random {len(gone)}: layers ({len(gone)})" in report
 
 
+def test_a_file_of_which_nothing_fits_is_refused_even_if_partial():
+    state = {f"other.{name}": tensor for name, tensor in make("uniter").items()}
+    with pytest.raises(UserError, match="x.pt: no tensor fits --model uniter; the first in the file is other.text_emb"):
+        fitted("uniter", state, make("uniter"), args=options("x.pt", partial=True))
+
+
 @pytest.mark.parametrize(
     ("model", "heads"), {"uniter": ("vqa", "ve"), "vilbert": ("mrc", "mrfr"), "lxmert": ("vqa", "ve")}.items()
 )
 def test_two_heads_with_one_official_name_are_refused(model, heads):
     state = make(model, heads=heads)
     with pytest.raises(UserError, match="official"):
-        checkpoints.export_official(model, state)
+        formats.export_official(model, state)
 
 
 # ---- safetensors ---------------------------------------------------------------------------------------------------
 
 
-def test_safetensors_are_read_as_its_authors_write_them(tmp_path):
-    """All dtypes, odd lengths (so that the next tensor lies at an odd byte), a number alone, a tensor of nothing."""
-    writer = pytest.importorskip("safetensors.torch")
-    torch.manual_seed(0)
-    kinds = [
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-        torch.uint8,
-        torch.bool,
-    ]
-    state = {f"{i}": (torch.randn(3, 5) * 50).abs().to(kind) for i, kind in enumerate(kinds)}
-    state |= {"alone": torch.tensor(2.5), "nothing": torch.zeros(0, 4), "last": torch.arange(3, dtype=torch.uint8)}
-    writer.save_file(state, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    read = checkpoints.read_safetensors(tmp_path / "x.safetensors")
-    assert set(read) == set(state)
-    for name, tensor in state.items():
-        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
-
-
-def test_a_tensor_may_begin_at_an_odd_byte(tmp_path):
-    """Older writers did not sort by the size of the numbers. And what was read no longer depends on the file."""
-    entries = {"a": tensor(0, 3, [3], "U8"), "b": tensor(3, 11, [2])}
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(safetensors(entries, bytes([1, 2, 3]) + struct.pack("<2f", 0.5, -4.0)))
-    read = checkpoints.read_safetensors(path)
-    with path.open("r+b") as file:
-        file.truncate(0)
-    assert read["a"].tolist() == [1, 2, 3] and read["b"].tolist() == [0.5, -4.0]
-
-
 def safetensors(header, numbers=bytes(24)):
+    """The bytes of a safetensors file: the length of the header, the header, the numbers."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + numbers
 
@@ -590,38 +733,37 @@ def tensor(begin=0, end=24, shape=(2, 3), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
-SAFE = {  # what is wrong: file, what the line must say
-    "overlap": (safetensors({"a": tensor(0, 16, [4]), "b": tensor(8, 24, [4])}), "b begins at byte 8"),
-    "same place": (safetensors({"a": tensor(), "b": tensor()}), "b begins at byte 0"),
-    "gap": (safetensors({"a": tensor(0, 8, [2]), "b": tensor(16, 24, [2])}), "b begins at byte 16"),
-    "past the end": (safetensors({"a": tensor(0, 32, [8])}), "a ends at byte 32 of 24"),
-    "negative": (safetensors({"a": tensor(-24, 0)}), "whole numbers"),
-    "fraction": (safetensors({"a": tensor(0, 24.0)}), "whole numbers"),
-    "shape": (safetensors({"a": tensor(shape=[2, 4])}), "24 bytes for shape"),
-    "huge shape": (safetensors({"a": tensor(shape=[2**62, 2**62])}), "24 bytes for shape"),
-    "left over": (safetensors({"a": tensor(0, 16, [4])}), "8 bytes belong to no tensor"),
-    "dtype": (safetensors({"a": tensor(dtype="F8")}), "dtype F8"),
-    "list dtype": (safetensors({"a": tensor(dtype=["F32"])}), "safetensors"),
-    "no offsets": (safetensors({"a": {"dtype": "F32", "shape": [6]}}), "data_offsets"),
-    "not a tensor": (safetensors({"a": 3}), "safetensors"),
-    "no header": (safetensors(b"[]"), "safetensors"),
-    "deep": (safetensors(b"[" * 100_000), "safetensors"),
-    "no json": (safetensors(b"\xff\xfe"), "safetensors"),
-    "long header": (struct.pack("<Q", 2**63) + b"{}", "cut off"),
-    "cut in the header": (safetensors({"a": tensor()})[:20], "cut off"),
-    "cut in the numbers": (safetensors({"a": tensor()})[:-1], "ends at byte 24 of 23"),
-    "cut at once": (b"1234", "cut off"),
-    "nothing": (b"", "cut off"),
+DAMAGED = {  # what is wrong: the file
+    "two tensors overlap": safetensors({"a": tensor(0, 16, [4]), "b": tensor(8, 24, [4])}),
+    "a gap between tensors": safetensors({"a": tensor(0, 8, [2]), "b": tensor(16, 24, [2])}),
+    "a tensor past the end": safetensors({"a": tensor(0, 32, [8])}),
+    "negative offsets": safetensors({"a": tensor(-24, 0)}),
+    "a shape that does not fit": safetensors({"a": tensor(shape=[2, 4])}),
+    "a huge shape": safetensors({"a": tensor(shape=[2**62, 2**62])}),
+    "an unknown dtype": safetensors({"a": tensor(dtype="F9")}),
+    "no offsets": safetensors({"a": {"dtype": "F32", "shape": [6]}}),
+    "a list as header": safetensors(b"[]"),
+    "a deep header": safetensors(b"[" * 100_000),
+    "a header longer than the file": struct.pack("<Q", 2**63) + b"{}",
+    "cut off": safetensors({"a": tensor()})[:-1],
+    "empty": b"",
 }
 
 
-@pytest.mark.parametrize("what", SAFE)
-def test_no_damaged_safetensors_file_is_read(what, tmp_path):
-    content, message = SAFE[what]
-    (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(UserError) as stop:
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_safetensors_file_is_refused_in_one_line_with_its_name(what, tmp_path):
+    pytest.importorskip("safetensors")
+    (tmp_path / "x.safetensors").write_bytes(DAMAGED[what])
+    with pytest.raises(UserError, match="x.safetensors: not a safetensors file, or damaged") as stop:
         checkpoints.read_safetensors(tmp_path / "x.safetensors")
-    assert message in str(stop.value) and "\n" not in str(stop.value)
+    assert "\n" not in str(stop.value)
+
+
+def test_without_the_safetensors_package_the_message_says_how_to_install_it(tmp_path, monkeypatch):
+    (tmp_path / "x.safetensors").write_bytes(safetensors({"a": tensor()}))
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(UserError, match="pip install safetensors"):
+        checkpoints.read_safetensors(tmp_path / "x.safetensors")
 
 
 # ---- wrong files ---------------------------------------------------------------------------------------------------
@@ -644,7 +786,7 @@ def wrong_file(kind, folder):
         torch.save(good, path)
         path.write_bytes(path.read_bytes()[:-1000])
     elif kind == "other model":
-        torch.save(checkpoints.lxmert_to_official(make("lxmert")), path)
+        torch.save(formats.lxmert_to_official(make("lxmert")), path)
     elif kind == "other kind of model":
         torch.save({f"roberta.{name[5:]}": tensor for name, tensor in good.items()}, path)
     elif kind == "roberta without its name":
@@ -653,7 +795,7 @@ def wrong_file(kind, folder):
     elif kind == "other width":
         torch.save({n: t[..., :60] if n.endswith("value.weight") else t for n, t in good.items()}, path)
     elif kind == "other features":
-        torch.save(checkpoints.uniter_to_official(make("uniter", vocab_size=58)), path)
+        torch.save(formats.uniter_to_official(make("uniter", vocab_size=58)), path)
     elif kind == "heads unknown":
         torch.save(bert_state(words=58, hidden=100), path)
     elif kind == "config of another":
@@ -662,6 +804,8 @@ def wrong_file(kind, folder):
     elif kind == "config damaged":
         torch.save(good, path)
         (folder / "config.json").write_text("{")
+    elif kind == "options beside the weights":
+        torch.save({"state_dict": good, "args": argparse.Namespace(lr=1e-4)}, path)
     elif kind == "code":
         path.write_bytes(pickle.dumps(Harm(folder / "harm")))
     elif kind == "code in an archive":
@@ -675,7 +819,7 @@ def wrong_file(kind, folder):
         Image.new("RGB", (9, 9)).save(path, "PNG")
     elif kind == "offsets":
         path = folder / "weights.safetensors"
-        path.write_bytes(SAFE["overlap"][0])
+        path.write_bytes(DAMAGED["two tensors overlap"])
     elif kind == "nan":
         good["bert.encoder.layer.1.output.dense.weight"][3, 4] = float("nan")
         torch.save(good, path)
@@ -711,12 +855,13 @@ WRONG = {  # kind: what the line must say
     "heads unknown": "put its config.json beside it",
     "config of another": "64 wide with 7 heads",
     "config damaged": "not JSON",
+    "options beside the weights": "an object argparse.Namespace; save the state dict alone",
     "code": "more than weights",
     "code in an archive": "more than weights",
     "empty": "no weights",
     "picture": "no weights",
     "picture as safetensors": "not a safetensors file",
-    "offsets": "b begins at byte 8",
+    "offsets": "not a safetensors file",
     "nan": "1 tensors hold NaN or infinity, the first is bert.encoder.layer.1.output.dense.weight",
     "infinity": "1 tensors hold NaN or infinity, the first is bert.pooler.dense.bias",
     "no weights": "holds no weights",
@@ -758,11 +903,3 @@ def test_options_that_make_no_sense_are_one_line(arguments, message, own, tmp_pa
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()
-
-
-def test_an_export_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    checkpoints.save({"a": torch.ones(2)}, tmp_path / "new" / "x.bin")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.save({"a": torch.zeros(2)}, tmp_path / "new" / "x.bin")
-    assert torch.load(tmp_path / "new/x.bin")["a"].tolist() == [1, 1]

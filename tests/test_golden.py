@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoints
+import formats
 import lxmert
 import uniter
 import vilbert
@@ -36,7 +37,7 @@ from common import (
     question_answering,
     soft_answer_loss,
 )
-from tasks import recall_at
+from evaluation import recall_at
 
 # ---- frame -----------------------------------------------------------------------------------------------------
 
@@ -194,11 +195,11 @@ def uniter_model(fixture, name, dtype=torch.float64):
         refer_layers=2 if name == "re_mlp2" else 1,
     )
     model = uniter.UNITER(config).to(dtype).eval()
-    state, unexpected = checkpoints.uniter_from_official(official, model.state_dict())
+    state, unexpected = formats.uniter_from_official(official, model.state_dict())
     assert not unexpected, unexpected
     assert set(state) == set(model.state_dict()), set(model.state_dict()) - set(state)
     model.load_state_dict(state)
-    back = checkpoints.uniter_to_official(model.state_dict())
+    back = formats.uniter_to_official(model.state_dict())
     mask = "uniter.img_embeddings.mask_embedding.weight"  # its row 0 does not exist here; official code zeroes it
     back[mask] = torch.cat([official[mask][:1].to(dtype), back[mask][1:]])
     return model, back
@@ -269,7 +270,7 @@ def uniter_rows(model, batch, rows):
 def uniter_grads(fixture, model, loss):
     """The norm of each parameter's gradient, in the order of the official model with the same parameters."""
     loss.backward()
-    official = checkpoints.uniter_to_official(
+    official = formats.uniter_to_official(
         {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     )
     tied = {"cls.predictions.decoder.weight", "feat_regress.weight"}
@@ -505,7 +506,7 @@ def uniter_itm_eval(fixture, task, dtype, rubbish):
 def uniter_transfer(fixture, task, dtype, rubbish):
     table = fixture.weights("pretrain")["uniter.embeddings.token_type_embeddings.weight"]
     official = fixture.weights("itm")
-    weight, bias = checkpoints.rank_from_itm(official["itm_output.weight"], official["itm_output.bias"])
+    weight, bias = official["itm_output.weight"][1:], official["itm_output.bias"][1:]  # the "match" row: ours differs
     return {
         "nlvr2_type_embedding": checkpoints.widen_types(table, 3, copy=1),
         "vcr_type_embedding": checkpoints.widen_types(table, 4, copy=0),
@@ -620,11 +621,11 @@ def vilbert_model(fixture, name, dtype=torch.float64, overrides=None):
         dynamic_attention=c.get("dynamic_attention", False),
     )
     model = vilbert.ViLBERT(config).to(dtype).eval()
-    state, unexpected = checkpoints.vilbert_from_official(official, model.state_dict())
+    state, unexpected = formats.vilbert_from_official(official, model.state_dict())
     assert not unexpected, unexpected
     assert set(state) == set(model.state_dict()), set(model.state_dict()) - set(state)
     model.load_state_dict(state)
-    return model, checkpoints.vilbert_to_official(model.state_dict())
+    return model, formats.vilbert_to_official(model.state_dict())
 
 
 MODELS["vilbert"] = vilbert_model
@@ -964,10 +965,10 @@ def lxmert_model(fixture, weights, dtype):
         config.region_factor = fixture.config["hf_config"]["visual_loss_normalizer"]
         config.hidden_score = torch.finfo(dtype).min
     model = lxmert.LXMERT(config).to(dtype)
-    state, unexpected = checkpoints.lxmert_from_official(fixture.weights(weights), model.state_dict())
+    state, unexpected = formats.lxmert_from_official(fixture.weights(weights), model.state_dict())
     assert not unexpected, unexpected
     model.load_state_dict(state)  # strict: nothing missing
-    back = (checkpoints.lxmert_to_hugging_face if is_hugging_face(fixture) else checkpoints.lxmert_to_official)(
+    back = (formats.lxmert_to_hugging_face if is_hugging_face(fixture) else formats.lxmert_to_official)(
         model.state_dict()
     )
     if weights == "model":  # a bare LxmertModel has no prefix
@@ -1143,7 +1144,7 @@ def lxmert_some(*objectives):
 def lxmert_gradients(fixture, task, dtype, rubbish):
     model, batch = lxmert_model(fixture, "pretrain", dtype)[0], lxmert_batch(fixture, task, dtype, rubbish)
     lxmert_losses(model, model.encode(batch), batch)["loss_total"].backward()
-    gradients = checkpoints.lxmert_to_official({name: p.grad for name, p in model.named_parameters()})
+    gradients = formats.lxmert_to_official({name: p.grad for name, p in model.named_parameters()})
     gradients.pop("cls.predictions.decoder.weight")  # tied
     stored = fixture.outputs(task)
     out = {f"grad/{name}": gradient for name, gradient in gradients.items() if f"grad/{name}" in stored}
@@ -1172,7 +1173,7 @@ def lxmert_bertadam(fixture, task, dtype, rubbish):
                 p -= out["lr"][-1] * (mean / (square.sqrt() + 1e-6) + 0.01 * p)
     out["loss"].append(lxmert_losses(model, model.encode(batch), batch)["loss_total"].item())
     out = {name: torch.tensor(values, dtype=torch.float64) for name, values in out.items()}
-    state = checkpoints.lxmert_to_official(model.state_dict())
+    state = formats.lxmert_to_official(model.state_dict())
     stored = [name for name in fixture.outputs(task) if name.startswith("param/")]
     return out | {name: state[name.removeprefix("param/")] for name in stored}
 

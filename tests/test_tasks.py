@@ -20,7 +20,10 @@ from test_data import A_THING, COLORS, SHAPES, THING, matching
 import checkpoints
 import common
 import data
+import evaluation
+import log
 import lxmert
+import options
 import predict
 import tasks
 import train
@@ -29,15 +32,15 @@ import vilbert
 from prepare import scenes
 
 ROOT = Path(__file__).parent.parent
-PAPERS = list(checkpoints.PAPERS)
+PAPERS = list(checkpoints.MODELS)
 
 
 def make(name, seed=0, **changes):
     """A tiny model in float64 with random biases and norms, which an untrained one has not."""
-    paper, cls = checkpoints.PAPERS[name]
+    paper = checkpoints.MODELS[name]
     sizes = {**paper.PRESETS["tiny"], "vocab_size": 30, "feature_size": 8, "classes": 5, **changes}
     torch.manual_seed(seed)
-    model = getattr(paper, cls)(paper.Config(**sizes)).double().eval()
+    model = paper.MODEL(paper.Config(**sizes)).double().eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
@@ -133,6 +136,23 @@ def test_states_computed_apart_change_nothing(name):
         torch.testing.assert_close(getattr(apart, field), getattr(together, field), atol=1e-12, rtol=0)
 
 
+class RereadingModel:
+    """Decodes the whole text anew at each step, and keeps in the cache nothing but the text."""
+
+    def __init__(self, model):
+        self.model = model
+        self.word_logits = model.word_logits
+
+    def decode(self, batch, cache):
+        text = batch.text
+        if cache:
+            text = torch.cat([cache["text"][0], text], 1)
+        cache["text"] = (text,)
+        mask = torch.ones_like(text, dtype=torch.bool)
+        batch = dataclasses.replace(batch, text=text, text_mask=mask, segments=torch.zeros_like(text))
+        return self.model.decode(batch, {})
+
+
 class Toy:
     """A language model of four pieces (0 the end, 1 the beginning) whose chances depend on all pieces so far."""
 
@@ -163,13 +183,13 @@ def test_enough_beams_find_the_likeliest_of_all_texts_and_one_beam_is_greedy():
     texts, lengths, better = ended + list(itertools.product((1, 2, 3), repeat=4)), set(), 0
     for toy in map(Toy, range(12)):
         best = max(texts, key=toy.chance)
-        found = tasks.generate(toy, batch, first=1, last=0, beams=250, most=4, cached=False)
+        found = evaluation.generate(RereadingModel(toy), batch, first=1, last=0, beams=250, most=4)
         assert found == [[p for p in best if p]] * 2
         greedy = []
         while len(greedy) < 4 and 0 not in greedy:
             past = ([0, 0, 0, 1] + greedy)[-3:]
             greedy.append(int(toy.table[tuple(past)].argmax()))
-        found = tasks.generate(toy, batch, first=1, last=0, beams=1, most=4, cached=False)
+        found = evaluation.generate(RereadingModel(toy), batch, first=1, last=0, beams=1, most=4)
         assert found == [[p for p in greedy if p]] * 2
         lengths.add(len(best))
         better += toy.chance(best) > toy.chance(greedy) + 1e-9
@@ -181,8 +201,10 @@ def test_captions_with_and_without_the_cache_are_the_same(name):
     model, batch = make(name, heads=("mlm",)), make_batch()
     model.heads["mlm"].bias.data[3] -= 2  # or a caption of random weights might end at once
     for beams in (1, 3):
-        cached, plain = (tasks.generate(model, batch, 2, 3, beams, most=8, cached=c) for c in (True, False))
-        assert cached == plain and all(1 < len(c) <= 8 for c in cached)
+        cached = evaluation.generate(model, batch, 2, 3, beams, most=8)
+        plain = evaluation.generate(RereadingModel(model), batch, 2, 3, beams, most=8)
+        assert cached == plain
+        assert all(1 < len(caption) <= 8 for caption in cached)
 
 
 # ---- scenes ----------------------------------------------------------------------------------------------------
@@ -335,9 +357,9 @@ def test_rows_of_choices_are_question_answer_and_reason(cache, tokenizer):
             pieces, types = pieces + [*ids, sep], types + [number] * len(ids) + [number + (not last)]
         assert batch.text[row, : len(pieces)].tolist() == pieces and batch.text_mask[row].sum() == len(pieces)
         assert batch.segments[row, : len(pieces)].tolist() == types
-    uniters = tasks.text_types(uniter, batch.segments)[batch.text_mask]
+    uniters = tasks.vcr_text_types(uniter, batch.segments)[batch.text_mask]
     assert torch.equal(uniters, torch.tensor([0, 2, 3])[batch.segments[batch.text_mask]])
-    other = tasks.text_types(lxmert, batch.segments)
+    other = tasks.vcr_text_types(lxmert, batch.segments)
     assert torch.equal(other[:4], (batch.segments[:4] == 2).long()) and torch.equal(other[4:], batch.segments[4:])
     part = dataset.subset(np.array([3, 1]))
     assert torch.equal(data.collate(part, np.array([1])).text, data.collate(dataset, np.array([1])).text)
@@ -410,6 +432,31 @@ def test_false_partners_are_false_and_mined_ones_are_the_hardest(cache, tokenize
             assert ((size >= most - 1).mean() > 0.8) == mined
 
 
+def test_a_negative_does_not_repeat_a_caption_of_the_picture():
+    """Six pictures; pictures 0 to 2 share a caption word for word, and so do pictures 3 to 5 another one."""
+    image = np.repeat(np.arange(6), 2)
+    text = []
+    for picture in range(6):
+        text.append("a red disc" if picture < 3 else "a blue ring")
+        text.append(f"picture number {picture}")
+    dataset = data.Dataset("", "train", None, image, text, [{}] * 12, ["caption"] * 12, [str(i) for i in range(12)])
+    run = SimpleNamespace(args=SimpleNamespace(mine=1, steps=10), paper=vilbert, progress={"step": 0})
+    index = np.arange(12)
+    repeated = 0
+    for seed in range(20):
+        texts, images = tasks.sample_negatives(run, dataset, index, np.random.default_rng(seed))
+        for row in range(12):
+            for column in (1, 2, 3):
+                own = [text[i] for i in range(12) if image[i] == images[row, column]]
+                assert text[texts[row, column]] not in own
+        drawn = np.random.default_rng(seed).integers(12, size=(12, 3))
+        repeated += ((image[drawn] < 3) == (image[index] < 3)[:, None]).sum()
+    assert repeated > 100  # draws that had a chance to go wrong
+    dataset.text = ["the same"] * 12
+    with pytest.raises(common.UserError, match="different texts"):
+        tasks.sample_negatives(run, dataset, index, np.random.default_rng(0))
+
+
 def test_the_matching_head_becomes_the_rank_head_and_types_are_widened():
     for name in PAPERS:
         old, new = (
@@ -438,32 +485,183 @@ def test_tasks_are_drawn_by_size():
 def test_a_summed_loss_counts_as_a_mean_whatever_the_parts(name):
     model, found = make(name, heads=("refer",)), []
     batch = dataclasses.replace(make_batch(rows=4), target=torch.tensor([0, 1, 2, 2]), ids=[""] * 4)
-    run = SimpleNamespace(model=model, paper=checkpoints.PAPERS[name][0], teacher=None)
+    run = SimpleNamespace(model=model, paper=checkpoints.MODELS[name], teacher=None)
     run.device, run.autocast = torch.device("cpu"), train.nullcontext
     for parts in ([[0, 1, 2, 3]], [[0], [1, 2, 3]]):
         model.zero_grad()
         loss = train.backward(run, [batch.rows(torch.tensor(p)) for p in parts], ["refer"])["refer"]
         found.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    scores = checkpoints.PAPERS[name][0].OBJECTIVES["refer"].loss(model, model.encode(batch), batch)[1]
+    scores = checkpoints.MODELS[name].OBJECTIVES["refer"].loss(model, model.encode(batch), batch)[1]
     assert found[0][0].item() == pytest.approx(torch.nn.functional.cross_entropy(scores, batch.target).item(), rel=1e-6)
     for whole, split in zip(*found, strict=True):
         torch.testing.assert_close(whole, split, atol=1e-6, rtol=1e-6)
 
 
+def test_a_teacher_s_answers_count_as_the_mean_whatever_the_parts():
+    """Nine and four rows, of which few have an answer, weighted by `items_of`, give the loss of thirteen at once."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 13, 6)
+    labels = torch.tensor([0, -1, 2, -1, -1, 5, -1, -1, -1, 1, 1, 4, -1])
+    matched = torch.ones(13, dtype=torch.long)
+    parts = []
+    for rows in (slice(0, 9), slice(9, 13)):
+        batch = SimpleNamespace(text=torch.zeros(13, 3)[rows], answer_labels=labels[rows], matched=matched[rows])
+        loss = common.soft_label_loss(student[rows], teacher[rows])
+        parts.append((tasks.items_of(lxmert, "qa_soft", batch), loss))
+    items = sum(n for n, _ in parts)
+    together = sum(n * loss for n, loss in parts) / items
+    torch.testing.assert_close(together, common.soft_label_loss(student, teacher))
+
+
+def test_questions_of_mismatched_pairs_do_not_count():
+    batch = SimpleNamespace(answer_labels=torch.tensor([1, -1, 2, 0]), matched=torch.tensor([1, 1, 0, 1]))
+    assert tasks.items_of(lxmert, "qa", batch) == 2
+
+
 # ---- metrics ---------------------------------------------------------------------------------------------------
+
+
+def expected_recall(scores, right, k):
+    """The share of all orders of the candidates, sorted by score alone, in which a right one is among the first k."""
+    hits = []
+    for order in itertools.permutations(range(len(scores))):
+        ranked = sorted(order, key=lambda i: -scores[i])  # a stable sort keeps the order of ties
+        hits.append(any(right[i] for i in ranked[:k]))
+    return np.mean(hits)
+
+
+def test_recall_is_the_mean_over_all_orders_of_ties():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        scores = torch.randint(0, 3, (6, 5), generator=g).double()  # 6 texts, 5 pictures: many ties
+        truth = torch.randint(0, 4, (6,), generator=g)  # picture 4 has no text, another one several
+        recalls = evaluation.recall_at(scores, truth, ks=(1, 2, 4))
+        for k in (1, 2, 4):
+            to_image = [expected_recall(scores[t], [truth[t] == i for i in range(5)], k) for t in range(6)]
+            assert recalls[f"text_to_image_r{k}"] == pytest.approx(np.mean(to_image))
+            to_text = [expected_recall(scores[:, i], truth == i, k) for i in truth.unique()]
+            assert recalls[f"image_to_text_r{k}"] == pytest.approx(np.mean(to_text))
+
+
+def test_recall_without_ties_counts_sorted_lists():
+    scores = torch.randn(30, 12, generator=torch.Generator().manual_seed(1))
+    truth = torch.randint(0, 11, (30,), generator=torch.Generator().manual_seed(2))
+    recalls = evaluation.recall_at(scores, truth, ks=(1, 3, 10))
+    for k in (1, 3, 10):
+        to_image = [truth[t] in scores[t].topk(k).indices for t in range(30)]
+        to_text = [bool((truth[scores[:, i].topk(k).indices] == i).any()) for i in truth.unique()]
+        assert recalls[f"text_to_image_r{k}"] == pytest.approx(np.mean(to_image))
+        assert recalls[f"image_to_text_r{k}"] == pytest.approx(np.mean(to_text))
+
+
+def test_a_scorer_that_tells_nothing_apart_gets_chance_and_no_number_ranks_last():
+    truth = torch.arange(4)
+    for constant in (0.0, math.nan):
+        recalls = evaluation.recall_at(torch.full((4, 4), constant), truth, ks=(1, 3, 10))
+        assert recalls == pytest.approx(evaluation.recall_chance(recalls, 4))
+    assert set(evaluation.recall_at(torch.eye(4), truth, ks=(1,)).values()) == {1.0}
+    assert set(evaluation.recall_at(-torch.eye(4), truth, ks=(1, 3)).values()) == {0.0}
+    broken = torch.eye(4).masked_fill(torch.eye(4).bool(), math.nan)  # the true pairs have no number
+    assert set(evaluation.recall_at(broken, truth, ks=(3,)).values()) == {0.0}
 
 
 def test_bleu_by_hand():
     the = ["the", "cat", "is", "on", "the", "mat"], ["there", "is", "a", "cat", "on", "the", "mat"]
-    assert tasks.bleu([["the"] * 7], [the], longest=1) == pytest.approx(2 / 7)  # Papineni's example 2
+    assert evaluation.bleu([["the"] * 7], [the], longest=1) == pytest.approx(2 / 7)  # Papineni's example 2
     said, true = ["a", "b", "c", "d", "e", "f"], ["a", "b", "c", "d", "x", "f", "g"]
     value = (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
-    assert tasks.bleu([said], [[true]]) == pytest.approx(math.exp(1 - 7 / 6) * value)
-    assert tasks.bleu([said], [[true, ["z", "z", "z", "z", "z", "z"]]]) == pytest.approx(value)  # the nearer length
-    assert tasks.bleu([true], [[said]]) == pytest.approx((5 / 7 * 3 / 6 * 2 / 5 * 1 / 4) ** 0.25)  # long: no penalty
+    assert evaluation.bleu([said], [[true]]) == pytest.approx(math.exp(1 - 7 / 6) * value)
+    assert evaluation.bleu([said], [[true, ["z", "z", "z", "z", "z", "z"]]]) == pytest.approx(
+        value
+    )  # the nearer length
+    assert evaluation.bleu([true], [[said]]) == pytest.approx(
+        (5 / 7 * 3 / 6 * 2 / 5 * 1 / 4) ** 0.25
+    )  # long: no penalty
     corpus = (5 + 5) / (6 + 7), (3 + 3) / (5 + 6), (2 + 2) / (4 + 5), (1 + 1) / (3 + 4)
-    assert tasks.bleu([said, true], [[true], [said]]) == pytest.approx(math.prod(corpus) ** 0.25)
-    assert tasks.bleu([["a", "b"]], [[["a", "b"]]]) == 0.0  # no 4-gram
+    assert evaluation.bleu([said, true], [[true], [said]]) == pytest.approx(math.prod(corpus) ** 0.25)
+    assert evaluation.bleu([["a", "b"]], [[["a", "b"]]]) == 0.0  # no 4-gram
+
+
+def test_bleu_takes_all_references_and_the_nearest_length():
+    words = ["a", "b", "c", "d", "e", "f"]
+    short, long = ["a", "b", "x"], ["c", "d", "e", "f", "y", "y", "y"]
+    # a reference of three words is shorter, but the one of seven is nearer to six; pieces come from both references
+    assert evaluation.bleu([words], [[short, long]], longest=1) == pytest.approx(math.exp(1 - 7 / 6) * 6 / 6)
+    assert evaluation.bleu([words], [[long, short]], longest=2) == pytest.approx(math.exp(1 - 7 / 6) * math.sqrt(4 / 5))
+    # of five and seven words, equally near to six, the shorter counts: no penalty
+    assert evaluation.bleu([words], [[long, words[:5]]], longest=1) == pytest.approx(6 / 6)
+    # a word counts as often as in the reference that has it most often, not as often as in all together
+    assert evaluation.bleu([["a"] * 4], [[["a", "a", "b", "b"], ["a", "b", "b", "b"]]], longest=1) == 2 / 4
+    # the lengths of a corpus are summed before they are compared: 3 + 7 words against 4 + 6
+    assert evaluation.bleu([["a"] * 3, ["b"] * 7], [[["a"] * 4], [["b"] * 6]], longest=1) == pytest.approx(9 / 10)
+
+
+def test_the_mean_recall_is_the_mean_of_all_six(cache, tokenizer, monkeypatch):
+    dataset = scenes.scenes("test", "retrieval", 20, cache=cache).encode(tokenizer)
+    run = SimpleNamespace(args=SimpleNamespace(pool=15))
+    recalls = {"text_to_image_r1": 0.1, "image_to_text_r1": 0.2, "text_to_image_r5": 0.3}
+    recalls |= {"image_to_text_r5": 0.4, "text_to_image_r10": 0.5, "image_to_text_r10": 0.9}
+    pools = []
+
+    def all_pairs(run, dataset, index, head):
+        pools.append(len(index))
+        return dict(recalls)
+
+    monkeypatch.setattr(tasks, "recall_of_all_pairs", all_pairs)
+    metrics, chance = tasks.evaluate_retrieval(run, dataset)
+    assert metrics["mean_recall"] == pytest.approx(0.4)
+    assert chance["mean_recall"] == pytest.approx(2 * (1 + 5 + 10) / 15 / 6)
+    assert pools == [15]
+
+
+def test_evaluation_runs_in_eval_mode_and_without_gradients(monkeypatch):
+    model = torch.nn.Dropout(0.5).train()
+    seen = []
+
+    def evaluate(run, dataset):
+        seen.append((run.model.training, torch.is_inference_mode_enabled()))
+        return {"accuracy": 0.5}, {"accuracy": 0.1}
+
+    monkeypatch.setitem(tasks.TASKS, "vqa", dataclasses.replace(tasks.VQA, evaluate=evaluate))
+    run = SimpleNamespace(model=model, sets={"vqa": {"val": None}})
+    assert tasks.evaluate(run, "val") == ({"accuracy": 0.5}, {"accuracy": 0.1})
+    assert seen == [(False, True)]
+    assert tasks.evaluate(run, "test") == ({}, {})
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_half_of_the_pairs_are_mismatched_in_evaluation_for_every_model(name, cache, tokenizer, monkeypatch):
+    """LXMERT trains with a quarter. The itm accuracy of a model that says "match" to all is chance, one half."""
+    dataset = scenes.scenes("train", "caption", 60, cache=cache).encode(tokenizer)
+    run = SimpleNamespace(args=SimpleNamespace(ablate=None, mask=0.15), paper=checkpoints.PAPERS[name][0])
+    run.rank, run.world, run.answers, run.tokenizer = 0, 1, [], tokenizer
+
+    def always_match(run, batch, name):
+        return torch.tensor(0.7), torch.tensor([[0.0, 1.0]]).expand(len(batch.text), 2)
+
+    monkeypatch.setattr(tasks, "loss_and_logits", always_match)
+    sums = tasks.objective_sums(run, dataset, np.arange(len(dataset)), "itm")
+    assert sums.items == sums.labels.total() == len(dataset) > 300
+    assert sums.hits == sums.labels[1]
+    assert abs(sums.hits / len(dataset) - 0.5) < 4 * math.sqrt(0.25 / len(dataset))
+    assert sums.loss == pytest.approx(0.7 * len(dataset), rel=1e-6)
+    again = tasks.objective_sums(run, dataset, np.arange(len(dataset)), "itm")
+    assert again == sums  # the same pairs at every evaluation
+
+
+def test_an_answer_and_its_reason_belong_together_in_any_order(monkeypatch):
+    """The answers of two questions, then their reasons in another order."""
+    dataset = type("D", (SimpleNamespace,), {"__len__": lambda self: 4})(
+        target=np.array([0, 1, 1, 0]), kind=["answer", "answer", "reason", "reason"], ids=["a", "b", "b", "a"], group=2
+    )
+    monkeypatch.setattr(tasks, "evaluation_batches", lambda run, dataset, index: [index[[3, 1]], index[[0, 2]]])
+    monkeypatch.setattr(tasks, "make_batch", lambda run, dataset, index, names, rng: index)
+    scores = {0: [1.0, 0.0], 1: [1.0, 0.0], 2: [0.0, 1.0], 3: [1.0, 0.0]}  # only the answer of b is wrong
+    monkeypatch.setattr(
+        tasks, "loss_and_logits", lambda run, index, name: (None, torch.tensor([scores[i] for i in index]).flatten())
+    )
+    metrics, _ = tasks.evaluate_vcr(None, dataset)
+    assert metrics == {"q_a_accuracy": 0.5, "qa_r_accuracy": 1.0, "q_ar_accuracy": 0.5}
 
 
 def test_choices_are_scored_as_counted_by_hand(monkeypatch):
@@ -475,10 +673,10 @@ def test_choices_are_scored_as_counted_by_hand(monkeypatch):
     monkeypatch.setattr(tasks, "make_batch", lambda *_: None)
     scores = torch.tensor([2.0, 1, 0, 1, 0, 1, 3, 1])  # right, right, wrong, right
     monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (None, scores))
-    metrics, chance = tasks.evaluate_choice(None, "vcr", dataset)
+    metrics, chance = tasks.evaluate_vcr(None, dataset)
     assert metrics == {"q_a_accuracy": 0.5, "qa_r_accuracy": 1.0, "q_ar_accuracy": 0.5}
     assert chance == {"q_a_accuracy": 0.5, "qa_r_accuracy": 0.5, "q_ar_accuracy": 0.25}
-    metrics, chance = tasks.evaluate_choice(None, "nlvr2", dataset)
+    metrics, chance = tasks.evaluate_nlvr2(None, dataset)
     assert metrics == {"accuracy": 0.75, "accuracy_answer": 0.5, "accuracy_reason": 1.0}
     assert chance == {"accuracy": 0.75, "accuracy_answer": 1.0, "accuracy_reason": 0.5}
 
@@ -498,14 +696,14 @@ def test_regions_are_right_above_one_half(cache, tokenizer, monkeypatch):
         return None, torch.nn.functional.one_hot(batch.target.argmax(1), batch.boxes.shape[1]).float()
 
     monkeypatch.setattr(tasks, "loss_and_logits", scores_of)
-    metrics, found = tasks.evaluate_choice(run, "refer", dataset)
+    metrics, found = tasks.evaluate_refer(run, dataset)
     assert metrics["accuracy"] == metrics["reachable"] == 1.0 and found["accuracy"] == pytest.approx(np.mean(chance))
     batch = tasks.make_batch(run, dataset, np.arange(len(dataset)), ["refer"], None)
     assert batch.target.argmax(1).tolist() == best
     for row, overlap, real in zip(batch.target, overlaps, batch.region_mask, strict=True):
         assert row[real].tolist() == pytest.approx(overlap) and (row[~real] < 0).all()
     monkeypatch.setattr(tasks, "loss_and_logits", lambda *a: (None, -scores_of(*a)[1]))  # any wrong region, or padding
-    assert tasks.evaluate_choice(run, "refer", dataset)[0]["accuracy"] < 0.1
+    assert tasks.evaluate_refer(run, dataset)[0]["accuracy"] < 0.1
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -515,9 +713,9 @@ def test_the_matrix_of_all_pairs_equals_scoring_each_pair(name, cache, tokenizer
     model = make(name, heads=("rank",), vocab_size=tokenizer.get_vocab_size(), feature_size=432).float()
     run = SimpleNamespace(model=model, device=torch.device("cpu"), autocast=train.nullcontext, rank=0, world=1)
     run.args, seen = SimpleNamespace(ablate=None), []
-    monkeypatch.setattr(tasks, "recall_at", lambda scores, truth: seen.append(scores))
+    monkeypatch.setattr(evaluation, "recall_at", lambda scores, truth: seen.append(scores))
     with torch.no_grad():
-        tasks.recall_of_all_pairs(run, dataset, index, "rank")
+        evaluation.recall_of_all_pairs(run, dataset, index, "rank")
         for i, j in itertools.product(range(6), range(6)):
             batch = data.collate(dataset, index[[i]], dataset.image[index[[j]]])
             assert float(model.heads["rank"](model.encode(batch).pooled)) == pytest.approx(
@@ -525,22 +723,36 @@ def test_the_matrix_of_all_pairs_equals_scoring_each_pair(name, cache, tokenizer
             )
 
 
+@pytest.mark.parametrize("head", ["rank", "itm"])
+def test_pairs_are_ranked_in_float32_whatever_autocast_does(head):
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.heads = torch.nn.ModuleDict({"rank": torch.nn.Linear(16, 1), "itm": torch.nn.Linear(16, 2)})
+    pooled = 1 + 0.01 * torch.randn(200, 16)  # pairs that are nearly alike, as those of a model at its start
+    plain = evaluation.match_logits(model, pooled, head)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = evaluation.match_logits(model, pooled, head)
+        half = evaluation.match_logits(model, pooled.bfloat16(), head)
+    assert torch.equal(plain, cast)
+    assert len(half.unique()) > 150
+
+
 def test_a_caption_repeated_word_for_word_has_bleu_1(cache, tokenizer, monkeypatch):
     dataset = scenes.scenes("val", "caption", 30, cache=cache).encode(tokenizer)
-    index = tasks.first_captions(dataset)
+    index = evaluation.first_captions(dataset)
     run = SimpleNamespace(
-        args=SimpleNamespace(ablate=None, beams=1), rank=0, world=1, paper=uniter, tokenizer=tokenizer
+        args=SimpleNamespace(ablate=None, beams=1, pool=30), rank=0, world=1, paper=uniter, tokenizer=tokenizer
     )
     run.model, run.device, run.autocast, run.answers = None, torch.device("cpu"), train.nullcontext, []
     pieces = [dataset.tokens[a + 1 : b - 1].tolist() for a, b in itertools.pairwise(dataset.offsets)]
     turn = iter(tasks.evaluation_batches(run, dataset, index))
     monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (torch.tensor(0.0), None))
     monkeypatch.setattr(tasks, "generate", lambda *_: [pieces[i] for i in next(turn)])
-    metrics, chance = tasks.evaluate_captions(run, dataset, index)
+    metrics, chance = tasks.evaluate_captions(run, dataset)
     assert metrics["bleu4"] == 1.0 > chance["bleu4"]
 
 
-@pytest.mark.parametrize("task", [task for task in data.TASKS if task not in ("pretrain", "vqa")])
+@pytest.mark.parametrize("task", [task for task in tasks.TASKS if task not in ("pretrain", "vqa")])
 def test_a_task_s_batch_can_be_pinned_and_names_its_examples(task, cache, tokenizer):
     """Page-locked memory has no place for tensors that repeat a row without holding it (a stride of 0)."""
     dataset = scenes.scenes("train", task, 20, cache=cache).encode(tokenizer)
@@ -549,7 +761,7 @@ def test_a_task_s_batch_can_be_pinned_and_names_its_examples(task, cache, tokeni
     )
     run.model, run.progress = make("uniter", heads=("rank",)), {"step": 0}
     run.columns = lambda name="vqa": dict.fromkeys(data.ENTAILMENT, 0)
-    name = tasks.OBJECTIVE.get(task, task)
+    name = tasks.TASKS[task].objective
     batch = tasks.make_batch(run, dataset, np.arange(4), [name], np.random.default_rng(0))
     assert len(batch.ids) == 4
     for field in dataclasses.fields(batch):
@@ -563,20 +775,20 @@ def test_a_task_s_batch_can_be_pinned_and_names_its_examples(task, cache, tokeni
 def test_no_step_waits_for_a_value(name, cache, tokenizer):
     """A GPU that is asked for a value must first do all that it was given. On the device "meta" tensors have no values:
     whoever asks for one fails. All objectives that train.py trains, forward and backward."""
-    paper, cls = checkpoints.PAPERS[name]
-    options = train.resolve_options(train.parse(["--model", name]), name, 0)
+    paper = checkpoints.MODELS[name]
+    args = options.resolve_options(options.parse(["--model", name]), name, 0)
     pretraining = [name for name, row in paper.OBJECTIVES.items() if row.pretraining]
     trained = dict.fromkeys(pretraining, "vqa")  # on the scenes of questions, whose texts have answers
-    trained |= {tasks.OBJECTIVE.get(task, task): task for task in data.TASKS if task != "pretrain"}
+    trained |= {tasks.TASKS[task].objective: task for task in tasks.TASKS if task != "pretrain"}
     sets = {task: scenes.scenes("train", task, 20, cache=cache).encode(tokenizer) for task in trained.values()}
-    run = SimpleNamespace(args=options, paper=paper, tokenizer=tokenizer, answers=["red"], progress={"step": 0})
+    run = SimpleNamespace(args=args, paper=paper, tokenizer=tokenizer, answers=["red"], progress={"step": 0})
     run.columns = lambda task="vqa": dict.fromkeys(data.ENTAILMENT if task == "ve" else run.answers, 0)
     sizes = {**paper.PRESETS["tiny"], "dropout": 0.1, "vocab_size": tokenizer.get_vocab_size(), "classes": 7}
     sizes |= {"attributes": 8, "answers": 1, "types": 4, "feature_size": sets["vqa"].store.width}
     known = {field.name for field in dataclasses.fields(paper.Config)}
     config = paper.Config(**{k: v for k, v in sizes.items() if k in known}, heads=tasks.heads_for(paper, trained))
     with torch.device("meta"):
-        run.model = getattr(paper, cls)(config)
+        run.model = paper.MODEL(config)
     for objective, task in trained.items():
         batch = tasks.make_batch(run, sets[task], np.arange(8), [objective], np.random.default_rng(0))
         loss, _ = run.model(batch.to("meta"), [objective])[objective]
@@ -716,7 +928,7 @@ def test_every_task_learns_from_a_teacher(folder, monkeypatch, capsys):
     six += ["--teacher", "uniter/checkpoint.pt", "--steps", 6]
     assert start(folder, monkeypatch, *six, "--init", "uniter/checkpoint.pt", "--lr", "1e-12", "--out", "same") == 0
     assert start(folder, monkeypatch, *six, "--config", "layers=1", "--out", "student") == 0
-    soft = {f"{tasks.OBJECTIVE.get(task, task)}_soft" for task in SIX.split(",")}
+    soft = {f"{tasks.TASKS[task].objective}_soft" for task in SIX.split(",")}
     same, other = losses(folder, "same"), losses(folder, "student")
     assert soft <= set(same) and soft <= set(other)
     assert max(abs(v) for name in soft for v in same[name]) < 1e-6 < min(v for name in soft for v in other[name])
@@ -826,9 +1038,46 @@ def test_bad_requests_are_one_line_and_exit_code_2(program, arguments, message, 
     assert message in error and error.count("\n") == 1 and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("names", "worse", "better"),
+    [
+        (["pretrain"], {"mrfr_loss": 1.98}, {"mrfr_loss": 1.32}),
+        (["pretrain"], {"nce_loss": 3.0, "wra_loss": -0.1}, {"nce_loss": 3.0, "wra_loss": -0.2}),
+        (["pretrain"], {"mlm_loss": 1.0, "mlm_accuracy": 0.1}, {"mlm_loss": 2.0, "mlm_accuracy": 0.2}),
+        (["pretrain"], {"itm_accuracy": 0.5, "text_to_image_r1": 0.9}, {"itm_accuracy": 0.6, "text_to_image_r1": 0.1}),
+        (["vqa"], {"accuracy": 0.5, "accuracy_color": 0.9}, {"accuracy": 0.6, "accuracy_color": 0.1}),
+        (["ve"], {"accuracy": 0.5}, {"accuracy": 0.6}),
+        (["nlvr2"], {"accuracy": 0.5}, {"accuracy": 0.6}),
+        (["refer"], {"accuracy": 0.5, "reachable": 0.9}, {"accuracy": 0.6, "reachable": 0.8}),
+        (["vcr"], {"q_a_accuracy": 0.9, "q_ar_accuracy": 0.3}, {"q_a_accuracy": 0.8, "q_ar_accuracy": 0.4}),
+        (["vcr"], {"q_a_accuracy": 0.5}, {"q_a_accuracy": 0.6}),
+        (["retrieval"], {"mean_recall": 0.3, "text_to_image_r1": 0.9}, {"mean_recall": 0.4, "text_to_image_r1": 0.1}),
+        (["caption"], {"perplexity": 9.0, "bleu4": 0.9}, {"perplexity": 8.0, "bleu4": 0.1}),
+        (["vqa", "caption"], {"vqa_accuracy": 0.5, "caption_perplexity": 9.0}, {"vqa_accuracy": 0.5, "caption_perplexity": 8.0}),
+        (["vqa", "caption"], {"vqa_accuracy": 0.5, "caption_perplexity": 9.0}, {"vqa_accuracy": 0.6, "caption_perplexity": 9.0}),
+    ],
+)  # fmt: skip
+def test_the_best_weights_are_defined_for_every_task_and_every_objective(names, worse, better):
+    run = SimpleNamespace(sets=dict.fromkeys(names))
+    low, _ = tasks.best_score(run, worse)
+    high, name = tasks.best_score(run, better)
+    assert -math.inf < low < high
+    assert name
+
+
+def test_the_best_checkpoint_of_an_objective_without_accuracy_is_a_trained_one(folder, monkeypatch, capsys):
+    options = ["--objectives", "mrfr", "--steps", 6, "--eval-every", 3, "--lr", "1e-3"]
+    assert start(folder, monkeypatch, *options, "--out", "regress") == 0
+    log = [json.loads(line) for line in (folder / "regress/log.jsonl").read_text().splitlines()]
+    losses_of = {line["step"]: line["mrfr_loss"] for line in log if line.get("split") == "val"}
+    assert min(losses_of, key=losses_of.get) == 6
+    assert checkpoints.load_checkpoint(folder / "regress/best.pt")["progress"]["step"] == 6
+    assert "best     step 6: minus the sum of the losses" in capsys.readouterr().out
+
+
 def test_staying_at_chance_is_said(capsys):
     run = SimpleNamespace(args=SimpleNamespace(ablate=None, steps=10), sets={"nlvr2": {"val": range(1000)}})
     for step, accuracy, warned in ((4, 0.5, False), (5, 0.53, True), (5, 0.54, False)):
         run.progress = {"step": step}
-        train.warn_at_chance(run, {"accuracy": accuracy}, {"accuracy": 0.5})
+        log.warn_at_chance(run, {"accuracy": accuracy}, {"accuracy": 0.5})
         assert ("no better than chance" in capsys.readouterr().out) == warned

@@ -1,7 +1,9 @@
 """train.py: the pieces against closed forms, the command line as a user runs it, resume and two processes to the bit."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -20,8 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoints
 import common
 import data
-import distill
+import evaluation
+import log
 import lxmert
+import machine
+import options
 import tasks
 import train
 import uniter
@@ -78,14 +83,14 @@ def test_learning_rate_is_two_straight_lines():
 
 def test_default_rates_at_base_size_are_the_papers():
     for paper, pretraining in ((uniter, 5e-5), (checkpoints.vilbert, 1e-4), (lxmert, 1e-4)):
-        assert train.default_learning_rate(paper, 768, "pretrain") == pretraining
-        assert train.default_learning_rate(paper, 768, "vqa") == 5e-5
+        assert options.default_learning_rate(paper, 768, "pretrain") == pretraining
+        assert options.default_learning_rate(paper, 768, "vqa") == 5e-5
 
 
 def test_default_steps_of_pretraining():
     """UNITER alone takes more, as each of its steps trains one objective; side by side all take equally many."""
     for model, choice, steps in (("uniter", "uniter", 3600), ("lxmert", "lxmert", 2400), ("uniter", "all", 2400)):
-        assert train.resolve_options(train.parse(["--model", choice]), model, 0).steps == steps
+        assert options.resolve_options(options.parse(["--model", choice]), model, 0).steps == steps
 
 
 def test_only_matrices_decay():
@@ -111,7 +116,8 @@ def test_steps_draw_one_objective_by_ratio_with_what_is_joined_to_it():
 
 
 def test_lxmert_answers_questions_in_the_second_half_only():
-    names, rng = dict.fromkeys(lxmert.PRETRAINING["objectives"], 1), np.random.default_rng(0)
+    names = dict.fromkeys(lxmert.PRETRAINING["objectives"], 1)
+    rng = np.random.default_rng(0)
     assert train.sample_objectives(lxmert, names, rng, 0.499) == ["mlm", "mrfr", "mrc", "attr", "itm"]
     assert train.sample_objectives(lxmert, names, rng, 0.5) == [*names]
     assert train.sample_objectives(lxmert, {"qa": 1}, rng, 0.0) == ["qa"]  # alone it has no other half
@@ -143,13 +149,26 @@ def masked_batch(rows, seed):
 
 def joined(a, b):
     """Two batches of the same widths as one, index lists moved along."""
+    shifts = {"word_index": a.text.numel(), "region_index": a.region_mask.numel()}
     fields = {}
     for name, x in vars(a).items():
         y = getattr(b, name)
-        shift = {"word_index": a.text.numel(), "region_index": a.region_mask.numel()}.get(name, 0)
-        fields[name] = (
-            x + y if isinstance(x, list) else None if x is None else torch.cat([x, y + shift if shift else y])
-        )
+        if x is None:
+            fields[name] = None
+        elif isinstance(x, list):
+            fields[name] = x + y
+        else:
+            fields[name] = torch.cat([x, y + shifts[name]]) if name in shifts else torch.cat([x, y])
+    return data.Batch(**fields)
+
+
+def as_double(batch, **changes):
+    """The batch with its float tensors in float64, and with these fields changed."""
+    fields = dict(vars(batch))
+    for name, value in fields.items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            fields[name] = value.double()
+    fields.update(changes)
     return data.Batch(**fields)
 
 
@@ -157,9 +176,8 @@ def joined(a, b):
 def test_parts_of_unlike_size_give_the_gradients_of_the_whole(names):
     torch.manual_seed(0)
     model = uniter.UNITER(uniter.Config(**uniter.PRESETS["tiny"], vocab_size=30, feature_size=8, classes=5)).double()
-    a, b = ({k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in vars(m).items()}
-            for m in (masked_batch(3, 1), masked_batch(5, 2)))  # fmt: skip
-    a, b = data.Batch(**a), data.Batch(**b)
+    a = as_double(masked_batch(3, 1))
+    b = as_double(masked_batch(5, 2))
     found = []
     run = SimpleNamespace(model=model, paper=uniter, device=torch.device("cpu"), autocast=train.nullcontext)
     run.teacher = None
@@ -174,8 +192,8 @@ def test_parts_of_unlike_size_give_the_gradients_of_the_whole(names):
 def test_comparison_says_tie_where_the_spread_covers_the_lead():
     close = {"a": {"mean": 0.91, "spread": 0.02}, "b": {"mean": 0.90, "spread": 0.01}}
     clear = {"a": {"mean": 0.95, "spread": 0.01}, "b": {"mean": 0.90, "spread": 0.01}}
-    assert tasks.best_model(close) == "tie"
-    assert tasks.best_model(clear) == "a"
+    assert evaluation.best_model(close) == "tie"
+    assert evaluation.best_model(clear) == "a"
 
 
 @pytest.mark.parametrize("model", ["uniter", "vilbert", "lxmert"])
@@ -183,7 +201,8 @@ def test_comparison_says_tie_where_the_spread_covers_the_lead():
 def test_compiled_layers_compute_the_same_and_are_compiled_once(model, monkeypatch):
     """With a back end that counts graphs in place of the real one, which would take minutes."""
     torch._dynamo.reset()
-    graphs, model = [], small_model(model)[1].float()
+    graphs = []
+    model = small_model(model)[1].float()
     batches = [masked_batch(rows, 0) for rows in (5, 7, 9)]
     batches = [dataclasses.replace(b, text=b.text[:, :t], text_mask=b.text_mask[:, :t], segments=b.segments[:, :t])
                for b, t in zip(batches, (6, 5, 4), strict=True)]  # fmt: skip
@@ -197,7 +216,7 @@ def test_compiled_layers_compute_the_same_and_are_compiled_once(model, monkeypat
         compiled(module, backend=backend, **settings)
 
     monkeypatch.setattr(torch.nn.Module, "compile", counting)
-    train.compile_layers(model)
+    machine.compile_layers(model)
     torch.testing.assert_close(model.encode(batches[0]).pooled, plain[0])
     seen = len(graphs)
     assert seen
@@ -225,7 +244,7 @@ def test_the_benchmark_counts_padding_apart(tmp_path):
     assert times.shape == (4,) and (times > 0).all()
 
 
-@pytest.mark.parametrize("model", checkpoints.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.MODELS)
 def test_the_benchmark_counts_whatever_a_step_trains(model, tmp_path):
     args = argparse.Namespace(device="cpu", batch_size=4, batches=1, words=9, regions=(4, 4))
     run, (index,) = benchmark.make_run(args, model, "tiny", "f32", tmp_path)
@@ -238,7 +257,8 @@ def test_the_benchmark_counts_whatever_a_step_trains(model, tmp_path):
 
 def test_the_benchmark_sees_every_product():
     """The products it would time alone hold all the arithmetic that torch's own counter finds."""
-    layer, x = common.TransformerLayer(16, 2, 32), torch.randn(3, 5, 16, requires_grad=True)
+    layer = common.TransformerLayer(16, 2, 32)
+    x = torch.randn(3, 5, 16, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
     with benchmark.Products() as products:
@@ -261,13 +281,14 @@ def test_two_streams_predict_in_true_pairs_alone_and_mask_15_percent_of_the_regi
         assert len(index) and batch.matched[index // length].all()
     false = {"vilbert": 0.5, "lxmert": 0.25}[model]
     assert abs(1 - batch.matched.double().mean() - false) < 4 * (false * (1 - false) / 512) ** 0.5
-    share, sigma = batch.masked_regions.float().mean(), (0.15 * 0.85 / (512 * 4)) ** 0.5
+    share = batch.masked_regions.float().mean()
+    sigma = (0.15 * 0.85 / (512 * 4)) ** 0.5
     assert abs(share - 0.15) < 4 * sigma
 
 
 def test_recall_counts_every_right_picture_once():
     scores = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 2.0], [2.0, 0.0, 1.0]])
-    recalls = tasks.recall_at(scores, torch.arange(3), ks=(1, 2))
+    recalls = evaluation.recall_at(scores, torch.arange(3), ks=(1, 2))
     assert recalls["text_to_image_r1"] == pytest.approx(1 / 3)
     assert recalls["text_to_image_r2"] == pytest.approx(1.0)
 
@@ -294,7 +315,7 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
 # ---- the command line ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", checkpoints.PAPERS)
+@pytest.mark.parametrize("model", checkpoints.MODELS)
 def test_pretrain_then_vqa(model, pictures, tmp_path):
     done = run("--model", model, "--data", pictures, "--steps", 3, cwd=tmp_path)
     assert "chance" in done.stdout
@@ -326,7 +347,8 @@ def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path):
     stopped = checkpoints.load_checkpoint(tmp_path / "parts/checkpoint.pt")["progress"]["step"]
     assert 4 <= stopped < 12
     run(*options, "--out", "parts", "--resume", cwd=tmp_path)
-    whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
+    whole = state_of(tmp_path / "whole")
+    parts = state_of(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     logs = [(tmp_path / out / "log.jsonl").read_text().splitlines() for out in ("whole", "parts")]
     lines = [[json.loads(line) for line in log if "grad_norm" in line] for log in logs]
@@ -338,7 +360,8 @@ def test_two_processes_equal_one(model, pictures, tmp_path):
     options = ["--model", model, "--data", pictures, "--steps", 4]
     run(*options, "--accumulate", 2, "--out", "one", cwd=tmp_path)
     run(*options, "--out", "two", cwd=tmp_path, processes=2)
-    one, two = state_of(tmp_path / "one"), state_of(tmp_path / "two")
+    one = state_of(tmp_path / "one")
+    two = state_of(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     results = [json.loads((tmp_path / out / "result.json").read_text()) for out in ("one", "two")]
@@ -350,20 +373,21 @@ def test_all_models_and_seeds_end_in_one_table(pictures, tmp_path):
     options = ["--model", "all", "--task", "vqa", "--data", pictures, "--steps", 1, "--seeds", 2, "--out", "cmp"]
     done = run(*options, cwd=tmp_path)
     table = (tmp_path / "cmp/comparison.md").read_text()
-    assert table in done.stdout and all(model in table for model in checkpoints.PAPERS)
+    assert table in done.stdout and all(model in table for model in checkpoints.MODELS)
     runs = json.loads((tmp_path / "cmp/comparison.json").read_text())["runs"]
-    assert len(runs) == 2 * len(checkpoints.PAPERS)
+    assert len(runs) == 2 * len(checkpoints.MODELS)
     mean = json.loads((tmp_path / "cmp/comparison.json").read_text())["table"]["accuracy"]["lxmert"]["mean"]
     assert mean == pytest.approx(np.mean([r["accuracy"] for r in runs if r["model"] == "lxmert"]))
 
 
 def test_ablation_removes_a_modality():
-    batch = tasks.remove_modality(masked_batch(3, 0), "image")
+    batch = data.remove_modality(masked_batch(3, 0), "image")
     assert not batch.region_mask.any() and not batch.features.any() and not batch.boxes.any()
     batch = masked_batch(3, 0)
     batch.text_mask[0, 4:] = False
-    first, last = batch.text[:, 0].clone(), torch.stack([batch.text[0, 3], batch.text[1, 5], batch.text[2, 5]])
-    batch = tasks.remove_modality(batch, "text")
+    first = batch.text[:, 0].clone()
+    last = torch.stack([batch.text[0, 3], batch.text[1, 5], batch.text[2, 5]])
+    batch = data.remove_modality(batch, "text")
     assert batch.text.tolist() == torch.stack([first, last], 1).tolist() and batch.text_mask.all()
 
 
@@ -392,6 +416,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
         (["--temperature", "0.2:2"], "0.2:2"),
         (["--rerank", "5"], "--objectives"),
         (["--task", "vqa", "--rerank", "5"], "--task retrieval"),
+        (["--max-words", "500"], "128 positions"),
         (["--config", "layers=two"], "layers=two"),
         (["--config", "layers=0.5"], "layers=0.5"),
         (["--config", "depth=2"], "depth"),
@@ -431,26 +456,20 @@ def test_scenes_by_default(here, tmp_path, monkeypatch):
 
 def small_model(name, **changes):
     """A float64 model with narrow layers and weights far from zero, so that every term shows."""
-    paper, sizes = checkpoints.PAPERS[name][0], {"hidden": 16, "attention_heads": 2, "intermediate": 32}
+    paper = checkpoints.MODELS[name]
+    sizes = {"hidden": 16, "attention_heads": 2, "intermediate": 32}
     if name == "vilbert":
         sizes |= {"visual_hidden": 8, "visual_heads": 2, "visual_intermediate": 16, "shared": 8, "shared_heads": 2}
     sizes |= {"vocab_size": 30, "feature_size": 8, "classes": 5, "heads": ("mlm", "mrfr", "itm", "itc")}
     torch.manual_seed(0)
-    model = getattr(paper, checkpoints.PAPERS[name][1])(
-        paper.Config(**paper.PRESETS["tiny"] | sizes | changes)
-    ).double()
+    model = paper.MODEL(paper.Config(**paper.PRESETS["tiny"] | sizes | changes)).double()
     for key, parameter in model.named_parameters():
         if "norm" not in key and parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     return paper, model
 
 
-def as_double(batch, **changes):
-    fields = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in vars(batch).items()}
-    return data.Batch(**fields | changes)
-
-
-@pytest.mark.parametrize("name", checkpoints.PAPERS)
+@pytest.mark.parametrize("name", checkpoints.MODELS)
 def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     """By hand: row by row, each modality encoded with the other one's input destroyed."""
     paper, model = small_model(name)
@@ -460,11 +479,15 @@ def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     batch.region_mask[2, 2:] = False
     batch.text_mask[3, 4:] = False
     loss, scores = model(batch, ["itc"])["itc"]
-    head, texts, images = model.heads["itc"], [], []
+    head = model.heads["itc"]
+    texts = []
+    images = []
     for row in batch.pair_index.tolist():
         one = batch.rows(torch.tensor([row]))
-        blind, deaf = one.rows(torch.tensor([0])), one.rows(torch.tensor([0]))
-        blind.features, blind.boxes = torch.randn_like(one.features), torch.rand_like(one.boxes)
+        blind = one.rows(torch.tensor([0]))
+        deaf = one.rows(torch.tensor([0]))
+        blind.features = torch.randn_like(one.features)
+        blind.boxes = torch.rand_like(one.boxes)
         deaf.text = torch.randint(5, 30, one.text.shape)
         texts.append(model.encode(blind, regions=False).text[0, 0] @ head.project_text.weight.T)
         states = model.encode(deaf, text=False).regions[0][one.region_mask[0]]
@@ -473,7 +496,8 @@ def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     torch.testing.assert_close(scores, cosines / 0.07, atol=1e-5, rtol=1e-5)  # the temperature is a float32
     hidden = torch.zeros(4, 4).double()
     hidden[0, 2] = hidden[2, 0] = -1e9  # rows 0 and 3 show one picture
-    target, scores = torch.arange(4), cosines / 0.07 + hidden
+    target = torch.arange(4)
+    scores = cosines / 0.07 + hidden
     want = (torch.nn.functional.cross_entropy(scores, target) + torch.nn.functional.cross_entropy(scores.T, target)) / 2
     assert loss.item() == pytest.approx(want.item(), abs=1e-5)
     assert tasks.items_of(paper, "itc", batch) == 4
@@ -482,21 +506,25 @@ def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
 def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
     """Random scores: a query's candidates sorted by (among the k best by dot product, then by matching; else by dot)."""
     rng = np.random.default_rng(0)
-    n, m = 9, 7
+    n = 9
+    m = 7
     truth = np.array([0, 1, 2, 3, 4, 5, 6, 0, 3])
-    dots, fine = torch.from_numpy(rng.uniform(-1, 1, (n, m))), torch.from_numpy(rng.normal(0, 5, (n, m)))
-    dataset, asked = SimpleNamespace(image=truth + 10), []
+    dots = torch.from_numpy(rng.uniform(-1, 1, (n, m)))
+    fine = torch.from_numpy(rng.normal(0, 5, (n, m)))
+    dataset = SimpleNamespace(image=truth + 10)
+    asked = []
 
     def matching(run, dataset, texts, pictures, head):
         asked.extend(zip(texts.tolist(), (pictures - 10).tolist(), strict=True))
         return fine[texts, pictures - 10]
 
-    monkeypatch.setattr(tasks, "dot_products", lambda *_: dots)
-    monkeypatch.setattr(tasks, "score_pairs", matching)
+    monkeypatch.setattr(evaluation, "dot_products", lambda *_: dots)
+    monkeypatch.setattr(evaluation, "score_pairs", matching)
     for k in (1, 2, 4, 20):
         asked.clear()
-        got = tasks.two_stage(None, dataset, np.arange(n), np.arange(10, 10 + m), k)
-        ranks, near = {"text_to_image": [], "image_to_text": []}, set()
+        got = evaluation.two_stage(None, dataset, np.arange(n), np.arange(10, 10 + m), k, "itm")
+        ranks = {"text_to_image": [], "image_to_text": []}
+        near = set()
         for text in range(n):
             best = sorted(range(m), key=lambda i, t=text: -dots[t, i])[:k]
             near |= {(text, i) for i in best}
@@ -534,18 +562,23 @@ def own_run(pictures, tmp_path, monkeypatch):
     tokenizer = data.train_tokenizer(dataset.text)
     dataset.encode(tokenizer)
     _, model = small_model("uniter", vocab_size=tokenizer.get_vocab_size(), feature_size=dataset.store.width)
-    args, device = SimpleNamespace(ablate=None), torch.device("cpu")
+    args = SimpleNamespace(ablate=None)
+    device = torch.device("cpu")
     model.float().eval()
-    return SimpleNamespace(model=model, args=args, device=device, rank=0, world=1, autocast=train.nullcontext), dataset
+    run = SimpleNamespace(model=model, args=args, device=device, rank=0, world=1, autocast=train.nullcontext)
+    run.tokenizer = tokenizer
+    return run, dataset
 
 
 def test_dot_products_and_matching_scores_one_pair_at_a_time(own_run):
     run, dataset = own_run
-    texts, images = np.array([3, 0, 5, 4]), dataset.image[[5, 4, 1]]
+    texts = np.array([3, 0, 5, 4])
+    images = dataset.image[[5, 4, 1]]
     with torch.inference_mode():
-        dots = tasks.dot_products(run, dataset, texts, images)
-        rows, columns = np.repeat(texts, 3), np.tile(images, 4)
-        matching = tasks.score_pairs(run, dataset, rows, columns).view(4, 3)
+        dots = evaluation.dot_products(run, dataset, texts, images)
+        rows = np.repeat(texts, 3)
+        columns = np.tile(images, 4)
+        matching = evaluation.score_pairs(run, dataset, rows, columns, "itm").view(4, 3)
         for i, text in enumerate(texts):
             for j, image in enumerate(images):
                 batch = data.collate(dataset, np.array([text]), np.array([image]))
@@ -585,155 +618,6 @@ def test_temperature_is_what_the_command_line_says(temperature, first, last):
     assert not model.heads["itc"].log_scale.requires_grad
 
 
-# ---- distillation ----------------------------------------------------------------------------------------------
-
-
-def taught(student, teacher, distill, **changes):
-    """A run in which one small model learns from another."""
-    paper, model = small_model(student, **changes)
-    teacher_paper, other = small_model(teacher)
-    names = SimpleNamespace(distill=distill, model=student, teacher=teacher)
-    return SimpleNamespace(args=names, paper=paper, model=model, teacher_paper=teacher_paper, teacher=other.eval(),
-                           soft=("mlm", "mrfr", "itm"), device=torch.device("cpu"), autocast=train.nullcontext)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", checkpoints.PAPERS)
-def test_nothing_is_left_to_learn_from_oneself(name):
-    """Teacher = student, projections the identity: every loss of the teacher is 0; each grows with another student."""
-    widths = (16, 8 if name == "vilbert" else 16)
-    run = taught(name, name, "logits,attention,hidden", heads=("mlm", "itm", "itc", "hidden"), teacher_widths=widths)
-    run.model.load_state_dict(run.teacher.state_dict(), strict=False)
-    for layer in run.model.heads["hidden"].values():
-        torch.nn.init.eye_(layer.weight)
-    batch = as_double(masked_batch(3, 0))
-    batch.region_mask[1, 2:] = False
-    parts = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
-    extra = distill.distillation_losses(run, ["mlm", "itm"])
-    assert set(extra) == {"mlm_soft", "itm_soft", "attention_kl", "attention_mse", "hidden"}
-    for loss in extra:
-        assert abs(parts[loss][0].item()) < 1e-12, loss
-    for parameter in run.model.parameters():
-        parameter.data *= 0.9
-    parts = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
-    assert all(parts[loss][0] > 1e-5 for loss in extra)
-
-
-def test_distillation_matches_layers_and_leaves_padding_out():
-    """A student of one layer by hand: its layer beside the teacher's third, real positions only."""
-    sizes = {"heads": ("mlm", "itm", "itc", "hidden"), "teacher_widths": (16, 16), "layers": 1, "hidden": 8}
-    run = taught("uniter", "uniter", "attention,hidden", **sizes)
-    batch = as_double(masked_batch(3, 0))
-    batch.region_mask[1, 2:] = False
-    real = torch.cat([batch.text_mask, batch.region_mask], 1)
-    student, teacher = (m.encode(batch, record=True) for m in (run.model, run.teacher))
-    parts = distill.forward_with_teacher(run, batch, ["itm"])
-    project, total = run.model.heads["hidden"]["text"], 0.0
-    for own, other in (("embedding", "embedding"), ("layer.0", "layer.2")):
-        wrong = (project(student.states[own]) - teacher.states[other]).square()
-        total += sum(wrong[row][real[row]].mean() for row in range(3)) / 3 / 2
-    assert parts["hidden"][0].item() == pytest.approx(total.item())
-    total = 0.0
-    for row in range(3):
-        own, other = (x[row][:, real[row]][..., real[row]] for x in (student.maps["layer.0"], teacher.maps["layer.2"]))
-        total += (other * (other.log() - own.log())).sum(-1).mean() / 3
-    assert parts["attention_kl"][0].item() == pytest.approx(total.item())
-
-
-def test_a_whole_image_that_one_model_lacks_is_left_out():
-    """LXMERT learns from ViLBERT, whose regions have the whole image in front: by hand, map by map, state by state."""
-    run = taught("lxmert", "vilbert", "attention,hidden", heads=("itm", "hidden"), teacher_widths=(16, 8))
-    batch = as_double(masked_batch(3, 0))
-    batch.region_mask[1, 2:] = False
-    student, teacher = (m.encode(batch, record=True) for m in (run.model, run.teacher))
-    masks, total = {"text": batch.text_mask, "regions": batch.region_mask}, []
-    for own, other in (("text.0", "text.1"), ("text.1", "text.3"), ("regions.0", "regions.1"), *(
-        (name, name) for i in (0, 1) for name in (f"cross.{i}.text_to_regions", f"cross.{i}.regions_to_text")
-    )):  # fmt: skip
-        asks, _, answers = own.split(".")[-1].partition("_to_")
-        if asks.isdigit():
-            asks = answers = own.split(".")[0]
-        p, t = student.maps[own], teacher.maps[other]
-        t = t[:, :, 1:] if asks == "regions" else t
-        t = t[..., 1:] if answers == "regions" else t
-        rows = []
-        for row in range(3):
-            a, b = (x[row][:, masks[asks][row]][..., masks[answers][row]] for x in (p, t))
-            b = b / b.sum(-1, keepdim=True)
-            rows.append((b * (b.log() - a.log())).sum(-1).mean())
-        total.append(sum(rows) / 3)
-    parts = distill.forward_with_teacher(run, batch, ["itm"])
-    assert parts["attention_kl"][0].item() == pytest.approx((sum(total) / len(total)).item())
-    names = [("text.embedding",) * 2, ("regions.embedding",) * 2, ("text.0", "text.1"), ("text.1", "text.3")]
-    names += [("regions.0", "regions.1"), *((f"cross.{i}.{side}",) * 2 for i in (0, 1) for side in masks)]
-    total = 0.0
-    for own, other in names:
-        side = "regions" if "regions" in own else "text"
-        wrong = run.model.heads["hidden"][side](student.states[own]) - teacher.states[other][:, side == "regions" :]
-        total += sum(wrong[row][masks[side][row]].square().mean() for row in range(3)) / 3 / len(names)
-    assert parts["hidden"][0].item() == pytest.approx(total.item())
-
-
-@pytest.mark.parametrize(("student", "teacher"), [("lxmert", "vilbert"), ("vilbert", "lxmert"), ("uniter", "lxmert")])
-def test_one_architecture_teaches_another(student, teacher):
-    """ViLBERT's maps and states without the whole image; where no layer is of one kind, the last states."""
-    widths = (16, 8 if teacher == "vilbert" else 16)
-    run = taught(student, teacher, "logits,hidden", heads=("mlm", "itm", "itc", "hidden"), teacher_widths=widths)
-    if student != "uniter":
-        run.args.distill = "logits,attention,hidden"
-    batch = as_double(masked_batch(3, 0))
-    batch.region_mask[1, 2:] = False
-    parts = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
-    sum(loss for loss, _ in parts.values()).backward()
-    assert all(p.grad is None for p in run.teacher.parameters())
-    assert run.model.heads["hidden"]["regions"].weight.grad.abs().max() > 0
-    before = {name: parts[name][0].item() for name in distill.distillation_losses(run, ["mlm", "itm"])}
-    batch.features[1, 2:] += 1.0  # padding must not matter
-    after = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
-    assert before == pytest.approx({name: after[name][0].item() for name in before})
-    if student == "uniter":
-        run.args.distill = "attention"
-        with pytest.raises(common.UserError, match="no map of uniter"):
-            distill.forward_with_teacher(run, batch, ["mlm"])
-
-
-@pytest.mark.parametrize(
-    ("model", "name"), [("uniter", "mlm"), ("uniter", "mrfr"), ("lxmert", "mrfr"), ("uniter", "itm")]
-)
-def test_distilled_parts_of_unlike_size_give_the_gradients_of_the_whole(model, name):
-    sizes = {"heads": ("mlm", "mrfr", "itm", "itc", "hidden"), "teacher_widths": (16, 16)}
-    run = taught(model, "uniter", "logits,hidden" if model == "lxmert" else "logits,attention,hidden", **sizes)
-    a, b = as_double(masked_batch(3, 1)), as_double(masked_batch(5, 2))
-    found = []
-    for batches in ([joined(a, b)], [a, b]):
-        run.model.zero_grad()
-        losses = train.backward(run, batches, [name])
-        found.append([*losses.values(), *(p.grad.clone() for p in run.model.parameters() if p.grad is not None)])
-    assert {name, f"{name}_soft", "hidden"} <= set(losses)
-    for whole, split in zip(*found, strict=True):
-        torch.testing.assert_close(whole, split, atol=1e-10, rtol=1e-7)
-
-
-def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsys):
-    options = ["--data", pictures, "--task", "vqa", "--steps", 2]
-    here(*options, "--out", "teacher")
-    small = ["--config", "layers=1", "hidden=64", "--teacher", "{model}.pt", "--distill", "logits,attention,hidden"]
-    (tmp_path / "teacher/best.pt").rename(tmp_path / "uniter.pt")
-    here(*options, *small, "--out", "student")
-    logged = [json.loads(line) for line in (tmp_path / "student/log.jsonl").read_text().splitlines()]
-    assert {"vqa", "vqa_soft", "attention_kl", "attention_mse", "hidden"} <= set(logged[1])
-    student, teacher = (checkpoints.load_checkpoint(tmp_path / f) for f in ("student/best.pt", "uniter.pt"))
-    assert student["config"]["layers"] == 1 and student["state"]["pooler.dense.weight"].shape == (64, 64)
-    assert student["tokenizer"] == teacher["tokenizer"] and student["answers"] == teacher["answers"]
-    here(*options, *small, "--out", "student", "--resume", "--steps", 3)
-    here(*options, "--out", "student", "--resume", "--steps", 3, code=2)  # without the teacher: other heads
-    here("--data", pictures, "--teacher", "uniter.pt", code=2)
-    three = ["--teacher", "uniter.pt", "--distill", "attention", "--config", "hidden=48", "attention_heads=3"]
-    here(*options, *three, code=2)
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3 and "give the options that it had" in errors[0] and "not trained for it" in errors[1]
-    assert "4 attention heads of the teacher cannot be shared by 3" in errors[2]
-
-
 def test_rerank_from_the_command_line(pictures, tmp_path, here, capsys):
     here("--data", pictures, "--objectives", "itm,itc", "--steps", 0, "--rerank", 2, "--temperature", "0.2:0.1")
     result = json.loads((tmp_path / "out/uniter-pretrain/result.json").read_text())
@@ -752,20 +636,22 @@ def test_a_gpu_named_without_its_number_is_the_first(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)  # torch's own refuses a device without number
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert train.pick_device("cuda") == torch.device("cuda:0") and seen == [torch.device("cuda:0")]
-    assert train.pick_device("cuda:1") == torch.device("cuda:1")
+    assert machine.pick_device("cuda") == torch.device("cuda:0") and seen == [torch.device("cuda:0")]
+    assert machine.pick_device("cuda:1") == torch.device("cuda:1")
 
 
 def test_each_process_drops_other_values_and_goes_on_with_its_own():
-    args, device, draws = SimpleNamespace(seed=0), torch.device("cpu"), []
+    args = SimpleNamespace(seed=0)
+    device = torch.device("cpu")
+    draws = []
     for rank in (0, 1, 2):
         torch.manual_seed(0)
-        train.seed_dropout(SimpleNamespace(args=args, rank=rank, device=device), [])
+        machine.seed_dropout(SimpleNamespace(args=args, rank=rank, device=device), [])
         draws.append(torch.rand(5))
     torch.manual_seed(0)
     assert torch.equal(draws[0], torch.rand(5)) and len({tuple(d.tolist()) for d in draws}) == 3
     states = [torch.Generator().manual_seed(seed).get_state() for seed in (5, 6)]
-    train.seed_dropout(SimpleNamespace(args=args, rank=1, device=device), states)
+    machine.seed_dropout(SimpleNamespace(args=args, rank=1, device=device), states)
     assert torch.equal(torch.rand(5), torch.rand(5, generator=torch.Generator().manual_seed(6)))
 
 
@@ -801,3 +687,378 @@ def test_a_tie_counts_as_the_share_that_is_right():
     scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     hit = torch.tensor([[True, True, False], [False, True, True], [True, False, False]])
     torch.testing.assert_close(tasks.top_choice_accuracy(scores, hit), torch.tensor([0.5, 0.0, 1 / 3]))
+
+
+# ---- options ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--lr -1", "--lr inf", "--lr nan", "--clip 0", "--clip -1", "--warmup 5", "--warmup -0.1", "--weight-decay -1",
+        "--mask 2", "--mask -0.1", "--steps -1", "--steps 1.5", "--batch-size 0", "--accumulate 0", "--seed -1",
+        "--seeds 0", "--limit 0", "--pool 0", "--beams 0", "--mine 0", "--rerank 0", "--patch 0", "--grid 0",
+        "--log-every 0", "--eval-every 0", "--max-words 2", "--temperature 0",
+    ],
+)  # fmt: skip
+def test_an_impossible_number_is_refused_by_name(arguments):
+    option = arguments.split()[0]
+    with pytest.raises(common.UserError, match=option):
+        options.parse(arguments.split())
+
+
+def test_zero_means_zero():
+    args = options.parse(
+        ["--data", "x.jsonl", "--lr", "0", "--mask", "0", "--warmup", "0", "--weight-decay", "0", "--steps", "0"]
+    )
+    args = options.resolve_options(args, "uniter", 0)
+    assert (args.lr, args.mask, args.warmup, args.weight_decay, args.steps) == (0, 0, 0, 0, 0)
+    assert train.learning_rate(5, 0.0, 0, 5) == 0
+
+
+def test_a_learning_rate_of_zero_leaves_the_weights(pictures, tmp_path, here):
+    here("--data", pictures, "--lr", 0, "--weight-decay", 0, "--steps", 2, "--out", "zero")
+    here("--data", pictures, "--steps", 0, "--out", "start")
+    trained = state_of(tmp_path / "zero")
+    start = checkpoints.load_checkpoint(tmp_path / "start/best.pt")["state"]
+    for name in start:
+        assert torch.equal(start[name], trained[name]), name
+
+
+def test_texts_are_cut_at_max_words(pictures, here, monkeypatch):
+    longest = []
+    real = train.training_loop
+
+    def record(run, log):
+        longest.append(int(run.splits["train"].lengths()[:, 0].max()))
+        real(run, log)
+
+    monkeypatch.setattr(train, "training_loop", record)
+    here("--data", pictures, "--steps", 0)
+    here("--data", pictures, "--steps", 0, "--max-words", 8)
+    assert longest[0] > 8 and longest[1] == 8
+
+
+def test_every_option_has_a_help_text_and_a_group():
+    for title, rows in options.OPTIONS.items():
+        for name, _, _, text in rows:
+            assert name.startswith("--") and len(text) > 10, (title, name)
+
+
+# ---- optimization ----------------------------------------------------------------------------------------------
+
+
+def test_a_step_clips_warms_up_and_decays_as_the_options_say(pictures, here, monkeypatch):
+    seen = []
+    real = train.set_learning_rate
+
+    def record(optimizer, step, rate):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+        real(optimizer, step, rate)
+        seen.append((norm, rate, [dict(group) for group in optimizer.param_groups]))
+
+    monkeypatch.setattr(train, "set_learning_rate", record)
+    given = ["--data", pictures, "--objectives", "mlm", "--steps", 4, "--lr", 0.01, "--warmup", 0.5]
+    here(*given, "--clip", 0.001)
+    for norm, _, groups in seen:
+        assert norm == pytest.approx(0.001, rel=1e-3)
+        matrices, vectors = groups
+        assert matrices["betas"] == vectors["betas"] == (0.9, 0.98)
+        assert matrices["weight_decay"] == pytest.approx(0.01, rel=1e-3)  # the default
+        assert vectors["weight_decay"] == 0
+    assert [rate for _, rate, _ in seen] == pytest.approx([0.005, 0.01, 0.005, 1e-8])
+    seen.clear()
+    here(*given, "--clip", 1e6, "--weight-decay", 0.2)
+    for norm, _, groups in seen:
+        assert norm > 0.01
+        assert groups[0]["weight_decay"] == pytest.approx(0.2, rel=1e-2)
+
+
+def test_each_loss_counts_with_the_factor_of_its_paper():
+    """UNITER gives word-region alignment a tenth."""
+    torch.manual_seed(0)
+    config = uniter.Config(**uniter.PRESETS["tiny"], vocab_size=30, feature_size=8, classes=5)
+    model = uniter.UNITER(config).double()
+    batch = as_double(masked_batch(4, 1))
+    run = SimpleNamespace(model=model, paper=uniter, device=torch.device("cpu"), teacher=None)
+    run.autocast = train.nullcontext
+    train.backward(run, [batch], ["itm", "wra"])
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    parts = model(batch, ["itm", "wra"])
+    (parts["itm"][0] + 0.1 * parts["wra"][0]).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, atol=1e-12, rtol=1e-9)
+
+
+# ---- the order of examples and random numbers ------------------------------------------------------------------
+
+
+class Lengths:
+    """A dataset of which only the lengths are known."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def lengths(self):
+        return np.full((self.count, 2), 5)
+
+
+def order_of(seed, epochs=2, skip=0):
+    """The examples in the order in which they are trained, 8 examples in steps of 4."""
+    args = SimpleNamespace(seed=seed, batch_size=4)
+    stream = train.index_stream(args, Lengths(8), parts=1, skip=skip)
+    return [next(stream).tolist() for _ in range(2 * epochs - skip)]
+
+
+def test_each_epoch_has_every_example_once_in_an_order_of_its_own():
+    first, second, third, fourth = order_of(seed=0)
+    assert sorted(first + second) == sorted(third + fourth) == list(range(8))
+    assert first + second != third + fourth
+    assert first + second != list(range(8))
+    assert order_of(seed=0) == order_of(seed=0) != order_of(seed=1)
+    for skip in range(4):
+        assert order_of(seed=0, skip=skip) == order_of(seed=0)[skip:]
+
+
+def test_each_forward_pass_of_each_step_draws_numbers_of_its_own(monkeypatch):
+    draws = []
+
+    def record(run, dataset, index, names, rng):
+        draws.append((float(rng.random()), tuple(index)))
+
+    monkeypatch.setattr(tasks, "make_batch", record)
+    for seed in (0, 1):
+        for rank in (0, 1):
+            args = SimpleNamespace(seed=seed, task="vqa", tasks=["vqa"], accumulate=2, batch_size=2, rerank=None)
+            run = SimpleNamespace(args=args, rank=rank, world=2, device=torch.device("cpu"), progress={"step": 0})
+            run.sets = {"vqa": {"train": Lengths(16)}}
+            streams = train.index_streams(run)
+            for step in (1, 2):
+                train.prepare_step(run, streams, step)
+    numbers = [number for number, _ in draws]
+    assert len(draws) == 16 and len(set(numbers)) == 16
+    examples = [index for _, index in draws[:8]]  # seed 0: two steps of two processes of two passes
+    assert sorted(sum(examples, ())) == list(range(16))
+
+
+def test_after_a_resume_each_task_goes_on_after_its_own_steps():
+    args = SimpleNamespace(seed=0, accumulate=1, batch_size=2)
+    run = SimpleNamespace(args=args, world=1, progress={"step": 0})
+    run.sets = {"vqa": {"train": Lengths(10)}, "refer": {"train": Lengths(14)}}
+    whole = train.index_streams(run)
+    for step in range(1, 12):
+        next(whole[train.sample_task(run, step)])
+    run.progress["step"] = 11
+    resumed = train.index_streams(run)
+    for task in run.sets:
+        assert next(whole[task]).tolist() == next(resumed[task]).tolist()
+
+
+def test_mask_is_the_share_of_masked_words(own_run):
+    run, dataset = own_run
+    run.paper = uniter
+    run.answers = []
+    index = np.arange(len(dataset))
+    shares = []
+    for run.args.mask in (0.0, 0.2, 1.0):
+        batch = tasks.make_batch(run, dataset, index, ["mlm"], np.random.default_rng(0))
+        words = int(batch.text_mask.sum()) - 2 * len(batch.text)  # without [CLS] and [SEP]
+        shares.append(len(batch.word_index) / words)
+    assert shares[0] == 0 and 0.1 < shares[1] < 0.35 and shares[2] == 1
+
+
+# ---- nothing of val and test is learned ------------------------------------------------------------------------
+
+
+def test_tokenizer_and_answers_come_from_the_training_split(pictures, tmp_path, here):
+    lines = [json.loads(line) for line in pictures.read_text().splitlines()]
+    for line in lines:
+        line["image"] = str(pictures.parent / line["image"])
+        if line["split"] != "train":
+            line["text"] += " ζ"
+            line["answer"] = f"only in {line['split']}"
+    (tmp_path / "marked.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    here("--data", "marked.jsonl", "--task", "vqa", "--steps", 0)
+    checkpoint = checkpoints.load_checkpoint(tmp_path / "out/uniter-vqa/best.pt")
+    assert "ζ" not in json.dumps(json.loads(checkpoint["tokenizer"]), ensure_ascii=False)
+    assert checkpoint["answers"] == ["no", "yes"]
+
+
+def test_the_test_has_the_best_weights_not_the_last(pictures, tmp_path, here, monkeypatch):
+    values = []
+
+    def evaluate(run, split):
+        value = run.model.heads["vqa"][-1].bias.sum().item()
+        values.append((split, value))
+        return {"accuracy": value}, {"accuracy": 0.5}
+
+    scores = iter([1.0, 3.0, 2.0])  # after steps 0, 1, 2
+    monkeypatch.setattr(tasks, "evaluate", evaluate)
+    monkeypatch.setattr(tasks, "best_score", lambda run, metrics: (next(scores), "a number"))
+    here("--data", pictures, "--task", "vqa", "--steps", 2, "--eval-every", 1)
+    assert len({value for _, value in values[:3]}) == 3
+    assert values[3] == ("test", values[1][1])
+
+
+def test_a_loss_without_accuracy_chooses_the_best_weights(pictures, tmp_path, here, capsys):
+    here("--data", pictures, "--objectives", "mrfr", "--steps", 2, "--eval-every", 1)
+    assert "mrfr_loss" in capsys.readouterr().out.split("best     step 2")[1]
+    assert checkpoints.load_checkpoint(tmp_path / "out/uniter-pretrain/best.pt")["progress"]["step"] == 2
+
+
+# ---- resume and the run's folder -------------------------------------------------------------------------------
+
+
+def test_resume_keeps_the_best_of_before(pictures, tmp_path, here):
+    given = ["--data", pictures, "--task", "vqa", "--eval-every", 1, "--steps", 1]
+    here(*given)
+    path = tmp_path / "out/uniter-vqa/checkpoint.pt"
+    checkpoint = checkpoints.load_checkpoint(path)
+    checkpoint["progress"]["best"] = 1e9
+    torch.save(checkpoint, path)
+    before = path.with_name("best.pt").read_bytes()
+    here(*given, "--resume", "--steps", 3)
+    assert path.with_name("best.pt").read_bytes() == before
+
+
+def test_resume_drops_log_lines_after_the_checkpoint_and_a_torn_one(tmp_path):
+    lines = [json.dumps({"step": step, "lr": 0.1}) for step in range(6)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 2, "l')
+    args = SimpleNamespace(out=tmp_path, resume=True)
+    log.Log(SimpleNamespace(args=args, rank=0, progress={"step": 3}))
+    assert (tmp_path / "log.jsonl").read_text().splitlines() == lines[:4]
+
+
+def test_a_used_folder_is_said_and_a_folder_in_use_is_refused(pictures, tmp_path, here, capsys):
+    here("--data", pictures, "--steps", 0)
+    assert "holds an earlier run" not in capsys.readouterr().out
+    here("--data", pictures, "--steps", 0)
+    assert "holds an earlier run" in capsys.readouterr().out
+    with log.lock_folder(tmp_path / "out/uniter-pretrain", rank=0):
+        here("--data", pictures, "--steps", 0, code=2)
+    error = capsys.readouterr().err
+    assert "another run is writing there" in error and error.count("\n") == 1
+    here("--data", pictures, "--steps", 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (OSError(28, "No space left on device", "best.pt.tmp"), "best.pt.tmp: No space left on device"),
+        (PermissionError(13, "Permission denied", "out"), "out: Permission denied"),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), "is the disk full?"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(error, message, pictures, here, monkeypatch, capsys):
+    def fail(run, name):
+        raise error
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", fail)
+    here("--data", pictures, "--steps", 1, code=2)
+    text = capsys.readouterr().err
+    assert message in text and text.count("\n") == 1
+
+
+def test_a_head_left_at_random_is_said_on_the_result_line(pictures, tmp_path, here, capsys):
+    given = ["--data", pictures, "--task", "vqa"]
+    here(*given, "--steps", 0, "--out", "untrained")
+    assert "4 examples; WARNING: untrained, at random: vqa" in capsys.readouterr().out
+    assert json.loads((tmp_path / "untrained/result.json").read_text())["random_heads"] == ["vqa"]
+    here(*given, "--steps", 1, "--out", "trained")
+    assert "WARNING" not in capsys.readouterr().out
+    here(*given, "--steps", 0, "--init", "trained/checkpoint.pt", "--out", "again")
+    assert "WARNING" not in capsys.readouterr().out
+
+
+# ---- output ----------------------------------------------------------------------------------------------------
+
+
+def test_output_that_cannot_encode_a_character_escapes_it():
+    raw = io.BytesIO()
+    with contextlib.redirect_stdout(io.TextIOWrapper(raw, encoding="ascii")), log.safe_output():
+        print("caf\u00e9 \u7530", flush=True)
+        assert raw.getvalue() == b"caf\\xe9 \\u7530\n"
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError(28, "No space left on device"), ValueError("closed file")])
+def test_output_that_fails_is_dropped(error):
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise error
+
+        def flush(self):
+            raise error
+
+    with contextlib.redirect_stdout(Broken()), log.safe_output():
+        print("lost", flush=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_and_stderr_ends_no_run(pictures, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--data", str(pictures), "--steps", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, stdout=full, stderr=full, timeout=120, check=False
+        )
+    assert done.returncode == 0
+    assert "seconds" in json.loads((tmp_path / "out/uniter-pretrain/result.json").read_text())
+
+
+# ---- small and odd sets ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", checkpoints.MODELS)
+@pytest.mark.parametrize("task", ["pretrain", "vqa", "caption", "retrieval"])
+def test_one_picture_and_one_example_a_split_work_or_are_one_line(model, task, pictures, tmp_path, here, capsys):
+    line = json.loads(pictures.read_text().splitlines()[0])
+    line["image"] = str(pictures.parent / line["image"])
+    lines = [json.dumps({**line, "split": split}) for split in ("train", "val", "test")]
+    (tmp_path / "one.jsonl").write_text("\n".join(lines))
+    given = [*SMALL, "--model", model, "--task", task, "--data", "one.jsonl", "--steps", "2"]
+    code = train.main(given)
+    output = capsys.readouterr()
+    assert code == 0 or output.err.count("\n") == 1
+    assert "no better than chance" not in output.out
+
+
+# ---- several processes -----------------------------------------------------------------------------------------
+
+
+def test_one_process_that_dies_ends_the_others(pictures, tmp_path):
+    program = tmp_path / "dies.py"
+    program.write_text(
+        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+        "real = train.backward\n"
+        "def backward(run, batches, names):\n"
+        "    if run.rank == 1 and run.progress['step'] == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(run, batches, names)\n"
+        "train.backward = backward\n"
+        "code = train.main(sys.argv[1:])\n"
+        "os._exit(code)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
+    command += [*SMALL, "--data", str(pictures), "--steps", "50", "--batch-size", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0
+    assert "train.py: another process of this run has ended" in done.stderr
+
+
+def test_an_error_in_the_data_is_said_once_by_several_processes(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"image": "nowhere.png", "text": "x"}\n')
+    done = run("--data", "bad.jsonl", cwd=tmp_path, processes=2, check=False)
+    assert done.returncode != 0
+    own_lines = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
+    assert "bad.jsonl:1" in own_lines[0]
+    assert sum("bad.jsonl:1" in line for line in own_lines) == 1

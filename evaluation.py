@@ -1,0 +1,453 @@
+"""evaluation.py: how well a model does: accuracies, retrieval, captions, and tables of them.
+
+1. Accuracy of the best choice, by kind of question.
+2. Retrieval: recall; the full matrix of texts and pictures; dot products of vectors; two stages.
+3. Captions: beam search, and BLEU.
+4. Answers and metrics as text: metrics beside chance, and models beside each other with the spread over seeds.
+
+Which metrics a task has, and on which examples, is in tasks.py. Accuracies, recalls and BLEU are in 0..1. `run` is
+train.Run, as in tasks.py. Every process computes its share; the sums are then added over all processes.
+Letters: B rows of a batch, E width of the unit vectors of the objective itc, T text positions, C width, V vocabulary.
+"""
+
+import json
+import math
+import time
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import common
+import data
+
+# ---- accuracy --------------------------------------------------------------------------------------------------------
+
+
+def accuracy_by_kind(hits, guess, kinds):
+    """({"accuracy": mean of hits, "accuracy_KIND": ...}, the same of guess). Means over all examples and over each kind,
+    where there are several. hits, guess (E,): what the model and what guessing get; kinds: E words."""
+    kinds = np.array(kinds)
+    groups = {"accuracy": np.ones(len(kinds), bool)}
+    if len(set(kinds)) > 1:
+        for kind in sorted(set(kinds)):
+            groups[f"accuracy_{kind}"] = kinds == kind
+    metrics = {name: hits[group].mean() for name, group in groups.items()}
+    chance = {name: guess[group].mean() for name, group in groups.items()}
+    return metrics, chance
+
+
+def top_choice_accuracy(logits, right):
+    """Whether the choice with the highest logit is right: logits (B, K), right (B, K) bool -> (B,) in 0..1.
+
+    Where several choices share the highest logit, as they do without picture or words, the share of them that is right.
+    """
+    best = logits == logits.amax(1, keepdim=True)  # (B, K)
+    return (best & right).sum(1) / best.sum(1).clamp(min=1)
+
+
+def gather_objects(run, value):
+    """[value of process 0, value of process 1, ...]"""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * run.world
+    dist.all_gather_object(values, value)
+    return values
+
+
+# ---- retrieval: recall -----------------------------------------------------------------------------------------------
+
+
+def recall_at(scores, truth, ks=(1, 5, 10)):
+    """Retrieval: the expected share of queries with a true match among the first k candidates, both ways.
+
+    Candidates are ranked by score, those of equal score in random order: the expectation is over that order. A scorer that
+    tells nothing apart gets what guessing gets. Scores that are not a number rank last.
+    scores (texts, pictures); truth (texts,), each text's picture. A picture may have several texts, and one of them among
+    the first k is enough. Pictures without a text are candidates only.
+    Returns {"text_to_image_r1": .., "image_to_text_r1": .., ...}.
+    """
+    scores = torch.where(scores.isnan(), -math.inf, scores)
+    matches = torch.nn.functional.one_hot(truth, scores.shape[1]).bool()  # (texts, pictures)
+    has_text = matches.any(0)  # (pictures,)
+    recalls = {}
+    for k in ks:
+        recalls[f"text_to_image_r{k}"] = expected_hits(scores, matches, k).mean().item()
+        recalls[f"image_to_text_r{k}"] = expected_hits(scores.T[has_text], matches.T[has_text], k).mean().item()
+    return recalls
+
+
+def expected_hits(scores, matches, k):
+    """How probable it is that a true match is among the first k candidates, ties in random order: (Q,) float64.
+
+        1 - C(f, j) / C(f + t, j),   j = min(k - b, f + t), 0 if that is negative
+
+    b: candidates above the best true match; t true and f false ones share its score; j of them are among the first k.
+    scores, matches (Q, candidates), matches True = a true match, at least one in a row.
+    """
+    best = scores.masked_fill(~matches, -math.inf).amax(1, keepdim=True)  # (Q, 1)
+    tied = scores == best
+    above = (scores > best).sum(1)  # (Q,)
+    false = (tied & ~matches).sum(1)
+    everyone = tied.sum(1)
+    missed = torch.ones(len(scores), dtype=torch.float64)  # probability that all places so far went to false ones
+    for place in range(k):
+        still_missed = missed * (false - place).clamp(min=0) / (everyone - place).clamp(min=1)
+        missed = torch.where(above + place < k, still_missed, missed)
+    return 1 - missed
+
+
+def recall_chance(recalls, candidates):
+    """Recall of guessing among so many candidates, one of them right: k / candidates for a name that ends in "_rk"."""
+    chance = {}
+    for name in recalls:
+        k = int(name.rsplit("_r", 1)[1])
+        chance[name] = min(1.0, k / candidates)
+    return chance
+
+
+def first_captions(dataset):
+    """The first caption of each picture, (pictures,) numbers of examples; where no example is a caption, the first text."""
+    kinds = np.array(dataset.kind)
+    captions = np.arange(len(dataset))
+    if "caption" in kinds:
+        captions = np.flatnonzero(kinds == "caption")
+    _, first = np.unique(dataset.image[captions], return_index=True)
+    return captions[first]
+
+
+def is_text_of(dataset, texts, images):
+    """True where example `texts` has a text that equals, word for word, a text of the picture `images`. Both (...), examples
+    and store rows."""
+    texts_of = {}  # picture -> its texts
+    for i in np.flatnonzero(np.isin(dataset.image, images)):
+        texts_of.setdefault(int(dataset.image[i]), set()).add(dataset.text[i])
+    found = np.zeros(texts.shape, bool)
+    for position, example in np.ndenumerate(texts):
+        found[position] = dataset.text[example] in texts_of[int(images[position])]
+    return found
+
+
+# ---- retrieval: scores of pairs --------------------------------------------------------------------------------------
+
+
+def match_logits(model, pooled, head):
+    """How well pairs match: the log odds of head "itm", or the logit of head "rank". (rows, C) -> (rows,) float64
+
+    The head computes in float32 whatever autocast says: in bfloat16 most pairs would be tied.
+    """
+    with common.full_precision(pooled.device):
+        logits = model.heads[head](float32(pooled))  # (rows, 2) or (rows, 1)
+    logits = logits.cpu().double()  # on the CPU: Apple's GPUs have no float64
+    if head == "itm":
+        return logits[:, 1] - logits[:, 0]
+    return logits[:, 0]
+
+
+def float32(x):
+    """x in float32, or as it is if that is more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def recall_of_all_pairs(run, dataset, index, head):
+    """Recall at 1, 5 and 10, both ways, by the full matrix: every text of `index` with every picture, by `match_logits`.
+    What the model computes of a text alone or a picture alone is computed once."""
+    n = len(index)
+    batch = data.remove_modality(data.collate(dataset, index), run.args.ablate).to(run.device)
+    scores = torch.zeros(n, n, dtype=torch.float64)
+    with run.autocast():
+        text_states, region_states = run.model.unimodal(batch)
+        for i in range(run.rank, n, run.world):
+            pairs = replace(
+                batch,
+                text=batch.text[i].expand(n, -1),
+                text_mask=batch.text_mask[i].expand(n, -1),
+                segments=batch.segments[i].expand(n, -1),
+            )
+            given = text_states[i].expand(n, -1, -1), region_states
+            scores[i] = match_logits(run.model, run.model.encode(pairs, given=given).pooled, head)
+    return recall_at(common.all_reduce_sum(scores), torch.arange(n))
+
+
+def score_pairs(run, dataset, texts, pictures, head):
+    """`match_logits` of text i with picture i, (P,). texts: examples, pictures: store rows, (P,) each."""
+    scores = torch.zeros(len(texts), dtype=torch.float64)
+    lengths = np.stack([np.diff(dataset.offsets)[texts], np.diff(dataset.store.offsets)[pictures]], 1)  # (P, 2)
+    for part in data.batches(lengths, size=256, rank=run.rank, world=run.world):
+        batch = data.remove_modality(data.collate(dataset, texts[part], pictures[part]), run.args.ablate).to(run.device)
+        with run.autocast():
+            scores[part] = match_logits(run.model, run.model.encode(batch).pooled, head)
+    return common.all_reduce_sum(scores)
+
+
+def dot_products(run, dataset, texts, pictures):
+    """Cosines (texts, pictures) of the unit vectors of the objective itc: examples `texts`, store rows `pictures`. Each text
+    and each picture is encoded once."""
+    head = run.model.heads["itc"]
+    width = head.project_text.out_features  # E
+    text_vectors = torch.zeros(len(texts), width, dtype=torch.float64)
+    image_vectors = torch.zeros(len(pictures), width, dtype=torch.float64)
+    for part in data.batches(np.diff(dataset.offsets)[texts], size=256, rank=run.rank, world=run.world):
+        batch = data.remove_modality(data.collate(dataset, texts[part]), run.args.ablate).to(run.device)
+        with run.autocast():
+            states = run.model.encode(batch, regions=False).text
+        vectors = head.text(float32(states))
+        text_vectors[part] = vectors.cpu().double()
+    for part in data.batches(np.diff(dataset.store.offsets)[pictures], size=256, rank=run.rank, world=run.world):
+        any_text = np.full(len(part), texts[0])  # it is not read
+        batch = data.remove_modality(data.collate(dataset, any_text, pictures[part]), run.args.ablate).to(run.device)
+        with run.autocast():
+            states = run.model.encode(batch, text=False).regions
+        vectors = head.image(float32(states), batch.region_mask)
+        image_vectors[part] = vectors.cpu().double()
+    text_vectors = common.all_reduce_sum(text_vectors)
+    image_vectors = common.all_reduce_sum(image_vectors)
+    return text_vectors @ image_vectors.T  # (texts, E) @ (E, pictures)
+
+
+def two_stage(run, dataset, texts, pictures, k, head):
+    """Recalls of retrieval in two stages: dot products rank everything, then `match_logits` rank the best k again.
+
+    texts: examples (n,); pictures: store rows (m,), each text's own among them. Every text's k best pictures and every
+    picture's k best texts are scored together, a pair that both want once. The others stay behind, by dot product.
+    """
+    dots = dot_products(run, dataset, texts, pictures)  # (n, m)
+    nothing = torch.zeros_like(dots, dtype=torch.bool)
+    best_pictures = dots.topk(min(k, dots.shape[1]), 1).indices  # (n, k)
+    best_texts = dots.topk(min(k, dots.shape[0]), 0).indices  # (k, m)
+    near = {  # (n, m) bool, True = among the best k
+        "text_to_image": nothing.scatter(1, best_pictures, True),
+        "image_to_text": nothing.scatter(0, best_texts, True),
+    }
+    rows, columns = (near["text_to_image"] | near["image_to_text"]).numpy().nonzero()  # (P,) each
+    fine = torch.zeros_like(dots)
+    fine[rows, columns] = score_pairs(run, dataset, texts[rows], pictures[columns], head)
+    fine = fine - fine.min() + 2.0  # above every cosine
+    column_of = {picture: column for column, picture in enumerate(pictures.tolist())}
+    truth = torch.tensor([column_of[picture] for picture in dataset.image[texts].tolist()])
+    recalls = {}
+    for way, mask in near.items():
+        for name, value in recall_at(torch.where(mask, fine, dots), truth).items():
+            if name.startswith(way):
+                recalls[name] = value
+    return recalls
+
+
+def compare_stages(run, dataset, head, most=1000, measured=300):
+    """--rerank: recalls and seconds of the full matrix, of dot products alone, and of two stages. Returns them as
+    result.json has them, and a text to print.
+
+    One text a picture, of at most --pool pictures. Above `most` pictures the full matrix is not computed: its time is
+    extrapolated from `measured` x `measured` pairs, and the result says so.
+    """
+    texts = first_captions(dataset)[: run.args.pool]
+    pictures = dataset.image[texts]
+    n = len(texts)
+    extrapolated = n > most
+    run.model.eval()
+    with torch.inference_mode():
+        dot_products(run, dataset, texts[:64], pictures[:64])  # the first pass of a process is slower
+        start = time.perf_counter()
+        full = recall_of_all_pairs(run, dataset, texts[:measured] if extrapolated else texts, head)
+        full_seconds = time.perf_counter() - start
+        if extrapolated:
+            full = {}
+            full_seconds *= (n / measured) ** 2
+        start = time.perf_counter()
+        dot = recall_at(dot_products(run, dataset, texts, pictures), torch.arange(n))
+        dot_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        two = two_stage(run, dataset, texts, pictures, run.args.rerank, head)
+        two_seconds = time.perf_counter() - start
+    result = {"pool": n, "rerank": run.args.rerank, "full_extrapolated": extrapolated}
+    lines = [f"\n{run.args.model}, retrieval among {n} x {n}, best {run.args.rerank} re-ranked"]
+    for name, recalls, seconds in (
+        ("full", full, full_seconds),
+        ("dot", dot, dot_seconds),
+        ("two_stage", two, two_seconds),
+    ):
+        shown = [f"  {name:10s} {seconds:9.1f} s"]
+        if extrapolated and name == "full":
+            shown.append(f" (extrapolated from {measured} x {measured})")
+        for key, value in recalls.items():
+            shown.append(f"  {key} {percent(value)}")
+            result[f"{name}_{key}"] = round(value, 5)
+        result[f"{name}_seconds"] = round(seconds, 2)
+        lines.append("".join(shown))
+    return result, "\n".join(lines)
+
+
+# ---- captions --------------------------------------------------------------------------------------------------------
+
+
+def generate(model, batch, first, last, beams=1, most=40):
+    """Captions of a batch's pictures, word piece by word piece, by beam search; beams=1 is greedy search.
+
+    Of all ways to lengthen the `beams` likeliest texts by one piece, the `beams` likeliest are kept. A text that ends
+    with `last` keeps its log probability. The likeliest text at the end is returned, by the plain sum of log
+    probabilities: enough beams find the likeliest caption of all.
+
+    model.decode(batch, cache) -> (B, T, C) hidden states of the new pieces; model.word_logits(states) -> (B, T, V) logits.
+    batch: its text is not read. first, last: ids of the pieces that begin and end a text. Returns a list of B lists of
+    piece ids without first and last, at most `most` long.
+    """
+    B = len(batch.features)
+    row = torch.arange(B, device=batch.features.device)
+    batch = replace(batch, ids=None).rows(row.repeat_interleave(beams))
+    text = torch.full((B * beams, 1), first, device=row.device)
+    totals = torch.full((B, beams), -math.inf, device=row.device)  # log probability of each text
+    totals[:, 0] = 0.0  # all beams begin alike: only one of them counts
+    ended = torch.zeros(B * beams, dtype=torch.bool, device=row.device)
+    cache = {}
+    for _ in range(most):
+        batch.text = text[:, -1:]  # (B*beams, 1): the cache holds what came before
+        batch.text_mask = torch.ones_like(batch.text, dtype=torch.bool)
+        batch.segments = torch.zeros_like(batch.text)
+        states = model.decode(batch, cache)[:, -1]  # (B*beams, 1, C) -> (B*beams, C)
+        log_probs = model.word_logits(states).float().log_softmax(-1)  # (B*beams, V)
+        log_probs[ended] = -math.inf
+        log_probs[ended, last] = 0.0
+        V = log_probs.shape[-1]
+        longer = totals[:, :, None] + log_probs.view(B, beams, V)  # (B, beams, 1) + (B, beams, V)
+        totals, best = longer.flatten(1).topk(beams)  # (B, beams*V) -> (B, beams)
+        parent = (row[:, None] * beams + best // V).flatten()  # (B, beams) -> (B*beams,)
+        piece = (best % V).flatten()  # (B*beams,)
+        text = torch.cat([text[parent], piece[:, None]], 1)  # (B*beams, T) -> (B*beams, T + 1)
+        ended = ended[parent] | (piece == last)
+        for name, value in cache.items():
+            if isinstance(value, tuple):  # keys and values; the number of words read is no tuple
+                cache[name] = tuple(x[parent] for x in value)
+        if ended.all():
+            break
+    captions = []
+    for pieces in text.view(B, beams, -1)[:, 0, 1:].tolist():  # topk sorts: beam 0 is the likeliest
+        if last in pieces:
+            pieces = pieces[: pieces.index(last)]
+        captions.append(pieces)
+    return captions
+
+
+def ngrams(words, n):
+    """Counter of the n-grams of a list of words."""
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def bleu(candidates, references, longest=4):
+    """Corpus BLEU (Papineni 2002, section 2.3), in 0..1, without smoothing.
+
+        BLEU = min(1, exp(1 - r / c)) * (p_1 p_2 ... p_longest)^(1 / longest)
+
+    p_n: the candidates' n-grams that a reference has too, over all their n-grams. An n-gram counts at most as often as in
+    the reference that has it most often.   c: words of all candidates.   r: the sum, over the candidates, of the length of
+    the reference that is nearest in length, the shorter of two that are equally near.
+    candidates: a list of lists of words; references: for each candidate a list of such lists, at least one. Returns 0 if
+    some p_n is 0.
+    """
+    matches = [0] * longest
+    totals = [0] * longest
+    candidate_length = 0
+    reference_length = 0
+    for words, texts in zip(candidates, references, strict=True):
+        candidate_length += len(words)
+        lengths = [len(text) for text in texts]
+        reference_length += min(lengths, key=lambda length: (abs(length - len(words)), length))
+        for n in range(1, longest + 1):
+            allowed = Counter()
+            for text in texts:
+                allowed |= ngrams(text, n)  # the larger count of each n-gram
+            found = ngrams(words, n)
+            matches[n - 1] += (found & allowed).total()  # the smaller count of each n-gram
+            totals[n - 1] += found.total()
+    if min(matches) == 0:
+        return 0.0
+    log_precisions = [math.log(m / t) for m, t in zip(matches, totals, strict=True)]
+    precision = math.exp(sum(log_precisions) / longest)
+    return precision * min(1.0, math.exp(1 - reference_length / candidate_length))
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+NO_SHARE = ("_loss", "perplexity")  # endings of the metrics that are no share of anything
+
+
+def percent(share):
+    """0.123 -> 12.3%"""
+    return f"{100 * share:.1f}%"
+
+
+def format_value(name, value):
+    """A metric as text: a share in percent, a loss or perplexity as it is."""
+    return f"{value:.4f}" if name.endswith(NO_SHARE) else percent(value)
+
+
+def show_ranked(names, probs, top):
+    """The `top` likeliest names with their probabilities: "red 0.981  blue 0.012". probs (K,), K >= the number of names."""
+    best = probs[: len(names)].topk(min(top, len(names)))
+    shown = []
+    for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        shown.append(f"{names[i]} {p:.3f}")
+    return "  ".join(shown)
+
+
+def format_metrics(title, metrics, chance):
+    """Metrics in a column, chance beside each."""
+    lines = [f"\n{title}", f"  {'':24s} {'':>8s} {'chance':>8s}"]
+    for name, value in metrics.items():
+        beside = percent(chance[name]) if name in chance else ""
+        lines.append(f"  {name:24s} {format_value(name, value):>8s} {beside:>8s}".rstrip())
+    return "\n".join(lines)
+
+
+def compare_models(results, out):
+    """Mean and spread over seeds of each metric, a column a model, with the best model or "tie" (see `best_model`). Printed,
+    and written as comparison.json and comparison.md. results: what train.py puts into result.json, of all runs."""
+    models = list(dict.fromkeys(result["model"] for result in results))
+    shares = []  # names of metrics that have a chance, without those of single kinds of question
+    for result in results:
+        for name in result["chance"]:
+            if "accuracy_" not in name and name not in shares:
+                shares.append(name)
+    rows = {}
+    lines = [f"| | {' | '.join(models)} | best | chance |", "|---" * (len(models) + 3) + "|"]
+    for name in ["parameters", "examples_per_second", *shares]:
+        row = {}
+        for model in models:
+            values = [result[name] for result in results if result["model"] == model and name in result]
+            if values:
+                spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+                row[model] = {"mean": float(np.mean(values)), "spread": spread}
+        rows[name] = row
+        best = ""
+        chance = ""
+        if name in shares:
+            best = best_model(row)
+            chance = percent(np.mean([result["chance"][name] for result in results if name in result["chance"]]))
+        cells = [format_cell(name, row.get(model)) for model in models]
+        lines.append(f"| {name} | {' | '.join(cells)} | {best} | {chance} |")
+    text = "\n".join(lines) + "\n"
+    common.print0("\n" + text)
+    if common.rank_and_world()[0] == 0:
+        data.write_text(out / "comparison.json", json.dumps({"runs": results, "table": rows}, indent=1) + "\n")
+        data.write_text(out / "comparison.md", text)
+
+
+def format_cell(name, entry):
+    """mean ± spread, shares in percent."""
+    if entry is None:
+        return ""
+    if name in ("parameters", "examples_per_second"):
+        return f"{entry['mean']:,.0f}"
+    return f"{100 * entry['mean']:.1f} ± {100 * entry['spread']:.1f}"
+
+
+def best_model(row):
+    """The model with the highest mean, or "tie" where the gap to the second is within the two standard deviations added
+    together. row: {model: {"mean": .., "spread": ..}}."""
+    if len(row) < 2:
+        return ""
+    first, second = sorted(row, key=lambda model: -row[model]["mean"])[:2]
+    gap = row[first]["mean"] - row[second]["mean"]
+    return "tie" if gap <= row[first]["spread"] + row[second]["spread"] else first

@@ -1,0 +1,155 @@
+"""machine.py: the machine that a run of train.py has: device and number format, processes, signals, CPU tuning."""
+
+import ctypes
+import os
+import signal
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import checkpoints
+import common
+from common import UserError
+
+# ---- device and seed -------------------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    """The torch device. `auto`: the GPU if there is one, else Apple's, else the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(name, device):
+    """float32 or bfloat16. `auto`: bfloat16 where the processor multiplies it natively, GPU or CPU."""
+    if name == "f32":
+        return torch.float32
+    if name == "bf16":
+        return torch.bfloat16
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = any("bf16" in name and has for name, has in torch.cpu.get_capabilities().items())
+    return torch.bfloat16 if native else torch.float32
+
+
+def seed_dropout(run, states):
+    """Sets the generator that dropout draws from.
+
+    states: the saved generator of each process. A process without one draws numbers of its own, except the first, which
+    goes on from --seed.
+    """
+    if run.rank < len(states):
+        checkpoints.generator_of(run.device).set_rng_state(states[run.rank])
+    elif run.rank > 0:
+        torch.manual_seed(int(np.random.SeedSequence((run.args.seed, run.rank)).generate_state(1)[0]))
+
+
+# ---- processes and signals -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def first_process_first():
+    """The first process of a machine runs the block before the others: it makes the caches that they then read."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        common.all_reduce_sum([0])  # waits for the first process
+    yield
+    if first:
+        common.all_reduce_sum([0])
+
+
+@contextmanager
+def interruptible():
+    """Inside the block Ctrl-C and SIGTERM only set a flag, so that the step in progress ends and is saved.
+
+    Yields a function that says whether the flag is set.
+    """
+    signals = []
+
+    def remember(number, frame):
+        signals.append(number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: len(signals) > 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def explain(error):
+    """The one line that says what ended a run; None for a fault of the program, which keeps its traceback."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what the last checkpoint holds is saved"
+    if isinstance(error, OSError):
+        if error.errno is None:
+            return None
+        return f"{error.filename or 'a file'}: {error.strerror}; the last checkpoint is kept"
+    if "PytorchStreamWriter" in text or "inline_container" in text:  # torch.save, for example on a full disk
+        return "a checkpoint could not be written; is the disk full? The one before it is kept"
+    if dist.is_initialized() and ("gloo" in text or "Connection" in text or isinstance(error, dist.DistError)):
+        return "another process of this run has ended"
+    return None
+
+
+def print_once(text):
+    """A line on stderr. What several processes have to say alike, only the first of them prints."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if os.environ["RANK"] != "0":
+            return
+    elif dist.is_initialized():
+        try:
+            if dist.distributed_c10d._get_default_store().add(text, 1) > 1:
+                return
+        except RuntimeError:
+            return  # the process that kept the store has ended, with a message of its own
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- CPU tuning and compilation --------------------------------------------------------------------------------
+# torch's threads wait as torch has it. OMP_WAIT_POLICY=active, which lets them wait without sleeping, gains a tenth on an
+# idle machine with two cores (3,300 and 3,600 examples/s against 3,000), but beside one other busy process it leaves
+# 350 of 2,950. `tests/benchmark.py --busy N` measures it.
+
+
+def keep_freed_memory():
+    """Has the C library keep freed memory for the next step. By default glibc gives large blocks back to the system,
+    and getting them again costs a page fault every 4 KiB: an eighth of LXMERT-base's step in bfloat16, or more."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: all blocks, the large ones too, are parts of the heap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose free end is never given back
+
+
+def compile_layers(model):
+    """Compiles the blocks that all layers of all three models are made of, where they stand: small regions, used many
+    times, for any batch and lengths (`dynamic`), so that nothing is compiled again after the first steps."""
+    torch._dynamo.config.recompile_limit = 64  # of one block: each width, number format and use of it counts
+    torch.fx.experimental._config.use_duck_shape = False  # lengths that are equal at first need not stay so
+    for module in model.modules():
+        if isinstance(module, common.AttentionBlock | common.FeedForward):
+            module.compile(dynamic=True)

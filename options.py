@@ -1,0 +1,367 @@
+"""options.py: the command line of train.py: the table of options, their defaults and their checks.
+
+`parse` reads the command line. `resolve_options` makes the options of one run: one model, one seed, and the defaults that
+depend on the data, which a data set's dataset.json may give. Then what --objectives and --config say is read.
+A mistake is a UserError: one line that says what is wrong.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+
+import checkpoints
+import common
+import data
+import distill
+import tasks
+from common import UserError
+from machine import first_process_first
+
+# ---- ranges ----------------------------------------------------------------------------------------------------
+
+
+def number(kind, least, most=math.inf, above=False):
+    """A type for argparse: a finite number of this kind, int or float, from `least` to `most`; above: not `least` itself."""
+
+    def parse_number(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+        if not least <= value <= most or value == math.inf or (above and value == least):
+            wanted = f"{'above' if above else 'at least'} {least}"
+            if most < math.inf:
+                wanted += f" and at most {most}"
+            raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
+        return value
+
+    return parse_number
+
+
+COUNT = number(int, 1)
+COUNT_OR_ZERO = number(int, 0)
+SHARE = number(float, 0, 1)
+POSITIVE = number(float, 0, above=True)
+NOT_NEGATIVE = number(float, 0)
+
+# ---- the table of options --------------------------------------------------------------------------------------
+# Each row: name, type or choices (bool: a flag), default, help. Where the default depends on the task, the data or the
+# model, it is None here: see `resolve_options`.
+
+OPTIONS = {
+    "what to train": [
+        ("--model", [*checkpoints.MODELS, "all"], "uniter", "the model; all: one after the other, compared in a table"),
+        ("--task", str, "pretrain", f"{', '.join(tasks.TASKS)}; several downstream tasks, a,b,c, train together"),
+        ("--objectives", str, None, "pretraining objectives, a,b,c (default: those of the paper)"),
+        ("--ablate", ["text", "image"], None, "take the text or the image away, to measure what the other is worth"),
+    ],
+    "data": [
+        ("--data", str, "scenes", "scenes (built in) or a .jsonl file; one for all tasks, or one for each: a,b,c"),
+        ("--limit", COUNT, None, "use N of the training examples, drawn at random"),
+        ("--vocab", str, None, "a BERT vocab.txt or a tokenizer.json (default: trained on the training texts)"),
+        ("--max-words", number(int, 8), 60, "word pieces of a text, with [CLS] and [SEP]; the rest is cut off"),
+        ("--mask", SHARE, None, "share of the word pieces that pretraining masks (default: of the data set, or 0.15)"),
+        ("--patch", COUNT, 12, "each region of a picture is resized to N x N pixels"),
+        ("--grid", COUNT, 6, "a picture without boxes is cut into N x N regions"),
+    ],
+    "size and start": [
+        ("--size", ["tiny", "base", "large"], "tiny", "preset of layer sizes"),
+        ("--config", list, [], "fields of the model's Config, as NAME=JSON: layers=1 dropout=0.1"),
+        ("--init", str, None, "start from a checkpoint, BERT's weights, or an official file or folder *"),
+        ("--fresh", bool, False, "take only sizes and tokenizer of --init; weights at random"),
+        ("--partial", bool, False, "accept an --init that lacks tensors of the trunk; they stay at random"),
+    ],
+    "optimization": [
+        ("--steps", COUNT_OR_ZERO, None, "optimizer steps (default: of the data set, or 1000)"),
+        ("--batch-size", COUNT, None, "examples in one forward pass of one process (default: of the data set, or 64 rows)"),
+        ("--accumulate", COUNT, 1, "forward passes of one process in an optimizer step"),
+        ("--lr", NOT_NEGATIVE, None, "peak learning rate (default: by the model's width)"),
+        ("--warmup", SHARE, 0.1, "share of the steps in which the learning rate rises"),
+        ("--weight-decay", NOT_NEGATIVE, 0.01, "AdamW's weight decay, on matrices only"),
+        ("--clip", POSITIVE, 5.0, "largest gradient norm"),
+    ],
+    "retrieval and captions": [
+        ("--mine", COUNT, 4, "candidates of which the hardest is the negative, in the second half of the steps"),
+        ("--pool", COUNT, 200, "pictures in the test of retrieval and captions"),
+        ("--beams", COUNT, 1, "beam width of the captions in the test; 1 is greedy search"),
+        ("--temperature", str, "learned", "of itc: learned, a number, or FIRST:LAST for half a cosine over the run"),
+        ("--rerank", COUNT, None, "also test retrieval in two stages: itc's best N are ranked by the matching head"),
+    ],
+    "distillation": [
+        ("--teacher", str, None, "a trained checkpoint to learn from *"),
+        ("--distill", str, "logits", "what is learned from the teacher, a,b,c: logits, attention, hidden"),
+    ],
+    "run": [
+        ("--out", str, None, "folder of checkpoints, log and result (default: out/MODEL-TASK)"),
+        ("--resume", bool, False, "go on from the checkpoint in --out, exactly where it stopped"),
+        ("--export-official", str, None, "also write the final weights under the official names to this file *"),
+        ("--seed", COUNT_OR_ZERO, 0, "seed of weights, order and masks"),
+        ("--seeds", COUNT, 1, "repeat with N seeds, --seed, --seed + 1, ..., and report mean and standard deviation"),
+        ("--eval-every", COUNT, None, "steps between evaluations (default: a fifth of the steps)"),
+        ("--log-every", COUNT, 50, "steps between progress lines"),
+        ("--device", str, "auto", "auto, cpu, cuda, cuda:1 or mps"),
+        ("--dtype", ["auto", "f32", "bf16"], "auto", "number format of matrix products"),
+        ("--compile", bool, False, "compile the layers first; pays off in long runs"),
+    ],
+}  # fmt: skip
+CHOICES = {  # fields of --config that are words
+    "contrast": ("infonce", "hinge", "sigmoid", "dcl"),
+    "nlvr2": ("paired-attention", "paired", "triplet"),
+    "fusion": ("mul", "sum"),
+}
+# fields of a Config that --config may not set
+DECIDED_BY_DATA = {"vocab_size", "feature_size", "types", "classes", "attributes", "answers", "heads", "teacher_widths"}
+
+
+def parse(argv=None):
+    """The command line as a namespace `args`. UserError for a mistake in it."""
+    parser = data.Parser(
+        prog="train.py", allow_abbrev=False, description="Pretrain, fine-tune and compare UNITER, ViLBERT and LXMERT."
+    )
+    parser.epilog = "* {model} and {seed} in the name are filled in, for runs of several models or seeds."
+    for title, rows in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, text in rows:
+            if kind is bool:
+                group.add_argument(name, action="store_true", help=text)
+                continue
+            if default:
+                text += " (default: %(default)s)"
+            if kind is list:
+                group.add_argument(name, nargs="+", default=default, metavar="FIELD", help=text)
+            elif isinstance(kind, list):
+                group.add_argument(name, choices=kind, default=default, help=text)
+            elif kind is str:
+                group.add_argument(name, default=default, metavar="NAME", help=text)
+            else:
+                group.add_argument(name, type=kind, metavar="N", default=default, help=text)
+    args = parser.parse_args(argv)
+    check_options(args)
+    return args
+
+
+def check_options(args):
+    """UserError where an option has a value that cannot be, or does not go with another one."""
+    names = args.task.split(",")
+    for name in names:
+        if name not in tasks.TASKS:
+            raise UserError(f"--task: there is no task {name!r}; choose from {', '.join(tasks.TASKS)}")
+    if len(set(names)) < len(names) or ("pretrain" in names and len(names) > 1):
+        raise UserError("--task: name each task once, and pretrain alone")
+    if len(args.data.split(",")) not in (1, len(names)):
+        raise UserError(f"--data: give one source for all tasks or one each; --task has {len(names)}")
+    if args.ablate == "text" and "caption" in names:
+        raise UserError("--ablate text leaves captions nothing to learn; use --ablate image")
+    if args.ablate and "pretrain" in names:
+        raise UserError("--ablate is for the tasks: pretraining has words and regions to predict from each other")
+    if args.fresh and not args.init:
+        raise UserError("--fresh says how to use --init; give --init too")
+    if args.partial and not args.init:
+        raise UserError("--partial says how to use --init; give --init too")
+    if args.objectives and args.task != "pretrain":
+        raise UserError("--objectives are those of pretraining; a --task has its own")
+    for part in args.distill.split(","):
+        if part not in distill.DISTILLATION:
+            raise UserError(f"--distill: {part!r} is none of {', '.join(distill.DISTILLATION)}")
+    if args.distill != "logits" and not args.teacher:
+        raise UserError(f"--distill {args.distill} says what to learn from --teacher; give --teacher too")
+    if args.rerank and args.task != "pretrain" and "retrieval" not in names:
+        raise UserError("--rerank is for --task retrieval, or for pretraining with --objectives ...,itm,itc")
+    if args.export_official:
+        if args.seeds > 1 and "{seed}" not in args.export_official:
+            raise UserError("--export-official: put {seed} into the name, or each run writes over the one before")
+        if args.model == "all" and "{model}" not in args.export_official:
+            raise UserError("--export-official: put {model} into the name, or each run writes over the one before")
+    parse_temperature(args.temperature)
+
+
+def parse_temperature(text):
+    """--temperature as (first, last), or None for "learned". UserError for anything else, or outside 0.01..1."""
+    if text == "learned":
+        return None
+    numbers = text.split(":")
+    if len(numbers) == 1:
+        numbers = numbers * 2
+    try:
+        first, last = [float(number) for number in numbers]
+    except ValueError:
+        raise UserError(f"--temperature {text}: learned, a number such as 0.07, or two such as 0.2:0.05") from None
+    if not (0.01 <= min(first, last) and max(first, last) <= 1.0):
+        raise UserError(f"--temperature {text}: it must lie between 0.01 and 1")
+    return first, last
+
+
+# ---- the options of one run -----------------------------------------------------------------------------------
+
+
+def output_folder(args, model_name):
+    """Where the runs of a model go: --out, or out/MODEL-TASK."""
+    if args.out:
+        return Path(args.out)
+    name = f"out/{model_name}-{args.task.replace(',', '+')}"
+    if args.ablate:
+        name += f"-without-{args.ablate}"
+    return Path(name)
+
+
+def resolve_options(args, model_name, seed):
+    """The options of one run, a new namespace: model and seed fixed, and the defaults that depend on them filled in."""
+    run_args = argparse.Namespace(**vars(args))
+    run_args.model = model_name
+    run_args.seed = seed
+    run_args.tasks = args.task.split(",")
+    run_args.out = output_folder(args, model_name)
+    if args.out and args.model == "all":
+        run_args.out = run_args.out / model_name
+    if args.seeds > 1:
+        run_args.out = run_args.out / f"seed{seed}"
+    for name in ("init", "teacher", "export_official"):
+        text = getattr(args, name)
+        if text:
+            setattr(run_args, name, text.replace("{model}", model_name).replace("{seed}", str(seed)))
+    for name in ("init", "teacher"):
+        text = getattr(run_args, name)
+        if text and Path(text).resolve().parent == run_args.out.resolve() and not args.resume:
+            raise UserError(f"--{name} {text}: this run would write over it; give another --out")
+    if run_args.export_official and Path(run_args.export_official).is_dir():
+        raise UserError(f"--export-official {run_args.export_official}: is a folder; give a file name")
+    set_data_defaults(run_args, all_models=args.model == "all")
+    return run_args
+
+
+def set_data_defaults(args, all_models):
+    """Fills in args.data_sets, one for each task, and what their dataset.json decides: steps, mask and batch size."""
+    _, world = common.rank_and_world()
+    sources = args.data.split(",")
+    if len(sources) == 1:
+        sources = sources * len(args.tasks)
+    with first_process_first():
+        args.data_sets = [open_data(source) for source in sources]
+    defaults = {}
+    if one_source(args):
+        defaults = args.data_sets[0][1]["defaults"]
+    if args.patch != 12 and any(description["regions"] for _, description in args.data_sets):
+        raise UserError("--patch is for pictures; the regions of this data set were made with a patch of 12")
+    if args.steps is None:
+        paper = checkpoints.MODELS[args.model]
+        # UNITER trains one objective a step, so it takes more steps; side by side all models take equally many
+        one_objective = args.task == "pretrain" and paper.PRETRAINING["conditional"] and not all_models
+        args.steps = defaults.get("steps_one_objective" if one_objective else "steps", 1000)
+    if args.mask is None:
+        args.mask = defaults.get("mask", 0.15)
+    if args.batch_size is None:
+        rows = max(tasks.TASKS[task].rows for task in args.tasks)
+        args.batch_size = max(1, defaults.get("batch_size", 64) // rows // world)
+    if args.eval_every is None:
+        args.eval_every = max(1, math.ceil(args.steps / 5))
+
+
+def open_data(source):
+    """(path, description) of a data set: where it lies, and what its dataset.json says."""
+    if source != "scenes":
+        return source, {"extra_splits": [], "vocab": None, "content_words": [], "regions": {}, "defaults": {}}
+    from prepare import scenes
+
+    description = {
+        "extra_splits": ["compose", "detected"],
+        "vocab": "vocab.txt",
+        "content_words": scenes.CONTENT_WORDS,
+        "regions": {"patch": 12},
+        "defaults": {"steps": 2400, "steps_one_objective": 3600, "mask": 0.3, "batch_size": 256},
+    }
+    return source, description
+
+
+def read_vocab(path, description):
+    """The tokenizer of a data set's own word pieces."""
+    from prepare import scenes
+
+    return data.train_tokenizer(data.load("scenes", "pretrain", "train").text + scenes.scene_texts())
+
+
+def one_source(args):
+    """True if all tasks have the same data set."""
+    return len({path for path, _ in args.data_sets}) == 1
+
+
+def objectives_of(args, paper):
+    """The objectives asked for, {name: ratio}; in pretraining those joined to another one have ratio 0."""
+    if args.task != "pretrain":
+        names = [name for task in args.tasks for name in tasks.task_objectives(args, task)]
+        return dict.fromkeys(names, 1)
+    default = paper.PRETRAINING["objectives"]
+    joined = list(itertools.chain.from_iterable(paper.PRETRAINING["joined"].values()))
+    known = {name: 1 for name in sorted(paper.OBJECTIVES) if paper.OBJECTIVES[name].pretraining}
+    known["itc"] = 2  # as often as itm, the other objective that sees whole pairs
+    known.update(default)
+    known.update(dict.fromkeys(joined, 0))
+    names = [*default, *joined]
+    if args.objectives:
+        names = args.objectives.split(",")
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"--objectives: {args.model} has no pretraining objective {name!r}; it has {', '.join(known)}"
+            )
+    if "wra" in names and "itm" not in names:
+        raise UserError("--objectives: wra needs the pairs of itm; write itm,wra")
+    if args.rerank and not ("itm" in names and "itc" in names):
+        raise UserError("--rerank: the first stage needs objective itc, the second itm; write --objectives ...,itm,itc")
+    return {name: known[name] for name in names}
+
+
+def parse_config_options(args, paper):
+    """--config as {name: value}. UserError for a name that the model's Config lacks or that the data decide, or for a value
+    of another type."""
+    known = {}
+    for config_field in dataclasses.fields(paper.Config):
+        if config_field.name not in DECIDED_BY_DATA:
+            known[config_field.name] = config_field.default
+    sizes = {}
+    for text in args.config:
+        name, _, value = text.partition("=")
+        if name not in known:
+            raise UserError(f"--config {text}: {args.model} has no {name!r} to choose; it has {', '.join(known)}")
+        if name in CHOICES:
+            if value not in CHOICES[name]:
+                raise UserError(f"--config {text}: choose from {', '.join(CHOICES[name])}")
+        else:
+            value = parse_config_value(text, name, value, known[name])
+        sizes[name] = value
+    return sizes
+
+
+def parse_config_value(text, name, value, default):
+    """A value of --config from its JSON, of the type of the Config's default. UserError otherwise."""
+    try:
+        value = json.loads(value)
+    except ValueError:
+        raise UserError(f"--config {text}: write NAME=JSON, as layers=1 or connections=[[0,1]]") from None
+    if isinstance(value, list):
+        value = tuple(value)
+    if type(value) is int and type(default) is float:
+        value = float(value)
+    too_small = type(value) is int and type(default) is int and value < min(1, default)
+    if type(value) is not type(default) or too_small:
+        raise UserError(f"--config {text}: {name} is something like {default}")
+    return value
+
+
+def default_learning_rate(paper, width, task):
+    """Peak learning rate of a model of this width: the papers' for base (768) and large (1024), more for narrow ones.
+
+    By the width and not by --size, as --init may bring any. ViLBERT and LXMERT pretrain at 1e-4, twice the rate at
+    which they fine-tune.
+    """
+    if width <= 256:
+        rate = 1e-3
+    elif width < 1024:
+        rate = 5e-5
+    else:
+        rate = 3e-5
+    if task == "pretrain":
+        rate *= paper.PRETRAINING["rate"]
+    return rate

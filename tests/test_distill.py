@@ -1,0 +1,246 @@
+"""distill.py: the losses of a teacher against sums by hand, and a student trained from the command line."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoints
+import common
+import data
+import distill
+import train
+from prepare import scenes
+
+SMALL = ["--batch-size", "4", "--log-every", "1", "--dtype", "f32", "--device", "cpu", "--patch", "4"]
+
+
+def masked_batch(rows, seed):
+    rng = np.random.default_rng(seed)
+    regions = torch.from_numpy(rng.random((rows, 4)) < 0.4)
+    regions[:, 0] = True
+    words = torch.from_numpy(rng.random((rows, 6)) < 0.4)
+    words[:, 1] = True
+    text = torch.from_numpy(rng.integers(5, 30, (rows, 6)))
+    return data.Batch(
+        text=text,
+        text_mask=torch.ones(rows, 6, dtype=torch.bool),
+        segments=torch.zeros(rows, 6, dtype=torch.long),
+        features=torch.from_numpy(rng.standard_normal((rows, 4, 8))).float(),
+        clean_features=torch.from_numpy(rng.standard_normal((rows, 4, 8))).float(),
+        boxes=torch.from_numpy(np.sort(rng.random((rows, 4, 4)), -1)).float()[..., [0, 1, 2, 3]],
+        region_mask=torch.ones(rows, 4, dtype=torch.bool),
+        word_index=words.flatten().nonzero()[:, 0],
+        word_labels=text[words],
+        region_index=regions.flatten().nonzero()[:, 0],
+        masked_regions=regions,
+        matched=torch.from_numpy(rng.integers(0, 2, rows)),
+        ids=[str(i) for i in range(rows)],
+    )
+
+
+def joined(a, b):
+    """Two batches of the same widths as one, index lists moved along."""
+    fields = {}
+    for name, x in vars(a).items():
+        y = getattr(b, name)
+        shift = {"word_index": a.text.numel(), "region_index": a.region_mask.numel()}.get(name, 0)
+        fields[name] = (
+            x + y if isinstance(x, list) else None if x is None else torch.cat([x, y + shift if shift else y])
+        )
+    return data.Batch(**fields)
+
+
+def small_model(name, **changes):
+    """A float64 model with narrow layers and weights far from zero, so that every term shows."""
+    paper, sizes = checkpoints.MODELS[name], {"hidden": 16, "attention_heads": 2, "intermediate": 32}
+    if name == "vilbert":
+        sizes |= {"visual_hidden": 8, "visual_heads": 2, "visual_intermediate": 16, "shared": 8, "shared_heads": 2}
+    sizes |= {"vocab_size": 30, "feature_size": 8, "classes": 5, "heads": ("mlm", "mrfr", "itm", "itc")}
+    torch.manual_seed(0)
+    model = paper.MODEL(paper.Config(**paper.PRESETS["tiny"] | sizes | changes)).double()
+    for key, parameter in model.named_parameters():
+        if "norm" not in key and parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return paper, model
+
+
+def as_double(batch, **changes):
+    fields = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in vars(batch).items()}
+    return data.Batch(**fields | changes)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Own data made from drawn scenes: 24 pictures with boxes, a question of two answers each, all three splits."""
+    folder = tmp_path_factory.mktemp("own")
+    lines = []
+    for i in range(24):
+        scene = scenes.make_scene(0, "train", i)
+        scenes.draw_scene(scene).save(folder / f"{i}.png")
+        boxes = [[t.x - t.half, t.y - t.half, t.x + t.half, t.y + t.half] for t in scene.things]
+        answer = "yes" if any(thing.color == "red" for thing in scene.things) else "no"
+        split = "train" if i < 16 else "val" if i < 20 else "test"
+        line = {"image": f"{i}.png", "boxes": boxes, "text": f"is there a red thing {i % 3}?", "answer": answer}
+        lines.append(json.dumps({**line, "split": split}))
+    (folder / "own.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "own.jsonl"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """train.py's command line in this process, in a folder of its own: the seconds of a start are saved."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(*arguments, code=0):
+        assert train.main([*SMALL, *map(str, arguments)]) == code
+
+    return start
+
+
+def taught(student, teacher, distill, **changes):
+    """A run in which one small model learns from another."""
+    paper, model = small_model(student, **changes)
+    teacher_paper, other = small_model(teacher)
+    names = SimpleNamespace(distill=distill, model=student, teacher=teacher)
+    return SimpleNamespace(args=names, paper=paper, model=model, teacher_paper=teacher_paper, teacher=other.eval(),
+                           soft=("mlm", "mrfr", "itm"), device=torch.device("cpu"), autocast=train.nullcontext)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", checkpoints.MODELS)
+def test_nothing_is_left_to_learn_from_oneself(name):
+    """Teacher = student, projections the identity: every loss of the teacher is 0; each grows with another student."""
+    widths = (16, 8 if name == "vilbert" else 16)
+    run = taught(name, name, "logits,attention,hidden", heads=("mlm", "itm", "itc", "hidden"), teacher_widths=widths)
+    run.model.load_state_dict(run.teacher.state_dict(), strict=False)
+    for layer in run.model.heads["hidden"].values():
+        torch.nn.init.eye_(layer.weight)
+    batch = as_double(masked_batch(3, 0))
+    batch.region_mask[1, 2:] = False
+    parts = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
+    extra = distill.distillation_losses(run, ["mlm", "itm"])
+    assert set(extra) == {"mlm_soft", "itm_soft", "attention_kl", "attention_mse", "hidden"}
+    for loss in extra:
+        assert abs(parts[loss][0].item()) < 1e-12, loss
+    for parameter in run.model.parameters():
+        parameter.data *= 0.9
+    parts = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
+    assert all(parts[loss][0] > 1e-5 for loss in extra)
+
+
+def test_distillation_matches_layers_and_leaves_padding_out():
+    """A student of one layer by hand: its layer beside the teacher's third, real positions only."""
+    sizes = {"heads": ("mlm", "itm", "itc", "hidden"), "teacher_widths": (16, 16), "layers": 1, "hidden": 8}
+    run = taught("uniter", "uniter", "attention,hidden", **sizes)
+    batch = as_double(masked_batch(3, 0))
+    batch.region_mask[1, 2:] = False
+    real = torch.cat([batch.text_mask, batch.region_mask], 1)
+    student, teacher = (m.encode(batch, record=True) for m in (run.model, run.teacher))
+    parts = distill.forward_with_teacher(run, batch, ["itm"])
+    project, total = run.model.heads["hidden"]["text"], 0.0
+    for own, other in (("embedding", "embedding"), ("layer.0", "layer.2")):
+        wrong = (project(student.states[own]) - teacher.states[other]).square()
+        total += sum(wrong[row][real[row]].mean() for row in range(3)) / 3 / 2
+    assert parts["hidden"][0].item() == pytest.approx(total.item())
+    total = 0.0
+    for row in range(3):
+        own, other = (x[row][:, real[row]][..., real[row]] for x in (student.maps["layer.0"], teacher.maps["layer.2"]))
+        total += (other * (other.log() - own.log())).sum(-1).mean() / 3
+    assert parts["attention_kl"][0].item() == pytest.approx(total.item())
+
+
+def test_a_whole_image_that_one_model_lacks_is_left_out():
+    """LXMERT learns from ViLBERT, whose regions have the whole image in front: by hand, map by map, state by state."""
+    run = taught("lxmert", "vilbert", "attention,hidden", heads=("itm", "hidden"), teacher_widths=(16, 8))
+    batch = as_double(masked_batch(3, 0))
+    batch.region_mask[1, 2:] = False
+    student, teacher = (m.encode(batch, record=True) for m in (run.model, run.teacher))
+    masks, total = {"text": batch.text_mask, "regions": batch.region_mask}, []
+    for own, other in (("text.0", "text.1"), ("text.1", "text.3"), ("regions.0", "regions.1"), *(
+        (name, name) for i in (0, 1) for name in (f"cross.{i}.text_to_regions", f"cross.{i}.regions_to_text")
+    )):  # fmt: skip
+        asks, _, answers = own.split(".")[-1].partition("_to_")
+        if asks.isdigit():
+            asks = answers = own.split(".")[0]
+        p, t = student.maps[own], teacher.maps[other]
+        t = t[:, :, 1:] if asks == "regions" else t
+        t = t[..., 1:] if answers == "regions" else t
+        rows = []
+        for row in range(3):
+            a, b = (x[row][:, masks[asks][row]][..., masks[answers][row]] for x in (p, t))
+            b = b / b.sum(-1, keepdim=True)
+            rows.append((b * (b.log() - a.log())).sum(-1).mean())
+        total.append(sum(rows) / 3)
+    parts = distill.forward_with_teacher(run, batch, ["itm"])
+    assert parts["attention_kl"][0].item() == pytest.approx((sum(total) / len(total)).item())
+    names = [("text.embedding",) * 2, ("regions.embedding",) * 2, ("text.0", "text.1"), ("text.1", "text.3")]
+    names += [("regions.0", "regions.1"), *((f"cross.{i}.{side}",) * 2 for i in (0, 1) for side in masks)]
+    total = 0.0
+    for own, other in names:
+        side = "regions" if "regions" in own else "text"
+        wrong = run.model.heads["hidden"][side](student.states[own]) - teacher.states[other][:, side == "regions" :]
+        total += sum(wrong[row][masks[side][row]].square().mean() for row in range(3)) / 3 / len(names)
+    assert parts["hidden"][0].item() == pytest.approx(total.item())
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("lxmert", "vilbert"), ("vilbert", "lxmert"), ("uniter", "lxmert")])
+def test_one_architecture_teaches_another(student, teacher):
+    """ViLBERT's maps and states without the whole image; where no layer is of one kind, the last states."""
+    widths = (16, 8 if teacher == "vilbert" else 16)
+    run = taught(student, teacher, "logits,hidden", heads=("mlm", "itm", "itc", "hidden"), teacher_widths=widths)
+    if student != "uniter":
+        run.args.distill = "logits,attention,hidden"
+    batch = as_double(masked_batch(3, 0))
+    batch.region_mask[1, 2:] = False
+    parts = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
+    sum(loss for loss, _ in parts.values()).backward()
+    assert all(p.grad is None for p in run.teacher.parameters())
+    assert run.model.heads["hidden"]["regions"].weight.grad.abs().max() > 0
+    before = {name: parts[name][0].item() for name in distill.distillation_losses(run, ["mlm", "itm"])}
+    batch.features[1, 2:] += 1.0  # padding must not matter
+    after = distill.forward_with_teacher(run, batch, ["mlm", "itm"])
+    assert before == pytest.approx({name: after[name][0].item() for name in before})
+    if student == "uniter":
+        run.args.distill = "attention"
+        with pytest.raises(common.UserError, match="no map of uniter"):
+            distill.forward_with_teacher(run, batch, ["mlm"])
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("uniter", "mlm"), ("uniter", "mrfr"), ("lxmert", "mrfr"), ("uniter", "itm")]
+)
+def test_distilled_parts_of_unlike_size_give_the_gradients_of_the_whole(model, name):
+    sizes = {"heads": ("mlm", "mrfr", "itm", "itc", "hidden"), "teacher_widths": (16, 16)}
+    run = taught(model, "uniter", "logits,hidden" if model == "lxmert" else "logits,attention,hidden", **sizes)
+    a, b = as_double(masked_batch(3, 1)), as_double(masked_batch(5, 2))
+    found = []
+    for batches in ([joined(a, b)], [a, b]):
+        run.model.zero_grad()
+        losses = train.backward(run, batches, [name])
+        found.append([*losses.values(), *(p.grad.clone() for p in run.model.parameters() if p.grad is not None)])
+    assert {name, f"{name}_soft", "hidden"} <= set(losses)
+    for whole, split in zip(*found, strict=True):
+        torch.testing.assert_close(whole, split, atol=1e-10, rtol=1e-7)
+
+
+def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsys):
+    options = ["--data", pictures, "--task", "vqa", "--steps", 2]
+    here(*options, "--out", "teacher")
+    small = ["--config", "layers=1", "hidden=64", "--teacher", "{model}.pt", "--distill", "logits,attention,hidden"]
+    (tmp_path / "teacher/best.pt").rename(tmp_path / "uniter.pt")
+    here(*options, *small, "--out", "student")
+    logged = [json.loads(line) for line in (tmp_path / "student/log.jsonl").read_text().splitlines()]
+    assert {"vqa", "vqa_soft", "attention_kl", "attention_mse", "hidden"} <= set(logged[1])
+    student, teacher = (checkpoints.load_checkpoint(tmp_path / f) for f in ("student/best.pt", "uniter.pt"))
+    assert student["config"]["layers"] == 1 and student["state"]["pooler.dense.weight"].shape == (64, 64)
+    assert student["tokenizer"] == teacher["tokenizer"] and student["answers"] == teacher["answers"]
+    here(*options, *small, "--out", "student", "--resume", "--steps", 3)
+    here(*options, "--out", "student", "--resume", "--steps", 3, code=2)  # without the teacher
+    here("--data", pictures, "--teacher", "uniter.pt", code=2)
+    three = ["--teacher", "uniter.pt", "--distill", "attention", "--config", "hidden=48", "attention_heads=3"]
+    here(*options, *three, code=2)
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3 and "--teacher was uniter.pt, now None" in errors[0] and "not trained for it" in errors[1]
+    assert "4 attention heads of the teacher cannot be shared by 3" in errors[2]
