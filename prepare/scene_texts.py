@@ -1,7 +1,7 @@
 """What is said of a drawn scene: captions, questions, and the examples of four more tasks.
 
 Everything is true of its scene graph, and drawn so that the words alone say little about the answer: first the kind of
-text, then the answer, then the words. Expressions are drawn from all that fit, not from all that there are.
+text, then the answer, then the words.
 Each function draws from a random stream of its own (Scene.key), so that a change of one leaves the others as they were.
 """
 
@@ -37,6 +37,11 @@ def new_line(scene, number, kind, text):
     }
 
 
+def fitting_one(scene, form):
+    """The expressions of a form that fit exactly one thing of the scene."""
+    return [expression for expression in EXPRESSIONS[form] if scene.count(expression) == 1]
+
+
 # ---- captions --------------------------------------------------------------------------------------------------------
 
 
@@ -57,19 +62,26 @@ def captions(scene, count=8):
     rng = random.Random(scene.key("captions"))
     names = unmistakable_names(scene)
     relations = allowed_clauses(scene, relation_clauses(names))
-    placed = allowed_clauses(scene, half_clauses(names))
+    in_half = allowed_clauses(scene, half_clauses(names))
     others = allowed_clauses(scene, thing_clauses(names) + count_clauses(scene))
     found = []
     for _ in range(8 * count):
         if len(found) == count:
             break
-        places = relations if rng.random() < 0.3 else placed
+        positions = in_half
+        goal = 3
+        if rng.random() < 0.3:
+            positions = relations
+            goal = 2
         clauses = []
-        if places and rng.random() < 0.4:
-            clauses = rng.sample(places, 1)
-        goal = 2 if clauses and places is relations else 3
+        if positions and rng.random() < 0.4:
+            clauses = rng.sample(positions, 1)
+        else:
+            goal = 3
         add_clauses(scene, clauses, rng.sample(others, len(others)), goal)
-        expressions = [expression for clause in clauses for expression in clause.expressions]
+        expressions = []
+        for clause in clauses:
+            expressions.extend(clause.expressions)
         if len(expressions) > 1 and allowed(scene, expressions):
             rng.shuffle(clauses)
             caption = " and ".join(rng.choice(clause.phrasings) for clause in clauses)
@@ -79,16 +91,16 @@ def captions(scene, count=8):
 
 
 def add_clauses(scene, clauses, others, goal):
-    """Fills `clauses` up to `goal` with those of the others that speak of a thing not yet spoken of."""
-    told = set()
+    """Fills `clauses` up to `goal` with those of the others that name a thing not yet named."""
+    named = set()
     for clause in clauses:
         for expression in clause.expressions:
-            told.update(scene.fits[expression])
+            named.update(scene.fits[expression])
     for clause in others:
         things = scene.fits[clause.expressions[0]]
-        if len(clauses) < goal and not told.issuperset(things):
+        if len(clauses) < goal and not named.issuperset(things):
             clauses.append(clause)
-            told.update(things)
+            named.update(things)
 
 
 def unmistakable_names(scene):
@@ -142,20 +154,20 @@ def thing_clauses(names):
 def count_clauses(scene):
     """Clauses such as "exactly two circles": where no other colour or shape, put into its place, has the same count."""
     clauses = []
-    for e in scene.fits:
-        if e.size is not None or e.shape is None:
+    for expression in scene.fits:
+        if expression.size is not None or expression.shape is None:
             continue
-        number = scene.count(e)
-        rivals = [e._replace(shape=shape) for shape in SHAPES if shape != e.shape]
-        if e.color is not None:
-            rivals += [e._replace(color=color) for color in COLORS if color != e.color]
+        number = scene.count(expression)
+        rivals = [expression._replace(shape=shape) for shape in SHAPES if shape != expression.shape]
+        if expression.color is not None:
+            rivals += [expression._replace(color=color) for color in COLORS if color != expression.color]
         if any(scene.count(rival) == number for rival in rivals):
             continue
-        words = f"{NUMBERS[number]} {phrase(e, plural=number > 1)}"
+        words = f"{NUMBERS[number]} {phrase(expression, plural=number > 1)}"
         phrasings = (f"exactly {words}", words)
         if number == 1:
             phrasings = (f"exactly {words}",)  # "one" alone could be read as "a"
-        clauses.append(Clause(phrasings, (e,)))
+        clauses.append(Clause(phrasings, (expression,)))
     return clauses
 
 
@@ -203,8 +215,8 @@ PAIR_FORMS = ("color shape", "size color shape", ("color shape", "color shape"))
 def questions(scene, count=8):
     """Up to `count` different (kind, question, answer).
 
-    The kind is drawn first, then the form of the expression, then the answer among those that the scene offers, and
-    only then the words. A question's words then say little about its answer.
+    The kind is drawn first, then the form of the expression, then the answer among those that the scene allows, and
+    only then the words. So a question's words say little about its answer.
     """
     rng = random.Random(scene.key("questions"))
     found = {}  # {text: (kind, text, answer)}
@@ -214,24 +226,28 @@ def questions(scene, count=8):
         kind = rng.choice([*QUESTIONS, "side"])  # "side" twice as often: it is learned last
         forms, phrasings = QUESTIONS[kind]
         if scene.split == "compose":  # where the form allows, name a pair: a "no" then names one like a "yes"
-            forms = [form for form in forms if form in PAIR_FORMS] or forms
+            pair_forms = [form for form in forms if form in PAIR_FORMS]
+            if pair_forms:
+                forms = pair_forms
         form = rng.choice(forms)
         word = ""
         if kind == "compare":
             word = rng.choice(("more", "fewer"))
-            offers = compare_offers(scene, form, word, rng)
+            candidates = compare_candidates(scene, form, word, rng)
         elif kind == "side":
             word = rng.choice(("left or right of", "above or below"))
-            offers = side_offers(scene, form, word)
+            candidates = side_candidates(scene, form, word)
         else:
-            offers = fact_offers(scene, form, kind)
-        if not offers or (len(offers) == 1 and kind in ("exists", "compare")):
-            continue  # a yes-no question is asked where both answers can be had
-        weights = [1] * len(offers)
+            candidates = fact_candidates(scene, form, kind)
+        if len(candidates) == 0:
+            continue
+        if len(candidates) == 1 and kind in ("exists", "compare"):
+            continue  # a yes-no question is asked only where both answers are possible
+        weights = [1] * len(candidates)
         if kind == "count":  # large counts are rare in pictures, so they are taken more often where there are any
-            weights = [max(1, int(answer)) for answer in offers]
-        answer = rng.choices(list(offers), weights)[0]
-        expressions = rng.choice(offers[answer])
+            weights = [max(1, int(answer)) for answer in candidates]
+        answer = rng.choices(list(candidates), weights)[0]
+        expressions = rng.choice(candidates[answer])
         text = rng.choice(phrasings).format(
             a_thing=phrase(expressions[0], article=True),
             thing=phrase(expressions[0]),
@@ -243,52 +259,53 @@ def questions(scene, count=8):
     return list(found.values())
 
 
-def compare_offers(scene, form, word, rng):
+def compare_candidates(scene, form, word, rng):
     """{answer: [two expressions]} for "are there more A than B?" (word "more" or "fewer"), from 30 random pairs."""
-    offers = {}
+    candidates = {}
     for _ in range(30):
-        a, b = [rng.choice(EXPRESSIONS[part]) for part in rng.sample(form, 2)]
-        more = scene.count(a)
-        fewer = scene.count(b)
+        a_form, b_form = rng.sample(form, 2)  # in random order
+        a = rng.choice(EXPRESSIONS[a_form])
+        b = rng.choice(EXPRESSIONS[b_form])
+        difference = scene.count(a) - scene.count(b)
         if word == "fewer":
-            more, fewer = fewer, more
-        if a != b and more + fewer > 0 and allowed(scene, (a, b)):
-            answer = "yes" if more > fewer else "no"
-            offers.setdefault(answer, []).append((a, b))
-    return offers
+            difference = -difference
+        if a != b and scene.count(a) + scene.count(b) > 0 and allowed(scene, (a, b)):
+            answer = "yes" if difference > 0 else "no"
+            candidates.setdefault(answer, []).append((a, b))
+    return candidates
 
 
-def side_offers(scene, form, word):
+def side_candidates(scene, form, word):
     """{answer: [one expression]} for "is the A left or right of the middle?" (word "left or right of")."""
-    offers = {}
-    for e in EXPRESSIONS[form]:
-        if scene.count(e) == 1 and allowed(scene, [e]):
-            for where in halves(scene.fits[e][0]):
+    candidates = {}
+    for expression in fitting_one(scene, form):
+        if allowed(scene, [expression]):
+            for where in halves(scene.fits[expression][0]):
                 answer = where.split()[0]  # "left of" -> "left"
                 if answer in word.split():
-                    offers.setdefault(answer, []).append((e,))
-    return offers
+                    candidates.setdefault(answer, []).append((expression,))
+    return candidates
 
 
-def fact_offers(scene, form, kind):
+def fact_candidates(scene, form, kind):
     """{answer: [one expression]} for the kinds exists, count, color, shape and size."""
-    offers = {}
-    for e in EXPRESSIONS[form]:
-        number = scene.count(e)
+    candidates = {}
+    for expression in EXPRESSIONS[form]:
+        number = scene.count(expression)
         asked = None
         if kind == "exists":
             answer = "yes" if number > 0 else "no"
         elif kind == "count":
             answer = str(number)
         elif number == 1:
-            answer = getattr(scene.fits[e][0], kind)
+            answer = getattr(scene.fits[expression][0], kind)
             if kind != "size":
-                asked = scene.fits[e][0]
+                asked = scene.fits[expression][0]
         else:
             continue
-        if allowed(scene, [e], asked):
-            offers.setdefault(answer, []).append((e,))
-    return offers
+        if allowed(scene, [expression], asked):
+            candidates.setdefault(answer, []).append((expression,))
+    return candidates
 
 
 def question_lines(scene, first):
@@ -302,9 +319,8 @@ def question_lines(scene, first):
 
 
 # ---- the tasks of more than a caption or a question ------------------------------------------------------------------
-# Entailment and statements about two pictures choose among all scenes of a split. A statement is drawn once and then put
-# to pictures of every answer, so that the words alone tell nothing. The other two tasks take one scene.
-
+# Entailment and statements about two pictures choose among all scenes of a split. A statement is drawn once and then
+# paired with pictures of every answer, so that the words alone tell nothing. The other two tasks take one scene.
 
 STATEMENT_FORMS = {  # what a statement is about: forms of the expression that names the thing
     "color": ("shape", "size shape"),
@@ -337,27 +353,29 @@ def entailment_lines(scenes):
     for scene in scenes:
         number = len(scene.things)
         same_number.setdefault(number, []).append(scene)
-        for e, things in scene.fits.items():
+        for expression, things in scene.fits.items():
             if len(things) == 1:
-                single.setdefault((e, number), []).append(scene)
+                single.setdefault((expression, number), []).append(scene)
     for k in range(3 * len(scenes)):
         scene = scenes[k % len(scenes)]
         kind = rng.choice(("color", "shape", "size"))
         form = rng.choice(STATEMENT_FORMS[kind])
-        candidates = [e for e in EXPRESSIONS[form] if scene.count(e) == 1]
+        candidates = fitting_one(scene, form)
         if not candidates:
             continue
-        e = rng.choice(candidates)
-        value = getattr(scene.fits[e][0], kind)
-        named = e if kind == "size" else e._replace(**{kind: value})  # all that the statement says of the thing
+        expression = rng.choice(candidates)
+        value = getattr(scene.fits[expression][0], kind)
+        named = expression  # with all words that the statement says of the thing
+        if kind != "size":
+            named = expression._replace(**{kind: value})
         if not allowed(scene, [named]) or (value == "small" and rng.random() < 0.75):
             continue
-        other, absent = contrasting_scenes(scene, e, kind, single, same_number, rng)
+        other, absent = contrasting_scenes(scene, expression, kind, single, same_number, rng)
         if other is None or absent is None:
             continue
-        text = f"the {phrase(e)} is {value}"
+        text = f"the {phrase(expression)} is {value}"
         if kind == "shape":
-            text = f"the {phrase(e)} is {phrase(Expression(None, None, value), article=True)}"
+            text = f"the {phrase(expression)} is {phrase(Expression(None, None, value), article=True)}"
         for answer, picture in (("contradiction", other), ("entailment", scene), ("neutral", absent)):
             yield {
                 "id": f"{scene.split}/{k}/{answer}",
@@ -369,15 +387,22 @@ def entailment_lines(scenes):
             }
 
 
-def contrasting_scenes(scene, e, kind, single, same_number, rng):
-    """A scene in which the only thing that e fits has another value of `kind`, and one where e fits nothing.
+def contrasting_scenes(scene, expression, kind, single, same_number, rng):
+    """A scene where the only thing that the expression fits has another value of `kind`, and one where it fits nothing.
 
-    Both have as many things as `scene`, in which e fits one thing.   single, same_number: see `entailment_lines`.
+    Both have as many things as `scene`, where it fits one thing.   single, same_number: as in `entailment_lines`.
     """
     number = len(scene.things)
-    value = getattr(scene.fits[e][0], kind)
-    other = sample(rng, single[e, number], lambda candidate: getattr(candidate.fits[e][0], kind) != value)
-    absent = sample(rng, same_number[number], lambda candidate: candidate.count(e) == 0)
+    value = getattr(scene.fits[expression][0], kind)
+
+    def has_other_value(candidate):
+        return getattr(candidate.fits[expression][0], kind) != value
+
+    def has_none(candidate):
+        return candidate.count(expression) == 0
+
+    other = sample(rng, single[expression, number], has_other_value)
+    absent = sample(rng, same_number[number], has_none)
     return other, absent
 
 
@@ -387,26 +412,26 @@ def two_picture_lines(scenes):
     kind "one": "exactly one picture shows a red circle". Two left pictures, with and without one, meet two right
     ones. Neither picture alone tells anything.
     kind "more": "more circles on the left than on the right", and "fewer", of two pictures with n and n + 1 circles
-    (n = 0, 1 or 2) in both orders. One picture alone decides only where it shows none or three, in a third of the pairs.
+    (n = 0, 1 or 2) in both orders. One picture alone decides only if it shows none or three, in a third of the pairs.
     """
     rng = random.Random(scenes[0].key("statements of two"))
     by_count = {}  # {(expression, n): scenes with n things that it fits, n > 0}
     for scene in scenes:
-        for e, things in scene.fits.items():
-            by_count.setdefault((e, len(things)), []).append(scene)
+        for expression, things in scene.fits.items():
+            by_count.setdefault((expression, len(things)), []).append(scene)
     split = scenes[0].split
     for k in range(2 * len(scenes)):
         form = rng.choice(("color", "shape", "color shape"))
-        candidates = [e for e in EXPRESSIONS[form] if allowed(scenes[0], [e])]
+        candidates = [expression for expression in EXPRESSIONS[form] if allowed(scenes[0], [expression])]
         if not candidates:  # split "compose", and a form that names no pair
             candidates = [Expression(None, *rng.choice(HELD_OUT))]
-        e = rng.choice(candidates)
+        expression = rng.choice(candidates)
         if rng.random() < 0.5:
             kind = "one"
-            group = exactly_one_group(scenes, e, rng)
+            group = exactly_one_group(scenes, expression, rng)
         else:
             kind = "more"
-            group = more_or_fewer_group(scenes, by_count, e, rng)
+            group = more_or_fewer_group(scenes, by_count, expression, rng)
         if any(left is None or right is None or left is right for _, left, right, _ in group):
             continue
         for number, (text, left, right, label) in enumerate(group):
@@ -420,13 +445,20 @@ def two_picture_lines(scenes):
             }
 
 
-def exactly_one_group(scenes, e, rng):
+def exactly_one_group(scenes, expression, rng):
     """Four (text, left scene, right scene, label); a scene that was not found is None."""
-    text = f"exactly one picture shows {phrase(e, article=True)}"
-    left_with = sample(rng, scenes, lambda scene: scene.count(e) > 0, tries=200)
-    left_without = sample(rng, scenes, lambda scene: scene.count(e) == 0, tries=200)
-    right_with = sample(rng, scenes, lambda scene: scene.count(e) > 0, tries=200)
-    right_without = sample(rng, scenes, lambda scene: scene.count(e) == 0, tries=200)
+    text = f"exactly one picture shows {phrase(expression, article=True)}"
+
+    def has_one(scene):
+        return scene.count(expression) > 0
+
+    def has_none(scene):
+        return scene.count(expression) == 0
+
+    left_with = sample(rng, scenes, has_one, tries=200)
+    left_without = sample(rng, scenes, has_none, tries=200)
+    right_with = sample(rng, scenes, has_one, tries=200)
+    right_without = sample(rng, scenes, has_none, tries=200)
     return [
         (text, left_with, right_with, False),
         (text, left_with, right_without, True),
@@ -435,13 +467,13 @@ def exactly_one_group(scenes, e, rng):
     ]
 
 
-def more_or_fewer_group(scenes, by_count, e, rng):
+def more_or_fewer_group(scenes, by_count, expression, rng):
     """Four (text, left scene, right scene, label); a scene that was not found is None."""
     n = rng.choice((0, 1, 2))
-    pool = scenes if n == 0 else by_count.get((e, n), [])
-    fewer = sample(rng, pool, lambda scene: scene.count(e) == n)
-    more = sample(rng, by_count.get((e, n + 1), []), lambda scene: True)
-    end = f"{phrase(e, plural=True)} on the left than on the right"
+    pool = scenes if n == 0 else by_count.get((expression, n), [])
+    fewer = sample(rng, pool, lambda scene: scene.count(expression) == n)
+    more = sample(rng, by_count.get((expression, n + 1), []), lambda scene: True)
+    end = f"{phrase(expression, plural=True)} on the left than on the right"
     return [
         (f"more {end}", fewer, more, False),
         (f"more {end}", more, fewer, True),
@@ -460,17 +492,23 @@ def choice_lines(scene):
     rng = random.Random(scene.key("choices"))
     kind, form = rng.choice((("color", "shape"), ("shape", "color")))
     candidates = []
-    for e in EXPRESSIONS[form]:
-        if scene.count(e) == 1 and allowed(scene, [e], asked=scene.fits[e][0]):
-            candidates.append(e)
-    pairs = [e for e in EXPRESSIONS["color shape"] if (e.color, e.shape) not in HELD_OUT]
-    present = [e for e in pairs if scene.count(e) > 0]
-    absent = [e for e in pairs if scene.count(e) == 0]
+    for expression in fitting_one(scene, form):
+        if allowed(scene, [expression], asked=scene.fits[expression][0]):
+            candidates.append(expression)
+    present = []
+    absent = []
+    for pair in EXPRESSIONS["color shape"]:
+        if (pair.color, pair.shape) in HELD_OUT:
+            continue
+        if scene.count(pair) > 0:
+            present.append(pair)
+        else:
+            absent.append(pair)
     if not candidates or not present:
         return []
-    e = rng.choice(candidates)
-    thing = scene.fits[e][0]
-    choices = answer_choices(scene, e, kind, rng)
+    expression = rng.choice(candidates)
+    thing = scene.fits[expression][0]
+    choices = answer_choices(scene, expression, kind, rng)
     true = rng.choice(present)
     crossed = []  # expressions that share neither word with `true` and give three false reasons
     for other in absent:
@@ -485,7 +523,7 @@ def choice_lines(scene):
     line = {
         "id": f"{scene.split}/{scene.index}",
         "split": scene.split,
-        "text": f"what {kind} is the {phrase(e)}?",
+        "text": f"what {kind} is the {phrase(expression)}?",
         "choices": [choices[i] for i in choice_order],
         "label": choice_order.index(0),
         "reasons": [f"it is with {phrase(reasons[i], article=True)}" for i in reason_order],
@@ -495,12 +533,12 @@ def choice_lines(scene):
     return [line]
 
 
-def answer_choices(scene, e, kind, rng):
-    """The colour or shape of the thing that e fits, then three wrong ones: first those that the picture shows."""
-    right = getattr(scene.fits[e][0], kind)
+def answer_choices(scene, expression, kind, rng):
+    """The colour or shape of the thing, then three wrong ones: first of all those that the picture shows."""
+    right = getattr(scene.fits[expression][0], kind)
     wrong = []
     for word in list(COLORS) if kind == "color" else SHAPES:
-        named = e._replace(**{kind: word})
+        named = expression._replace(**{kind: word})
         if word != right and (named.color, named.shape) not in HELD_OUT:
             wrong.append(word)
     rng.shuffle(wrong)
@@ -539,21 +577,21 @@ def referring_lines(scene):
 def referring_expressions(scene):
     """{thing: {kind: texts}}; kinds as in `referring_lines`."""
     found = {thing: {} for thing in scene.things}
-    for e, things in scene.fits.items():
-        words = [name for name in e._fields if getattr(e, name) is not None]
-        if len(words) < 2 or not allowed(scene, [e]):
+    for expression, things in scene.fits.items():
+        words = [name for name in expression._fields if getattr(expression, name) is not None]
+        if len(words) < 2 or not allowed(scene, [expression]):
             continue
-        needed = [scene.count(e._replace(**{name: None})) > 1 for name in words]
+        needed = [scene.count(expression._replace(**{name: None})) > 1 for name in words]
         if len(things) == 1 and any(needed):
             kind = "words" if all(needed) else "spare"
-            found[things[0]].setdefault(kind, []).append(phrase(e))
+            found[things[0]].setdefault(kind, []).append(phrase(expression))
         for axis, before, after in (("x", "left of", "right of"), ("y", "above", "below")):
             if len(things) < 2:
                 continue
             ordered = sorted(things, key=lambda thing: getattr(thing, axis))
             offsets = [getattr(thing, axis) - MIDDLE for thing in ordered]
             if offsets[0] <= -MARGIN and offsets[1] >= MARGIN:
-                found[ordered[0]].setdefault("side", []).append(f"{phrase(e)} {before} the middle")
+                found[ordered[0]].setdefault("side", []).append(f"{phrase(expression)} {before} the middle")
             if offsets[-1] >= MARGIN and offsets[-2] <= -MARGIN:
-                found[ordered[-1]].setdefault("side", []).append(f"{phrase(e)} {after} the middle")
+                found[ordered[-1]].setdefault("side", []).append(f"{phrase(expression)} {after} the middle")
     return found

@@ -270,7 +270,7 @@ def scene_lines(scene):
 
 
 def vocabulary(pretrain_lines, scenes):
-    """The word pieces of the training texts of pretraining, and of the other tasks on a few scenes: these have all words.
+    """The word pieces of the training texts: all of pretraining, and those of the other tasks on a few scenes.
 
     There is one vocabulary for all tasks, so that a pretrained model can be fine-tuned on any.
     """
@@ -364,7 +364,7 @@ def main():
     return 0
 
 
-# ---- until data.py reads data sets by itself: then delete this section ------------------------------------------------
+# ---- until data.py reads data sets by itself: then delete this section -----------------------------------------------
 
 SCENES = COUNTS
 QUESTIONS = texts.QUESTIONS

@@ -29,7 +29,7 @@ WHERE = "(left of|right of|above|below)"
 OFFSETS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # x and y of the direction
 
 
-# ---- the oracle: reads a text back and evaluates it on the scene graph -------------------------------------------------
+# ---- the oracle: reads a text back and evaluates it on the scene graph -----------------------------------------------
 
 
 def matching(things, size, color, shape):
@@ -136,7 +136,7 @@ def graphs():
     return {split: [scenes.make_scene(0, split, i) for i in range(200)] for split in SPLITS}
 
 
-# ---- scene graphs, pictures and the imitated detector -------------------------------------------------------------------
+# ---- scene graphs, pictures and the imitated detector ----------------------------------------------------------------
 
 
 def test_a_scene_is_a_function_of_seed_split_and_index(graphs):
@@ -198,7 +198,7 @@ def test_the_imitated_detector_is_mostly_right():
     assert 0.8 < false / 300 < 1.2
 
 
-# ---- captions and questions --------------------------------------------------------------------------------------------
+# ---- captions and questions ------------------------------------------------------------------------------------------
 
 
 def test_captions_and_answers_are_true(graphs):
@@ -431,7 +431,7 @@ def test_referring_expressions_by_brute_force(drawn):
         assert len(targets) > 0.5 * len(drawn) and min(kinds.values()) > 0.1 * sum(kinds.values())
 
 
-# ---- the data set on disk ----------------------------------------------------------------------------------------------
+# ---- the data set on disk --------------------------------------------------------------------------------------------
 
 COUNTS = {"train": 60, "val": 10, "test": 20, "compose": 10}
 FIRST_ROW = {"train": 0, "val": 60, "test": 70, "compose": 90, "detected": 70}
