@@ -17,7 +17,6 @@ from prepare.scene_graph import (
     MIDDLE,
     NUMBERS,
     SHAPES,
-    SIDE,
     Expression,
     allowed,
     direction,
@@ -568,7 +567,6 @@ def referring_lines(scene):
             continue
         line = new_line(scene, number, kinds[0], rng.choice(texts[kinds[0]]))
         line["target"] = list(thing.box)
-        line["size"] = [SIDE, SIDE]
         line["features"] = f"boxes#{scene.row}"
         lines.append(line)
     return lines

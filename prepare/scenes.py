@@ -218,7 +218,7 @@ def make(folder, counts=None, seed=0):
 
 
 def write_regions(folder, pictures):
-    """A feature store, with the pictures' sizes beside it."""
+    """A feature store, with the pictures' sizes beside it: targets of refer are in pixels, boxes of a store in 0..1."""
     folder.mkdir(parents=True, exist_ok=True)
     data.write_store(folder, [(pictures, [])])
     np.save(folder / "sizes.npy", np.full((len(pictures), 2), SIDE, np.float64))  # (I, 2) width and height, pixels

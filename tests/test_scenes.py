@@ -495,6 +495,8 @@ def test_stores_hold_the_regions_of_each_picture(folder):
         detected.fields["objects"][:3], scenes.detect(scenes.make_scene(0, "train", 0))["objects"][:3]
     )
     assert "object_probs" not in true.fields
+    for name in ("regions", "boxes"):
+        assert (np.load(folder / name / "sizes.npy") == np.full((100, 2), 112)).all()
 
 
 def test_one_question_for_four_captions_in_pretraining(folder):
