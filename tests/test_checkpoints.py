@@ -28,6 +28,7 @@ import predict
 import train
 import uniter
 import vilbert
+import weights
 from common import UserError
 
 REFERENCE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[2] / "shared" / "reference")
@@ -787,6 +788,22 @@ def test_two_heads_with_one_official_name_are_refused(model, heads):
         formats.export_official(model, state)
 
 
+def test_a_model_without_official_names_works_with_its_own_checkpoints(tmp_path):
+    """A fourth model has no row in formats.FORMATS."""
+    state = make("uniter")
+    args = options(tmp_path / "own.pt", "fourth")
+    content = {"model": "fourth", "config": {}, "state": state, "tokenizer": "", "answers": []}
+    checkpoints.save(content, tmp_path / "own.pt")
+    loaded = checkpoints.load_weights(args)
+    found, report = checkpoints.fit_state_dict(args, make("uniter"), loaded, [])
+    assert all(torch.equal(found[name], state[name]) for name in state) and report.random_heads == []
+    torch.save(bert_state(layers=1), tmp_path / "bert.bin")
+    with pytest.raises(UserError, match="fourth has no official names"):
+        checkpoints.load_weights(options(tmp_path / "bert.bin", "fourth"))
+    with pytest.raises(UserError, match="fourth has no official names"):
+        formats.export_official("fourth", state)
+
+
 # ---- safetensors ---------------------------------------------------------------------------------------------------
 
 
@@ -822,7 +839,7 @@ def test_a_damaged_safetensors_file_is_refused_in_one_line_with_its_name(what, t
     pytest.importorskip("safetensors")
     (tmp_path / "x.safetensors").write_bytes(DAMAGED[what])
     with pytest.raises(UserError, match="x.safetensors: not a safetensors file, or damaged") as stop:
-        checkpoints.read_safetensors(tmp_path / "x.safetensors")
+        weights.read_safetensors(tmp_path / "x.safetensors")
     assert "\n" not in str(stop.value)
 
 
@@ -830,7 +847,7 @@ def test_without_the_safetensors_package_the_message_says_how_to_install_it(tmp_
     (tmp_path / "x.safetensors").write_bytes(safetensors({"a": tensor()}))
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(UserError, match="pip install safetensors"):
-        checkpoints.read_safetensors(tmp_path / "x.safetensors")
+        weights.read_safetensors(tmp_path / "x.safetensors")
 
 
 # ---- wrong files ---------------------------------------------------------------------------------------------------
