@@ -3,6 +3,9 @@
     save_checkpoint, load_checkpoint    our own checkpoints, with all that a run needs to go on
     load_weights                        the file of --init: our own, BERT's, an official one, or one of Hugging Face
     fit_state_dict                      weights into a model: rename, resize, compare shapes, report
+    export_hugging_face                 a folder for transformers' from_pretrained
+
+weights.py reads files, formats.py knows the names and sizes of published checkpoints.
 
 A state dict is {parameter name: tensor}. "Official" names are those of the authors' released checkpoints.
 """
@@ -333,9 +336,7 @@ class Report:
     resized: list = field(default_factory=list)
     at_random: list = field(default_factory=list)
     ignored: list = field(default_factory=list)
-    new_answers: list = field(
-        default_factory=list
-    )  # answers of the model that the file does not know; their rows start at 0
+    new_answers: list = field(default_factory=list)  # answers that the file does not know: their rows start at 0
 
     @property
     def random_heads(self):
@@ -384,7 +385,7 @@ def fit_state_dict(args, own, checkpoint, answers):
         state = move_answers(state, own, checkpoint["answers"], answers, report)
         state = widen_text_types(state, own, args.tasks, report)
         state = make_rank_head(state, own)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{args.init}: {str(error).splitlines()[0]}") from None
     loaded = names_that_fit(state, own)
     report.loaded = sorted(loaded)

@@ -60,7 +60,8 @@ def match_teacher(run, checkpoint):
 
 def check_same_rows(run, name):
     """UserError if the teacher reads the rows of this objective's batches in another way than the student."""
-    student, teacher = run.paper, run.teacher_paper
+    student = run.paper
+    teacher = run.teacher_paper
     same = True
     if name == "vcr":
         same = student.VCR_TYPES == teacher.VCR_TYPES
@@ -89,7 +90,8 @@ def why_not_comparable(run, name, teacher_tasks):
     if name == "caption" and name not in teacher_tasks:  # its head is that of masked words
         return "the teacher was not trained for it"
     if "object_probs" in run.paper.OBJECTIVES[name].fields:
-        student, teacher = output_width(run.model.heads[heads[0]]), output_width(run.teacher.heads[heads[0]])
+        student = output_width(run.model.heads[heads[0]])
+        teacher = output_width(run.teacher.heads[heads[0]])
         if student != teacher:  # one counts background as a class and the other does not
             return f"the student has {student} region classes, the teacher {teacher}"
     return None
