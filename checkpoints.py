@@ -3,6 +3,9 @@
     save_checkpoint, load_checkpoint    our own checkpoints, with all that a run needs to go on
     load_weights                        the file of --init: our own, BERT's, an official one, or one of Hugging Face
     fit_state_dict                      weights into a model: rename, resize, compare shapes, report
+    export_hugging_face                 a folder for transformers' from_pretrained
+
+weights.py reads files, formats.py knows the names and sizes of published checkpoints.
 
 A state dict is {parameter name: tensor}. "Official" names are those of the authors' released checkpoints.
 """
@@ -10,8 +13,6 @@ A state dict is {parameter name: tensor}. "Official" names are those of the auth
 import hashlib
 import json
 import os
-import re
-import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ import formats
 import lxmert
 import uniter
 import vilbert
+import weights
 from common import UserError, print0, rank_and_world
 
 # ---- the table of models -----------------------------------------------------------------------------------------
@@ -91,6 +93,7 @@ def save_checkpoint(run, name):
     content = {
         "model": run.args.model,
         "task": run.args.task,
+        "tasks": run.args.tasks,
         "config": config,
         "state": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -139,7 +142,7 @@ def is_checkpoint(content):
 
 def load_checkpoint(path):
     """A checkpoint of `save_checkpoint`, on the CPU. UserError if it is missing, damaged or something else."""
-    content = read_torch(Path(path))
+    content = weights.read_torch(Path(path))
     if not is_checkpoint(content):
         raise UserError(f"{path}: not a checkpoint of train.py (it lacks model, config, state, tokenizer or answers)")
     return content
@@ -166,19 +169,8 @@ def load_latest(folder):
 
 
 # Options that change what a run computes. The others, as --steps, --device and --log-every, may change on --resume.
-RESULT_OPTIONS = (
-    "seed",
-    "batch_size",
-    "lr",
-    "warmup",
-    "weight_decay",
-    "clip",
-    "mask",
-    "temperature",
-    "ablate",
-    "limit",
-)
-RESULT_OPTIONS += ("mine", "patch", "grid", "teacher", "distill")
+RESULT_OPTIONS = ("seed", "batch_size", "lr", "warmup", "weight_decay", "clip", "mask", "temperature", "ablate")
+RESULT_OPTIONS += ("limit", "mine", "patch", "grid", "teacher", "distill")
 
 
 def fingerprint(run):
@@ -232,57 +224,7 @@ def hash_data(dataset):
 
 # ---- other people's files ----------------------------------------------------------------------------------------
 
-# keys under which codes put the state dict, the plain weights before their moving average
-STATE_KEYS = ("state", "model_state", "model_state_dict", "state_dict", "model", "module", "net", "network")
-STATE_KEYS += ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema", "shadow")
-# what DistributedDataParallel, torch.compile, Lightning and averaging put before a parameter's name
-WRAPPERS = ("module.", "_orig_mod.", "model.", "ema_model.", "ema.")
-WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face folder
 CONFIG_VALUES = {"model_type": ("bert", "lxmert"), "hidden_act": ("gelu",)}  # what a config.json may say, if it does
-
-
-def read_torch(path):
-    """What torch.save wrote, on the CPU, without running any code that the file may hold. UserError where it cannot."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # a failure is one line
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 (bytes that are no weights end in nearly every kind of error)
-        objects = re.findall(r"GLOBAL (\S+) was not", str(error))
-        if objects:
-            raise UserError(
-                f"{path}: holds more than weights, an object {objects[0]}; save the state dict alone with "
-                "torch.save(model.state_dict(), FILE)"
-            ) from None
-        raise UserError(f"{path}: no weights, damaged, or more than weights ({type(error).__name__})") from None
-
-
-def read_safetensors(path):
-    """{name: tensor} of a safetensors file, by the package of that name. UserError where it cannot."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        from safetensors import torch as safetensors_torch  # optional: this kind of file alone needs it
-    except ImportError:
-        raise UserError(f"{path}: reading it takes a package; pip install safetensors") from None
-    try:
-        return safetensors_torch.load_file(path)
-    except Exception as error:  # noqa: BLE001 (its own error class, and those of Python for odd headers)
-        raise UserError(f"{path}: not a safetensors file, or damaged ({error})") from None
-
-
-def read_json(path, kind):
-    """A JSON file's content, None where there is no file. UserError if it is no JSON or no `kind` (dict, list)."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, kind):
-        raise UserError(f"{path}: holds no {kind.__name__}")
-    return content
 
 
 def load_weights(args):
@@ -294,13 +236,13 @@ def load_weights(args):
 
     UserError for anything else, for another model's weights and for numbers that are not finite.
     """
-    path = find_weights(Path(args.init))
-    content = read_weights(path)
-    state = find_state_dict(path, content)
-    check_finite(path, state)
+    path = weights.find_weights(Path(args.init))
+    content = weights.read_weights(path)
+    state = weights.find_state_dict(path, content)
+    weights.check_finite(path, state)
     if is_checkpoint(content):
         return content
-    state = strip_wrappers(path, state)
+    state = weights.strip_wrappers(path, state)
     kind = kind_of(state)
     if kind not in ("BERT", args.model):
         raise UserError(f"{path}: holds weights of {kind}, which do not fit --model {args.model}")
@@ -329,86 +271,21 @@ def load_weights(args):
     }
 
 
-def find_weights(path):
-    """The weights file of a folder, or the index file of one in several parts. A file is itself."""
-    if not path.is_dir():
-        return path
-    for name in WEIGHTS_FILES:
-        for candidate in (path / name, path / f"{name}.index.json"):
-            if candidate.is_file():
-                return candidate
-    raise UserError(f"{path}: a folder without {' or '.join(WEIGHTS_FILES)}; give the file")
-
-
-def read_weights(path):
-    """The content of a weights file. Of an index file: {name: tensor} of all its parts."""
-    if path.name.endswith(".index.json"):
-        return read_parts(path)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    return read_torch(path)
-
-
-def read_parts(index):
-    """{name: tensor} of the files that an index file names: {"weight_map": {name: file}}. UserError if one is missing."""
-    content = read_json(index, dict) or {}
-    files = content.get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise UserError(f"{index}: has no weight_map that names the files of its tensors")
-    tensors = {}
-    for file in sorted(set(map(str, files.values()))):
-        if Path(file).name != file or file.endswith(".json"):
-            raise UserError(f"{index}: {file} is no weights file of its own folder")
-        part = read_weights(index.with_name(file))
-        if isinstance(part, dict):
-            tensors.update(part)
-    missing = [name for name in files if name not in tensors]
-    if missing:
-        raise UserError(f"{index}: {len(missing)} tensors are in none of its files, the first is {missing[0]}")
-    return tensors
-
-
-def find_state_dict(path, content):
-    """The tensors of a file's content, {name: tensor}, under any chain of STATE_KEYS. UserError if there is none."""
-    state = content
-    for _ in range(10):  # a dict may hold itself
-        for key in STATE_KEYS:
-            if isinstance(state, dict) and isinstance(state.get(key), dict):
-                state = state[key]
-                break
-    tensors = {}
-    if isinstance(state, dict):
-        for name, tensor in state.items():
-            if isinstance(name, str) and isinstance(tensor, torch.Tensor):
-                tensors[name] = tensor
-    usable = all(tensor.layout == torch.strided and not tensor.is_meta for tensor in tensors.values())
-    if not tensors or not usable:
-        raise UserError(f"{path}: holds no weights; give a checkpoint, a state dict or a safetensors file")
-    return tensors
-
-
-def check_finite(path, state):
-    """UserError if a tensor holds NaN or infinity."""
-    wrong = []
-    for name, tensor in state.items():
-        # a sum is finite only if all its numbers are, and costs no memory
-        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
-            wrong.append(name)
-    if wrong:
-        raise UserError(f"{path}: {len(wrong)} tensors hold NaN or infinity, the first is {wrong[0]}")
-
-
-def strip_wrappers(path, state):
-    """A state dict without the WRAPPERS before its names. UserError if two tensors then have one name."""
-    plain = {}
-    for name, tensor in state.items():
-        short = name.replace("_orig_mod.", "")  # torch.compile of a part puts it inside a name
-        while short.startswith(WRAPPERS):
-            short = short.split(".", 1)[1]
-        if short in plain:
-            raise UserError(f"{path}: holds {short} twice, as plain and as averaged weights; save one of the two")
-        plain[short] = tensor
-    return plain
+def export_hugging_face(checkpoint, folder):
+    """Writes a checkpoint as a folder that transformers' `from_pretrained` loads: config.json, the weights, the
+    tokenizer, and the answers as all_ans.json. UserError for models that transformers lacks."""
+    folder = Path(folder)
+    state, config = formats.export_hugging_face(checkpoint["model"], checkpoint["config"], checkpoint["state"])
+    tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
+    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    lowercase = '"lowercase":true' in checkpoint["tokenizer"]
+    described = {"tokenizer_class": "LxmertTokenizer", "do_lower_case": lowercase}
+    save(state, folder / "pytorch_model.bin")
+    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    write_text(folder / "tokenizer_config.json", json.dumps(described) + "\n")
+    write_text(folder / "tokenizer.json", checkpoint["tokenizer"])
+    write_text(folder / "vocab.txt", "".join(f"{piece}\n" for piece, _ in pieces))
+    write_text(folder / "all_ans.json", json.dumps(checkpoint["answers"]) + "\n")
 
 
 def kind_of(state):
@@ -421,7 +298,7 @@ def kind_of(state):
 
 def read_config(path):
     """A config.json, {} where there is none. UserError if it is another architecture's."""
-    config = read_json(path, dict) or {}
+    config = weights.read_json(path, dict) or {}
     for key, known in CONFIG_VALUES.items():
         if key in config and config[key] not in known:
             raise UserError(f"{path}: {key} is {config[key]!r}, must be {' or '.join(known)}")
@@ -441,7 +318,7 @@ def answers_beside(path):
     for name in ("all_ans.json", "trainval_label2ans.json"):
         if path.with_name(name).is_file():
             answers = []
-            for entry in read_json(path.with_name(name), list):
+            for entry in weights.read_json(path.with_name(name), list):
                 answers.append(entry["ans"] if isinstance(entry, dict) else entry)
             return answers
     return []
@@ -459,9 +336,7 @@ class Report:
     resized: list = field(default_factory=list)
     at_random: list = field(default_factory=list)
     ignored: list = field(default_factory=list)
-    new_answers: list = field(
-        default_factory=list
-    )  # answers of the model that the file does not know; their rows start at 0
+    new_answers: list = field(default_factory=list)  # answers that the file does not know: their rows start at 0
 
     @property
     def random_heads(self):
@@ -510,7 +385,7 @@ def fit_state_dict(args, own, checkpoint, answers):
         state = move_answers(state, own, checkpoint["answers"], answers, report)
         state = widen_text_types(state, own, args.tasks, report)
         state = make_rank_head(state, own)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{args.init}: {str(error).splitlines()[0]}") from None
     loaded = names_that_fit(state, own)
     report.loaded = sorted(loaded)

@@ -1,155 +1,234 @@
-"""distill.py: how a student is matched to a teacher."""
+"""distill.py: a student learns from a trained teacher, beside its own objectives. The losses are in common.py.
+
+    --distill logits       the teacher's logits as soft labels (Hinton 2015), for objectives that both models have
+    --distill attention    its attention maps (MiniLM, TinyBERT), of layers that both have
+    --distill hidden       its hidden states (TinyBERT), through a learned projection to the teacher's width
+
+Student and teacher may be different models. What they have in common is read from their tables of objectives and from
+the names of the maps and states that their `encode` records.
+"""
 
 import torch
+from torch import nn
 
 import checkpoints
 import common
 import tasks
+from common import UserError
 
 DISTILLATION = {"logits": (), "attention": ("attention_kl", "attention_mse"), "hidden": ("hidden",)}  # and their losses
 
 
 def read_teacher(run, checkpoint):
-    """Sets run.teacher, in eval mode, without gradients, from its checkpoint; it may be another of the three models.
-
-    UserError if it has seen other features."""
+    """Sets run.teacher, in eval mode and without gradients, from its checkpoint. UserError if it has seen other features."""
     args = run.args
     run.teacher_paper = checkpoints.MODELS[checkpoint["model"]]
     config = run.teacher_paper.Config(**checkpoint["config"])
     width = run.splits["train"].store.width
     if config.feature_size != width:
-        raise common.UserError(
-            f"{args.teacher}: trained on features of width {config.feature_size}, {args.data} has {width}"
-        )
+        raise UserError(f"{args.teacher}: trained on features of width {config.feature_size}, {args.data} has {width}")
     run.teacher = run.teacher_paper.MODEL(config).to(run.device).eval().requires_grad_(False)
     run.teacher.load_state_dict(checkpoint["state"])
 
 
 def match_teacher(run, checkpoint):
-    """Sets run.soft, the objectives whose scores the teacher has too: those over classes, choices or regions.
+    """Sets run.soft, the objectives whose logits the student learns, and prints which are left out and why.
 
-    Says which are left out. UserError where it cannot read this run's batches, or where nothing is left."""
-    args, why = run.args, {}
-    own, their, config = run.paper, run.teacher_paper, run.teacher.config
-    triplets = {getattr(c, "nlvr2", "") == "triplet" for c in (run.model.config, config)}  # two pictures in one row
-    unlike = {"vcr": own.VCR_TYPES != their.VCR_TYPES, "rank": own.NEGATIVES != their.NEGATIVES}
-    unlike["nlvr2"] = len(triplets) > 1
-    for name in run.objectives:
-        head = tasks.heads_for(their, [name])
-        if unlike.get(name):
-            raise common.UserError(
-                f"{args.teacher}: reads the rows of {name} in another way than {args.model}; take one that agrees"
-            )
-        if config.types < their.text_types([name]):
-            raise common.UserError(
-                f"{args.teacher}: has too few text types for {name}; train it for --task {args.task} first"
-            )
-        if name in ("wra", "nce"):
-            why[name] = "it has no scores of classes"
-        elif not head or not {*head} <= {*config.heads} or (name == "caption" and name not in checkpoint["task"]):
-            why[name] = "the teacher was not trained for it"
-        elif name in ("mrc", "mrc_kl") and (checkpoint["model"] == "lxmert") != (args.model == "lxmert"):
-            why[name] = "LXMERT's region classes have no background"
-    run.soft = tuple(name for name in run.objectives if name not in why)
+    UserError where the teacher cannot read this run's batches, or where nothing is left.
+    """
+    args = run.args
     wanted = args.distill.split(",")
     if "caption" in run.objectives and wanted != ["logits"]:
-        raise common.UserError(
+        raise UserError(
             "--distill: captions are read from left to right, which records no attention or states; use logits"
         )
-    if "logits" in wanted and not run.soft:
-        raise common.UserError(
-            f"{args.teacher}: no scores to learn from: " + "; ".join(f"{n}: {reason}" for n, reason in why.items())
+    left_out = {}  # objective: reason
+    for name in run.objectives:
+        check_same_rows(run, name)
+        reason = why_not_comparable(run, name, checkpoint["task"].split(","))
+        if reason:
+            left_out[name] = reason
+    run.soft = tuple(name for name in run.objectives if name not in left_out)
+    if "logits" not in wanted:
+        return
+    if not run.soft:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise UserError(f"{args.teacher}: no logits to learn from: {reasons}")
+    for name, reason in left_out.items():
+        common.print0(f"teacher  logits of {name} are not distilled: {reason}")
+
+
+def check_same_rows(run, name):
+    """UserError if the teacher reads the rows of this objective's batches in another way than the student."""
+    student = run.paper
+    teacher = run.teacher_paper
+    same = True
+    if name == "vcr":
+        same = student.VCR_TYPES == teacher.VCR_TYPES
+    elif name == "rank":
+        same = student.NEGATIVES == teacher.NEGATIVES
+    elif name == "nlvr2":  # both pictures in one row, or one picture a row
+        joined = [getattr(model.config, "nlvr2", "") == "triplet" for model in (run.model, run.teacher)]
+        same = joined[0] == joined[1]
+    if not same:
+        raise UserError(
+            f"{run.args.teacher}: reads the rows of {name} in another way than {run.args.model}; take one that agrees"
         )
-    for name, reason in why.items() if "logits" in wanted else ():
-        common.print0(f"teacher  scores of {name} are not distilled: {reason}")
+    if run.teacher.config.types < teacher.text_types([name]):
+        raise UserError(
+            f"{run.args.teacher}: has too few text types for {name}; train it for --task {run.args.task} first"
+        )
+
+
+def why_not_comparable(run, name, teacher_tasks):
+    """Why the logits of an objective cannot be distilled, None if they can: both must have logits over one set of classes."""
+    heads = tasks.heads_for(run.teacher_paper, [name])
+    if name in ("wra", "nce"):
+        return "it has no logits of classes"
+    if not heads or heads[0] not in run.teacher.config.heads:
+        return "the teacher was not trained for it"
+    if name == "caption" and name not in teacher_tasks:  # its head is that of masked words
+        return "the teacher was not trained for it"
+    if "object_probs" in run.paper.OBJECTIVES[name].fields:
+        student = output_width(run.model.heads[heads[0]])
+        teacher = output_width(run.teacher.heads[heads[0]])
+        if student != teacher:  # one counts background as a class and the other does not
+            return f"the student has {student} region classes, the teacher {teacher}"
+    return None
+
+
+def output_width(head):
+    """How many logits a head computes: the rows of its last linear layer."""
+    return [module for module in head.modules() if isinstance(module, nn.Linear)][-1].out_features
 
 
 def distillation_losses(run, names):
-    """The losses that the teacher adds to these objectives': NAME_soft for scores, and those of DISTILL."""
+    """The losses that the teacher adds to these objectives': NAME_soft for logits, and those of DISTILLATION."""
     if run.teacher is None:
         return []
+    losses = []
     wanted = run.args.distill.split(",")
-    soft = [f"{name}_soft" for name in names if name in run.soft and "logits" in wanted]
-    return soft + [name for part in wanted for name in DISTILLATION[part]]
+    if "logits" in wanted:
+        losses += [f"{name}_soft" for name in names if name in run.soft]
+    for part in wanted:
+        losses += DISTILLATION[part]
+    return losses
+
+
+def forward_with_teacher(run, batch, names):
+    """The model's {objective: (loss, logits)}, and beside them the losses of `distillation_losses`, each with None."""
+    wanted = run.args.distill.split(",")
+    record = wanted != ["logits"]
+    # objectives that encode the batch themselves need no encoding
+    encodes = record or not all(run.paper.OBJECTIVES[name].encodes for name in names)
+    student = run.model.encode(batch, record=record) if encodes else None
+    parts = {name: run.paper.OBJECTIVES[name].loss(run.model, student, batch) for name in names}
+    teacher_logits = {}
+    with torch.no_grad():
+        teacher = run.teacher.encode(batch, record=record) if encodes else None
+        for name in names:
+            if "logits" in wanted and name in run.soft:
+                _, teacher_logits[name] = run.teacher_paper.OBJECTIVES[name].loss(run.teacher, teacher, batch)
+    for name, logits in teacher_logits.items():
+        parts[f"{name}_soft"] = soft_loss(name, parts[name][1], logits, batch), None
+    if "attention" in wanted:
+        kl, mse = attention_losses(run, student, teacher, batch)
+        parts["attention_kl"] = kl, None
+        parts["attention_mse"] = mse, None
+    if "hidden" in wanted:
+        parts["hidden"] = hidden_loss(run, student, teacher, batch), None
+    return parts
+
+
+def soft_loss(name, student, teacher, batch):
+    """`common.soft_label_loss` of an objective's logits, (M, K) or (rows,)."""
+    if name == "mrfr":  # features are no classes: their squared difference counts
+        student = student.flatten()  # (M, F) -> (M F,)
+        teacher = teacher.flatten()
+    elif student.ndim == 1:  # one logit a row: the rows of one example are the classes
+        student = student.view(len(batch.ids), -1)  # (rows,) -> (B, choices)
+        teacher = teacher.view(len(batch.ids), -1)
+    return common.soft_label_loss(student, teacher)
+
+
+def attention_losses(run, student, teacher, batch):
+    """(kl, mse) of `common.attention_loss`, each the mean over the maps that both models have."""
+    kl_losses = []
+    mse_losses = []
+    for kind, own, other in layer_pairs(student.maps, teacher.maps):
+        # the last part of a kind: "text_to_regions", or "text", whose queries and keys are of one sequence
+        queries, _, keys = kind.rsplit(".", 1)[-1].partition("_to_")
+        length = min(own.shape[2], other.shape[2])  # without ViLBERT's whole image, if one model lacks it
+        context = min(own.shape[3], other.shape[3])
+        own = own[:, :, -length:, -context:]  # (B, H, T, S)
+        other = other[:, :, -length:, -context:]  # (B, H', T, S)
+        query_mask = real_positions(batch, queries, length)
+        key_mask = real_positions(batch, keys or queries, context)
+        try:
+            kl, mse = common.attention_loss(own, other, query_mask, key_mask)
+        except ValueError as error:  # numbers of heads
+            raise UserError(f"--distill attention: {error}; choose others by --config") from None
+        kl_losses.append(kl)
+        mse_losses.append(mse)
+    if not kl_losses:
+        raise UserError(
+            f"--distill attention: no map of {run.args.model} is one of {run.args.teacher}; use logits,hidden"
+        )
+    return sum(kl_losses) / len(kl_losses), sum(mse_losses) / len(mse_losses)
+
+
+def hidden_loss(run, student, teacher, batch):
+    """`common.hidden_loss`, mean over the states that both models have; where there are none, over their last states."""
+    pairs = list(layer_pairs(student.states, teacher.states))
+    if not pairs:
+        pairs = [("text", student.text, teacher.text), ("regions", student.regions, teacher.regions)]
+    losses = []
+    for kind, own, other in pairs:
+        projection = run.model.heads["hidden"]["regions" if "regions" in kind else "text"]
+        length = min(own.shape[1], other.shape[1])
+        mask = real_positions(batch, sequence_of(kind), length)
+        losses.append(common.hidden_loss(projection(own)[:, -length:], other[:, -length:], mask))  # (B, S, C)
+    return sum(losses) / len(losses)
+
+
+def layer_pairs(student, teacher):
+    """(kind, student's layer, teacher's layer) of every kind of recorded map or state that both have, by
+    `common.layer_map`."""
+    student = group_by_kind(student)
+    teacher = group_by_kind(teacher)
+    pairs = []
+    for kind, layers in student.items():
+        if kind in teacher:
+            places = common.layer_map(len(layers), len(teacher[kind]))
+            for layer, place in zip(layers, places, strict=True):
+                pairs.append((kind, layer, teacher[kind][place]))
+    return pairs
 
 
 def group_by_kind(recorded):
     """Recorded maps or states {"cross.0.text": x, ...} as {"cross.text": [x of layer 0, x of layer 1, ...], ...}."""
     kinds = {}
     for name, x in recorded.items():
-        kinds.setdefault(".".join(part for part in name.split(".") if not part.isdigit()), []).append(x)
+        kind = ".".join(part for part in name.split(".") if not part.isdigit())
+        kinds.setdefault(kind, []).append(x)
     return kinds
 
 
-def layer_pairs(student, teacher):
-    """(kind, student's layer, teacher's layer) of every kind that both have, by `common.layer_map`."""
-    student, teacher = group_by_kind(student), group_by_kind(teacher)
-    for kind in student:
-        if kind in teacher:
-            for own, i in zip(student[kind], common.layer_map(len(student[kind]), len(teacher[kind])), strict=True):
-                yield kind, own, teacher[kind][i]
+def sequence_of(kind):
+    """Whose states a kind records: "text", "regions", or "both" where one sequence holds both."""
+    for sequence in ("text", "regions"):
+        if sequence in kind:
+            return sequence
+    return "both"
 
 
-def real_positions(batch, side, length):
+def real_positions(batch, sequence, length):
     """(B, length) bool, True = real, for positions of "text", of "regions", or both. ViLBERT's sequences begin with
     one more position, the whole image."""
-    masks = {"text": batch.text_mask, "regions": batch.region_mask}
-    mask = masks[side] if side in masks else torch.cat([batch.text_mask, batch.region_mask], 1)
-    return torch.nn.functional.pad(mask, (length - mask.shape[1], 0), value=True)
-
-
-def forward_with_teacher(run, batch, names):
-    """The model's {objective: (loss, scores)}, and beside them the losses of `distillation_losses`, each with None.
-
-    Layers that both have are matched by `common.layer_map`; two architectures without a kind of map in common share no
-    attention, and where no kind of state is common, the last states of words and regions are compared.
-    """
-    wanted = run.args.distill.split(",")
-    record = wanted != ["logits"]
-    alone = not record and all(run.paper.OBJECTIVES[name].encodes for name in names)
-    student = None if alone else run.model.encode(batch, record=record)
-    parts = {name: run.paper.OBJECTIVES[name].loss(run.model, student, batch) for name in names}
-    with torch.no_grad():
-        teacher = None if alone else run.teacher.encode(batch, record=record)
-        theirs = {
-            n: run.teacher_paper.OBJECTIVES[n].loss(run.teacher, teacher, batch)[1] for n in names if n in run.soft
-        }
-    if "logits" in wanted:
-        for name, scores in theirs.items():
-            pair = parts[name][1], scores
-            if name == "mrfr":  # features are no classes
-                pair = [x.flatten() for x in pair]
-            if name in ("vcr", "rank"):  # (rows,) -> (groups, rows of one): the classes are the choices
-                pair = [x.view(len(batch.ids), -1) for x in pair]
-            parts[f"{name}_soft"] = common.soft_label_loss(*pair), None
-    if "attention" in wanted:
-        losses = []
-        for kind, own, other in layer_pairs(student.maps, teacher.maps):
-            asks, _, answers = kind.rsplit(".", 1)[-1].partition("_to_")
-            t, s = (min(a, b) for a, b in zip(own.shape[2:], other.shape[2:], strict=True))
-            own, other = own[:, :, -t:, -s:], other[:, :, -t:, -s:]  # without ViLBERT's whole image, if one lacks it
-            try:
-                losses.append(
-                    common.attention_loss(
-                        own, other, real_positions(batch, asks, t), real_positions(batch, answers or asks, s)
-                    )
-                )
-            except ValueError as error:  # numbers of heads
-                raise common.UserError(f"--distill attention: {error}; choose others by --config") from None
-        if not losses:
-            raise common.UserError(
-                f"--distill attention: no map of {run.args.model} is one of {run.args.teacher}; use logits,hidden"
-            )
-        for name, values in zip(DISTILLATION["attention"], zip(*losses, strict=True), strict=True):
-            parts[name] = sum(values) / len(values), None
-    if "hidden" in wanted:
-        pairs = list(layer_pairs(student.states, teacher.states))
-        pairs = pairs or [("text", student.text, teacher.text), ("regions", student.regions, teacher.regions)]
-        losses = []
-        for kind, own, other in pairs:
-            own = run.model.heads["hidden"]["regions" if "regions" in kind else "text"](own)
-            s = min(own.shape[1], other.shape[1])
-            side = next((side for side in ("text", "regions") if side in kind), "both")
-            losses.append(common.hidden_loss(own[:, -s:], other[:, -s:], real_positions(batch, side, s)))
-        parts["hidden"] = sum(losses) / len(losses), None
-    return parts
+    if sequence == "text":
+        mask = batch.text_mask
+    elif sequence == "regions":
+        mask = batch.region_mask
+    else:
+        mask = torch.cat([batch.text_mask, batch.region_mask], 1)  # (B, T + N)
+    return nn.functional.pad(mask, (length - mask.shape[1], 0), value=True)

@@ -326,6 +326,57 @@ def lxmert_to_hugging_face(state):
     return out
 
 
+def lxmert_hugging_face_config(config, heads):
+    """The config.json of transformers' LXMERT for a Config with these heads, which also choose its class.
+
+    LxmertForPreTraining takes whatever pretraining heads there are if masked words and matching are among them;
+    LxmertForQuestionAnswering takes one answer head; LxmertModel is the trunk alone.
+    """
+    if {"mlm", "itm"} <= set(heads):
+        architecture = "LxmertForPreTraining"
+    elif {"vqa", "qa", "ve"} & set(heads):
+        architecture = "LxmertForQuestionAnswering"
+    else:
+        architecture = "LxmertModel"
+    answers = 3 if "ve" in heads else config["answers"]
+    return {
+        "architectures": [architecture],
+        "model_type": "lxmert",
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden"],
+        "num_attention_heads": config["attention_heads"],
+        "intermediate_size": config["intermediate"],
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": config["dropout"],
+        "attention_probs_dropout_prob": config["dropout"],
+        "max_position_embeddings": config["max_positions"],
+        "type_vocab_size": config["types"],
+        "l_layers": config["language_layers"],
+        "r_layers": config["relation_layers"],
+        "x_layers": config["cross_layers"],
+        "visual_feat_dim": config["feature_size"],
+        "visual_pos_dim": 4,
+        "num_qa_labels": answers,
+        "num_object_labels": config["classes"] - 1,  # ours counts background
+        "num_attr_labels": config["attributes"],
+        "task_mask_lm": "mlm" in heads,
+        "task_matched": "itm" in heads,
+        "task_obj_predict": bool({"mrc", "attr", "mrfr"} & set(heads)),
+        "task_qa": "qa" in heads,
+        "visual_obj_loss": "mrc" in heads,
+        "visual_attr_loss": "attr" in heads,
+        "visual_feat_loss": "mrfr" in heads,
+    }
+
+
+# beginnings of the names that each class of transformers has
+LXMERT_HUGGING_FACE_HEADS = {
+    "LxmertForPreTraining": ("lxmert.", "cls.", "obj_predict_head.", "answer_head."),
+    "LxmertForQuestionAnswering": ("lxmert.", "answer_head."),
+    "LxmertModel": ("lxmert.",),
+}
+
+
 def lxmert_from_official(state, names):
     """An official or Hugging Face state dict under our names, see `names_to_ours`. Accepts the prefixes `module.` and
     `lxrt_encoder.model.` and TF's gamma and beta."""
@@ -477,12 +528,20 @@ class Format:
     from_official: Callable  # official state dict, our names -> our state dict, unexpected names
     from_bert: tuple  # beginnings of our names whose tensors BERT's weights must supply
     sizes_of: Callable  # state dict, config.json -> fields of the model's Config
+    hugging_face: tuple = ()  # where transformers has the model: to its names, to its config, names of each class
 
 
 FORMATS = {
     "uniter": Format("img_embeddings.", uniter_to_official, uniter_from_official, UNITER_FROM_BERT, uniter_sizes_of),
     "vilbert": Format("v_embeddings.", vilbert_to_official, vilbert_from_official, VILBERT_FROM_BERT, vilbert_sizes_of),
-    "lxmert": Format("visn_fc.", lxmert_to_official, lxmert_from_official, LXMERT_FROM_BERT, lxmert_sizes_of),
+    "lxmert": Format(
+        "visn_fc.",
+        lxmert_to_official,
+        lxmert_from_official,
+        LXMERT_FROM_BERT,
+        lxmert_sizes_of,
+        (lxmert_to_hugging_face, lxmert_hugging_face_config, LXMERT_HUGGING_FACE_HEADS),
+    ),
 }
 
 
@@ -494,3 +553,22 @@ def export_official(model, state):
         return FORMATS[model].to_official(state)
     except ValueError as error:
         raise UserError(f"no official names for these weights: {error}") from None
+
+
+def export_hugging_face(model, config, state):
+    """(state dict, config.json) of a model as transformers' `from_pretrained` wants them, without a tensor that its class
+    has no place for. UserError for models that transformers lacks."""
+    if model not in FORMATS or not FORMATS[model].hugging_face:
+        raise UserError(f"transformers has no {model}; export it under the official names")
+    to_names, to_config, names_of_class = FORMATS[model].hugging_face
+    described = to_config(config, config["heads"])
+    kept = names_of_class[described["architectures"][0]]
+    try:
+        renamed = to_names(state)
+    except ValueError as error:
+        raise UserError(f"no official names for these weights: {error}") from None
+    out = {}
+    for name, tensor in renamed.items():
+        if name.startswith(kept):
+            out[name] = tensor
+    return out, described

@@ -11,6 +11,7 @@ import re
 import struct
 import sys
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ import predict
 import train
 import uniter
 import vilbert
+import weights
 from common import UserError
 
 REFERENCE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[2] / "shared" / "reference")
@@ -391,6 +393,72 @@ def test_hugging_face_lxmert_goes_in_and_comes_out(own, tmp_path, capsys):
     assert set(missing) == lost and not unexpected
 
 
+PRETRAINED = ("mlm", "mrfr", "mrc", "attr", "itm", "qa")
+
+
+@pytest.mark.parametrize(
+    ("heads", "kind"),
+    [
+        (PRETRAINED, "LxmertForPreTraining"),
+        (("mlm", "mrfr", "itm"), "LxmertForPreTraining"),
+        (("vqa",), "LxmertForQuestionAnswering"),
+        (("ve", "rank"), "LxmertForQuestionAnswering"),
+        (("nlvr2",), "LxmertModel"),
+    ],
+)
+def test_transformers_loads_an_exported_lxmert_completely_and_computes_the_same(heads, kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = data.train_tokenizer(["is there a red disc?", "two blue squares"])
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "feature_size": 6, "classes": 5, "attributes": 3, "answers": 4}
+    torch.manual_seed(0)
+    model = lxmert.LXMERT(lxmert.Config(**lxmert.PRESETS["tiny"] | sizes | {"heads": heads})).eval()
+    checkpoint = {"model": "lxmert", "config": asdict(model.config), "state": model.state_dict()}
+    checkpoint |= {"tokenizer": tokenizer.to_str(), "answers": list("abcd")}
+    checkpoints.export_hugging_face(checkpoint, tmp_path / "hf")
+    theirs, info = getattr(transformers, kind).from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == [kind]
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    text = "is there a red disc?"
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")(text)["input_ids"]
+    first, last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    assert ids == [first, *tokenizer.encode(text, add_special_tokens=False).ids, last]
+    rows = torch.tensor([ids, ids])
+    mask = torch.ones_like(rows, dtype=torch.bool)
+    mask[1, 4:] = False
+    regions = torch.tensor([[True, True, True], [True, False, False]])
+    batch = data.Batch(
+        text=rows,
+        text_mask=mask,
+        segments=torch.zeros_like(rows),
+        features=torch.randn(2, 3, 6),
+        boxes=torch.rand(2, 3, 2).repeat(1, 1, 2).sort(-1).values,
+        region_mask=regions,
+    )
+    inputs = {"input_ids": rows, "attention_mask": mask.float(), "visual_attention_mask": regions.float()}
+    with torch.no_grad():
+        ours = model.encode(batch)
+        out = theirs.eval()(**inputs, visual_feats=batch.features, visual_pos=batch.boxes)
+        if kind == "LxmertModel":
+            pairs = [(ours.pooled, out.pooled_output), (ours.text[mask], out.language_output[mask])]
+        elif kind == "LxmertForQuestionAnswering":
+            pairs = [(model.heads[heads[0]](ours.pooled), out.question_answering_score)]
+        else:
+            pairs = [(model.word_scores(ours.text)[mask], out.prediction_logits[mask])]
+            pairs.append((model.heads["itm"](ours.pooled), out.cross_relationship_score))
+    for mine, other in pairs:
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5)
+    back = checkpoint_of(tmp_path / "hf", "lxmert")
+    assert back["answers"] == list("abcd") and back["tokenizer"]
+
+
+def test_models_that_transformers_lacks_are_not_exported_to_it(tmp_path):
+    for model in ("uniter", "vilbert", "a fourth"):
+        checkpoint = {"model": model, "config": {"heads": ()}, "state": {}}
+        with pytest.raises(UserError, match=f"transformers has no {model}"):
+            checkpoints.export_hugging_face(checkpoint, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 # ---- the command line ------------------------------------------------------------------------------------------
 
 
@@ -720,6 +788,22 @@ def test_two_heads_with_one_official_name_are_refused(model, heads):
         formats.export_official(model, state)
 
 
+def test_a_model_without_official_names_works_with_its_own_checkpoints(tmp_path):
+    """A fourth model has no row in formats.FORMATS."""
+    state = make("uniter")
+    args = options(tmp_path / "own.pt", "fourth")
+    content = {"model": "fourth", "config": {}, "state": state, "tokenizer": "", "answers": []}
+    checkpoints.save(content, tmp_path / "own.pt")
+    loaded = checkpoints.load_weights(args)
+    found, report = checkpoints.fit_state_dict(args, make("uniter"), loaded, [])
+    assert all(torch.equal(found[name], state[name]) for name in state) and report.random_heads == []
+    torch.save(bert_state(layers=1), tmp_path / "bert.bin")
+    with pytest.raises(UserError, match="fourth has no official names"):
+        checkpoints.load_weights(options(tmp_path / "bert.bin", "fourth"))
+    with pytest.raises(UserError, match="fourth has no official names"):
+        formats.export_official("fourth", state)
+
+
 # ---- safetensors ---------------------------------------------------------------------------------------------------
 
 
@@ -755,7 +839,7 @@ def test_a_damaged_safetensors_file_is_refused_in_one_line_with_its_name(what, t
     pytest.importorskip("safetensors")
     (tmp_path / "x.safetensors").write_bytes(DAMAGED[what])
     with pytest.raises(UserError, match="x.safetensors: not a safetensors file, or damaged") as stop:
-        checkpoints.read_safetensors(tmp_path / "x.safetensors")
+        weights.read_safetensors(tmp_path / "x.safetensors")
     assert "\n" not in str(stop.value)
 
 
@@ -763,7 +847,7 @@ def test_without_the_safetensors_package_the_message_says_how_to_install_it(tmp_
     (tmp_path / "x.safetensors").write_bytes(safetensors({"a": tensor()}))
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(UserError, match="pip install safetensors"):
-        checkpoints.read_safetensors(tmp_path / "x.safetensors")
+        weights.read_safetensors(tmp_path / "x.safetensors")
 
 
 # ---- wrong files ---------------------------------------------------------------------------------------------------

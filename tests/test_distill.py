@@ -1,5 +1,6 @@
 """distill.py: the losses of a teacher against sums by hand, and a student trained from the command line."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -223,6 +224,64 @@ def test_distilled_parts_of_unlike_size_give_the_gradients_of_the_whole(model, n
     assert {name, f"{name}_soft", "hidden"} <= set(losses)
     for whole, split in zip(*found, strict=True):
         torch.testing.assert_close(whole, split, atol=1e-10, rtol=1e-7)
+
+
+def teacher_checkpoint(name, **changes):
+    """A small model as a checkpoint holds it, with dropout everywhere."""
+    _, model = small_model(name, dropout=0.5, **changes)
+    return {"model": name, "task": "pretrain", "config": dataclasses.asdict(model.config), "state": model.state_dict()}
+
+
+def student_of(checkpoint, name, objectives, distill_what="logits"):
+    """A run of a small student that has read its teacher, as train.py makes it."""
+    heads = ("mlm", "mrfr", "mrc", "itm", "itc")
+    paper, model = small_model(name, heads=heads)
+    args = SimpleNamespace(distill=distill_what, model=name, teacher="teacher.pt", data="own", task="pretrain")
+    splits = {"train": SimpleNamespace(store=SimpleNamespace(width=8))}
+    run = SimpleNamespace(args=args, paper=paper, model=model, splits=splits, device=torch.device("cpu"))
+    run.objectives = dict.fromkeys(objectives, 1)
+    distill.read_teacher(run, checkpoint)
+    run.teacher.double()
+    distill.match_teacher(run, checkpoint)
+    return run
+
+
+@pytest.mark.parametrize("name", checkpoints.MODELS)
+def test_the_teacher_computes_without_dropout_and_does_not_learn(name):
+    """Its logits are those of the same weights in eval mode, also once the student is set to training."""
+    checkpoint = teacher_checkpoint(name)
+    run = student_of(checkpoint, name, ["mlm", "itm"])
+    run.model.train()
+    batch = as_double(masked_batch(3, 0))
+    soft = [distill.forward_with_teacher(run, batch, ["mlm", "itm"])["mlm_soft"][0] for _ in range(2)]
+    paper = checkpoints.MODELS[name]
+    same = paper.MODEL(paper.Config(**checkpoint["config"])).double().eval()
+    same.load_state_dict(checkpoint["state"])
+    with torch.no_grad():
+        logits = same(batch, ["mlm"])["mlm"][1]
+    expected = common.soft_label_loss(run.model(batch, ["mlm"])["mlm"][1], logits)
+    assert soft[0].item() == soft[1].item() == pytest.approx(expected.item())
+    assert not any(parameter.requires_grad for parameter in run.teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "classes", "reason"),
+    [
+        ("uniter", "uniter", 5, None),
+        ("uniter", "vilbert", 5, None),
+        ("uniter", "lxmert", 6, None),  # LXMERT leaves background out: 5 logits
+        ("uniter", "lxmert", 5, "the student has 5 region classes, the teacher 4"),
+        ("lxmert", "uniter", 5, "the student has 4 region classes, the teacher 5"),
+        ("uniter", "uniter", 9, "the student has 5 region classes, the teacher 9"),
+    ],
+)
+def test_region_classes_are_distilled_where_both_have_as_many(student, teacher, classes, reason, capsys):
+    checkpoint = teacher_checkpoint(teacher, heads=("mlm", "mrc"), classes=classes)
+    run = student_of(checkpoint, student, ["mlm", "mrc", "itm"])
+    printed = capsys.readouterr().out
+    assert "logits of itm are not distilled: the teacher was not trained for it" in printed
+    assert run.soft == (("mlm", "mrc") if reason is None else ("mlm",))
+    assert reason is None or f"logits of mrc are not distilled: {reason}" in printed
 
 
 def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsys):
