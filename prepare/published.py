@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import data
 from common import UserError
+
+BETWEEN = re.compile(r"[\s,:]*")  # what stands between the values of a JSON file
 
 
 def require(ok, where, what):
@@ -17,7 +20,7 @@ def require(ok, where, what):
 
 def read_json(path):
     """The content of a JSON file."""
-    require(path.is_file(), path, "no such file; SOURCE is the folder of the published files")
+    require(path.is_file(), path, "no such file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -26,8 +29,8 @@ def read_json(path):
 
 def read_text_lines(path):
     """("<file>:<line number>", line) of each line of a text file that is not blank."""
-    require(path.is_file(), path, "no such file; SOURCE is the folder of the published files")
-    with open(path, encoding="utf-8") as file:
+    require(path.is_file(), path, "no such file")
+    with open(path, encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -42,9 +45,44 @@ def read_json_lines(path, needed=()):
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error}); download it again") from None
+            raise UserError(f"{where}: not JSON ({error}); write one object a line") from None
         check_keys(where, row, needed)
         yield where, row
+
+
+def stream_json(path, needed=(), chunk=1 << 20):
+    """The entries of a JSON file too large for memory, one at a time: ("<file>: entry <number>", entry) of a list,
+    ("<file>: <key>", value) of an object. Entries must be objects that have the keys `needed`."""
+    require(path.is_file(), path, "no such file")
+    decoder = json.JSONDecoder()
+    number = 0
+    with open(path, encoding="utf-8") as file:
+        text = file.read(chunk).lstrip()
+        require(text[:1] in ("[", "{"), path, "neither a JSON list nor an object; is this the published file?")
+        has_keys = text[0] == "{"
+        position = 1
+        while True:
+            start = BETWEEN.match(text, position).end()
+            if text[start : start + 1] in ("]", "}"):
+                return
+            try:
+                where = f"{path}: entry {number}"
+                if has_keys:
+                    key, start = decoder.raw_decode(text, start)
+                    where = f"{path}: {key}"
+                    start = BETWEEN.match(text, start).end()
+                entry, end = decoder.raw_decode(text, start)
+            except ValueError:  # the entry goes on in the next chunk, or the file is damaged
+                more = file.read(chunk)
+                damaged = not more or len(text) > 64 * chunk
+                require(not damaged, f"{path}: entry {number}", "not JSON, or cut off; download the file again")
+                text = text[position:] + more
+                position = 0
+                continue
+            check_keys(where, entry, needed)
+            yield where, entry
+            number += 1
+            position = end
 
 
 def rows(path, content, needed):
@@ -63,15 +101,47 @@ def check_keys(where, row, needed):
         require(key in row, where, f"has no {key!r}; is this the published file?")
 
 
-def picture(path, out, where):
-    """A picture's path relative to the folder `out`, as JSONL in `out` names it. UserError if there is no such file."""
-    require(path.is_file(), where, f"no picture {path}")
+def picture(path, out):
+    """A picture's path relative to the folder `out`, as JSONL in `out` names it."""
     return os.path.relpath(path, out)
 
 
+def corner_box(x, y, width, height):
+    """[x1,y1,x2,y2] of a box given by its upper left corner and its size."""
+    return [x, y, x + width, y + height]
+
+
+def link_lines(path, out, rows_of):
+    """Copies a JSONL file with rows of the store OUT's folder/regions in place of its pictures.
+    rows_of(record) -> a row for each picture, None where the store lacks it: such lines are left out.
+    Returns how many lines were written and how many left out."""
+    written = 0
+    left_out = 0
+    aside = out.with_name(out.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        for _, record in read_json_lines(path):
+            rows = rows_of(record)
+            if None in rows:
+                left_out += 1
+                continue
+            names = [f"regions#{row}" for row in rows]
+            line = {"features": names if "images" in record else names[0]}
+            for key, value in record.items():
+                if key not in ("image", "images", "boxes"):
+                    line[key] = value
+            file.write(json.dumps(line) + "\n")
+            written += 1
+    aside.rename(out)
+    return written, left_out
+
+
+def write_dataset(out, **description):
+    """Writes OUT/dataset.json."""
+    (out / "dataset.json").write_text(json.dumps(description, indent=1))
+
+
 def write_jsonl(path, records):
-    """Writes records one a line, as they come, and prints how many there are of each split. The file is whole or absent.
-    """
+    """Writes records one a line, as they come, and prints how many there are of each split. The file is whole or absent."""
     counts = {}
     aside = path.with_name(path.name + ".tmp")
     try:

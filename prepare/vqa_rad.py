@@ -20,9 +20,9 @@ NEEDED = ("image_name", "question", "answer", "answer_type", "phrase_type", "qid
 def convert(folder, out):
     path = folder / "VQA_RAD Dataset Public.json"
     records = []
-    for where, row in published.rows(path, published.read_json(path), NEEDED):
+    for _, row in published.rows(path, published.read_json(path), NEEDED):
         record = {
-            "image": published.picture(folder / "VQA_RAD Image Folder" / row["image_name"], out, where),
+            "image": published.picture(folder / "VQA_RAD Image Folder" / row["image_name"], out),
             "text": row["question"],
             "answer": str(row["answer"]).strip().lower(),
             "kind": row["answer_type"].strip().lower(),
