@@ -7,8 +7,8 @@ picture's name of each row. With --data also OUT/my.jsonl with "features": "regi
 OUT/dataset.json. A line belongs to the row with its picture's file name, without suffix, case, prefixes like "coco_" and
 leading zeros. Files are read one picture at a time.
 
-LXMERT's TSV, no header, ten columns: image id, height, width, then in base64 classes and confidence of objects (1,600) and of
-attributes (400), then the number of boxes, boxes in pixels, features of 2,048. The classes leave the background out.
+LXMERT's TSV has no header and ten columns: image id, height, width; then in base64 classes and confidence of objects (1,600)
+and of attributes (400); the number of boxes; in base64 boxes in pixels and features (2,048). Classes exclude background.
 UNITER's .npz: features, norm_bb (boxes in 0..1, then width and height), conf, soft_labels (1,601 class probabilities, the
 background first). Of these the boxes above a confidence of 0.2 are kept, at least 10 and at most 100, as UNITER does.
 """
@@ -30,12 +30,14 @@ from prepare import published
 PREFIXES = ("coco_", "nlvr2_", "flickr30k_", "vg_")
 
 
-def decode_column(text, dtype, where, name):
-    """The array of a base64 column."""
-    try:
-        return np.frombuffer(base64.b64decode(text, validate=True), dtype)
-    except ValueError as error:
-        raise UserError(f"{where}: column {name} is damaged ({error}); download the file again") from None
+COLUMNS = {  # LXMERT's, in their order, as fields of the store: type, shape of one region
+    "objects": ("<i8", ()),
+    "object_conf": ("<f4", ()),
+    "attributes": ("<i8", ()),
+    "attribute_conf": ("<f4", ()),
+    "boxes": ("<f4", (4,)),
+    "features": ("<f4", (-1,)),
+}
 
 
 def read_tsv(path):
@@ -45,25 +47,18 @@ def read_tsv(path):
         for number, row in enumerate(csv.reader(file, delimiter="\t"), 1):
             where = f"{path}:{number}"
             published.require(len(row) == 10, where, f"{len(row)} columns, not ten; is this LXMERT's file?")
-            name, height, width, *columns = row
-            objects, object_conf, attributes, attribute_conf, count, boxes, features = columns
+            name, height, width = row[:3]
+            count = row[7]
             whole = height.isdigit() and width.isdigit() and count.isdigit() and int(count) > 0
             published.require(whole, where, "height, width or number of boxes is not a whole number")
-            size = np.array([width, height, width, height], np.float32)
-            fields = {
-                "features": decode_column(features, "<f4", where, "features"),
-                "boxes": decode_column(boxes, "<f4", where, "boxes"),
-                "objects": decode_column(objects, "<i8", where, "objects_id"),
-                "object_conf": decode_column(object_conf, "<f4", where, "objects_conf"),
-                "attributes": decode_column(attributes, "<i8", where, "attrs_id"),
-                "attribute_conf": decode_column(attribute_conf, "<f4", where, "attrs_conf"),
-            }
-            for key, values in fields.items():
-                fits = values.size > 0 and values.size % int(count) == 0
-                fits = fits and (key == "features" or values.size == int(count) * (4 if key == "boxes" else 1))
-                published.require(fits, where, f"{key} has {values.size} numbers for {count} boxes")
-            fields["features"] = fields["features"].reshape(int(count), -1)
-            fields["boxes"] = fields["boxes"].reshape(int(count), 4) / size
+            fields = {}
+            for (field, (dtype, shape)), text in zip(COLUMNS.items(), row[3:7] + row[8:]):
+                try:
+                    values = np.frombuffer(base64.b64decode(text, validate=True), dtype)
+                    fields[field] = values.reshape(int(count), *shape)
+                except ValueError as error:
+                    raise UserError(f"{where}: {field} are damaged ({error}); download the file again") from None
+            fields["boxes"] = fields["boxes"] / np.array([width, height, width, height], np.float32)
             check_fields(where, fields)
             yield name, fields, (int(width), int(height))
 
@@ -130,7 +125,7 @@ def convert(source, out, data_file):
             published.require(picture_key(name) not in rows, source, f"picture {name} occurs twice")
             rows[picture_key(name)] = len(names)
             names.append(name)
-            sizes.append(size or (0, 0))
+            sizes.append(size)
             yield [fields], []
 
     store = out / "regions"
@@ -138,14 +133,14 @@ def convert(source, out, data_file):
     store.mkdir()
     data.write_store(store, pictures())
     published.require(names, source, "holds no pictures")
-    if all(size != (0, 0) for size in sizes):
+    if None not in sizes:
         np.save(store / "sizes.npy", np.array(sizes, np.int64))  # (I,2) width and height in pixels: for `target`
     (out / "ids.txt").write_text("".join(name + "\n" for name in names), encoding="utf-8")
     print(f"{store}: {len(names)} pictures")
     if data_file is None:
         return
 
-    def rows_of(record):
+    def rows_of(_, record):
         images = record["images"] if "images" in record else [record.get("image", "")]
         return [rows.get(picture_key(Path(image).stem)) for image in images]
 

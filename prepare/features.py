@@ -300,10 +300,12 @@ def prepare(args):
     for number, key in enumerate(pictures):
         if number in row_of_number:
             rows[key] = row_of_number[number]
+
+    def rows_of(path, record):
+        return [rows.get(key) for key in picture_keys(path, record)]
+
     for path in files:
-        published.link_lines(
-            path, out / path.name, lambda record: [rows.get(key) for key in picture_keys(path, record)]
-        )
+        published.link_lines(path, out / path.name, rows_of)
     (out / "dataset.json").write_text(json.dumps(description, indent=1))
     shutil.rmtree(parts)
     for error in errors:

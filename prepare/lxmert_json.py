@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python p
 from prepare import published
 
 FILES = {"mscoco_train": "train", "mscoco_nominival": "train", "vgnococo": "train", "mscoco_minival": "val"}
-NUMBERS = "one two three four five six seven eight nine ten".split()
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 SYNONYMS = {"grey": "gray", **{word: str(number) for number, word in enumerate(NUMBERS, 1)}}
 
 

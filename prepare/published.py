@@ -113,14 +113,14 @@ def corner_box(x, y, width, height):
 
 def link_lines(path, out, rows_of):
     """Copies a JSONL file with rows of the store OUT's folder/regions in place of its pictures.
-    rows_of(record) -> a row for each picture, None where the store lacks it: such lines are left out.
+    rows_of(path, record) -> a row for each picture, None where the store lacks it: such lines are left out.
     Returns how many lines were written and how many left out."""
     written = 0
     left_out = 0
     aside = out.with_name(out.name + ".tmp")
     with open(aside, "w", encoding="utf-8") as file:
         for _, record in read_json_lines(path):
-            rows = rows_of(record)
+            rows = rows_of(path, record)
             if None in rows:
                 left_out += 1
                 continue
