@@ -189,8 +189,10 @@ def torchvision_detections(model, image):
     maps = model.backbone(images.tensors)
     proposals, _ = model.rpn(images, maps)
     detections, _ = model.roi_heads(maps, proposals, images.image_sizes)
+    height, width = images.image_sizes[0]
     boxes = detections[0]["boxes"][:DETECTIONS]  # in pixels of the resized picture, most certain first
+    if len(boxes) == 0:  # nothing was found: the whole picture
+        boxes = boxes.new_tensor([[0, 0, width, height]])
     features = model.roi_heads.box_head(model.roi_heads.box_roi_pool(maps, [boxes], images.image_sizes))
     probs = model.roi_heads.box_predictor(features)[0].softmax(1)
-    height, width = images.image_sizes[0]
     return features, boxes / boxes.new_tensor([width, height, width, height]), probs

@@ -271,20 +271,30 @@ def test_torchvisions_classifiers_give_maps_and_classes(name, tmp_path):
     np.testing.assert_allclose(made["object_probs"][0, 1:], probs, rtol=0, atol=1e-5)
 
 
-def test_torchvisions_detector_gives_the_vectors_behind_its_scores(tmp_path):
+@pytest.mark.parametrize("finds", [True, False])
+def test_torchvisions_detector_gives_the_vectors_behind_its_scores(finds, tmp_path):
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     name = "fasterrcnn_mobilenet_v3_large_320_fpn"
-    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=91).eval()
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None).eval()
+    if finds:
+        model.roi_heads.box_predictor.cls_score.bias.data[5] = 9  # every region is of class 5
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     image = Image.open(make_picture(tmp_path / "1.png", size=(80, 60)))
     made = features.region_maker({"network": name, "weights": str(tmp_path / "weights.pth")})(image)
     assert made["features"].shape[1] == 1024
     with torch.no_grad():
         logits = model.roi_heads.box_predictor(torch.from_numpy(made["features"]))[0]
+        detections = model([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255])[0]
     np.testing.assert_allclose(made["object_probs"], logits.softmax(1), rtol=0, atol=1e-5)  # class 0: background
     assert made["object_probs"].shape[1] == 91
-    assert made["boxes"].min() >= 0 and made["boxes"].max() <= 1
+    boxes = detections["boxes"][: networks.DETECTIONS] / torch.tensor([80, 60, 80, 60])
+    if finds:
+        assert set(made["objects"].tolist()) == {4}  # class 5, background left out
+    else:
+        assert len(boxes) == 0
+        boxes = torch.tensor([[0, 0, 1, 1]])  # the whole picture
+    np.testing.assert_allclose(made["boxes"], boxes, rtol=0, atol=1e-5)
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
