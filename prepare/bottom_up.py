@@ -15,7 +15,6 @@ background first). Of these the boxes above a confidence of 0.2 are kept, at lea
 
 import base64
 import csv
-import shutil
 import sys
 from pathlib import Path
 
@@ -23,7 +22,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/bottom_up.py`
 
-import data
 from common import UserError
 from prepare import published
 
@@ -118,23 +116,16 @@ def picture_key(name):
 def convert(source, out, data_file):
     rows = {}
     names = []
-    sizes = []
 
     def pictures():
         for name, fields, size in read_all(source):
             published.require(picture_key(name) not in rows, source, f"picture {name} occurs twice")
             rows[picture_key(name)] = len(names)
             names.append(name)
-            sizes.append(size)
-            yield [fields], []
+            yield {**fields, "size": size}
 
     store = out / "regions"
-    shutil.rmtree(store, ignore_errors=True)
-    store.mkdir()
-    data.write_store(store, pictures())
-    published.require(names, source, "holds no pictures")
-    if None not in sizes:
-        np.save(store / "sizes.npy", np.array(sizes, np.int64))  # (I,2) width and height in pixels: for `target`
+    published.write_store(store, pictures())
     (out / "ids.txt").write_text("".join(name + "\n" for name in names), encoding="utf-8")
     print(f"{store}: {len(names)} pictures")
     if data_file is None:

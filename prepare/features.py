@@ -5,15 +5,10 @@
 writes FOLDER/regions (the store: float16, memory-mapped), a copy of each JSONL file with "features": "regions#N" in
 place of `image`, and FOLDER/dataset.json, which says how the regions were made. --data may also be a data set's folder
 or a folder of pictures; the lines of the latter have an `id` (the file's name) and still need a `text`. An interrupted
-run goes on where it was. prepare/networks.py lists the networks.
+run goes on where it was.
 
-Regions: the boxes of a line where it has any (RoI align, He et al. 2017, averaged to one vector); a detector's own,
-most certain first; else the whole picture (the mean of the feature map) and each cell of the map, row by row.
-A classifier's last layer, applied to each region, gives `object_probs`: average pooling and that layer are both linear,
-so the picture's logits are the mean of its cells' logits. Class 0 is the background, as in the papers' detectors.
-
-Letters: F feature width, H and W sides of the feature map, S side of the network's input, N regions, I pictures,
-K classes with background.
+The regions are the boxes of a line where it has any, a detector's own, or else the whole picture and a grid: see
+prepare/networks.py, which also lists the networks.
 """
 
 import json
@@ -23,9 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/features.py`
 
@@ -35,73 +28,6 @@ from prepare import networks, published
 
 SHARD = 256  # pictures whose regions are written at once: what an interruption may lose
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-
-
-# ---- regions ----------------------------------------------------------------------------------------------------------
-
-
-def interpolation_weights(low, high, cells, points=14):
-    """(N, cells): how much each cell of a row of cells counts in the mean over a span of that row.
-
-    low, high: (N,) ends of the spans, the row being 0..1. The mean is over `points` evenly spaced points, each
-    linearly interpolated between the centres of the two cells beside it; beyond the outer centres nothing changes.
-    """
-    steps = (torch.arange(points, device=low.device) + 0.5) / points
-    positions = low[:, None] + steps * (high - low)[:, None]  # (N, points), in 0..1
-    positions = (positions * cells - 0.5).clamp(0, cells - 1)  # cell j has its centre at j
-    distances = (positions[:, :, None] - torch.arange(cells, device=low.device)).abs()  # (N, points, cells)
-    return (1 - distances).clamp(min=0).mean(1)
-
-
-def roi_align(feature_map, boxes):
-    """(N,F) means of a feature map (F,H,W) over boxes (N,4) in 0..1: RoI align (He et al. 2017) with 7 x 7 bins of
-    2 x 2 points each, averaged over the bins. Bilinear interpolation on a grid of points is a product of rows and
-    columns, so that the mean over all points needs no loop over them."""
-    height, width = feature_map.shape[1:]
-    rows = interpolation_weights(boxes[:, 1], boxes[:, 3], height)  # (N,H)
-    columns = interpolation_weights(boxes[:, 0], boxes[:, 2], width)  # (N,W)
-    return torch.einsum("fhw,nh,nw->nf", feature_map, rows, columns)
-
-
-def map_regions(network, feature_map, boxes=None, grid=None):
-    """Regions of a picture as a dict of tensors. feature_map: (F,H,W). boxes: (N,4) in 0..1; None: the whole picture and
-    the cells of the map, averaged to grid x grid cells unless grid is None."""
-    if boxes is None:
-        whole = feature_map.mean((1, 2))  # (F,)
-        if grid is not None:
-            feature_map = F.adaptive_avg_pool2d(feature_map, grid)
-        cells = feature_map.flatten(1).T  # (F,H,W) -> (H*W,F), row by row
-        features = torch.cat([whole[None], cells])  # (1+H*W,F)
-        boxes = torch.from_numpy(data.grid_boxes(1, 1, feature_map.shape[2]))
-    else:
-        features = roi_align(feature_map, boxes.to(feature_map.device))
-    probs = None
-    if network.class_logits is not None:
-        probs = network.class_logits(features).softmax(1)  # (N,K-1)
-        probs = F.pad(probs, (1, 0))  # a classifier knows no background: its probability is 0
-    return region_fields(features, boxes, probs)
-
-
-def region_fields(features, boxes, probs):
-    """The fields of a feature store as a dict of tensors, on the CPU."""
-    fields = {"features": features, "boxes": boxes}
-    if probs is not None:
-        confidence, objects = probs[:, 1:].max(1)  # class 0 is the background
-        fields.update(object_probs=probs, objects=objects, object_conf=confidence)
-    return {name: values.cpu() for name, values in fields.items()}
-
-
-@torch.inference_mode()
-def batch_regions(network, images, boxes, grid=None, device="cpu"):
-    """Regions of B pictures as a list of dicts. images: RGB pictures for a detector, else (3,S,S) tensors.
-    boxes: for each picture (N,4) in 0..1, or None."""
-    if network.detect is not None:
-        return [region_fields(*network.detect(image)) for image in images]
-    maps = network.feature_map(torch.stack(images).to(device))  # (B,F,H,W)
-    regions = []
-    for feature_map, own_boxes in zip(maps, boxes):
-        regions.append(map_regions(network, feature_map, own_boxes, grid))
-    return regions
 
 
 def region_maker(regions, device="cpu"):
@@ -117,7 +43,7 @@ def region_maker(regions, device="cpu"):
         if boxes is not None:
             boxes = torch.as_tensor(boxes, dtype=torch.float32) / torch.tensor([*image.size, *image.size])
         pixels = image if network.detect is not None else networks.to_pixels(image, network)
-        fields = batch_regions(network, [pixels], [boxes], regions.get("grid"), device)[0]
+        fields = networks.batch_regions(network, [pixels], [boxes], regions.get("grid"), device)[0]
         return {name: values.numpy() for name, values in fields.items()}
 
     return make
@@ -162,7 +88,7 @@ def shard_regions(jobs, network, args, pool):
         readable = [item for item in decoded if not isinstance(item, str)]
         if readable:
             pixels, boxes, _ = zip(*readable)
-            regions = batch_regions(network, pixels, boxes, args.grid, args.device)
+            regions = networks.batch_regions(network, pixels, boxes, args.grid, args.device)
         for item in decoded:
             if isinstance(item, str):
                 results.append(item)
@@ -205,27 +131,17 @@ def extract(jobs, network, args, parts):
     return errors
 
 
-def write_store(folder, parts):
-    """Puts the results in `parts` into the store `folder`. Returns {number of the picture: row of the store}."""
-    rows = {}
-    sizes = []
-
-    def pictures():
-        number = 0
-        for file in sorted(parts.glob("*.pt")):
-            for result in torch.load(file, weights_only=True):
-                if not isinstance(result, str):
-                    fields, size = result
-                    rows[number] = len(sizes)
-                    sizes.append(size)
-                    yield [{name: values.numpy() for name, values in fields.items()}], []
-                number += 1
-
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    data.write_store(folder, pictures())
-    np.save(folder / "sizes.npy", np.array(sizes, np.int64))  # (I,2) width and height in pixels: for `target`
-    return rows
+def read_parts(parts, rows):
+    """The readable pictures of the files in `parts`, in order, as published.write_store takes them. Fills `rows`,
+    {number of the picture: row of the store}, meanwhile."""
+    number = 0
+    for file in sorted(parts.glob("*.pt")):
+        for result in torch.load(file, weights_only=True):
+            if not isinstance(result, str):
+                fields, size = result
+                rows[number] = len(rows)
+                yield {**{name: values.numpy() for name, values in fields.items()}, "size": size}
+            number += 1
 
 
 # ---- command line -----------------------------------------------------------------------------------------------------
@@ -295,14 +211,12 @@ def prepare(args):
         parts.mkdir()
         (parts / "job.json").write_text(job)
     errors = extract([(where, key) for key, where in pictures.items()], network, args, parts)
-    row_of_number = write_store(out / "regions", parts)
     rows = {}
-    for number, key in enumerate(pictures):
-        if number in row_of_number:
-            rows[key] = row_of_number[number]
+    published.write_store(out / "regions", read_parts(parts, rows))
+    numbers = {key: number for number, key in enumerate(pictures)}
 
     def rows_of(path, record):
-        return [rows.get(key) for key in picture_keys(path, record)]
+        return [rows.get(numbers[key]) for key in picture_keys(path, record)]
 
     for path in files:
         published.link_lines(path, out / path.name, rows_of)

