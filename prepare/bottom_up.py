@@ -114,6 +114,8 @@ def picture_key(name):
 
 
 def convert(source, out, data_file):
+    if data_file is not None:
+        published.require(data_file.resolve().parent != out, out, f"{data_file} lies there; give another folder")
     rows = {}
     names = []
 
@@ -122,7 +124,9 @@ def convert(source, out, data_file):
             published.require(picture_key(name) not in rows, source, f"picture {name} occurs twice")
             rows[picture_key(name)] = len(names)
             names.append(name)
-            yield {**fields, "size": size}
+            if size is not None:
+                fields["size"] = size
+            yield fields
 
     store = out / "regions"
     published.write_store(store, pictures())

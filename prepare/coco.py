@@ -20,7 +20,7 @@ def karpathy(path, folder, out):
     """Records of Karpathy's file. A picture's entry has `filepath` (val2014), `filename`, `split` and `sentences`."""
     content = published.read_json(path)
     published.check_keys(path, content, ["images"])
-    for where, row in published.rows(path, content["images"], ("filename", "split", "sentences")):
+    for where, row in published.entries(path, content["images"], ("filename", "split", "sentences")):
         published.require(row["split"] in SPLITS, where, f"unknown split {row['split']!r}")
         image = published.picture(folder / row.get("filepath", "") / row["filename"], out)
         for sentence in row["sentences"]:
@@ -36,9 +36,9 @@ def official(folder, out):
         content = published.read_json(path)
         published.check_keys(path, content, ("images", "annotations"))
         names = {}
-        for _, row in published.rows(path, content["images"], ("id", "file_name")):
+        for _, row in published.entries(path, content["images"], ("id", "file_name")):
             names[row["id"]] = row["file_name"]
-        for where, row in published.rows(path, content["annotations"], ("image_id", "caption")):
+        for where, row in published.entries(path, content["annotations"], ("image_id", "caption")):
             published.require(row["image_id"] in names, where, f"no image has the id {row['image_id']}")
             name = names[row["image_id"]]
             image = published.picture(folder / f"{split}2014" / name, out)

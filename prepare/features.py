@@ -92,12 +92,16 @@ def shard_regions(jobs, network, args, pool):
         for item in decoded:
             if isinstance(item, str):
                 results.append(item)
-            else:
-                fields = regions.pop(0)
-                for name in ("features", "object_probs"):
-                    if name in fields:
-                        fields[name] = fields[name].half()
-                results.append((fields, item[2]))
+                continue
+            fields = regions.pop(0)
+            for name in ("features", "object_probs"):
+                if name in fields:
+                    fields[name] = fields[name].half()
+            if not fields["features"].isfinite().all():
+                where, (path, _) = jobs[len(results)]
+                results.append(f"{where}: features of {path} are NaN or too large for float16")
+                continue
+            results.append((fields, item[2]))
     return results
 
 
@@ -185,23 +189,36 @@ def find_pictures(files):
     return pictures
 
 
+def describe_regions(network, pictures, args):
+    """`regions` of dataset.json: what region_maker needs to make the same ones. Paths are absolute."""
+    boxes = "grid"
+    if network.detect is not None:
+        boxes = "detected"
+    if any(own_boxes != "null" for _, own_boxes in pictures):
+        if network.detect is not None:
+            raise UserError(
+                f"--network {args.network}: a detector finds its own boxes; take 'boxes' out of {args.data}"
+            )
+        boxes = "given"
+    regions = {"kind": "network", "network": args.network, "weights": args.weights, "grid": args.grid, "boxes": boxes}
+    for key in ("network", "weights"):
+        if regions[key] is not None and Path(regions[key]).exists():
+            regions[key] = str(Path(regions[key]).resolve())
+    return regions
+
+
 def prepare(args):
     """Makes the store, the JSONL files and dataset.json in folder args.out."""
     source = Path(args.data)
     out = Path(args.out)
-    if source.resolve() in (out.resolve(), *out.resolve().parents) or source.resolve().parent == out.resolve():
-        raise UserError(f"--out {out}: lies in the data; give another folder")
+    data_folder = source.parent if source.is_file() else source
+    if out.resolve() == data_folder.resolve():
+        raise UserError(f"--out {out}: holds the data; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     files, description = find_files(source, out)
     pictures = find_pictures(files)
     network = networks.load_network(args.network, args.weights, args.device)
-    given = any(boxes != "null" for _, boxes in pictures)
-    boxes = "given" if given else "grid"
-    if network.detect is not None:
-        if given:
-            raise UserError(f"--network {args.network}: a detector finds its own boxes; take 'boxes' out of {source}")
-        boxes = "detected"
-    regions = {"kind": "network", "network": args.network, "weights": args.weights, "grid": args.grid, "boxes": boxes}
+    regions = describe_regions(network, pictures, args)
     description["regions"] = regions
 
     parts = out / "parts"
@@ -224,7 +241,7 @@ def prepare(args):
     shutil.rmtree(parts)
     for error in errors:
         print(f"left out: {error}", file=sys.stderr)
-    print(f"{out}: {len(rows)} pictures, {args.network}, {boxes} regions; {len(errors)} left out")
+    print(f"{out}: {len(rows)} pictures, {regions['network']}, boxes: {regions['boxes']}; {len(errors)} left out")
 
 
 def main(arguments=None):

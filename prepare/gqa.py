@@ -19,14 +19,14 @@ SPLITS = {"train": "train", "val": "val", "testdev": "test"}
 def records(folder, out):
     for name, split in SPLITS.items():
         path = folder / f"{name}_balanced_questions.json"
-        for where, row in published.stream_json(path, ("question", "imageId", "answer", "types")):
+        for _, key, row in published.stream_json(path, ("question", "imageId", "answer", "types")):
             yield {
                 "image": published.picture(folder / "images" / f"{row['imageId']}.jpg", out),
                 "text": row["question"],
                 "answer": row["answer"],
                 "kind": row["types"]["structural"],  # verify, query, choose, logical or compare
                 "split": split,
-                "id": where.rpartition(": ")[2],  # the question's number
+                "id": key,  # the question's number
             }
 
 

@@ -41,7 +41,7 @@ def picture_path(image_id):
 
 def records(folder, out, answers):
     for name, split in FILES.items():
-        for where, entry in published.stream_json(folder / f"{name}.json", ("img_id", "sentf")):
+        for where, _, entry in published.stream_json(folder / f"{name}.json", ("img_id", "sentf")):
             image = published.picture(folder / picture_path(entry["img_id"]), out)
             labels = entry.get("labelf", {})
             for source, sentences in entry["sentf"].items():
@@ -63,7 +63,7 @@ def records(folder, out, answers):
 
 def convert(folder, out):
     path = folder / "all_ans.json"
-    answers = {row["ans"] for _, row in published.rows(path, published.read_json(path), ["ans"])}
+    answers = {row["ans"] for _, row in published.entries(path, published.read_json(path), ["ans"])}
     published.write_jsonl(out / "lxmert.jsonl", records(folder, out, answers))
 
 

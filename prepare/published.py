@@ -54,8 +54,8 @@ def read_json_lines(path, needed=()):
 
 
 def stream_json(path, needed=(), chunk=1 << 20):
-    """The entries of a JSON file too large for memory, one at a time: ("<file>: entry <number>", entry) of a list,
-    ("<file>: <key>", value) of an object. Entries must be objects that have the keys `needed`."""
+    """The entries of a JSON file too large for memory, one at a time, as ("<file>: entry <key>", key, entry). The key of
+    an entry of a list is its number. Entries must be objects that have the keys `needed`."""
     require(path.is_file(), path, "no such file")
     decoder = json.JSONDecoder()
     number = 0
@@ -69,10 +69,9 @@ def stream_json(path, needed=(), chunk=1 << 20):
             if text[start : start + 1] in ("]", "}"):
                 return
             try:
-                where = f"{path}: entry {number}"
+                key = number
                 if has_keys:
                     key, start = decoder.raw_decode(text, start)
-                    where = f"{path}: {key}"
                     start = BETWEEN.match(text, start).end()
                 entry, end = decoder.raw_decode(text, start)
             except ValueError:  # the entry goes on in the next chunk, or the file is damaged
@@ -82,13 +81,14 @@ def stream_json(path, needed=(), chunk=1 << 20):
                 text = text[position:] + more
                 position = 0
                 continue
+            where = f"{path}: entry {key}"
             check_keys(where, entry, needed)
-            yield where, entry
+            yield where, key, entry
             number += 1
             position = end
 
 
-def rows(path, content, needed):
+def entries(path, content, needed):
     """("<file>: entry <number>", dict) of each of a list of dicts that have the keys `needed`."""
     require(isinstance(content, list), path, "not a list of entries; is this the published file?")
     for number, row in enumerate(content):
@@ -116,12 +116,12 @@ def corner_box(x, y, width, height):
 
 def write_store(folder, pictures):
     """Writes a feature store, in place of an older one. pictures: an iterable of {field of data.STORED: (N,...) array},
-    boxes in 0..1, with `size`, (width, height) in pixels, which a line's `target` needs, or None."""
+    boxes in 0..1, and where it is known `size`, (width, height) in pixels, which a line's `target` needs."""
     sizes = []
 
     def parts():
         for picture in pictures:
-            sizes.append(picture.pop("size"))
+            sizes.append(picture.pop("size", None))
             yield [picture], []
 
     shutil.rmtree(folder, ignore_errors=True)

@@ -43,10 +43,10 @@ def read_instances(path):
     content = published.read_json(path)
     published.check_keys(path, content, ("images", "annotations"))
     images = {}
-    for _, row in published.rows(path, content["images"], ("id", "file_name", "width", "height")):
+    for _, row in published.entries(path, content["images"], ("id", "file_name", "width", "height")):
         images[row["id"]] = row
     boxes = {}
-    for where, row in published.rows(path, content["annotations"], ("id", "image_id", "bbox")):
+    for where, row in published.entries(path, content["annotations"], ("id", "image_id", "bbox")):
         published.require(row["image_id"] in images, where, f"no image has the id {row['image_id']}")
         image = images[row["image_id"]]
         x1, y1, x2, y2 = published.corner_box(*row["bbox"])
@@ -57,7 +57,7 @@ def read_instances(path):
 
 
 def records(path, refs, images, boxes, image_folder, out):
-    for where, ref in published.rows(path, refs, ("image_id", "ann_id", "split", "sentences")):
+    for where, ref in published.entries(path, refs, ("image_id", "ann_id", "split", "sentences")):
         candidates = boxes.get(ref["image_id"], [])
         target = dict(candidates).get(ref["ann_id"])
         published.require(target is not None, where, f"instances.json has no box {ref['ann_id']}; do the files fit?")

@@ -22,7 +22,7 @@ def read_images(folder, out, without_coco):
     """{image id: (path, split, width, height)}. The picture's folder is part of its URL."""
     images = {}
     path = folder / "image_data.json"
-    for where, row in published.stream_json(path, ("image_id", "url", "width", "height")):
+    for _, _, row in published.stream_json(path, ("image_id", "url", "width", "height")):
         if without_coco and row.get("coco_id") is not None:
             continue
         image = published.picture(folder / "/".join(row["url"].split("/")[-2:]), out)
@@ -41,7 +41,7 @@ def inside(where, row, width, height):
 
 
 def regions(folder, out, images):
-    for where, entry in published.stream_json(folder / "region_descriptions.json", ["regions"]):
+    for where, _, entry in published.stream_json(folder / "region_descriptions.json", ["regions"]):
         for row in entry["regions"]:
             published.check_keys(where, row, ("image_id", "region_id", "phrase"))
             if row["image_id"] in images and row["phrase"].strip():
@@ -58,7 +58,7 @@ def regions(folder, out, images):
 
 
 def questions(folder, out, images):
-    for where, entry in published.stream_json(folder / "question_answers.json", ["qas"]):
+    for where, _, entry in published.stream_json(folder / "question_answers.json", ["qas"]):
         for row in entry["qas"]:
             published.check_keys(where, row, ("image_id", "qa_id", "question", "answer"))
             answer = row["answer"].strip().rstrip(".").lower()  # "Green."
@@ -74,7 +74,7 @@ def questions(folder, out, images):
 
 
 def objects(folder, out, images):
-    for where, entry in published.stream_json(folder / "attributes.json", ("image_id", "attributes")):
+    for where, _, entry in published.stream_json(folder / "attributes.json", ("image_id", "attributes")):
         if entry["image_id"] not in images:
             continue
         image, split, width, height = images[entry["image_id"]]

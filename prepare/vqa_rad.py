@@ -20,7 +20,7 @@ NEEDED = ("image_name", "question", "answer", "answer_type", "phrase_type", "qid
 def convert(folder, out):
     path = folder / "VQA_RAD Dataset Public.json"
     records = []
-    for _, row in published.rows(path, published.read_json(path), NEEDED):
+    for _, row in published.entries(path, published.read_json(path), NEEDED):
         record = {
             "image": published.picture(folder / "VQA_RAD Image Folder" / row["image_name"], out),
             "text": row["question"],

@@ -26,7 +26,7 @@ def read_questions(folder, name):
     path = folder / f"v2_OpenEnded_mscoco_{name}_questions.json"
     content = published.read_json(path)
     published.check_keys(path, content, ["questions"])
-    return published.rows(path, content["questions"], ("image_id", "question", "question_id"))
+    return published.entries(path, content["questions"], ("image_id", "question", "question_id"))
 
 
 def read_annotations(folder, name):
@@ -36,7 +36,7 @@ def read_annotations(folder, name):
     published.check_keys(path, content, ["annotations"])
     needed = ("question_id", "answer_type", "multiple_choice_answer", "answers")
     annotations = {}
-    for where, row in published.rows(path, content["annotations"], needed):
+    for where, row in published.entries(path, content["annotations"], needed):
         published.require(len(row["answers"]) == 10, where, f"{len(row['answers'])} answers, not ten")
         counts = Counter(normalize_answer(entry["answer"]) for entry in row["answers"])
         top = normalize_answer(row["multiple_choice_answer"])

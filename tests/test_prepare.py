@@ -383,6 +383,12 @@ def test_unreadable_pictures_are_left_out_and_listed(tmp_path, no_network, capsy
     np.testing.assert_allclose(stored, made, rtol=2**-10, atol=1e-6)
 
 
+def test_features_that_float16_cannot_hold_are_a_mistake(tmp_path, no_network, monkeypatch, capsys):
+    monkeypatch.setattr(networks, "load_network", lambda *_: networks.Network(feature_map=lambda pixels: pixels * 1e6))
+    assert extract(make_jsonl(tmp_path, 1), tmp_path / "out") == 2
+    assert "my.jsonl:1: features of " in capsys.readouterr().err
+
+
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, no_network, monkeypatch):
     source = make_jsonl(tmp_path)
     assert extract(source, tmp_path / "whole") == 0
@@ -743,7 +749,7 @@ def test_streamed_json_equals_json_load(chunk, tmp_path):
     for content in (entries, dict(zip("abcdefghijklmnopqrst", entries)), []):
         for indent in (None, 2):
             path.write_text(json.dumps(content, indent=indent))
-            found = [entry for _, entry in published.stream_json(path, chunk=chunk)]
+            found = [entry for _, _, entry in published.stream_json(path, chunk=chunk)]
             assert found == (list(content.values()) if isinstance(content, dict) else content)
 
 
@@ -1035,6 +1041,8 @@ def test_bottom_up_features_of_lxmert(tmp_path, capsys):
     assert regions["objects"][0].tolist() == [0, 1, 2] and regions["attributes"][0].tolist() == [0, 1, 2]
     assert np.load(tmp_path / "out" / "regions" / "sizes.npy").tolist() == [[640, 480]] * 2
 
+    inside = write_lines(tmp_path / "out" / "inside.jsonl", records)
+    assert "give another folder" in error_of(capsys, bottom_up, path, tmp_path / "out", "--data", str(inside))
     path.write_bytes(lines[0].encode().replace(b"\t3\t", b"\t4\t"))
     assert "tsv:1: objects are damaged" in error_of(capsys, bottom_up, path, tmp_path / "out")
     path.write_bytes(tsv_line("9", features_1, boxes, width=64).encode())
