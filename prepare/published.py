@@ -53,14 +53,17 @@ def read_json_lines(path, needed=()):
         yield where, row
 
 
-def stream_json(path, needed=(), chunk=1 << 20):
+def stream_json(path, needed=(), inside=None, chunk=1 << 20):
     """The entries of a JSON file too large for memory, one at a time, as ("<file>: entry <key>", key, entry). The key of
-    an entry of a list is its number. Entries must be objects that have the keys `needed`."""
+    an entry of a list is its number. Entries must be objects that have the keys `needed`. inside: the key of the
+    list or object that holds the entries, as in {"info": {...}, "annotations": [...]}; None: the whole file."""
     require(path.is_file(), path, "no such file")
     decoder = json.JSONDecoder()
     number = 0
     with open(path, encoding="utf-8") as file:
         text = file.read(chunk).lstrip()
+        if inside is not None:
+            text = skip_to(file, path, text, inside, chunk)
         require(text[:1] in ("[", "{"), path, "neither a JSON list nor an object; is this the published file?")
         has_keys = text[0] == "{"
         position = 1
@@ -86,6 +89,17 @@ def stream_json(path, needed=(), chunk=1 << 20):
             yield where, key, entry
             number += 1
             position = end
+
+
+def skip_to(file, path, text, key, chunk):
+    """The text of a JSON file from the value of `key` on, at least a chunk of it. text: what was read of the file."""
+    wanted = f'"{key}"'
+    while wanted not in text:
+        more = file.read(chunk)
+        require(more, path, f"has no {key!r}; is this the published file?")
+        text = text[-len(wanted) :] + more  # the key may be cut by the end of a chunk
+    text = text[text.index(wanted) + len(wanted) :] + file.read(chunk)
+    return text[BETWEEN.match(text).end() :]
 
 
 def entries(path, content, needed):

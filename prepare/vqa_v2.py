@@ -24,19 +24,15 @@ from prepare.vqa_accuracy import normalize_answer, soft_score, vqa_accuracy
 
 def read_questions(folder, name):
     path = folder / f"v2_OpenEnded_mscoco_{name}_questions.json"
-    content = published.read_json(path)
-    published.check_keys(path, content, ["questions"])
-    return published.entries(path, content["questions"], ("image_id", "question", "question_id"))
+    return published.stream_json(path, ("image_id", "question", "question_id"), "questions")
 
 
 def read_annotations(folder, name):
     """{question_id: (answer type, normalised most frequent answer, Counter of normalised answers)}."""
     path = folder / f"v2_mscoco_{name}_annotations.json"
-    content = published.read_json(path)
-    published.check_keys(path, content, ["annotations"])
     needed = ("question_id", "answer_type", "multiple_choice_answer", "answers")
     annotations = {}
-    for where, row in published.entries(path, content["annotations"], needed):
+    for where, _, row in published.stream_json(path, needed, "annotations"):
         published.require(len(row["answers"]) == 10, where, f"{len(row['answers'])} answers, not ten")
         counts = Counter(normalize_answer(entry["answer"]) for entry in row["answers"])
         top = normalize_answer(row["multiple_choice_answer"])
@@ -57,7 +53,7 @@ def answered(folder, out, min_count):
         tops.update(top for _, top, _ in split.values())
     kept = {answer for answer, count in tops.items() if count >= min_count}
     for name, split in annotations.items():
-        for where, row in read_questions(folder, name):
+        for where, _, row in read_questions(folder, name):
             published.require(row["question_id"] in split, where, f"question {row['question_id']} has no annotation")
             kind, _, counts = split[row["question_id"]]
             scores = {}
@@ -73,7 +69,7 @@ def answered(folder, out, min_count):
 
 def unanswered(folder, out):
     """Records of test, whose answers are not public."""
-    for _, row in read_questions(folder, "test2015"):
+    for _, _, row in read_questions(folder, "test2015"):
         yield {**question_record(folder, "test2015", row, out), "split": "test"}
 
 

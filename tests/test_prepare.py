@@ -12,6 +12,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -764,7 +765,23 @@ def test_streamed_json_equals_json_load(chunk, tmp_path):
         for indent in (None, 2):
             path.write_text(json.dumps(content, indent=indent))
             found = [entry for _, _, entry in published.stream_json(path, chunk=chunk)]
-            assert found == (list(content.values()) if isinstance(content, dict) else content)
+            expected = list(content.values()) if isinstance(content, dict) else content
+            assert found == expected
+            path.write_text(json.dumps({"info": {"a": ["b"]}, "data": content, "more": [1]}, indent=indent))
+            found = [entry for _, _, entry in published.stream_json(path, inside="data", chunk=chunk)]
+            assert found == expected
+
+
+def test_streamed_json_takes_little_memory(tmp_path):
+    path = tmp_path / "a.json"
+    with open(path, "w") as file:
+        file.write('{"annotations": [' + ", ".join(json.dumps({"a": "x" * 1000}) for _ in range(20_000)) + "]}")
+    tracemalloc.start()
+    count = sum(1 for _ in published.stream_json(path, ["a"], "annotations"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 20_000
+    assert peak < 8e6 < path.stat().st_size
 
 
 def test_nlvr2(tmp_path, capsys):
