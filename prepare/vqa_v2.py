@@ -1,0 +1,89 @@
+"""VQA v2 (Goyal et al. 2017): questions about COCO's photographs with ten annotators' answers, to JSONL.
+
+    python prepare/vqa_v2.py FOLDER OUT        writes OUT/vqa_v2.jsonl, and OUT/vqa_v2_test.jsonl without answers
+
+FOLDER has v2_OpenEnded_mscoco_{train2014,val2014,test2015}_questions.json, v2_mscoco_{train2014,val2014}_annotations.json and
+the pictures in train2014/, val2014/ and test2015/.
+
+Answers are normalised as the official evaluation does.
+- train: an answer that n annotators gave has the soft score min(n/3, 1). Kept are the answers that are the most frequent one
+  (multiple_choice_answer) of at least 9 questions of train and val, 3,129 of them; a question with none of these is left out.
+- val: each answer has the official accuracy, the mean of min(n/3, 1) over the ten ways to leave one annotator out, so that
+  the score of a prediction is what the server gives for it. No answer is left out.
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/vqa_v2.py`
+
+from prepare import published
+from prepare.vqa_accuracy import normalize_answer, soft_score, vqa_accuracy
+
+
+def read_questions(folder, name):
+    path = folder / f"v2_OpenEnded_mscoco_{name}_questions.json"
+    return published.stream_json(path, ("image_id", "question", "question_id"), "questions")
+
+
+def read_annotations(folder, name):
+    """{question_id: (answer type, normalised most frequent answer, Counter of normalised answers)}."""
+    path = folder / f"v2_mscoco_{name}_annotations.json"
+    needed = ("question_id", "answer_type", "multiple_choice_answer", "answers")
+    annotations = {}
+    for where, _, row in published.stream_json(path, needed, "annotations"):
+        published.require(len(row["answers"]) == 10, where, f"{len(row['answers'])} answers, not ten")
+        counts = Counter(normalize_answer(entry["answer"]) for entry in row["answers"])
+        top = normalize_answer(row["multiple_choice_answer"])
+        annotations[row["question_id"]] = (row["answer_type"], top, counts)
+    return annotations
+
+
+def question_record(folder, name, row, out):
+    image = folder / name / f"COCO_{name}_{row['image_id']:012d}.jpg"
+    return {"image": published.picture(image, out), "text": row["question"], "id": str(row["question_id"])}
+
+
+def answered(folder, out, min_count):
+    """Records of train and val."""
+    annotations = {"train2014": read_annotations(folder, "train2014"), "val2014": read_annotations(folder, "val2014")}
+    tops = Counter()
+    for split in annotations.values():
+        tops.update(top for _, top, _ in split.values())
+    kept = {answer for answer, count in tops.items() if count >= min_count}
+    for name, split in annotations.items():
+        for where, _, row in read_questions(folder, name):
+            published.require(row["question_id"] in split, where, f"question {row['question_id']} has no annotation")
+            kind, _, counts = split[row["question_id"]]
+            scores = {}
+            for answer, count in counts.items():
+                if name == "val2014" and answer:
+                    scores[answer] = round(vqa_accuracy(count), 4)
+                elif answer in kept and answer:
+                    scores[answer] = round(soft_score(count), 4)
+            if scores:
+                record = question_record(folder, name, row, out)
+                yield {**record, "answer": scores, "kind": kind, "split": "val" if name == "val2014" else "train"}
+
+
+def unanswered(folder, out):
+    """Records of test, whose answers are not public."""
+    for _, _, row in read_questions(folder, "test2015"):
+        yield {**question_record(folder, "test2015", row, out), "split": "test"}
+
+
+def convert(folder, out, min_count):
+    published.write_jsonl(out / "vqa_v2.jsonl", answered(folder, out, min_count))
+    if (folder / "v2_OpenEnded_mscoco_test2015_questions.json").is_file():
+        published.write_jsonl(out / "vqa_v2_test.jsonl", unanswered(folder, out))
+
+
+def add_options(parser):
+    parser.add_argument(
+        "--min-count", type=int, default=9, help="questions that an answer of the list is the top answer of"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(published.main(convert, __doc__, add_options))

