@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import warnings
 from collections import Counter
 from dataclasses import asdict
@@ -55,17 +54,9 @@ SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def write_whole(path, write):
-    """Makes a file whole or not at all: `write_text` gets a temporary path beside it, which is then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def save(content, path):
     """torch.save, whole or not at all."""
-    write_whole(path, lambda file: torch.save(content, file))
+    data.write_whole(path, lambda file: torch.save(content, file))
 
 
 def read_torch(path):
@@ -133,11 +124,6 @@ def read_json(path, kind):
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def write_text(path, text):
-    """A text file, whole or not at all."""
-    write_whole(path, lambda file: file.write_text(text))
 
 
 def save_checkpoint(run, name):

@@ -6,13 +6,13 @@ import json
 import math
 import time
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-import checkpoints
 import common
 import data
 from common import UserError
@@ -24,7 +24,7 @@ from prepare import scenes
 OBJECTIVE = {"retrieval": "rank"}  # of the tasks whose objective has another name
 
 
-DOWNSTREAM = {OBJECTIVE.get(task, task) for task in data.TASKS} - {"pretrain", "vqa"}
+DOWNSTREAM = {"ve", "nlvr2", "vcr", "rank", "refer", "caption"}
 
 
 def task_objectives(args, task):
@@ -635,8 +635,8 @@ def compare_models(results, out):
     text = "\n".join(lines) + "\n"
     common.print0("\n" + text)
     if common.rank_and_world()[0] == 0:
-        checkpoints.write_text(out / "comparison.json", json.dumps({"runs": results, "table": rows}, indent=1) + "\n")
-        checkpoints.write_text(out / "comparison.md", text)
+        data.write_text(out / "comparison.json", json.dumps({"runs": results, "table": rows}, indent=1) + "\n")
+        data.write_text(out / "comparison.md", text)
 
 
 def format_cell(name, entry):
@@ -654,3 +654,93 @@ def best_model(row):
         return ""
     (first, a), (_, b) = sorted(row.items(), key=lambda item: -item[1]["mean"])[:2]
     return "tie" if a["mean"] - b["mean"] <= a["spread"] + b["spread"] else first
+
+
+# ---- the table of tasks -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the table of tasks: what a line of data must hold for it, and what examples the line becomes."""
+
+    name: str
+    examples: Callable  # record -> list of data.Example
+    needs: tuple = ()  # keys that a line must have besides text and a picture
+    pictures: int = 1  # pictures of a line
+    check: Callable = lambda record: None  # record -> None, or a sentence that says what is wrong with it
+
+
+def caption_examples(record):
+    return [data.Example(record["id"], record.get("kind", "caption"), [(record["text"], 0)])]
+
+
+def pretraining_examples(record):
+    """A caption, or a question if the line has an answer."""
+    answer = record.get("answer")
+    kind = record.get("kind", "question" if answer else "caption")
+    return [data.Example(record["id"], kind, [(record["text"], 0)], answer)]
+
+
+def vqa_examples(record):
+    return [data.Example(record["id"], record.get("kind", "vqa"), [(record["text"], 0)], record["answer"])]
+
+
+def ve_examples(record):
+    return [data.Example(record["id"], record.get("kind", "ve"), [(record["text"], 0)], record["answer"])]
+
+
+def check_ve(record):
+    if not set(record["answer"]) <= set(data.ENTAILMENT):
+        return f"'answer' is {str(record['answer'])[:60]}; task ve takes {', '.join(data.ENTAILMENT)}"
+    return None
+
+
+def nlvr2_examples(record):
+    """One example of two rows: the statement beside the left picture, and beside the right one."""
+    rows = [(record["text"], 0), (record["text"], 1)]
+    return [data.Example(record["id"], record.get("kind", "nlvr2"), rows, target=int(record["label"]))]
+
+
+def check_nlvr2(record):
+    if type(record["label"]) is not bool:
+        return f"'label' is {record['label']}; write true or false"
+    return None
+
+
+def vcr_examples(record):
+    """One row a choice. The answer: (question, choice). The reason, if the line has any: (question, right answer, reason)."""
+    right = record["label"]
+    rows = [((record["text"], choice), 0) for choice in record["choices"]]
+    examples = [data.Example(record["id"], "answer", rows, target=right)]
+    if "reasons" in record:
+        rows = [((record["text"], record["choices"][right], reason), 0) for reason in record["reasons"]]
+        examples.append(data.Example(record["id"], "reason", rows, target=record["reason"]))
+    return examples
+
+
+def check_vcr(record):
+    last = len(record["choices"]) - 1
+    if type(record["label"]) is not int or not 0 <= record["label"] <= last:
+        return f"'label' is {record['label']}; write the index of the right choice, 0 to {last}"
+    if "reasons" in record and not 0 <= record.get("reason", -1) < len(record["reasons"]):
+        return "'reasons' needs 'reason', the index of the right one, from 0"
+    return None
+
+
+def refer_examples(record):
+    return [data.Example(record["id"], record.get("kind", "refer"), [(record["text"], 0)], target=record["target"])]
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("pretrain", pretraining_examples),
+        Task("vqa", vqa_examples, needs=("answer",)),
+        Task("ve", ve_examples, needs=("answer",), check=check_ve),
+        Task("nlvr2", nlvr2_examples, needs=("label",), pictures=2, check=check_nlvr2),
+        Task("vcr", vcr_examples, needs=("choices", "label"), check=check_vcr),
+        Task("retrieval", caption_examples),
+        Task("refer", refer_examples, needs=("target",)),
+        Task("caption", caption_examples),
+    )
+}

@@ -76,7 +76,7 @@ def parse(argv=None):
         choices=[*checkpoints.PAPERS, "all"],
         help="which paper; all: one after the other, compared",
     )
-    add("--task", default="pretrain", help=f"{', '.join(data.TASKS)}; several, a,b,c, train together")
+    add("--task", default="pretrain", help=f"{', '.join(tasks.TASKS)}; several, a,b,c, train together")
     add("--data", default="scenes", help="scenes (built in) or a .jsonl file of your own; one for each task: a,b,c")
     add("--size", default="tiny", choices=["tiny", "base", "large"], help="preset of layer sizes")
     text = "fields of the model's Config, as layers=1 dropout=0.1"
@@ -127,17 +127,17 @@ def check_options(options):
     for name, value in vars(options).items():
         if type(value) is int and value < (0 if name in ("steps", "seed") else 1):
             raise common.UserError(f"--{name.replace('_', '-')} is {value}; it must be positive")
-    tasks = options.task.split(",")
-    for task in tasks:
-        if task not in data.TASKS:
-            raise common.UserError(f"--task: there is no task {task!r}; choose from {', '.join(data.TASKS)}")
-    if len(set(tasks)) < len(tasks) or "pretrain" in tasks[1:] or tasks[0] == "pretrain" != options.task:
+    names = options.task.split(",")
+    for task in names:
+        if task not in tasks.TASKS:
+            raise common.UserError(f"--task: there is no task {task!r}; choose from {', '.join(tasks.TASKS)}")
+    if len(set(names)) < len(names) or ("pretrain" in names and len(names) > 1):
         raise common.UserError("--task: name each task once, and pretrain alone")
-    if len(options.data.split(",")) not in (1, len(tasks)):
-        raise common.UserError(f"--data: give one source for all tasks or one each; --task has {len(tasks)}")
-    if options.ablate == "text" and "caption" in tasks:
+    if len(options.data.split(",")) not in (1, len(names)):
+        raise common.UserError(f"--data: give one source for all tasks or one each; --task has {len(names)}")
+    if options.ablate == "text" and "caption" in names:
         raise common.UserError("--ablate text leaves captions nothing to learn; use --ablate image")
-    if options.ablate and "pretrain" in tasks:
+    if options.ablate and "pretrain" in names:
         raise common.UserError(
             "--ablate is for the tasks: pretraining has words and regions to predict from each other"
         )
@@ -152,7 +152,7 @@ def check_options(options):
             raise common.UserError(f"--distill: {part!r} is none of {', '.join(distill.DISTILLATION)}")
     if options.distill != "logits" and not options.teacher:
         raise common.UserError(f"--distill {options.distill} says what to learn from --teacher; give --teacher too")
-    if options.rerank and options.task != "pretrain" and "retrieval" not in tasks:
+    if options.rerank and options.task != "pretrain" and "retrieval" not in names:
         raise common.UserError("--rerank is for --task retrieval, or for pretraining with --objectives ...,itm,itc")
     for name, several in (("seed", options.seeds > 1), ("model", options.model == "all")):
         if options.export_official and several and f"{{{name}}}" not in options.export_official:
@@ -327,7 +327,7 @@ def load_splits(args, objectives, task, source):
     if dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0":
         dist.barrier()  # the first process of a machine draws and extracts, the others read what it cached
     limits = {"train": args.limit} | dict.fromkeys(names[1:])
-    splits = {name: data.load(source, task, name, limit, args.patch, args.grid) for name, limit in limits.items()}
+    splits = {name: data.load(source, tasks.TASKS[task], name, limit, args.patch, args.grid) for name, limit in limits.items()}
     if dist.is_initialized() and os.environ.get("LOCAL_RANK") == "0":
         dist.barrier()
     if not len(splits["train"]):
@@ -805,7 +805,7 @@ def run_test(run):
         result |= stages
         common.print0(lines)
     if run.rank == 0:
-        checkpoints.write_text(args.out / "result.json", json.dumps(result, indent=1) + "\n")
+        data.write_text(args.out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -820,7 +820,7 @@ class Log:
         self.file, step = run.args.out / "log.jsonl", run.progress["step"]
         if run.rank == 0:
             kept = self.file.read_text().splitlines() if run.args.resume and self.file.is_file() else []
-            checkpoints.write_text(self.file, "".join(line + "\n" for line in kept if json.loads(line)["step"] <= step))
+            data.write_text(self.file, "".join(line + "\n" for line in kept if json.loads(line)["step"] <= step))
 
     def add(self, step, losses, norm, batches, waited, worked):
         ids = [i for batch in batches for i in batch.ids]

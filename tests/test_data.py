@@ -1,203 +1,80 @@
-"""data.py against oracles: a reader of English that knows only the scene graph, plain loops, counting, bad files."""
+"""data.py and records.py against oracles: plain loops, counting, bad files."""
 
 import dataclasses
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
-from collections import Counter, defaultdict
-from itertools import chain, pairwise, permutations
+import time
+import tracemalloc
+import zipfile
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import data
-from prepare import scenes
+import records
+import tasks
 
 COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"]
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
-THING = rf"(?:(small|large) )?(?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)}|thing)(?:e?s)?"
-A_THING, WHERE = rf"an? {THING}", "(left of|right of|above|below)"
+WORDS = [*COLORS, *SHAPES, "small", "large", "left", "right", "above", "below", "one", "two", "three", "and", "a"]
+PICTURES = 60
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The oracle: reads a text back and evaluates it on the scene graph
+def write_jsonl(path, lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
 
 
-def matching(things, size, color, shape):
-    shape = None if shape == "thing" else shape
-    words = [(size, "size"), (color, "color"), (shape, "shape")]
-    return [t for t in things if all(word in (None, getattr(t, name)) for word, name in words)]
+def load(path, task, split, **options):
+    return data.load(str(path), tasks.TASKS[task], split, **options)
 
 
-def lies(a, where, b):
-    """Loose truth: on the right side at all. Strict use (no other word is right) is checked by its callers."""
-    return {"left of": a.x < b.x, "right of": a.x > b.x, "above": a.y < b.y, "below": a.y > b.y}[where]
-
-
-def clear(a, b):
-    dx, dy = abs(a.x - b.x), abs(a.y - b.y)
-    return max(dx, dy) >= 20 and max(dx, dy) >= 1.5 * min(dx, dy)
-
-
-def main_direction(a, b):
-    if abs(a.x - b.x) > abs(a.y - b.y):
-        return "left of" if a.x < b.x else "right of"
-    return "above" if a.y < b.y else "below"
-
-
-def clause_holds(clause, things):
-    if m := re.fullmatch(rf"(?:an? )?{THING} (?:is )?{WHERE} (?:an? )?{THING}", clause):
-        g = m.groups()
-        first, where, second = matching(things, *g[:3]), g[3], matching(things, *g[4:])
-        return any(a is not b and clear(a, b) and main_direction(a, b) == where for a in first for b in second)
-    if m := re.fullmatch(rf"{THING} {WHERE} the middle", clause):
-        off = {"left of": -1, "right of": 1}.get(m[4], 0), {"above": -1, "below": 1}.get(m[4], 0)
-        middle = scenes.SIDE / 2
-        return any((t.x - middle) * off[0] + (t.y - middle) * off[1] >= 12 for t in matching(things, *m.groups()[:3]))
-    if m := re.fullmatch(rf"(?:exactly )?({'|'.join(NUMBERS)}) {THING}", clause):
-        return len(matching(things, *m.groups()[1:])) == NUMBERS.index(m[1])
-    if m := re.fullmatch(rf"(?:there is an? )?{THING}", clause):
-        return bool(matching(things, *m.groups()))
-    raise AssertionError(f"no such clause: {clause!r}")
-
-
-def holds(caption, things):
-    return all(clause_holds(clause, things) for clause in caption.split(" and "))
-
-
-def answer_to(question, things):
-    """The one right answer; AssertionError if the question cannot be parsed or has none."""
-    yes = {True: "yes", False: "no"}
-    if m := re.fullmatch(rf"(?:is there|can you see) {A_THING}\?", question):
-        return yes[bool(matching(things, *m.groups()))]
-    if m := re.fullmatch(rf"(?:how many {THING} are there|what is the number of {THING})\?", question):
-        return str(len(matching(things, *(m.groups()[:3] if m[3] else m.groups()[3:]))))
-    if m := re.fullmatch(rf"what (?:is the )?(color|shape|size) (?:of|is) the {THING}\?", question):
-        (thing,) = matching(things, *m.groups()[1:])
-        return getattr(thing, m[1])
-    if m := re.fullmatch(rf"is the {THING} small or large\?", question):
-        (thing,) = matching(things, *m.groups())
-        return thing.size
-    if m := re.fullmatch(rf"are there (more|fewer) {THING} than {THING}\?", question):
-        n, k = len(matching(things, *m.groups()[1:4])), len(matching(things, *m.groups()[4:]))
-        return yes[n > k if m[1] == "more" else n < k]
-    if m := re.fullmatch(rf"(?:is|does) the {THING} (?:lie )?(left or right of|above or below) the middle\?", question):
-        (thing,) = matching(things, *m.groups()[:3])
-        off = (thing.x if m[4].startswith("left") else thing.y) - scenes.SIDE / 2
-        assert abs(off) >= 12
-        return m[4].split()[0 if off < 0 else 2]
-    raise AssertionError(f"no such question: {question!r}")
-
-
-def pairs_bound(text, things, answer=None):
-    """(color, shape) of everything that a text names by both words, or by one with the other as its answer."""
-    bound = {(m[2], m[3]) for m in re.finditer(rf"(?<![a-z]){THING}(?![a-z])", text)}
-    if m := re.fullmatch(rf"what (?:is the )?(color|shape) (?:of|is) the {THING}\?", text):
-        (thing,) = matching(things, *m.groups()[1:])
-        assert answer in (thing.color, thing.shape)
-        bound.add((thing.color, thing.shape))
-    return bound
+# ---- a small data set: a store of random regions, captions and questions -----------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def graphs():
-    return {split: [scenes.make_scene(0, split, i) for i in range(200)] for split in data.SPLITS}
-
-
-def test_scenes_are_a_function_of_seed_split_and_index(graphs):
-    for split in data.SPLITS:
-        again = scenes.make_scene(0, split, 7)
-        assert again.things == graphs[split][7].things
-        assert scenes.captions(again) == scenes.captions(graphs[split][7])
-        assert scenes.questions(again) == scenes.questions(graphs[split][7])
-        assert scenes.draw_scene(again).tobytes() == scenes.draw_scene(graphs[split][7]).tobytes()
-        assert all(np.array_equal(a, b) for a, b in zip(scenes.detect(again).values(), scenes.detect(again).values()))
-    first = {tuple(scenes.make_scene(seed, split, 0).things) for seed in (0, 1) for split in data.SPLITS}
-    assert len(first) == 8  # seeds and splits differ
-
-
-def test_scene_graphs_are_within_their_bounds(graphs):
-    for scene in chain(*graphs.values()):
-        assert 3 <= len(scene.things) <= 8
-        for a, b in permutations(scene.things, 2):
-            w = min(a.x + a.half, b.x + b.half) - max(a.x - a.half, b.x - b.half)
-            h = min(a.y + a.half, b.y + b.half) - max(a.y - a.half, b.y - b.half)
-            assert max(w, 0) * max(h, 0) <= 0.2501 * (2 * a.half) ** 2
-        for t in scene.things:
-            assert t.half <= t.x <= scenes.SIDE - t.half and t.half <= t.y <= scenes.SIDE - t.half
-
-
-def test_captions_and_answers_are_true(graphs):
-    kinds = Counter()
-    for scene in chain(*graphs.values()):
-        for caption in scenes.captions(scene):
-            assert holds(caption, scene.things), (caption, scene)
-        for kind, question, answer in scenes.questions(scene):
-            assert answer_to(question, scene.things) == answer, (question, scene)
-            kinds[kind] += 1
-    assert len(kinds) == 7 and min(kinds.values()) > 300, kinds
-
-
-def test_every_content_word_of_a_caption_has_one_right_answer(graphs):
-    """Put every other word of its kind in the word's place: the caption must become false."""
-    plurals = [shape + ("es" if shape == "cross" else "s") for shape in SHAPES]
-    groups = (("small", "large"), COLORS, SHAPES, plurals, NUMBERS[1:])
-    relations = (["left", "right"], ["above", "below"])
-    tried = Counter()
-    for scene in chain(*graphs.values()):
-        for caption in scenes.captions(scene):
-            words = re.findall(r"\w+|,", caption)
-            for i, word in enumerate(words):
-                for group in (*groups, *relations):
-                    for other in group if word in group else ():
-                        changed = " ".join([*words[:i], other, *words[i + 1 :]]).replace(" ,", ",")
-                        if other == word:
-                            assert word in scenes.CONTENT_WORDS and changed == caption
-                        else:
-                            assert not holds(changed, scene.things), (caption, changed)
-                            tried[word] += 1
-    assert set(tried) >= {"small", "red", "ring", "rings", "three", "left", "below"}
-
-
-def test_captions_tell_scenes_apart(graphs):
-    drawn = graphs["val"][:100]
-    extra = [sum(holds(c, other.things) for other in drawn) - 1 for scene in drawn for c in scenes.captions(scene)[:1]]
-    assert len(extra) > 80 and np.mean(np.array(extra) == 0) > 0.75 and np.mean(extra) < 0.5, np.mean(extra)
-
-
-def test_words_never_bind_a_held_out_pair_outside_compose(graphs):
-    assert len({c for c, _ in scenes.HELD_OUT}) == len({s for _, s in scenes.HELD_OUT}) == 6
-    for split, drawn in graphs.items():
-        for scene in drawn:
-            for text, answer in [(c, None) for c in scenes.captions(scene)] + [q[1:] for q in scenes.questions(scene)]:
-                bound = pairs_bound(text, scene.things, answer) & set(scenes.HELD_OUT)
-                assert bool(bound) == (split == "compose"), (split, text)
-    shown = [(t.color, t.shape) in scenes.HELD_OUT for scene in graphs["train"] for t in scene.things]
-    assert 0.05 < np.mean(shown) < 0.25  # but they do stand in pictures
-
-
-def test_questions_alone_do_not_give_the_answer():
-    def drawn(split, count):
-        return [q for i in range(count) for q in scenes.questions(scenes.make_scene(0, split, i))]
-
-    by_text, by_kind = defaultdict(Counter), defaultdict(Counter)
-    for kind, text, answer in drawn("train", 3000):
-        by_text[text][answer] += 1
-        by_kind[kind][answer] += 1
-    right = [(by_text.get(t) or by_kind[k]).most_common(1)[0][0] == a for k, t, a in drawn("val", 400)]
-    assert 0.30 < np.mean(right) < 0.45, np.mean(right)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Regions, store, datasets
+def folder(tmp_path_factory):
+    """A folder with a feature store of 60 pictures and pretrain.jsonl: six captions and two questions a picture."""
+    folder = tmp_path_factory.mktemp("set")
+    rng = np.random.default_rng(0)
+    pictures = []
+    for i in range(PICTURES):
+        n = int(rng.integers(3, 9))
+        corner = rng.uniform(0, 0.5, (n, 2))
+        pictures.append(
+            {
+                "features": rng.standard_normal((n, 12)),
+                "boxes": np.concatenate([corner, corner + rng.uniform(0.1, 0.5, (n, 2))], 1),
+                "object_probs": rng.dirichlet(np.ones(7), n),
+                "objects": rng.integers(0, 6, n),
+                "object_conf": rng.random(n),
+                "attributes": rng.integers(0, 8, n),
+                "attribute_conf": rng.random(n),
+                "size": (100 + i, 50),
+            }
+        )
+    data.write_store(folder / "regions", pictures)
+    lines = []
+    for i in range(PICTURES):
+        for k in range(8):
+            text = " ".join(rng.choice(WORDS, rng.integers(4, 16)).tolist()) + f" {i} {k}"
+            line = {"features": f"regions#{i}", "text": text}
+            if k >= 6:
+                line["answer"] = ["yes", "no", "red", "2"][(i + k) % 4]
+            lines.append(line)
+    write_jsonl(folder / "pretrain.jsonl", lines)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +83,8 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def dataset(cache):
-    return scenes.scenes("train", "pretrain", 60, cache=cache)
+def dataset(folder, cache):
+    return load(folder / "pretrain.jsonl", "pretrain", "train", cache=cache)
 
 
 @pytest.fixture(scope="module")
@@ -217,65 +94,78 @@ def tokenizer(dataset):
     return tokenizer
 
 
+# ---- regions and the store ---------------------------------------------------------------------------------------------
+
+
 def test_region_features_equal_cropping_first():
     rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (50, 70, 4), dtype=np.uint8), "RGBA")
+    image = Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8))
     boxes = np.array([[0, 0, 70, 50], [5, 6, 65, 42], [10, 3, 46, 39]])
-    ours = data.region_features(image, boxes, patch=6).reshape(3, 6, 6, 3)
+    features = data.region_features(image, boxes, patch=6).reshape(3, 6, 6, 3)
     for i, box in enumerate(boxes.tolist()):
-        crop = image.convert("RGB").crop(box).resize((6, 6), Image.Resampling.BICUBIC)
+        crop = image.crop(box).resize((6, 6), Image.Resampling.BICUBIC)
         plain = (np.asarray(crop).astype(np.float32) / 255 - 0.5) / 0.25
         inner = slice(None) if i == 0 else slice(2, -2)  # at a crop's edge the filter cannot see the picture around it
-        assert np.abs(ours[i] - plain)[inner, inner].max() < 0.02  # one grey level
+        assert np.abs(features[i] - plain)[inner, inner].max() < 0.02  # one grey level
     assert data.grid_boxes(60, 30, 3)[[0, 1, 9]].tolist() == [[0, 0, 60, 30], [0, 0, 20, 10], [40, 20, 60, 30]]
 
 
 def test_store_gathers_what_a_plain_loop_reads(dataset):
-    store, images = dataset.store, np.array([5, 0, 5, 59, 31])
-    got = store.gather(images, pad_to=4)
-    longest = max(store.offsets[i + 1] - store.offsets[i] for i in images)
-    assert got["region_mask"].shape[1] == 4 * ((longest + 3) // 4)
+    store = dataset.store
+    images = np.array([5, 0, 5, 59, 31])
+    batch = store.gather(images)
+    assert batch["region_mask"].shape[1] == max(store.offsets[i + 1] - store.offsets[i] for i in images)
+    assert set(batch) == {"region_mask", *data.STORED}
     for row, image in enumerate(images):
         start, stop = store.offsets[image], store.offsets[image + 1]
-        assert got["region_mask"][row].sum() == stop - start and got["region_mask"][row, : stop - start].all()
-        for name, array in store.fields.items():
-            assert np.array_equal(
-                got[name][row, : stop - start].numpy(), array[start:stop].astype(got[name].numpy().dtype)
-            )
-            assert not got[name][row, stop - start :].any()
-    scene = scenes.make_scene(0, "train", 5)
-    boxes = scenes.detect(scene)["boxes"]
-    features = data.region_features(scenes.draw_scene(scene), boxes)
-    assert np.abs(got["features"][0, : len(boxes)].numpy() - features).max() < 2e-3
-    assert np.abs(got["boxes"][0, : len(boxes)].numpy() * scenes.SIDE - boxes).max() < 1e-4
+        count = stop - start
+        assert batch["region_mask"][row].sum() == count and batch["region_mask"][row, :count].all()
+        for name, values in store.fields.items():
+            dtype = batch[name].numpy().dtype
+            assert np.array_equal(batch[name][row, :count].numpy(), values[start:stop].astype(dtype))
+            assert not batch[name][row, count:].any()
 
 
-def test_imitated_detector_is_mostly_right():
-    right, false, seen = [], 0, 0
-    for i in range(300):
-        scene = scenes.make_scene(0, "test", i)
-        found = scenes.detect(scene)
-        assert np.allclose(found["object_probs"].sum(1), 1)
-        assert np.array_equal(found["objects"], found["object_probs"][:, 1:].argmax(1))
-        centres = (found["boxes"][:, :2] + found["boxes"][:, 2:]) / 2
-        for thing in scene.things:
-            near = [j for j in range(len(centres)) if found["object_conf"][j] > 0.7]
-            j = min(near, key=lambda j: np.abs(centres[j] - (thing.x, thing.y)).sum())
-            right.append(scenes.SHAPES[found["objects"][j]] == thing.shape)
-        false, seen = false + len(centres) - len(scene.things), seen + 1
-    assert 0.94 < np.mean(right) < 0.99 and 0.8 < false / seen < 1.2
+def test_a_store_keeps_what_was_written(tmp_path):
+    pictures = [{"features": np.full((n, 3), n / 4), "boxes": np.full((n, 4), 0.5)} for n in (2, 1, 4)]
+    data.write_store(tmp_path / "s", iter(pictures))
+    store = data.FeatureStore(tmp_path / "s")
+    assert store.offsets.tolist() == [0, 2, 3, 7] and store.width == 3 and len(store) == 3
+    assert np.load(tmp_path / "s/features.npy")[:, 0].tolist() == [0.5, 0.5, 0.25, 1, 1, 1, 1]
+    with pytest.raises(ValueError, match="NaN"):
+        data.write_store(tmp_path / "nan", [{"features": np.full((1, 3), np.nan), "boxes": np.zeros((1, 4))}])
 
 
-def test_two_processes_may_make_the_same_store(tmp_path):
+def test_a_damaged_store_is_one_line(tmp_path, folder):
+    for name, damage in (("offsets", b""), ("features", b"\x93NUMPY"), ("boxes", b"xx")):
+        copy = tmp_path / name
+        copy.mkdir()
+        for file in (folder / "regions").iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+        (copy / f"{name}.npy").write_bytes(damage)
+        with pytest.raises(common.UserError, match="not a feature store"):
+            data.FeatureStore(copy)
+
+
+def load_in_a_process(path, cache):
+    load(path, "vqa", "train", cache=cache)
+
+
+def test_two_processes_may_read_the_same_file_first(tmp_path):
+    lines = []
+    for i in range(20):
+        Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        lines.append({"image": f"{i}.png", "text": "what?", "answer": "red"})
+    path = write_jsonl(tmp_path / "a.jsonl", lines)
     fork = multiprocessing.get_context("fork")
-    runs = [fork.Process(target=scenes.scenes, args=("val", "vqa", 20), kwargs={"cache": tmp_path}) for _ in range(2)]
+    runs = [fork.Process(target=load_in_a_process, args=(path, tmp_path / "cache")) for _ in range(2)]
     for run in runs:
         run.start()
     for run in runs:
         run.join()
     assert [run.exitcode for run in runs] == [0, 0]
-    assert len(scenes.scenes("val", "vqa", 20, cache=tmp_path)) == 160
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(load(path, "vqa", "train", cache=tmp_path / "cache")) == 20
+    assert sorted(file.name.split("-")[0] for file in (tmp_path / "cache").iterdir()) == ["columns", "regions"]
 
 
 def test_answers_are_sorted_and_subsets_keep_their_tokens(dataset, tokenizer):
@@ -286,14 +176,21 @@ def test_answers_are_sorted_and_subsets_keep_their_tokens(dataset, tokenizer):
     index = np.array([9, 2, 40])
     part = dataset.subset(index)
     assert part.text == [dataset.text[i] for i in index] and len(dataset.subset(7)) == 7
-    assert part.offsets.tolist() == part.encode(tokenizer, 32).offsets.tolist()
-    again = part.tokens.copy()
-    assert again.tolist() == dataset.subset(index).tokens.tolist()
-    assert set(scenes.scenes("train", "vqa", 60, cache=dataset.store.folder.parent).kind) == set(scenes.QUESTIONS)
+    before = part.offsets.tolist(), part.tokens.tolist()
+    part.encode(tokenizer, 32)
+    assert before == (part.offsets.tolist(), part.tokens.tolist())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Word pieces
+def test_a_subset_is_drawn_at_random(dataset):
+    """The first N lines of a file are often of one kind. The same N each time."""
+    chosen = [int(name.rsplit(":", 1)[1]) for name in dataset.subset(100).ids]
+    assert chosen == sorted(chosen) and len(set(chosen)) == 100
+    assert chosen != list(range(1, 101)) and 0.35 < np.mean(np.array(chosen) > len(dataset) / 2) < 0.65
+    assert len(set(np.diff(chosen).tolist())) > 5  # not evenly spaced
+    assert dataset.subset(100).ids == dataset.subset(100).ids
+
+
+# ---- word pieces -------------------------------------------------------------------------------------------------------
 
 
 def greedy(word, vocab):
@@ -337,14 +234,12 @@ def test_tokenizer_is_greedy_wordpiece_and_deterministic(tmp_path):
         data.read_tokenizer(tmp_path / "bad.txt")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
+# ---- batches -----------------------------------------------------------------------------------------------------------
 
 
 def test_collate_against_plain_loops(dataset, tokenizer):
     index, answers = np.array([3, 100, 17, 250]), {"yes": 0, "red": 1, "2": 2}
-    batch = data.collate(dataset, index, answers=answers, pad_to=8)
-    assert batch.text.shape[1] % 8 == 0 and batch.features.shape[1] % 8 == 0
+    batch = data.collate(dataset, index, answers=answers)
     for row, i in enumerate(index):
         pieces = tokenizer.encode(dataset.text[i]).tokens[:30]
         ids = [2, *(tokenizer.token_to_id(p) for p in pieces), 3]
@@ -451,19 +346,17 @@ def test_masked_regions(dataset, tokenizer):
     assert (one.features[one.masked_regions] == 0).all()
 
 
-@pytest.mark.parametrize("budget", [{"size": 16}, {"tokens": 500}])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_batches_cover_everything_once_within_budget(budget, shuffled):
+def test_batches_cover_everything_once(shuffled):
     lengths = np.random.default_rng(1).integers(5, 60, 1003)
 
     def cut(**rank):
-        return data.batches(lengths, np.random.default_rng(2) if shuffled else None, **budget, **rank)
+        return data.batches(lengths, np.random.default_rng(2) if shuffled else None, size=16, **rank)
 
     whole = cut()
     assert sorted(np.concatenate(whole).tolist()) == list(range(1003))
     for batch in whole:
-        assert len(batch) <= budget.get("size", 1003)
-        assert len(batch) * lengths[batch].max() <= budget.get("tokens", 10**9)
+        assert len(batch) <= 16
     waste = sum(len(b) * lengths[b].max() for b in whole) / lengths.sum()
     assert waste < (1.1 if shuffled else 1.05)
     shards = [cut(rank=r, world=3) for r in range(3)]
@@ -473,14 +366,9 @@ def test_batches_cover_everything_once_within_budget(budget, shuffled):
         assert len({len(shard) for shard in shards}) == 1 and len(seen) > 1003 - 3 * max(map(len, whole))
     else:
         assert sorted(seen) == list(range(1003))
-    with pytest.raises(ValueError):
-        data.batches(lengths, tokens=30)
-    with pytest.raises(ValueError):
-        data.batches(lengths)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Own data
+# ---- own data ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -548,51 +436,54 @@ def test_bad_lines_are_named_in_one_line(own, cache, line, task, message):
         del good["image"]
     path = own(good, "", line)
     with pytest.raises(common.UserError, match=message) as error:
-        data.load_jsonl(path, task, "train", cache=cache)
+        load(path, task, "train", cache=cache)
     assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
 
 
 def test_own_data_becomes_a_dataset(own, cache, capsys):
     box = [[1, 2, 21, 22]]
     path = own(GOOD, {**GOOD, "boxes": box, "split": "val"}, {**GOOD, "answer": {"Blue": 0.3, "red": 1}})
-    train = data.load(str(path), "vqa", "train", cache=cache)
-    val = data.load(str(path), "vqa", "val", cache=cache)
-    assert (len(train), len(val), len(data.load(str(path), "vqa", "test", cache=cache))) == (2, 1, 0)
-    assert train.answer == [{"red": 1.0}, {"blue": 0.3, "red": 1.0}] and train.kind == ["vqa", "vqa"]
+    train = load(path, "vqa", "train", cache=cache)
+    val = load(path, "vqa", "val", cache=cache)
+    assert (len(train), len(val), len(load(path, "vqa", "test", cache=cache))) == (2, 1, 0)
+    assert list(train.answer) == [{"red": 1.0}, {"blue": 0.3, "red": 1.0}] and list(train.kind) == ["vqa", "vqa"]
     batch = data.collate(val.encode(data.train_tokenizer(val.text)), np.array([0]))
     assert torch.allclose(batch.boxes, torch.tensor([[[1 / 40, 2 / 30, 21 / 40, 22 / 30]]]))
     assert torch.allclose(batch.features, torch.full((1, 1, 432), (9 / 255 - 0.5) / 0.25), atol=1e-3)
     assert batch.object_probs is None and train.store is not val.store and train.store.folder == val.store.folder
     assert "all features are equal" in capsys.readouterr().err
-    data.load(str(own({**F, "features": "unit.npz"})), "vqa", "train", cache=cache)
+    load(own({**F, "features": "unit.npz"}), "vqa", "train", cache=cache)
     assert "0..1" in capsys.readouterr().err
     with pytest.raises(common.UserError, match="no such file"):
-        data.load("nowhere.jsonl", "vqa", "train", cache=cache)
+        load("nowhere.jsonl", "vqa", "train", cache=cache)
 
 
-def test_command_line_in_a_process(tmp_path):
+def run_command(capsys, *arguments):
+    """(exit code, stdout, stderr) of `python data.py arguments`."""
+    code = data.main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_command_line_in_a_process(tmp_path, own):
     command = [sys.executable, data.__file__]
-    done = subprocess.run([*command, "preview", "--out", "sheet.png"], cwd=tmp_path, capture_output=True, check=True)
-    assert b"6 scenes" in done.stdout and Image.open(tmp_path / "sheet.png").size > (1000, 500)
+    path = own({**GOOD, "boxes": [[1, 2, 21, 22]]}, {**GOOD, "split": "val"})
+    for options, expected in ((["check", path, "--task", "vqa"], "2 examples"), (["preview", path], "preview.png: 1")):
+        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert expected in done.stdout, done
+    assert Image.open(tmp_path / "preview.png").size > (300, 300)
     done = subprocess.run([*command, "check", "x.jsonl"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (
-        done.returncode == 2
-        and done.stderr == "data.py: x.jsonl: no such file; give 'scenes' or the path of a .jsonl file\n"
-    )
+    assert done.returncode == 2 and done.stderr.startswith("data.py: x.jsonl: no such file")
+    assert done.stderr.count("\n") == 1
 
 
 def test_command_line(own, tmp_path, monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
-        code, said = data.main(), capsys.readouterr()
-        assert code == 0 or (code, said.err.count("\n")) == (2, 1)
-        return said.err if code else said.out
-
     monkeypatch.chdir(tmp_path)
-    assert "(37, 432)" in run("extract", "a.png", "--out", "grid.npz")
+    assert "(37, 432)" in run_command(capsys, "extract", "a.png", "--out", "grid.npz")[1]
     assert np.load("grid.npz")["features"].shape == (37, 432)
     grid = {"features": "grid.npz", "text": "a"}
     path = own({**grid, "answer": "b"}, {**grid, "split": "val"})
-    assert "2 examples (1 train, 1 val), 1 pictures" in run("check", path, "--task", "pretrain")
-    for arguments in (("check", path, "--task", "vqa"), ("frobnicate",), ("extract", "a.png"), ("check", path, "--x")):
-        assert run(*arguments).startswith("data.py: ")
+    assert "2 examples (1 train, 1 val), 1 pictures" in run_command(capsys, "check", path)[1]
+    for arguments in (("frobnicate",), ("extract", "a.png"), ("check", path, "--x"), ("check", path, "--patch", "0")):
+        code, _, error = run_command(capsys, *arguments)
+        assert code == 2 and error.startswith("data.py: ") and error.count("\n") == 1
