@@ -194,6 +194,7 @@ class Columns:
         self.ids = bytearray()
         self.arrays = {
             "text_offsets": array("q", [0]),
+            "text_keys": array("q"),
             "ids_offsets": array("q", [0]),
             "image": array("q"),
             "kind": array("q"),
@@ -211,9 +212,9 @@ class Columns:
             raise UserError(f"{len(example.rows)} choices, lines before have {self.group}; give all equally many")
         arrays = self.arrays
         for text, picture in example.rows:
-            segments = [text] if isinstance(text, str) else text
-            self.text += "\0".join(segments).encode("utf-8")
+            self.text += ("\0".join(text) if isinstance(text, tuple) else text).encode("utf-8")
             arrays["text_offsets"].append(len(self.text))
+            arrays["text_keys"].append(text_key(text))
             arrays["image"].append(rows[picture])
         self.ids += example.id.encode("utf-8")
         arrays["ids_offsets"].append(len(self.ids))
@@ -228,6 +229,7 @@ class Columns:
         folder.mkdir()
         for name, values in self.arrays.items():
             np.save(folder / f"{name}.npy", np.array(values))
+        np.save(folder / "pairs.npy", np.sort(pair_keys(np.array(self.arrays["text_keys"]), self.arrays["image"])))
         np.save(folder / "text.npy", np.frombuffer(bytes(self.text), np.uint8))
         np.save(folder / "ids.npy", np.frombuffer(bytes(self.ids), np.uint8))
         targets = np.array(self.targets)
@@ -242,6 +244,16 @@ class Columns:
         (folder / "columns.json").write_text(json.dumps(rest))
 
 
+def text_key(text):
+    """An int64 that is equal for equal texts, whatever their case."""
+    return int.from_bytes(hashlib.blake2b(str(text).lower().encode("utf-8"), digest_size=8).digest(), signed=True)
+
+
+def pair_keys(text_keys, images):
+    """An int64 for each pair of a text and a picture, (B,) each; equal pairs have equal ones."""
+    return text_keys ^ (np.asarray(images) * 0x1E3779B97F4A7C15)  # a large odd number: the product wraps around
+
+
 def read_columns(path, task, splits, patch, grid, mistakes):
     """Reads and checks a JSONL file. Returns {split: Columns} and the Pictures that it names."""
     pictures = Pictures(path.parent, patch, grid)
@@ -251,7 +263,9 @@ def read_columns(path, task, splits, patch, grid, mistakes):
             store, rows = pictures.find(where, record)
             if "target" in record:
                 record["target"] = pictures.scale_target(record, store, rows[0])
-            part = columns.setdefault(record["split"], Columns(store))
+            if record["split"] not in columns:
+                columns[record["split"]] = Columns(store)
+            part = columns[record["split"]]
             if part.store != store:
                 raise UserError(f"split {record['split']} has pictures of {part.store or 'files'} and of "
                                 f"{store or 'files'}; write them into one store")  # fmt: skip
@@ -338,6 +352,8 @@ class Dataset:
     group: int = 1  # rows of an example
     segment: np.ndarray | None = None  # flat like tokens: the number of each piece's segment, 0 for a plain text
     folder: Path | None = None  # of its columns, if they are on disk
+    text_keys: np.ndarray | None = None  # (R,) int64: see `text_key`
+    pairs: np.ndarray | None = None  # (R,) int64, sorted: the keys of all pairs of text and picture
     lost: np.ndarray | None = None  # (3,) word pieces of all texts, how many of them are [UNK], how many were cut off
 
     def __len__(self):
@@ -354,6 +370,30 @@ class Dataset:
     def rows(self, index):
         """The rows of examples `index` (B,) -> (B * group,)."""
         return (np.asarray(index)[:, None] * self.group + np.arange(self.group)).ravel()
+
+    def index_pairs(self):
+        """Fills in text_keys and pairs, which columns on disk bring along."""
+        if self.pairs is None:
+            self.text_keys = np.array([text_key(text) for text in self.text], np.int64)
+            self.pairs = np.sort(pair_keys(self.text_keys, self.image))
+
+    def belong_together(self, examples, images):
+        """(B,) bool: True = the dataset has the text of the example, word for word, with that picture. A caption that is
+        said of several pictures belongs to each."""
+        self.index_pairs()
+        keys = pair_keys(self.text_keys[examples], images)
+        found = np.searchsorted(self.pairs, keys).clip(max=len(self.pairs) - 1)
+        return self.pairs[found] == keys
+
+    def repeated_texts(self):
+        """How many examples have a text that the dataset has with another picture too."""
+        self.index_pairs()
+        keys, number = np.unique(self.text_keys, return_inverse=True)
+        first = np.zeros(len(keys), np.int64)
+        first[number] = self.image  # one picture of each text
+        several = np.zeros(len(keys), bool)
+        several[number[first[number] != self.image]] = True
+        return int(several[number].sum())
 
     def encode(self, tokenizer, max_length=64):
         """Fills tokens, segment, offsets and lost with [CLS] pieces [SEP], see `encode_texts`. Returns self. Where the
@@ -395,6 +435,8 @@ class Dataset:
             kind=[self.kind[i] for i in index],
             ids=[self.ids[i] for i in index],
             folder=None,
+            text_keys=None,
+            pairs=None,
             lost=None,
         )
         if self.target is not None:
@@ -477,6 +519,8 @@ def open_columns(folder, name, split):
         target=column.get("target"),
         group=rest["group"],
         folder=folder,
+        text_keys=column["text_keys"],
+        pairs=column["pairs"],
     )
 
 
@@ -776,13 +820,14 @@ def collate(dataset, index, images=None, answers=None):
     )
 
 
-def sample_mismatches(dataset, index, rng, p=0.5, replace="image"):
+def sample_mismatches(dataset, index, rng, p=0.5, replace="image", tries=100):
     """Pairs for image-text matching: with probability p the picture (replace="text": the sentence) becomes that of
-    another example with another picture. Returns examples (B,) and store rows (B,), for collate, and matched (B,) int64
-    tensor, 1 = they belong together. ValueError if the dataset has a single picture.
+    another example. Returns examples (B,) and store rows (B,), for collate, and matched (B,) int64 tensor, 1 = they
+    belong together. ValueError if the dataset has a single picture.
 
-    Pictures are drawn from the whole dataset. Sentences are drawn from the batch, where they are of like length: a
-    long one from elsewhere would pad all the others to its length.
+    A text is never a mismatch of a picture that the dataset has it with, also as another example. The few for which
+    `tries` draws find no mismatch stay true pairs. Pictures are drawn from the whole dataset. Sentences are drawn from
+    the batch, where they are of like length: a long one from elsewhere would pad all the others to its length.
     """
     assert replace in ("image", "text")
     index = np.asarray(index)
@@ -794,11 +839,17 @@ def sample_mismatches(dataset, index, rng, p=0.5, replace="image"):
     if replace == "text" and (images != images[0]).any():
         pool = index
     other = index.copy()
-    while True:
-        again = wrong & (dataset.image[other] == images)  # (B,) bool, True = not yet a mismatch
+    for _ in range(tries):
+        if replace == "text":
+            again = wrong & dataset.belong_together(other, images)  # (B,) bool, True = not yet a mismatch
+        else:
+            again = wrong & dataset.belong_together(index, dataset.image[other])
         if not again.any():
             break
         other[again] = pool[rng.integers(len(pool), size=again.sum())]
+    else:
+        other[again] = index[again]
+        wrong &= ~again
     matched = torch.from_numpy(1 - wrong.astype(np.int64))
     if replace == "text":
         return other, images, matched
@@ -941,6 +992,10 @@ def check(source, task, vocab, max_words, patch, grid):
     sets = {split: load(source, task, split, patch=patch, grid=grid) for split in splits if split in columns}
     print_contents(path, sets)
     print_shared_pictures(sets)
+    if "train" in sets and task.pictures == 1 and not task.needs:
+        repeated = sets["train"].repeated_texts()
+        if repeated:
+            print(f"{repeated} texts of train stand with several pictures; they are never a false pair of one of them")
     if "train" in sets:
         tokenizer = read_tokenizer(vocab) if vocab else own_tokenizer([sets["train"]])
         print(describe_lost_text([dataset.encode(tokenizer, max_words) for dataset in sets.values()]))

@@ -271,6 +271,36 @@ def test_mismatch_never_keeps_the_picture(dataset, tokenizer, replace):
         data.sample_mismatches(dataset.subset(np.array([0, 1])), np.array([0, 1]), rng, 1.0)
 
 
+@pytest.mark.parametrize("replace", ["image", "text"])
+def test_a_repeated_caption_is_never_a_false_pair_of_its_own_picture(replace):
+    """90 pictures with five captions each, of nine different ones: by chance 45% of the false pairs would be true."""
+    rng = np.random.default_rng(0)
+    captions = [f"a {color} {shape}" for color in COLORS[:3] for shape in SHAPES[:3]]
+    text = [captions[i] for i in rng.integers(0, 9, 450)]
+    image = np.repeat(np.arange(90), 5)
+    dataset = data.Dataset("", "train", None, image, text, [{}] * 450, ["caption"] * 450, [""] * 450)
+    true = set(zip(text, image.tolist(), strict=True))
+    false_pairs = 0
+    for _ in range(10):
+        index = rng.permutation(450)[:64]
+        examples, images, matched = data.sample_mismatches(dataset, index, rng, 0.5, replace)
+        for example, picture, match in zip(examples, images.tolist(), matched.tolist(), strict=True):
+            assert ((text[example], picture) in true) == bool(match)
+            false_pairs += 1 - match
+    assert abs(false_pairs / 640 - 0.5) < 0.1
+    assert dataset.repeated_texts() == 450
+    alone = data.Dataset("", "train", None, np.arange(3), ["x", "X", "y"], [{}] * 3, [""] * 3, [""] * 3)
+    assert alone.repeated_texts() == 2  # "X" is "x"
+
+
+def test_pairs_that_no_draw_makes_false_stay_true():
+    """Every picture has the same caption: there is no false pair, and the search for one ends."""
+    dataset = data.Dataset("", "train", None, np.arange(4), ["a dog"] * 4, [{}] * 4, [""] * 4, [""] * 4)
+    examples, images, matched = data.sample_mismatches(dataset, np.arange(4), np.random.default_rng(0), 1.0)
+    assert matched.tolist() == [1, 1, 1, 1]
+    assert images.tolist() == dataset.image[examples].tolist()
+
+
 def test_false_sentences_come_from_the_batch(dataset):
     """Where they are of like length. A batch with one picture has none, and takes them from the rest."""
     index = np.flatnonzero(dataset.image < 10)
