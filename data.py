@@ -6,7 +6,7 @@
       -> collate -> Batch                            padded tensors
       -> sample_mismatches, mask_words, mask_regions
 
-Files are read and checked in records.py.
+Pictures and stores are read in regions.py, lines of JSONL in records.py.
 
 Letters: B batch rows, T text positions, N regions, F region-feature width, K object classes with background
 (class 0), A answers, V vocabulary, E examples, R rows of a dataset, I pictures of a store.
@@ -21,7 +21,6 @@ import importlib
 import itertools
 import json
 import re
-import shutil
 import sys
 from array import array
 from collections import Counter
@@ -32,29 +31,33 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from common import UserError
-from records import (  # noqa: F401 (other files take these names from here)
+from records import (  # noqa: F401 (is_box: for predict.py)
+    Answers,
+    Mistakes,
+    Strings,
+    Words,
+    is_box,
+    make_columns,
+    map_array,
+    pair_keys,
+    read_columns,
+    text_key,
+    unique_keys,
+)
+from regions import (  # noqa: F401 (some are for other files, which take all they need of data from here)
     STORED,
     FeatureStore,
-    Mistakes,
-    Pictures,
     cache_key,
     check_boxes,
-    file_stamp,
     grid_boxes,
-    is_box,
     make_once,
     open_picture,
     parallel,
-    picture_regions,
     ragged,
-    read_features,
-    read_records,
     region_features,
-    unique_keys,
     warn,
     write_store,
     write_text,
@@ -121,199 +124,6 @@ class Batch:
         if self.ids is not None:
             part.ids = [self.ids[i] for i in index.tolist()]
         return part
-
-
-# ---- columns on disk --------------------------------------------------------------------------------------------------
-# What grows with the data is read once, checked, written column by column, and memory-mapped from then on.
-
-
-class Strings(Sequence):
-    """A list of texts on disk: item i is blob[offsets[i]:offsets[i+1]] in UTF-8. A text of several segments is a tuple
-    of them; the blob has NUL between them."""
-
-    def __init__(self, blob, offsets):
-        self.blob = blob
-        self.offsets = offsets
-
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i):
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        i %= len(self)
-        text = self.blob[self.offsets[i] : self.offsets[i + 1]].tobytes().decode("utf-8")
-        return tuple(text.split("\0")) if "\0" in text else text
-
-
-class Words(Sequence):
-    """A list of few different words on disk: item i is words[index[i]]."""
-
-    def __init__(self, words, index):
-        self.words = words
-        self.index = index
-
-    def __len__(self):
-        return len(self.index)
-
-    def __getitem__(self, i):
-        return self.words[self.index[i]]
-
-
-class Answers(Sequence):
-    """A list of {answer: score} on disk: item i has answers words[index[k]], k = offsets[i] ... offsets[i+1] - 1."""
-
-    def __init__(self, words, index, scores, offsets):
-        self.words = words
-        self.index = index
-        self.scores = scores
-        self.offsets = offsets
-
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i):
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        i %= len(self)
-        answers = {}
-        for k in range(self.offsets[i], self.offsets[i + 1]):
-            answers[self.words[self.index[k]]] = float(self.scores[k])
-        return answers
-
-
-class Columns:
-    """The examples of one split while a file is read, in compact arrays."""
-
-    def __init__(self, store):
-        self.store = store  # the name of the store that all its pictures are in
-        self.group = None  # rows of an example
-        self.kinds = {}  # word -> its number
-        self.answers = {}  # answer -> its number
-        self.text = bytearray()
-        self.ids = bytearray()
-        self.arrays = {
-            "text_offsets": array("q", [0]),
-            "text_keys": array("q"),
-            "ids_offsets": array("q", [0]),
-            "image": array("q"),
-            "kind": array("q"),
-            "answer": array("q"),
-            "answer_scores": array("d"),
-            "answer_offsets": array("q", [0]),
-        }
-        self.targets = []
-
-    def add(self, example, rows):
-        """An Example; rows[k] is the store's row of the line's picture k. UserError if it does not go with the others."""
-        if self.group is None:
-            self.group = len(example.rows)
-        if len(example.rows) != self.group:
-            raise UserError(f"{len(example.rows)} choices, lines before have {self.group}; give all equally many")
-        arrays = self.arrays
-        for text, picture in example.rows:
-            self.text += ("\0".join(text) if isinstance(text, tuple) else text).encode("utf-8")
-            arrays["text_offsets"].append(len(self.text))
-            arrays["text_keys"].append(text_key(text))
-            arrays["image"].append(rows[picture])
-        self.ids += example.id.encode("utf-8")
-        arrays["ids_offsets"].append(len(self.ids))
-        arrays["kind"].append(self.kinds.setdefault(example.kind, len(self.kinds)))
-        for answer, score in (example.answer or {}).items():
-            arrays["answer"].append(self.answers.setdefault(answer, len(self.answers)))
-            arrays["answer_scores"].append(score)
-        arrays["answer_offsets"].append(len(arrays["answer"]))
-        self.targets.append(example.target)
-
-    def save(self, folder, store_folder):
-        folder.mkdir()
-        for name, values in self.arrays.items():
-            np.save(folder / f"{name}.npy", np.array(values))
-        np.save(folder / "pairs.npy", np.sort(pair_keys(np.array(self.arrays["text_keys"]), self.arrays["image"])))
-        np.save(folder / "text.npy", np.frombuffer(bytes(self.text), np.uint8))
-        np.save(folder / "ids.npy", np.frombuffer(bytes(self.ids), np.uint8))
-        targets = np.array(self.targets)
-        if targets.max() >= 0:  # else the task has none
-            np.save(folder / "target.npy", targets)
-        rest = {
-            "store": str(store_folder),
-            "group": self.group,
-            "kinds": list(self.kinds),
-            "answers": list(self.answers),
-        }
-        (folder / "columns.json").write_text(json.dumps(rest))
-
-
-def text_key(text):
-    """An int64 that is equal for equal texts, whatever their case."""
-    return int.from_bytes(hashlib.blake2b(str(text).lower().encode("utf-8"), digest_size=8).digest(), signed=True)
-
-
-def pair_keys(text_keys, images):
-    """An int64 for each pair of a text and a picture, (B,) each; equal pairs have equal ones."""
-    return text_keys ^ (np.asarray(images) * 0x1E3779B97F4A7C15)  # a large odd number: the product wraps around
-
-
-def read_columns(path, task, splits, patch, grid, mistakes):
-    """Reads and checks a JSONL file. Returns {split: Columns} and the Pictures that it names."""
-    pictures = Pictures(path.parent, patch, grid)
-    columns = {}
-    for where, record in read_records(path, task, splits, mistakes):
-        try:
-            store, rows = pictures.find(where, record)
-            if "target" in record:
-                record["target"] = pictures.scale_target(record, store, rows[0])
-            if record["split"] not in columns:
-                columns[record["split"]] = Columns(store)
-            part = columns[record["split"]]
-            if part.store != store:
-                raise UserError(f"split {record['split']} has pictures of {part.store or 'files'} and of "
-                                f"{store or 'files'}; write them into one store")  # fmt: skip
-            for example in task.examples(record):
-                part.add(example, rows)
-        except UserError as error:
-            mistakes.add(f"{where}: {error}")
-    if not columns and not mistakes.count:
-        raise UserError(f"{path}: holds no examples; write one JSON object a line")
-    return columns, pictures
-
-
-def make_columns(path, task, splits, patch, grid, cache):
-    """The folder with the columns of a JSONL file, a subfolder for each split, made unless it is in the cache."""
-    key = [*file_stamp(path), task.name, splits, patch, grid]
-    folder = Path(cache).resolve() / f"columns-{cache_key(key)}"
-
-    def make(aside):
-        mistakes = Mistakes()
-        columns, pictures = read_columns(path, task, splits, patch, grid, mistakes)
-        mistakes.stop(path)
-        folders = {name: store.folder.resolve() for name, store in pictures.stores.items()}
-        depends = list(pictures.paths())
-        if pictures.jobs:
-            folders[""] = pictures.extract(path, Path(cache).resolve(), mistakes).folder
-            depends.append(folders[""] / "offsets.npy")
-        if pictures.outside:
-            warn(f"{path}: {pictures.outside} pictures lie outside of its folder")
-        for split, part in columns.items():
-            part.save(aside / split, folders[part.store])
-        stamps = [json.dumps(file_stamp(file)) for file in depends]
-        (aside / "depends.jsonl").write_text("\n".join(stamps))
-
-    if folder.exists() and not is_current(folder):
-        shutil.rmtree(folder)
-    return make_once(folder, make)
-
-
-def is_current(folder):
-    """True if the pictures and stores that columns were made of have not changed since."""
-    for line in (folder / "depends.jsonl").read_text().splitlines():
-        path, *state = json.loads(line)
-        try:
-            if file_stamp(Path(path))[1:] != state:
-                return False
-        except OSError:
-            return False
-    return True
 
 
 # ---- data sets --------------------------------------------------------------------------------------------------------
@@ -493,11 +303,6 @@ def describe_lost_text(datasets):
     shares = [unknown / max(1.0, pieces), cut / max(1.0, pieces)]
     text = f"{shares[0]:.2%} of the word pieces are unknown ([UNK]), {shares[1]:.2%} are cut off at the longest length"
     return f"warning: {text}" if max(shares) > 0.01 else text
-
-
-def map_array(path):
-    """A .npy file, memory-mapped, as a plain array: numpy's memmap class is slow where single numbers are read."""
-    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def open_columns(folder, name, split):
@@ -971,11 +776,15 @@ def next_word_labels(batch):
 # ---- command line -----------------------------------------------------------------------------------------------------
 
 
+def describe(source, task):
+    """The .jsonl file of a task in a data set, and the splits that its lines may name."""
+    description = read_dataset_json(find(source))
+    return task_file(description, task.name), [*SPLITS, *description["extra_splits"]]
+
+
 def check(source, task, vocab, max_words, patch, grid):
     """Lists what is wrong with a data set, the first twenty mistakes; else prints what it holds. Returns the exit code."""
-    description = read_dataset_json(find(source))
-    path = task_file(description, task.name)
-    splits = [*SPLITS, *description["extra_splits"]]
+    path, splits = describe(source, task)
     mistakes = Mistakes()
     columns, pictures = read_columns(path, task, splits, patch, grid, mistakes)
     if pictures.jobs and mistakes.count:  # pictures are read below where the lines are right
@@ -1037,77 +846,14 @@ def store_digest(store, row):
 
 
 def preview(source, task, out, split, count, patch, grid):
-    """Draws a contact sheet: `count` examples of a data set with their regions' boxes, text and answer."""
-    description = read_dataset_json(find(source))
-    path = task_file(description, task.name)
-    splits = [*SPLITS, *description["extra_splits"]]
-    mistakes = Mistakes()
-    pictures = Pictures(path.parent, patch, grid)
-    cells = []
-    for where, record in read_records(path, task, splits, mistakes):
-        if record["split"] == split and len(cells) < count:
-            cells.append(preview_cell(where, record, pictures))
-    mistakes.stop(path)
-    if not cells:
-        raise UserError(f"{path}: has no examples of split {split}")
-    columns = min(3, len(cells))
-    width = max(cell.width for cell in cells)
-    height = max(cell.height for cell in cells)
-    sheet = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
-    for i, cell in enumerate(cells):
-        sheet.paste(cell, (i % columns * width, i // columns * height))
+    """Draws a sheet of `count` examples: pictures with their regions' boxes, text and answer."""
+    from prepare.preview import draw_sheet  # here, since it imports this file
+
+    path, splits = describe(source, task)
+    sheet = draw_sheet(path, task, splits, split, count, patch, grid)
     sheet.save(out)
-    print(f"{out}: {len(cells)} examples of {path}, {sheet.width} x {sheet.height} pixels")
+    print(f"{out}: {sheet.width} x {sheet.height} pixels, of {path}")
     return 0
-
-
-def preview_cell(where, record, pictures, side=336):
-    """One example as a picture: its one or two pictures, at most `side` pixels wide and high, over its text."""
-    store, rows = pictures.find(where, record)
-    shown = [draw_regions(where, record, pictures, store, row, side) for row in rows]
-    lines = []
-    for key in ("kind", "text", "choices", "answer", "label", "reasons", "reason"):
-        if key in record:
-            text = f"{key}: {record[key]}"
-            lines += [text[i : i + 52 * len(shown)] for i in range(0, min(len(text), 312), 52 * len(shown))]
-    cell = Image.new("RGB", (len(shown) * (side + 8), side + 16 + 16 * len(lines)), "white")
-    for i, picture in enumerate(shown):
-        cell.paste(picture, (i * (side + 8), 0))
-    ImageDraw.Draw(cell).multiline_text((2, side + 4), "\n".join(lines), "black", ImageFont.load_default(12))
-    return cell
-
-
-def draw_regions(where, record, pictures, store, row, side):
-    """A picture with the boxes of its regions, the target's in red. Of a store, which has no pictures, the regions."""
-    boxes = []  # 0..1
-    if store:
-        regions = pictures.stores[store].gather(np.array([row]))
-        boxes = regions["boxes"][0].tolist()
-        image = Image.new("RGB", (side, side), "grey")
-        patch = round((regions["features"].shape[2] / 3) ** 0.5)
-        if regions["features"].shape[2] == 3 * patch * patch:  # pixels: see region_features
-            for features, (left, top, right, bottom) in zip(regions["features"][0].numpy(), boxes, strict=True):
-                pixels = np.clip((features * 0.25 + 0.5) * 255, 0, 255).reshape(patch, patch, 3).astype(np.uint8)
-                size = (max(1, round((right - left) * side)), max(1, round((bottom - top) * side)))
-                image.paste(Image.fromarray(pixels).resize(size), (round(left * side), round(top * side)))
-    else:
-        job = pictures.jobs[row]
-        if job.path.suffix == ".npz":
-            regions, (width, height) = read_features(where, job.path)
-            image = Image.new("RGB", (side, side), "grey")
-            boxes = (regions["boxes"] / [width, height, width, height]).tolist()
-        else:
-            image = open_picture(where, job.path)
-            boxes = (np.array(job.boxes or np.zeros((0, 4))) / [*image.size, *image.size]).tolist()
-            image.thumbnail((side, side))
-    pen = ImageDraw.Draw(image)
-    scale = np.array([*image.size, *image.size])
-    for box in boxes:
-        pen.rectangle((np.array(box) * scale).tolist(), outline="white")
-    if "target" in record:
-        target = pictures.scale_target(record, store, row)
-        pen.rectangle((np.array(target) * scale).tolist(), outline="red", width=2)
-    return image
 
 
 def extract(image, out, patch, grid):

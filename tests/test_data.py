@@ -3,13 +3,9 @@
 import dataclasses
 import json
 import multiprocessing
-import os
 import re
 import subprocess
 import sys
-import time
-import tracemalloc
-import zipfile
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -17,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import data
-import records
 import tasks
 
 COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"]
@@ -498,7 +493,7 @@ def run_command(capsys, *arguments):
 def test_command_line_in_a_process(tmp_path, own):
     command = [sys.executable, data.__file__]
     path = own({**GOOD, "boxes": [[1, 2, 21, 22]]}, {**GOOD, "split": "val"})
-    for options, expected in ((["check", path, "--task", "vqa"], "2 examples"), (["preview", path], "preview.png: 1")):
+    for options, expected in ((["check", path, "--task", "vqa"], "2 examples"), (["preview", path], "preview.png: ")):
         done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert expected in done.stdout, done
     assert Image.open(tmp_path / "preview.png").size > (300, 300)
