@@ -58,28 +58,9 @@ PREVIOUS = "checkpoint.previous.pt"  # the one before, in case the newest is dam
 CHECKPOINT_KEYS = {"model", "config", "state", "tokenizer", "answers"}  # what a checkpoint must hold to be used
 
 
-def write_whole(path, write):
-    """Makes a file whole or not at all: `write` gets a temporary path beside it, which is then renamed. The content is on
-    the disk before the name is, so that a power cut leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path, text):
-    """A text file, whole or not at all."""
-    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
-
-
 def save(content, path):
     """torch.save, whole or not at all."""
-    write_whole(path, lambda file: torch.save(content, file))
+    data.write_whole(path, lambda file: torch.save(content, file))
 
 
 def save_checkpoint(run, name):
@@ -281,11 +262,11 @@ def export_hugging_face(checkpoint, folder):
     lowercase = '"lowercase":true' in checkpoint["tokenizer"]
     described = {"tokenizer_class": "LxmertTokenizer", "do_lower_case": lowercase}
     save(state, folder / "pytorch_model.bin")
-    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-    write_text(folder / "tokenizer_config.json", json.dumps(described) + "\n")
-    write_text(folder / "tokenizer.json", checkpoint["tokenizer"])
-    write_text(folder / "vocab.txt", "".join(f"{piece}\n" for piece, _ in pieces))
-    write_text(folder / "all_ans.json", json.dumps(checkpoint["answers"]) + "\n")
+    data.write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    data.write_text(folder / "tokenizer_config.json", json.dumps(described) + "\n")
+    data.write_text(folder / "tokenizer.json", checkpoint["tokenizer"])
+    data.write_text(folder / "vocab.txt", "".join(f"{piece}\n" for piece, _ in pieces))
+    data.write_text(folder / "all_ans.json", json.dumps(checkpoint["answers"]) + "\n")
 
 
 def kind_of(state):

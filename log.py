@@ -9,8 +9,8 @@ import os
 import sys
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
-import checkpoints
 import common
+import data
 import evaluation
 import tasks
 from common import UserError
@@ -37,7 +37,7 @@ class Log:
         if self.file.is_file() and not run.args.resume:
             common.print0(f"out      {run.args.out} holds an earlier run, which this one writes over")
         if run.rank == 0:
-            checkpoints.write_text(self.file, self.earlier_lines())
+            data.write_text(self.file, self.earlier_lines())
 
     def earlier_lines(self):
         """After --resume the lines up to the checkpoint's step, without those that followed it; else none."""

@@ -261,25 +261,8 @@ def set_data_defaults(args, all_models):
 
 def open_data(source):
     """(path, description) of a data set: where it lies, and what its dataset.json says."""
-    if source != "scenes":
-        return source, {"extra_splits": [], "vocab": None, "content_words": [], "regions": {}, "defaults": {}}
-    from prepare import scenes
-
-    description = {
-        "extra_splits": ["compose", "detected"],
-        "vocab": "vocab.txt",
-        "content_words": scenes.CONTENT_WORDS,
-        "regions": {"patch": 12},
-        "defaults": {"steps": 2400, "steps_one_objective": 3600, "mask": 0.3, "batch_size": 256},
-    }
-    return source, description
-
-
-def read_vocab(path, description):
-    """The tokenizer of a data set's own word pieces."""
-    from prepare import scenes
-
-    return data.train_tokenizer(data.load("scenes", "pretrain", "train").text + scenes.scene_texts())
+    path = data.find(source)
+    return path, data.read_dataset_json(path)
 
 
 def one_source(args):

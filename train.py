@@ -266,10 +266,8 @@ def load_splits(args, objectives, task, path, description):
     splits = {}
     with machine.first_process_first():
         for name in names:
-            if name == "detected" and task != "refer":
-                continue
             limit = args.limit if name == "train" else None
-            split = data.load(path, task, name, limit, args.patch, args.grid)
+            split = data.load(path, tasks.TASKS[task], name, limit, args.patch, args.grid)
             if len(split):
                 splits[name] = split
     if "train" not in splits:
@@ -309,7 +307,7 @@ def make_tokenizer(run, start):
         raise UserError(f"{args.init}: no tokenizer.json or vocab.txt beside it; give --vocab those word pieces")
     path, description = args.data_sets[0]
     if description["vocab"] and options.one_source(args):
-        return options.read_vocab(path, description)
+        return data.read_tokenizer(path / description["vocab"])
     texts = []
     for splits in run.sets.values():
         texts += splits["train"].parts()
@@ -631,7 +629,7 @@ def run_test(run):
             result.update(stages)
             lines.append(text)
     if run.rank == 0:
-        checkpoints.write_text(args.out / "result.json", json.dumps(result, indent=1) + "\n")
+        data.write_text(args.out / "result.json", json.dumps(result, indent=1) + "\n")
     common.print0("\n".join(lines))
     return result
 

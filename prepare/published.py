@@ -7,8 +7,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-
 import data
 from common import UserError
 
@@ -131,18 +129,8 @@ def corner_box(x, y, width, height):
 def write_store(folder, pictures):
     """Writes a feature store, in place of an older one. pictures: an iterable of {field of data.STORED: (N,...) array},
     boxes in 0..1, and where it is known `size`, (width, height) in pixels, which a line's `target` needs."""
-    sizes = []
-
-    def parts():
-        for picture in pictures:
-            sizes.append(picture.pop("size", None))
-            yield [picture], []
-
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    data.write_store(folder, parts())
-    if None not in sizes:
-        np.save(folder / "sizes.npy", np.array(sizes, np.float64))  # (I,2)
+    data.write_store(folder, pictures)
 
 
 def link_lines(path, out, rows_of):

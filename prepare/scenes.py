@@ -24,9 +24,7 @@ texts leaves the pictures as they were.
 
 import json
 import math
-import shutil
 import sys
-import tempfile
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,20 +206,13 @@ def make(folder, counts=None, seed=0):
         lines["ve.jsonl"].extend(map(json.dumps, texts.entailment_lines(scenes)))
         lines["nlvr2.jsonl"].extend(map(json.dumps, texts.two_picture_lines(scenes)))
 
-    write_regions(folder / "regions", detected)
-    write_regions(folder / "boxes", true)
+    data.write_store(folder / "regions", detected)
+    data.write_store(folder / "boxes", true)
     for file, content in lines.items():
         (folder / file).write_text("\n".join(content) + "\n")
     pieces = vocabulary(lines["pretrain.jsonl"], graphs["train"][:300])
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
     (folder / "dataset.json").write_text(json.dumps(DATASET_JSON, indent=1) + "\n")  # last: now all is there
-
-
-def write_regions(folder, pictures):
-    """A feature store, with the pictures' sizes beside it: targets of refer are in pixels, boxes of a store in 0..1."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data.write_store(folder, [(pictures, [])])
-    np.save(folder / "sizes.npy", np.full((len(pictures), 2), SIDE, np.float64))  # (I, 2) width and height, pixels
 
 
 def draw_part(job):
@@ -235,10 +226,11 @@ def draw_part(job):
         detected = detect(scene)
         detected["features"] = features(picture, detected["boxes"])
         detected["boxes"] = detected["boxes"] / SIDE
+        detected["size"] = (SIDE, SIDE)  # targets of refer are in pixels, boxes of a store in 0..1
         boxes = np.array([thing.box for thing in scene.things])
         part.scenes.append(scene)
         part.detected.append(detected)
-        part.true.append({"features": features(picture, boxes), "boxes": boxes / SIDE})
+        part.true.append({"features": features(picture, boxes), "boxes": boxes / SIDE, "size": (SIDE, SIDE)})
         for file, lines in scene_lines(scene).items():
             part.lines.setdefault(file, []).extend(map(json.dumps, lines))
     return part
@@ -362,65 +354,6 @@ def main():
         return 2
     print(f"{args.out}: {sum(counts.values())} pictures")
     return 0
-
-
-# ---- until data.py reads data sets by itself: then delete this section -----------------------------------------------
-
-SCENES = COUNTS
-QUESTIONS = texts.QUESTIONS
-
-
-def scenes(split, task, count=None, seed=0, cache=data.CACHE):
-    """Dataset of a split and a task, from a data set of `count` pictures a split that is made on first use."""
-    if split not in data.SPLITS and (split, task) != ("detected", "refer"):
-        raise data.UserError(f"scenes have no split {split!r}; choose from {', '.join(data.SPLITS)}")
-    counts = SCENES if count is None else dict.fromkeys(SCENES, count)
-    key = "-".join(map(str, (data.VERSION, *counts.values(), seed)))
-    folder = Path(cache) / f"scenes-{key}"
-    if not folder.exists():
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=cache))
-        make(aside, counts, seed)
-        try:
-            aside.rename(folder)
-        except OSError:
-            shutil.rmtree(aside)
-    examples = []
-    store = "regions"
-    for line in map(json.loads, (folder / FILES[task]).read_text().splitlines()):
-        if line["split"] != split:
-            continue
-        names = line["features"] if task == "nlvr2" else [line["features"]]
-        store = names[0].split("#")[0]
-        rows = [(line["text"], int(name.split("#")[1])) for name in names]
-        kind, text, row = line.get("kind"), line["text"], rows[0][1]
-        if task == "vcr":
-            right = line["choices"][line["label"]]
-            answers = [((text, choice), row) for choice in line["choices"]]
-            reasons = [((text, right, reason), row) for reason in line["reasons"]]
-            examples.append(data.Example(line["id"], "answer", answers, target=line["label"]))
-            examples.append(data.Example(line["id"], "reason", reasons, target=line["reason"]))
-            continue
-        target = int(line.get("label", -1))
-        if task == "refer":
-            target = [v / SIDE for v in line["target"]]
-        answer = {line["answer"]: 1.0} if "answer" in line else None
-        examples.append(data.Example(line["id"], kind, rows, answer, target))
-    dataset = data.make_dataset("scenes", split, data.FeatureStore(folder / store), examples)
-    if task in ("pretrain", "vqa", "caption", "retrieval"):
-        dataset.target = None
-    return dataset
-
-
-def preview(out, seed=0):
-    """The sheet, for `data.py preview`."""
-    draw_sheet(out)
-    print(f"{out}: 6 scenes")
-
-
-def scene_texts(count=300):
-    """The texts of the other tasks."""
-    return other_texts([make_scene(0, "train", index) for index in range(count)])
 
 
 if __name__ == "__main__":

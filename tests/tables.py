@@ -356,7 +356,7 @@ def main():
     args = parser.parse_args(given)
     args.more = more
     text = TABLES[args.which](args)
-    checkpoints.write_text(args.out / f"{args.which}.md", text + "\n")
+    data.write_text(args.out / f"{args.which}.md", text + "\n")
     print(f"\n{text}")
 
 

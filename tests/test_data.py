@@ -1,11 +1,15 @@
-"""data.py against oracles: a reader of English that knows only the scene graph, plain loops, counting, bad files."""
+"""data.py and records.py against oracles: plain loops, counting, bad files."""
 
 import dataclasses
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
+import time
+import tracemalloc
+import zipfile
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +22,59 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import data
-from prepare import scenes
+import regions
+import tasks
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Regions, store, datasets
+COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"]
+SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
+WORDS = [*COLORS, *SHAPES, "small", "large", "left", "right", "above", "below", "one", "two", "three", "and", "a"]
+PICTURES = 60
+
+
+def write_jsonl(path, lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+def load(path, task, split, **options):
+    return data.load(str(path), tasks.TASKS[task], split, **options)
+
+
+# ---- a small data set: a store of random regions, captions and questions -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a feature store of 60 pictures and pretrain.jsonl: six captions and two questions a picture."""
+    folder = tmp_path_factory.mktemp("set")
+    rng = np.random.default_rng(0)
+    pictures = []
+    for i in range(PICTURES):
+        n = int(rng.integers(3, 9))
+        corner = rng.uniform(0, 0.5, (n, 2))
+        pictures.append(
+            {
+                "features": rng.standard_normal((n, 12)),
+                "boxes": np.concatenate([corner, corner + rng.uniform(0.1, 0.5, (n, 2))], 1),
+                "object_probs": rng.dirichlet(np.ones(7), n),
+                "objects": rng.integers(0, 6, n),
+                "object_conf": rng.random(n),
+                "attributes": rng.integers(0, 8, n),
+                "attribute_conf": rng.random(n),
+                "size": (100 + i, 50),
+            }
+        )
+    data.write_store(folder / "regions", pictures)
+    lines = []
+    for i in range(PICTURES):
+        for k in range(8):
+            text = " ".join(rng.choice(WORDS, rng.integers(4, 16)).tolist()) + f" {i} {k}"
+            line = {"features": f"regions#{i}", "text": text}
+            if k >= 6:
+                line["answer"] = ["yes", "no", "red", "2"][(i + k) % 4]
+            lines.append(line)
+    write_jsonl(folder / "pretrain.jsonl", lines)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +83,8 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def dataset(cache):
-    return scenes.scenes("train", "pretrain", 60, cache=cache)
+def dataset(folder, cache):
+    return load(folder / "pretrain.jsonl", "pretrain", "train", cache=cache)
 
 
 @pytest.fixture(scope="module")
@@ -41,49 +94,78 @@ def tokenizer(dataset):
     return tokenizer
 
 
+# ---- regions and the store ---------------------------------------------------------------------------------------------
+
+
 def test_region_features_equal_cropping_first():
     rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (50, 70, 4), dtype=np.uint8), "RGBA")
+    image = Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8))
     boxes = np.array([[0, 0, 70, 50], [5, 6, 65, 42], [10, 3, 46, 39]])
-    ours = data.region_features(image, boxes, patch=6).reshape(3, 6, 6, 3)
+    features = data.region_features(image, boxes, patch=6).reshape(3, 6, 6, 3)
     for i, box in enumerate(boxes.tolist()):
-        crop = image.convert("RGB").crop(box).resize((6, 6), Image.Resampling.BICUBIC)
+        crop = image.crop(box).resize((6, 6), Image.Resampling.BICUBIC)
         plain = (np.asarray(crop).astype(np.float32) / 255 - 0.5) / 0.25
         inner = slice(None) if i == 0 else slice(2, -2)  # at a crop's edge the filter cannot see the picture around it
-        assert np.abs(ours[i] - plain)[inner, inner].max() < 0.02  # one grey level
+        assert np.abs(features[i] - plain)[inner, inner].max() < 0.02  # one grey level
     assert data.grid_boxes(60, 30, 3)[[0, 1, 9]].tolist() == [[0, 0, 60, 30], [0, 0, 20, 10], [40, 20, 60, 30]]
 
 
 def test_store_gathers_what_a_plain_loop_reads(dataset):
-    store, images = dataset.store, np.array([5, 0, 5, 59, 31])
-    got = store.gather(images, pad_to=4)
-    longest = max(store.offsets[i + 1] - store.offsets[i] for i in images)
-    assert got["region_mask"].shape[1] == 4 * ((longest + 3) // 4)
+    store = dataset.store
+    images = np.array([5, 0, 5, 59, 31])
+    batch = store.gather(images)
+    assert batch["region_mask"].shape[1] == max(store.offsets[i + 1] - store.offsets[i] for i in images)
+    assert set(batch) == {"region_mask", *data.STORED}
     for row, image in enumerate(images):
         start, stop = store.offsets[image], store.offsets[image + 1]
-        assert got["region_mask"][row].sum() == stop - start and got["region_mask"][row, : stop - start].all()
-        for name, array in store.fields.items():
-            assert np.array_equal(
-                got[name][row, : stop - start].numpy(), array[start:stop].astype(got[name].numpy().dtype)
-            )
-            assert not got[name][row, stop - start :].any()
-    scene = scenes.make_scene(0, "train", 5)
-    boxes = scenes.detect(scene)["boxes"]
-    features = data.region_features(scenes.draw_scene(scene), boxes)
-    assert np.abs(got["features"][0, : len(boxes)].numpy() - features).max() < 2e-3
-    assert np.abs(got["boxes"][0, : len(boxes)].numpy() * scenes.SIDE - boxes).max() < 1e-4
+        count = stop - start
+        assert batch["region_mask"][row].sum() == count and batch["region_mask"][row, :count].all()
+        for name, values in store.fields.items():
+            dtype = batch[name].numpy().dtype
+            assert np.array_equal(batch[name][row, :count].numpy(), values[start:stop].astype(dtype))
+            assert not batch[name][row, count:].any()
 
 
-def test_two_processes_may_make_the_same_store(tmp_path):
+def test_a_store_keeps_what_was_written(tmp_path):
+    pictures = [{"features": np.full((n, 3), n / 4), "boxes": np.full((n, 4), 0.5)} for n in (2, 1, 4)]
+    data.write_store(tmp_path / "s", iter(pictures))
+    store = data.FeatureStore(tmp_path / "s")
+    assert store.offsets.tolist() == [0, 2, 3, 7] and store.width == 3 and len(store) == 3
+    assert np.load(tmp_path / "s/features.npy")[:, 0].tolist() == [0.5, 0.5, 0.25, 1, 1, 1, 1]
+    with pytest.raises(ValueError, match="NaN"):
+        data.write_store(tmp_path / "nan", [{"features": np.full((1, 3), np.nan), "boxes": np.zeros((1, 4))}])
+
+
+def test_a_damaged_store_is_one_line(tmp_path, folder):
+    for name, damage in (("offsets", b""), ("features", b"\x93NUMPY"), ("boxes", b"xx")):
+        copy = tmp_path / name
+        copy.mkdir()
+        for file in (folder / "regions").iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+        (copy / f"{name}.npy").write_bytes(damage)
+        with pytest.raises(common.UserError, match="not a feature store"):
+            data.FeatureStore(copy)
+
+
+def load_in_a_process(path, cache):
+    load(path, "vqa", "train", cache=cache)
+
+
+def test_two_processes_may_read_the_same_file_first(tmp_path):
+    lines = []
+    for i in range(20):
+        Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        lines.append({"image": f"{i}.png", "text": "what?", "answer": "red"})
+    path = write_jsonl(tmp_path / "a.jsonl", lines)
     fork = multiprocessing.get_context("fork")
-    runs = [fork.Process(target=scenes.scenes, args=("val", "vqa", 20), kwargs={"cache": tmp_path}) for _ in range(2)]
+    runs = [fork.Process(target=load_in_a_process, args=(path, tmp_path / "cache")) for _ in range(2)]
     for run in runs:
         run.start()
     for run in runs:
         run.join()
     assert [run.exitcode for run in runs] == [0, 0]
-    assert len(scenes.scenes("val", "vqa", 20, cache=tmp_path)) == 160
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(load(path, "vqa", "train", cache=tmp_path / "cache")) == 20
+    assert sorted(file.name.split("-")[0] for file in (tmp_path / "cache").iterdir()) == ["columns", "regions"]
 
 
 def test_answers_are_sorted_and_subsets_keep_their_tokens(dataset, tokenizer):
@@ -94,14 +176,21 @@ def test_answers_are_sorted_and_subsets_keep_their_tokens(dataset, tokenizer):
     index = np.array([9, 2, 40])
     part = dataset.subset(index)
     assert part.text == [dataset.text[i] for i in index] and len(dataset.subset(7)) == 7
-    assert part.offsets.tolist() == part.encode(tokenizer, 32).offsets.tolist()
-    again = part.tokens.copy()
-    assert again.tolist() == dataset.subset(index).tokens.tolist()
-    assert set(scenes.scenes("train", "vqa", 60, cache=dataset.store.folder.parent).kind) == set(scenes.QUESTIONS)
+    before = part.offsets.tolist(), part.tokens.tolist()
+    part.encode(tokenizer, 32)
+    assert before == (part.offsets.tolist(), part.tokens.tolist())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Word pieces
+def test_a_subset_is_drawn_at_random(dataset):
+    """The first N lines of a file are often of one kind. The same N each time."""
+    chosen = [int(name.rsplit(":", 1)[1]) for name in dataset.subset(100).ids]
+    assert chosen == sorted(chosen) and len(set(chosen)) == 100
+    assert chosen != list(range(1, 101)) and 0.35 < np.mean(np.array(chosen) > len(dataset) / 2) < 0.65
+    assert len(set(np.diff(chosen).tolist())) > 5  # not evenly spaced
+    assert dataset.subset(100).ids == dataset.subset(100).ids
+
+
+# ---- word pieces -------------------------------------------------------------------------------------------------------
 
 
 def greedy(word, vocab):
@@ -145,14 +234,12 @@ def test_tokenizer_is_greedy_wordpiece_and_deterministic(tmp_path):
         data.read_tokenizer(tmp_path / "bad.txt")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
+# ---- batches -----------------------------------------------------------------------------------------------------------
 
 
 def test_collate_against_plain_loops(dataset, tokenizer):
     index, answers = np.array([3, 100, 17, 250]), {"yes": 0, "red": 1, "2": 2}
-    batch = data.collate(dataset, index, answers=answers, pad_to=8)
-    assert batch.text.shape[1] % 8 == 0 and batch.features.shape[1] % 8 == 0
+    batch = data.collate(dataset, index, answers=answers)
     for row, i in enumerate(index):
         pieces = tokenizer.encode(dataset.text[i]).tokens[:30]
         ids = [2, *(tokenizer.token_to_id(p) for p in pieces), 3]
@@ -184,6 +271,36 @@ def test_mismatch_never_keeps_the_picture(dataset, tokenizer, replace):
         data.sample_mismatches(dataset.subset(np.array([0, 1])), np.array([0, 1]), rng, 1.0)
 
 
+@pytest.mark.parametrize("replace", ["image", "text"])
+def test_a_repeated_caption_is_never_a_false_pair_of_its_own_picture(replace):
+    """90 pictures with five captions each, of nine different ones: by chance 45% of the false pairs would be true."""
+    rng = np.random.default_rng(0)
+    captions = [f"a {color} {shape}" for color in COLORS[:3] for shape in SHAPES[:3]]
+    text = [captions[i] for i in rng.integers(0, 9, 450)]
+    image = np.repeat(np.arange(90), 5)
+    dataset = data.Dataset("", "train", None, image, text, [{}] * 450, ["caption"] * 450, [""] * 450)
+    true = set(zip(text, image.tolist(), strict=True))
+    false_pairs = 0
+    for _ in range(10):
+        index = rng.permutation(450)[:64]
+        examples, images, matched = data.sample_mismatches(dataset, index, rng, 0.5, replace)
+        for example, picture, match in zip(examples, images.tolist(), matched.tolist(), strict=True):
+            assert ((text[example], picture) in true) == bool(match)
+            false_pairs += 1 - match
+    assert abs(false_pairs / 640 - 0.5) < 0.1
+    assert dataset.repeated_texts() == 450
+    alone = data.Dataset("", "train", None, np.arange(3), ["x", "X", "y"], [{}] * 3, [""] * 3, [""] * 3)
+    assert alone.repeated_texts() == 2  # "X" is "x"
+
+
+def test_pairs_that_no_draw_makes_false_stay_true():
+    """Every picture has the same caption: there is no false pair, and the search for one ends."""
+    dataset = data.Dataset("", "train", None, np.arange(4), ["a dog"] * 4, [{}] * 4, [""] * 4, [""] * 4)
+    examples, images, matched = data.sample_mismatches(dataset, np.arange(4), np.random.default_rng(0), 1.0)
+    assert matched.tolist() == [1, 1, 1, 1]
+    assert images.tolist() == dataset.image[examples].tolist()
+
+
 def test_false_sentences_come_from_the_batch(dataset):
     """Where they are of like length. A batch with one picture has none, and takes them from the rest."""
     index = np.flatnonzero(dataset.image < 10)
@@ -206,7 +323,6 @@ def test_nothing_is_predicted_in_false_pairs(dataset, tokenizer):
         true.word_labels, batch.word_labels[kept]
     )
     assert true.region_index.tolist() == [i for i in batch.region_index.tolist() if matched[i // N]]
-    assert torch.equal(true.predict_rows, matched == 1) and batch.predict_rows is None
     assert torch.equal(true.text, batch.text) and torch.equal(true.masked_regions, batch.masked_regions)
     assert data.drop_mismatched_labels(dataclasses.replace(batch, word_index=None)).word_index is None
 
@@ -260,19 +376,17 @@ def test_masked_regions(dataset, tokenizer):
     assert (one.features[one.masked_regions] == 0).all()
 
 
-@pytest.mark.parametrize("budget", [{"size": 16}, {"tokens": 500}])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_batches_cover_everything_once_within_budget(budget, shuffled):
+def test_batches_cover_everything_once(shuffled):
     lengths = np.random.default_rng(1).integers(5, 60, 1003)
 
     def cut(**rank):
-        return data.batches(lengths, np.random.default_rng(2) if shuffled else None, **budget, **rank)
+        return data.batches(lengths, np.random.default_rng(2) if shuffled else None, size=16, **rank)
 
     whole = cut()
     assert sorted(np.concatenate(whole).tolist()) == list(range(1003))
     for batch in whole:
-        assert len(batch) <= budget.get("size", 1003)
-        assert len(batch) * lengths[batch].max() <= budget.get("tokens", 10**9)
+        assert len(batch) <= 16
     waste = sum(len(b) * lengths[b].max() for b in whole) / lengths.sum()
     assert waste < (1.1 if shuffled else 1.05)
     shards = [cut(rank=r, world=3) for r in range(3)]
@@ -282,14 +396,9 @@ def test_batches_cover_everything_once_within_budget(budget, shuffled):
         assert len({len(shard) for shard in shards}) == 1 and len(seen) > 1003 - 3 * max(map(len, whole))
     else:
         assert sorted(seen) == list(range(1003))
-    with pytest.raises(ValueError):
-        data.batches(lengths, tokens=30)
-    with pytest.raises(ValueError):
-        data.batches(lengths)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Own data
+# ---- own data ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -357,51 +466,475 @@ def test_bad_lines_are_named_in_one_line(own, cache, line, task, message):
         del good["image"]
     path = own(good, "", line)
     with pytest.raises(common.UserError, match=message) as error:
-        data.load_jsonl(path, task, "train", cache=cache)
+        load(path, task, "train", cache=cache)
     assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
 
 
 def test_own_data_becomes_a_dataset(own, cache, capsys):
     box = [[1, 2, 21, 22]]
     path = own(GOOD, {**GOOD, "boxes": box, "split": "val"}, {**GOOD, "answer": {"Blue": 0.3, "red": 1}})
-    train = data.load(str(path), "vqa", "train", cache=cache)
-    val = data.load(str(path), "vqa", "val", cache=cache)
-    assert (len(train), len(val), len(data.load(str(path), "vqa", "test", cache=cache))) == (2, 1, 0)
-    assert train.answer == [{"red": 1.0}, {"blue": 0.3, "red": 1.0}] and train.kind == ["vqa", "vqa"]
+    train = load(path, "vqa", "train", cache=cache)
+    val = load(path, "vqa", "val", cache=cache)
+    assert (len(train), len(val), len(load(path, "vqa", "test", cache=cache))) == (2, 1, 0)
+    assert list(train.answer) == [{"red": 1.0}, {"blue": 0.3, "red": 1.0}] and list(train.kind) == ["vqa", "vqa"]
     batch = data.collate(val.encode(data.train_tokenizer(val.text)), np.array([0]))
     assert torch.allclose(batch.boxes, torch.tensor([[[1 / 40, 2 / 30, 21 / 40, 22 / 30]]]))
     assert torch.allclose(batch.features, torch.full((1, 1, 432), (9 / 255 - 0.5) / 0.25), atol=1e-3)
     assert batch.object_probs is None and train.store is not val.store and train.store.folder == val.store.folder
     assert "all features are equal" in capsys.readouterr().err
-    data.load(str(own({**F, "features": "unit.npz"})), "vqa", "train", cache=cache)
+    load(own({**F, "features": "unit.npz"}), "vqa", "train", cache=cache)
     assert "0..1" in capsys.readouterr().err
     with pytest.raises(common.UserError, match="no such file"):
-        data.load("nowhere.jsonl", "vqa", "train", cache=cache)
+        load("nowhere.jsonl", "vqa", "train", cache=cache)
 
 
-def test_command_line_in_a_process(tmp_path):
+def run_command(capsys, *arguments):
+    """(exit code, stdout, stderr) of `python data.py arguments`."""
+    code = data.main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_command_line_in_a_process(tmp_path, own):
     command = [sys.executable, data.__file__]
-    done = subprocess.run([*command, "preview", "--out", "sheet.png"], cwd=tmp_path, capture_output=True, check=True)
-    assert b"6 scenes" in done.stdout and Image.open(tmp_path / "sheet.png").size > (1000, 500)
+    path = own({**GOOD, "boxes": [[1, 2, 21, 22]]}, {**GOOD, "split": "val"})
+    for options, expected in ((["check", path, "--task", "vqa"], "2 examples"), (["preview", path], "preview.png: ")):
+        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert expected in done.stdout, done
+    assert Image.open(tmp_path / "preview.png").size > (300, 300)
     done = subprocess.run([*command, "check", "x.jsonl"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (
-        done.returncode == 2
-        and done.stderr == "data.py: x.jsonl: no such file; give 'scenes' or the path of a .jsonl file\n"
-    )
+    assert done.returncode == 2 and done.stderr.startswith("data.py: x.jsonl: no such file")
+    assert done.stderr.count("\n") == 1
 
 
 def test_command_line(own, tmp_path, monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
-        code, said = data.main(), capsys.readouterr()
-        assert code == 0 or (code, said.err.count("\n")) == (2, 1)
-        return said.err if code else said.out
-
     monkeypatch.chdir(tmp_path)
-    assert "(37, 432)" in run("extract", "a.png", "--out", "grid.npz")
+    assert "(37, 432)" in run_command(capsys, "extract", "a.png", "--out", "grid.npz")[1]
     assert np.load("grid.npz")["features"].shape == (37, 432)
     grid = {"features": "grid.npz", "text": "a"}
     path = own({**grid, "answer": "b"}, {**grid, "split": "val"})
-    assert "2 examples (1 train, 1 val), 1 pictures" in run("check", path, "--task", "pretrain")
-    for arguments in (("check", path, "--task", "vqa"), ("frobnicate",), ("extract", "a.png"), ("check", path, "--x")):
-        assert run(*arguments).startswith("data.py: ")
+    assert "2 examples (1 train, 1 val), 1 pictures" in run_command(capsys, "check", path)[1]
+    for arguments in (("frobnicate",), ("extract", "a.png"), ("check", path, "--x"), ("check", path, "--patch", "0")):
+        code, _, error = run_command(capsys, *arguments)
+        assert code == 2 and error.startswith("data.py: ") and error.count("\n") == 1
+
+
+# ---- pictures of every kind --------------------------------------------------------------------------------------------
+
+
+def open_saved(tmp_path, image, name="p.png", **options):
+    image.save(tmp_path / name, **options)
+    return np.asarray(data.open_picture("here", tmp_path / name)).astype(int)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_their_exif_says(tmp_path, orientation):
+    """The oracle turns by Pillow's transpose; a box of the red square holds the red square, and its target too."""
+    upright = Image.new("RGB", (40, 24), "blue")
+    upright.paste("red", (4, 2, 14, 12))
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's numbers of the transpositions that undo each
+    stored = upright if orientation == 1 else upright.transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "photo.png", exif=exif)
+    assert np.array_equal(np.asarray(data.open_picture("here", tmp_path / "photo.png")), np.asarray(upright))
+    assert regions.picture_size("here", tmp_path / "photo.png") == (40, 24)
+    line = {"image": "photo.png", "text": "the square", "boxes": [[4, 2, 14, 12]], "target": [4, 2, 14, 12]}
+    dataset = load(write_jsonl(tmp_path / "a.jsonl", [line]), "refer", "train", patch=2, cache=tmp_path / "c")
+    batch = dataset.store.gather(np.array([0]))
+    red, green, blue = batch["features"][0, 0].reshape(4, 3).T  # of 4 pixels; the filter sees some of the ground
+    assert red.min() > 1.2 and green.max() == -2 and blue.max() < -1.2
+    assert np.allclose(dataset.target[0], [4 / 40, 2 / 24, 14 / 40, 12 / 24])
+    assert torch.allclose(batch["boxes"][0, 0].double(), torch.tensor(dataset.target[0]))
+
+
+@pytest.mark.parametrize("dtype, high", [(np.uint16, 65535), (np.uint16, 4095), (np.int32, 10**6), (np.float32, 0.25)])
+def test_pixels_of_many_bits_are_scaled_by_their_range(tmp_path, dtype, high):
+    values = np.linspace(0, high, 48).reshape(6, 8).astype(dtype)
+    pixels = open_saved(tmp_path, Image.fromarray(values), "p.tif")
+    expected = np.rint(values.astype(float) / values.max() * 255)
+    assert np.abs(pixels - expected[..., None]).max() <= 1 and len(np.unique(pixels)) == 48
+
+
+def test_whatever_is_transparent_is_white(tmp_path):
+    for mode in ("RGBA", "LA"):
+        image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+        image.paste((0, 0, 0, 255), (2, 2, 6, 6))
+        pixels = open_saved(tmp_path, image.convert(mode))
+        assert (pixels[0, 0] == 255).all() and (pixels[4, 4] == 0).all(), mode
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([0, 0, 0, 0, 0, 0])
+    palette.paste(1, (2, 2, 6, 6))
+    pixels = open_saved(tmp_path, palette, transparency=0)
+    assert (pixels[0, 0] == 255).all() and (pixels[4, 4] == 0).all()
+    pixels = open_saved(tmp_path, Image.new("RGB", (4, 4), (1, 2, 3)), transparency=(1, 2, 3))
+    assert (pixels == 255).all()
+    half = open_saved(tmp_path, Image.new("RGBA", (4, 4), (0, 0, 0, 128)))
+    assert abs(half - 127).max() <= 1
+
+
+def test_lab_cmyk_and_black_and_white_pictures_are_read(tmp_path):
+    white = open_saved(tmp_path, Image.new("LAB", (4, 4), (255, 128, 128)), "lab.tif")
+    assert (white > 250).all()
+    assert (open_saved(tmp_path, Image.new("CMYK", (4, 4), (0, 0, 0, 255)), "c.jpg") < 60).all()
+    assert (open_saved(tmp_path, Image.new("1", (4, 4), 1)) == 255).all()
+
+
+def test_of_an_animation_the_first_frame_is_used_and_that_is_said(tmp_path, capsys):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
+    pixels = open_saved(tmp_path, frames[0], "a.gif", save_all=True, append_images=frames[1:])
+    assert pixels[0, 0].tolist() == [255, 0, 0]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"image": "a.gif", "text": "x"}])
+    load(path, "caption", "train", cache=tmp_path / "c")
+    assert "first of its 3 frames" in capsys.readouterr().err
+
+
+def test_a_huge_picture_is_told_to_be_resized(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(common.UserError, match="more than 20 pixels; resize it"):
+        open_saved(tmp_path, Image.new("L", (9, 9)))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tif", "webp", "npz"])
+def test_damaged_pictures_and_features_are_one_line(tmp_path, suffix):
+    """Bytes are changed, cut away and put in at random; each file is read or named in one line."""
+    rng = np.random.default_rng(0)
+    good = tmp_path / f"good.{suffix}"
+    if suffix == "npz":
+        boxes = np.array([[0, 0, 9, 9]] * 4)
+        np.savez_compressed(good, features=rng.random((4, 5)), boxes=boxes, size=np.array([9, 9]), other=np.zeros(9))
+    else:
+        Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(good)
+    content = good.read_bytes()
+    failed = 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        for _ in range(int(rng.integers(1, 6))):
+            damaged[int(rng.integers(len(damaged)))] = int(rng.integers(256))
+        if rng.random() < 0.3:
+            damaged = damaged[: int(rng.integers(len(damaged)))]
+        bad = tmp_path / f"bad.{suffix}"
+        bad.write_bytes(damaged)
+        found, _, mistake = regions.picture_regions(regions.PictureJob("here", bad, None, 2, 1))
+        assert (found is None) == (mistake is not None)
+        if found is None:
+            failed += 1
+            assert mistake.startswith("here: ") and "\n" not in mistake
+        else:
+            assert np.isfinite(found["features"]).all() and 0 <= found["boxes"].min() <= found["boxes"].max() <= 1
+    assert failed > 5
+
+
+def test_only_the_arrays_that_are_needed_are_read_and_no_header_is_believed(tmp_path):
+    """A small file may claim to hold 8 GB, in an array that nobody needs or in its header."""
+    arrays = {"features": np.ones((2, 3)), "boxes": np.array([[0, 0, 1, 1]] * 2), "size": np.array([4, 4])}
+    np.savez_compressed(tmp_path / "a.npz", **arrays, huge=np.zeros(30_000_000, np.uint8))
+    tracemalloc.start()
+    data_of_file, _ = regions.read_features("here", tmp_path / "a.npz")
+    assert tracemalloc.get_traced_memory()[1] < 5e6 and data_of_file["features"].shape == (2, 3)
+    tracemalloc.stop()
+    header = b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000, 1)}"
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
+        archive.writestr("features.npy", header.ljust(127) + b"\n")
+    with pytest.raises(common.UserError, match="does not fit its content"):
+        regions.read_features("here", tmp_path / "b.npz")
+
+
+# ---- lines that are wrong ----------------------------------------------------------------------------------------------
+
+DEEP = b'{"image": "a.png", "text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+BAD_BYTES = [
+    ('{"image": "a.png", "text": "caf\xe9"}'.encode("latin-1"), "not UTF-8"),
+    ('{"image": "a.png", "text": "\u4f60\u597d"}'.encode("gbk"), "not UTF-8"),
+    ('{"image": "a.png", "text": "x"}'.encode("utf-16"), "UTF-16"),
+    ('{"image": "a.png", "text": "x"}'.encode("utf-16-le"), "UTF-16"),
+    (b'{"image": "a.png", "text": "x", "text": "y"}', "'text' stands twice"),
+    (b'{"image": "a.png", "text": "x", "answer": {"a": 1, "a": 0}}', "'a' stands twice"),
+    (rb'{"image": "a.png", "text": "\ud83d"}', "half a character"),
+    (DEEP, "nested too deeply"),
+    (b'{"image": "a.png", "text": "x", "boxes": [[0, 0, 9, ' + b"9" * 400 + b"]]}", "'boxes'"),
+    (b'{"image": "a.png", "text": "x", "boxes": [[0, 0, 9, ' + b"9" * 5000 + b"]]}", "not JSON"),
+    (b'{"image": "a.png", "text": "x", "boxes": [[0, 0, 9, NaN]]}', "'boxes'"),
+    (b'{"image": "a.png", "text": "x", "boxes": [[40, 0, 40.9, 9]]}', "no area inside"),
+    (b'{"image": "a.png", "question": "x"}', "'question'; did you mean text"),
+    (b'{"image": "a.png", "caption": "x"}', "'caption'; did you mean text"),
+    (b'{"file_name": "a.png", "text": "x"}', "did you mean image"),
+    (b'{"image": "a.png", "text": "x", "bbox": [0, 0, 9, 9]}', "did you mean target"),
+    (b'{"image": "a.png", "text": "x\\u0000y"}', "'text'"),
+    (b'{"features": "nowhere#3", "text": "x"}', "not a feature store"),
+]
+
+
+@pytest.mark.parametrize("line, message", BAD_BYTES, ids=[f"{i}" for i in range(len(BAD_BYTES))])
+def test_bad_bytes_are_named_with_their_line(own, tmp_path, line, message):
+    path = own(GOOD, GOOD)
+    path.write_bytes(path.read_bytes() + b"\n" + line + b"\n")
+    with pytest.raises(common.UserError, match=message) as error:
+        load(path, "pretrain", "train", cache=tmp_path / "c")
+    assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
+
+
+def test_check_lists_the_first_twenty_mistakes_and_counts_all(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        GOOD,
+        "{",
+        {**GOOD, "image": "b.png"},
+        {**GOOD, "boxes": [[0, 0, 9, 99]]},
+        {"image": "text.png", "text": "x"},
+    ]
+    path = own(*lines)
+    code, _, error = run_command(capsys, "check", path)
+    assert code == 2
+    for number, message in ((2, "not JSON"), (3, "no file"), (4, "outside its picture"), (5, "cannot read picture")):
+        assert any(line.startswith(f"{path}:{number}: ") and message in line for line in error.splitlines()), number
+    assert "mistakes: 4" in error and error.count("\n") == 5
+    path = own(*["{"] * 33)
+    code, _, error = run_command(capsys, "check", path)
+    assert "mistakes: 33, the first 20" in error and error.count("\n") == 21
+    with pytest.raises(common.UserError, match=r"my.jsonl:1: not JSON.*and 32 more"):
+        load(path, "pretrain", "train", cache=tmp_path / "c")
+
+
+def test_equal_answers_are_merged_and_ids_are_kept(own, tmp_path):
+    soft = {"Yes.": 0.3, "yes": 0.3, " caf\u00e9": 0.5, "cafe\u0301": 0.4, "no": 1}
+    path = own(
+        {**GOOD, "answer": soft, "question_id": 17}, {**GOOD, "id": "b", "text": "cafe\u0301"}, {**GOOD, "answer": "."}
+    )
+    dataset = load(path, "vqa", "train", cache=tmp_path / "c")
+    assert list(dataset.ids) == ["17", "b", "my.jsonl:3"]
+    assert dataset.answer[0] == pytest.approx({"yes": 0.6, "caf\u00e9": 0.9, "no": 1.0})
+    assert dataset.text[1] == "caf\u00e9" and dataset.answer[2] == {".": 1.0}
+
+
+def test_boxes_and_targets_are_cut_to_the_picture(own, tmp_path):
+    """The picture is 40 x 30. A target with width and height swapped would be another box."""
+    box = [-0.5, 2, 40.5, 30.25]
+    dataset = load(own({**GOOD, "boxes": [box], "target": box}), "refer", "train", cache=tmp_path / "c")
+    expected = [0, 2 / 30, 1, 1]
+    assert np.allclose(dataset.target[0], expected)
+    assert np.allclose(dataset.store.gather(np.array([0]))["boxes"][0, 0], expected)
+
+
+def test_targets_that_no_region_overlaps_are_not_trained_on(own, tmp_path, capsys):
+    line = {"image": "a.png", "text": "x", "boxes": [[0, 0, 9, 9], [20, 20, 29, 29]]}
+    lines = []
+    for split in ("train", "val"):
+        lines.append({**line, "target": [5, 5, 12, 12], "split": split})
+        lines.append({**line, "target": [10, 10, 19, 19], "split": split})  # between the two regions
+    path = own(*lines)
+    train = load(path, "refer", "train", cache=tmp_path / "c")
+    assert list(train.ids) == ["my.jsonl:1"] and "1 of 2 training examples are left out" in capsys.readouterr().err
+    assert len(load(path, "refer", "val", cache=tmp_path / "c")) == 2  # counted as wrong
+
+
+def test_pictures_outside_the_folder_are_read_and_said(own, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    path = write_jsonl(
+        tmp_path / "in/x.jsonl", [{"image": "../a.png", "text": "x"}, {"image": str(tmp_path / "a.png"), "text": "x"}]
+    )
+    assert len(load(path, "caption", "train", cache=tmp_path / "c")) == 2
+    assert "2 pictures lie outside of its folder" in capsys.readouterr().err
+
+
+def test_check_names_pictures_that_training_shares_with_the_test(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.open("a.png").save("copy.bmp")
+    Image.new("L", (40, 30), 7).save("other.png")
+    lines = [{"image": "a.png", "text": "x"}]
+    path = own(
+        *lines, {"image": "copy.bmp", "text": "y", "split": "test"}, {"image": "other.png", "text": "z", "split": "val"}
+    )
+    output = run_command(capsys, "check", path)[1]
+    assert "1 of the 1 pictures of test are in train too" in output and "of val are" not in output
+
+
+# ---- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def features_of(path, cache):
+    return load(path, "caption", "train", cache=cache).store.gather(np.array([0]))["features"].numpy()
+
+
+def test_a_changed_picture_file_or_version_is_read_again(own, tmp_path, monkeypatch):
+    path = own({"image": "a.png", "text": "one"})
+    cache = tmp_path / "c"
+    before = features_of(path, cache)
+    state = (tmp_path / "a.png").stat()
+    Image.new("L", (40, 30), 200).save(tmp_path / "a.png")
+    later = state.st_mtime_ns + 10**9
+    os.utime(tmp_path / "a.png", ns=(later, later))
+    assert (tmp_path / "a.png").stat().st_size == state.st_size  # only its time tells
+    assert (features_of(path, cache) > before).all()
+    made = set(cache.iterdir())
+    features_of(path, cache)
+    assert set(cache.iterdir()) == made
+    monkeypatch.setattr(regions, "VERSION", regions.VERSION + 1)
+    features_of(path, cache)
+    assert len(set(cache.iterdir()) - made) == 2  # columns and regions
+    own({"image": "a.png", "text": "two"})
+    assert list(load(path, "caption", "train", cache=cache).text) == ["two"]
+
+
+def test_what_is_on_disk_equals_what_was_read(own, tmp_path):
+    lines = [
+        {**GOOD, "text": "caf\u00e9 \u4f60", "kind": "k", "answer": {"a": 0.5, "b": 1}},
+        GOOD,
+        {**GOOD, "split": "val"},
+    ]
+    path = own(*lines)
+    first = load(path, "vqa", "train", cache=tmp_path / "c")
+    again = load(path, "vqa", "train", cache=tmp_path / "c")
+    for dataset in (first, again):
+        assert list(dataset.text) == ["caf\u00e9 \u4f60", "what?"] and dataset.text[-1] == "what?"
+        assert list(dataset.kind) == ["k", "vqa"] and list(dataset.answer) == [{"a": 0.5, "b": 1.0}, {"red": 1.0}]
+    tokenizer = data.train_tokenizer(first.text)
+    pieces = first.encode(tokenizer, 9).tokens.tolist()
+    assert (
+        pieces
+        == again.encode(tokenizer, 9).tokens.tolist()
+        == first.subset(np.arange(2)).encode(tokenizer, 9).tokens.tolist()
+    )
+    assert len(first.encode(tokenizer, 3).tokens) == 6  # another length, another folder
+    choices = {**GOOD, "choices": ["a b", "c"], "label": 1}
+    vcr = load(own(choices), "vcr", "train", cache=tmp_path / "c")
+    assert list(vcr.text) == [("what?", "a b"), ("what?", "c")] and vcr.target.tolist() == [1]
+
+
+def test_a_killed_run_leaves_nothing_for_ever(tmp_path):
+    old, new = tmp_path / ".making-a-1", tmp_path / ".making-b-2"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "x").write_text("x")
+    day = time.time() - 25 * 3600
+    for path in (old / "x", old):
+        os.utime(path, (day, day))
+    before = os.umask(0o022)
+    made = regions.make_once(tmp_path / "c", lambda folder: (folder / "y").write_text("y"))
+    os.umask(before)
+    assert not old.exists() and new.exists() and (made / "y").read_text() == "y"
+    assert made.stat().st_mode & 0o777 == 0o755  # whoever may read the data may read the cache
+    with pytest.raises(ZeroDivisionError):
+        regions.make_once(tmp_path / "d", lambda folder: 1 / 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".making-b-2", "c"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    data.write_text(tmp_path / "a", "old")
+
+    def fail(file):
+        file.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        data.write_whole(tmp_path / "a", fail)
+    assert (tmp_path / "a").read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+# ---- text that is lost -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("\u30d1\u30f3\u30c0", "\u30cf\u30f3\u30bf"),
+        ("\u0915\u093f", "\u0915"),
+        ("\u0e14\u0e35", "\u0e14\u0e34"),
+        ("caf\u00e9", "cafe"),
+    ],
+)
+def test_own_vocabularies_keep_accents_and_marks(tmp_path, one, other):
+    """Panda and solder in Japanese, marks of Hindi and Thai. Composed and decomposed characters are one."""
+    tokenizer = data.train_tokenizer([one, other] * 9)
+    assert tokenizer.encode(one).ids != tokenizer.encode(other).ids
+    decomposed = "cafe\u0301"
+    if one == "caf\u00e9":
+        assert tokenizer.encode(decomposed).ids == tokenizer.encode(one).ids
+    ids = tokenizer.get_vocab()
+    (tmp_path / "vocab.txt").write_text("\n".join(sorted(ids, key=ids.get)), encoding="utf-8")
+    assert data.read_tokenizer(tmp_path / "vocab.txt").encode(one).ids == tokenizer.encode(one).ids
+
+
+def test_vocabularies_with_odd_lines_keep_their_ids(tmp_path):
+    lines = [*data.SPECIALS, "a", "", "b", "\u2028", "a", "\u0085", "c", ""]
+    (tmp_path / "vocab.txt").write_text("\n".join(lines), encoding="utf-8", newline="")
+    tokenizer = data.read_tokenizer(tmp_path / "vocab.txt")
+    assert tokenizer.get_vocab_size() == max(tokenizer.get_vocab().values()) + 1 == 12
+    assert [tokenizer.token_to_id(piece) for piece in ("a", "b", "\u2028", "\u0085", "c")] == [9, 7, 8, 10, 11]
+
+
+def test_lost_text_is_counted(own, tmp_path):
+    texts = ["red " * 20, "zebra", "red red"]
+    dataset = load(own(*[{"image": "a.png", "text": text} for text in texts]), "caption", "train", cache=tmp_path / "c")
+    dataset.encode(data.train_tokenizer(["red"] * 9), 12)
+    assert dataset.lost.tolist() == [23, 1, 10]
+    assert data.describe_lost_text([dataset]).startswith("warning: 4.35%")
+
+
+# ---- draws -------------------------------------------------------------------------------------------------------------
+
+
+def test_order_and_masks_depend_on_seed_and_epoch(dataset, tokenizer):
+    """Both which examples are in a batch and which batch comes first."""
+    lengths = dataset.lengths()
+    orders = [data.batches(lengths, np.random.default_rng(seed), size=16) for seed in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    assert all(np.array_equal(a, b) for a, b in zip(orders[0], orders[3], strict=True))
+    for other in orders[1:3]:
+        together = {frozenset(batch.tolist()) for batch in orders[0]} & {frozenset(batch.tolist()) for batch in other}
+        assert len(together) < 3
+    longest = [lengths[batch, 0].max() for batch in orders[0]]
+    assert longest != sorted(longest)
+    batch = data.collate(dataset, np.arange(64))
+    words = [data.mask_words(batch, tokenizer, np.random.default_rng(seed)).word_index.tolist() for seed in (0, 1)]
+    areas = [data.mask_regions(batch, np.random.default_rng(seed)).region_index.tolist() for seed in (0, 1)]
+    assert words[0] != words[1] and areas[0] != areas[1]
+    for share in (0.1, 0.4):
+        masked = data.mask_words(batch, tokenizer, np.random.default_rng(0), p=share)
+        assert abs(len(masked.word_index) / (batch.text > 4).sum() - share) < 0.06
+
+
+def test_donors_of_replaced_regions_are_not_zeroed(dataset, tokenizer):
+    batch = data.collate(dataset, np.arange(200))
+    out = data.mask_regions(batch, np.random.default_rng(0), p=0.9, zero=0.5, random=0.5, force_one=False)
+    zero = (out.features[out.masked_regions] == 0).all(1).double().mean().item()
+    assert abs(zero - 0.5) < 0.05  # it would be near 0.72 if donors were taken after the masking
+    real = {row.numpy().tobytes() for row in batch.features[batch.region_mask]}
+    replaced = out.features[out.masked_regions]
+    assert all(row.numpy().tobytes() in real for row in replaced if (row != 0).any())
+
+
+# ---- data sets in a folder ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_names_its_files_and_splits(own, tmp_path):
+    own({**GOOD, "split": "compose"}, GOOD)
+    (tmp_path / "dataset.json").write_text(json.dumps({"files": {"vqa": "my.jsonl"}, "extra_splits": ["compose"]}))
+    assert len(load(tmp_path, "vqa", "compose", cache=tmp_path / "c")) == 1
+    description = data.read_dataset_json(tmp_path)
+    assert description["defaults"] == {} and description["content_words"] == [] and description["vocab"] == ""
+    assert data.read_dataset_json(tmp_path / "my.jsonl")["name"] == "my"
+    for content, message in (
+        ('{"files": {"ve": "x.jsonl"}}', "nothing for task vqa; it has ve"),
+        ('{"file": "x.jsonl"}', "no such file"),
+        ('{"file": 3}', "'file' is '3'"),
+        ('{"fiel": "x"}', "unknown key 'fiel'"),
+        ("{}", "no 'file'"),
+        ("[" * 9999, "not JSON"),
+    ):
+        (tmp_path / "dataset.json").write_text(content)
+        with pytest.raises(common.UserError, match=message):
+            load(tmp_path, "vqa", "train", cache=tmp_path / "c")
+
+
+def test_preview_draws_stores_pairs_and_targets(folder, own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own({"images": ["a.png", "a.png"], "text": "both", "label": True})
+    assert run_command(capsys, "preview", "my.jsonl", "--task", "nlvr2")[0] == 0
+    own(
+        {"image": "a.png", "text": "x", "target": [1, 1, 20, 20]},
+        {"features": "f.npz", "text": "y", "target": [0, 0, 9, 9]},
+    )
+    assert run_command(capsys, "preview", "my.jsonl", "--task", "refer", "--out", "r.png")[0] == 0
+    assert (255, 0, 0) in set(Image.open("r.png").convert("RGB").get_flattened_data())
+    assert run_command(capsys, "preview", folder / "pretrain.jsonl", "--count", "4")[0] == 0
+    assert run_command(capsys, "preview", "my.jsonl", "--split", "val", "--task", "refer")[0] == 2

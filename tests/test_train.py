@@ -437,10 +437,10 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, pictures, tmp
 
 def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     target = tmp_path / "result.json"
-    checkpoints.write_text(target, "old")
+    data.write_text(target, "old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        checkpoints.write_text(target, "new")
+        data.write_text(target, "new")
     assert target.read_text() == "old"
 
 

@@ -1,0 +1,79 @@
+"""A contact sheet of a data set, to look at before training: `python data.py preview FILE`."""
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from common import UserError
+from records import Mistakes, Pictures, read_records
+from regions import open_picture, read_features
+
+
+def draw_sheet(path, task, splits, split, count, patch, grid):
+    """The first `count` examples of a split as one picture, three in a row. UserError if a line is wrong."""
+    mistakes = Mistakes()
+    pictures = Pictures(path.parent, patch, grid)
+    cells = []
+    for where, record in read_records(path, task, splits, mistakes):
+        if record["split"] == split:
+            cells.append(preview_cell(where, record, pictures))
+        if len(cells) == count:
+            break
+    mistakes.stop(path)
+    if not cells:
+        raise UserError(f"{path}: has no examples of split {split}")
+    columns = min(3, len(cells))
+    width = max(cell.width for cell in cells)
+    height = max(cell.height for cell in cells)
+    sheet = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
+    for i, cell in enumerate(cells):
+        sheet.paste(cell, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def preview_cell(where, record, pictures, side=336):
+    """One example as a picture: its one or two pictures, at most `side` pixels wide and high, over its text."""
+    store, rows = pictures.find(where, record)
+    shown = [draw_regions(where, record, pictures, store, row, side) for row in rows]
+    lines = []
+    for key in ("kind", "text", "choices", "answer", "label", "reasons", "reason"):
+        if key in record:
+            text = f"{key}: {record[key]}"
+            lines += [text[i : i + 52 * len(shown)] for i in range(0, min(len(text), 312), 52 * len(shown))]
+    cell = Image.new("RGB", (len(shown) * (side + 8), side + 16 + 16 * len(lines)), "white")
+    for i, picture in enumerate(shown):
+        cell.paste(picture, (i * (side + 8), 0))
+    ImageDraw.Draw(cell).multiline_text((2, side + 4), "\n".join(lines), "black", ImageFont.load_default(12))
+    return cell
+
+
+def draw_regions(where, record, pictures, store, row, side):
+    """A picture with the boxes of its regions, the target's in red. Of a store, which has no pictures, the regions."""
+    boxes = []  # 0..1
+    if store:
+        regions = pictures.stores[store].gather(np.array([row]))
+        boxes = regions["boxes"][0].tolist()
+        image = Image.new("RGB", (side, side), "grey")
+        patch = round((regions["features"].shape[2] / 3) ** 0.5)
+        if regions["features"].shape[2] == 3 * patch * patch:  # pixels: see region_features
+            for features, (left, top, right, bottom) in zip(regions["features"][0].numpy(), boxes, strict=True):
+                pixels = np.clip((features * 0.25 + 0.5) * 255, 0, 255).reshape(patch, patch, 3).astype(np.uint8)
+                size = (max(1, round((right - left) * side)), max(1, round((bottom - top) * side)))
+                image.paste(Image.fromarray(pixels).resize(size), (round(left * side), round(top * side)))
+    else:
+        job = pictures.jobs[row]
+        if job.path.suffix == ".npz":
+            regions, (width, height) = read_features(where, job.path)
+            image = Image.new("RGB", (side, side), "grey")
+            boxes = (regions["boxes"] / [width, height, width, height]).tolist()
+        else:
+            image = open_picture(where, job.path)
+            boxes = (np.array(job.boxes or np.zeros((0, 4))) / [*image.size, *image.size]).tolist()
+            image.thumbnail((side, side))
+    pen = ImageDraw.Draw(image)
+    scale = np.array([*image.size, *image.size])
+    for box in boxes:
+        pen.rectangle((np.array(box) * scale).tolist(), outline="white")
+    if "target" in record:
+        target = pictures.scale_target(record, store, row)
+        pen.rectangle((np.array(target) * scale).tolist(), outline="red", width=2)
+    return image

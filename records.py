@@ -1,0 +1,567 @@
+"""Records: from lines of JSONL to columns on disk.
+
+    lines of JSONL -> records            read_records: every mistake with its line number
+    the pictures that records name       Pictures
+    records -> columns                   read_columns, make_columns
+
+Knows no task by name: `task` is a row of tasks.TASKS, of which this file reads name, needs, pictures, check, examples.
+"""
+
+import codecs
+import difflib
+import hashlib
+import json
+import re
+import shutil
+import unicodedata
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common import UserError
+from regions import (
+    STORED,
+    FeatureStore,
+    PictureJob,
+    cache_key,
+    check_boxes,
+    file_stamp,
+    make_once,
+    parallel,
+    picture_regions,
+    picture_size,
+    warn,
+    write_store,
+)
+
+# ---- lines of JSONL ---------------------------------------------------------------------------------------------------
+
+
+def is_text(value):
+    """A string that says something. NUL is no text: Strings uses it to separate segments."""
+    return isinstance(value, str) and value.strip() != "" and "\0" not in value
+
+
+def is_texts(value, least=1):
+    """A list of at least `least` such strings."""
+    return isinstance(value, list) and len(value) >= least and all(map(is_text, value))
+
+
+def is_number(value):
+    """A finite number of a sensible size."""
+    return type(value) in (int, float) and abs(value) <= 1e9  # False for NaN
+
+
+def is_box(value):
+    """Four numbers; their order is checked where the picture is known."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
+def is_boxes(value):
+    return isinstance(value, list) and len(value) > 0 and all(map(is_box, value))
+
+
+def is_answer(value):
+    """One answer, or soft scores {answer: 0..1}."""
+    if not isinstance(value, dict):
+        return is_text(value)
+    scores = all(is_number(score) and 0 <= score <= 1 for score in value.values())
+    return len(value) > 0 and all(map(is_text, value)) and scores
+
+
+def is_file_or_two(value):
+    return is_text(value) or (is_texts(value) and len(value) == 2)
+
+
+KEYS = {  # key: test of its value, what to write
+    "image": (is_text, "a file name"),
+    "images": (lambda value: is_texts(value) and len(value) == 2, "a list of two file names"),
+    "features": (is_file_or_two, "an .npz file or a row of a store, as regions#17 (nlvr2: a list of two)"),
+    "boxes": (is_boxes, "[[x1,y1,x2,y2],...] in pixels"),
+    "text": (is_text, "a string that is not empty"),
+    "answer": (is_answer, "a string, or {string: score in 0..1}"),
+    "label": (
+        lambda value: type(value) in (bool, int),
+        "true or false (nlvr2), or the index of the right choice (vcr)",
+    ),
+    "choices": (lambda value: is_texts(value, 2), "a list of at least two strings"),
+    "reasons": (lambda value: is_texts(value, 2), "a list of at least two strings"),
+    "reason": (lambda value: type(value) is int, "the index of the right one of 'reasons'"),
+    "target": (is_box, "[x1,y1,x2,y2] in pixels"),
+    "split": (is_text, "train, val or test"),
+    "kind": (is_text, "a word for the sort of question; accuracy is given for each sort"),
+    "id": (lambda value: is_text(value) or type(value) is int, "a string or a number"),
+}
+ID_KEYS = ("question_id", "caption_id", "sent_id", "annot_id", "pair_id", "qid", "uid", "Id", "ID")  # read as `id`
+MEANT = {  # what other data sets call our keys
+    "text": ("question", "caption", "sentence", "statement", "expression", "hypothesis", "prompt"),
+    "image": ("img", "image_path", "file_name", "filename", "picture", "path"),
+    "answer": ("answers", "gold_label"),
+    "boxes": ("bboxes",),
+    "target": ("box", "bbox"),
+    "choices": ("options", "answer_choices"),
+    "reasons": ("rationales", "rationale_choices"),
+    "kind": ("type", "question_type", "answer_type"),
+}
+STORE_ROW = re.compile(r"(.+)#(\d{1,12})")  # regions#17: row 17 of the store in folder regions
+
+
+class Mistakes:
+    """The first twenty mistakes of a file, one line each, and the number of all."""
+
+    def __init__(self):
+        self.first = []
+        self.count = 0
+
+    def add(self, text):
+        self.count += 1
+        if len(self.first) < 20:
+            self.first.append(str(text))
+
+    def stop(self, path):
+        """UserError if there are any."""
+        if self.count == 1:
+            raise UserError(self.first[0])
+        if self.count > 1:
+            raise UserError(f"{self.first[0]} (and {self.count - 1} more; `python data.py check {path}` lists them)")
+
+
+def read_records(path, task, splits, mistakes):
+    """Yields ("FILE:LINE", record) for each right line; what is wrong with the others goes to `mistakes`.
+
+    A record is the line's object with `split` and `id` filled in, texts in Unicode's NFC, `answer` as {text: score}.
+    Opens no picture. task: a row of tasks.TASKS.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line:
+                raise UserError(f"{where}: this is UTF-16 or no text at all; save the file as UTF-8")
+            if not line.strip():
+                continue
+            try:
+                record = parse_line(line)
+                check_record(record, task, splits)
+                record.setdefault("id", f"{path.name}:{number}")
+                normalize_record(record)
+                problem = task.check(record)
+                if problem:
+                    raise UserError(problem)
+            except UserError as error:
+                mistakes.add(f"{where}: {error}")
+            else:
+                yield where, record
+
+
+def parse_line(line):
+    """The JSON object of a line (bytes). UserError without the line's number."""
+    try:
+        text = line.decode("utf-8")
+        record = json.loads(text, object_pairs_hook=unique_keys)
+        if "\\u" in text:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from None
+    except UnicodeEncodeError:
+        raise UserError(r"holds half a character, as \ud83d alone; write the character itself") from None
+    except RecursionError:
+        raise UserError("not JSON that can be read: nested too deeply") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"not JSON ({error}); write one object a line") from None
+    if not isinstance(record, dict):
+        raise UserError('not an object; write {"image": ..., "text": ...}')
+    return record
+
+
+def unique_keys(pairs):
+    """A JSON object as a dict; UserError if a key stands in it twice."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"key {twice[:60]!r} stands twice")
+    return record
+
+
+def check_record(record, task, splits):
+    """UserError, without the line's number, where a key or its value is not as KEYS has it or the task needs it."""
+    for key in ID_KEYS:
+        if key in record and "id" not in record:
+            record["id"] = record.pop(key)
+    for key, value in record.items():
+        if key not in KEYS:
+            raise UserError(f"unknown key {key[:60]!r}; {suggestion(key)}")
+        is_right, wanted = KEYS[key]
+        if not is_right(value):
+            raise UserError(f"{key!r} is {str(value)[:60]!r}; write {wanted}")
+    for key in ("text", *task.needs):
+        if key not in record:
+            raise UserError(f"key {key!r} is missing; task {task.name} needs it: {KEYS[key][1]}")
+    if record.get("split", "train") not in splits:
+        raise UserError(f"'split' is {record['split'][:60]!r}; write {', '.join(splits[:-1])} or {splits[-1]}")
+    sources = [key for key in ("image", "images", "features") if key in record]
+    if len(sources) != 1:
+        raise UserError("give one of 'image', 'images' and 'features', and only one")
+    source = sources[0]
+    if len(picture_names(record)) != task.pictures:
+        wanted = "one file: 'image' or 'features'"
+        if task.pictures == 2:
+            wanted = "two files: 'images', or 'features' as a list"
+        raise UserError(f"{source!r} does not fit; {task.name} takes {wanted}")
+    if "boxes" in record and source != "image":
+        raise UserError(f"'boxes' goes with 'image' only, not with {source!r}")
+
+
+def suggestion(key):
+    """What to write in place of an unknown key."""
+    for meant, names in MEANT.items():
+        if key.lower() in names:
+            return f"did you mean {meant}?"
+    near = difflib.get_close_matches(key, KEYS, 1, 0.5)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"choose from {', '.join(KEYS)}"
+
+
+def picture_names(record):
+    """The one or two files, or rows of a store, that a record names."""
+    for key in ("image", "images", "features"):
+        if key in record:
+            names = record[key]
+    return names if isinstance(names, list) else [names]
+
+
+def normalize_record(record):
+    """Fills in `split`, makes `id` a string, texts NFC and `answer` {text: score}, in place."""
+    record.setdefault("split", "train")
+    record["id"] = str(record["id"])
+    record["text"] = normalize_text(record["text"])
+    for key in ("choices", "reasons"):
+        if key in record:
+            record[key] = [normalize_text(text) for text in record[key]]
+    if "answer" in record:
+        answers = record["answer"]
+        if isinstance(answers, str):
+            answers = {answers: 1.0}
+        record["answer"] = {}
+        for text, score in answers.items():
+            text = normalize_answer(text)
+            record["answer"][text] = min(1.0, record["answer"].get(text, 0.0) + float(score))
+
+
+def normalize_text(text):
+    """Composed characters (NFC), so that the same letter is always the same."""
+    return unicodedata.normalize("NFC", text)
+
+
+def normalize_answer(text):
+    """Answers are compared in lower case, without outer blanks and the full stop: " Yes. " and "yes" are one."""
+    text = " ".join(normalize_text(text).lower().split())
+    return text.rstrip(".").rstrip() or text
+
+
+class Pictures:
+    """The pictures that the lines of a file name, each once: rows of stores that exist, and jobs for one to be made."""
+
+    def __init__(self, folder, patch, grid):
+        self.folder = folder
+        self.patch = patch
+        self.grid = grid
+        self.jobs = []  # row i of the store to be made is that of job i
+        self.rows = {}  # (name, boxes as JSON) -> row of the store to be made
+        self.sizes = {}  # name -> (width, height)
+        self.stores = {}  # name -> FeatureStore
+        self.outside = 0  # pictures outside of the file's folder
+
+    def find(self, where, record):
+        """(name of the store, rows in it, one for each picture); the store to be made has the name "". UserError if a
+        file or row does not exist."""
+        found = []
+        for name in picture_names(record):
+            match = STORE_ROW.fullmatch(name)
+            if "features" in record and match:
+                found.append((match[1], self.find_row(match[1], int(match[2]))))
+            else:
+                found.append(("", self.find_file(where, name, record.get("boxes"))))
+        names = {name for name, _ in found}
+        if len(names) > 1:
+            raise UserError("'features' names two stores; write both pictures into one")
+        return names.pop(), [row for _, row in found]
+
+    def find_row(self, name, row):
+        if name not in self.stores:
+            self.stores[name] = FeatureStore(self.folder / name)
+        if row >= len(self.stores[name]):
+            raise UserError(f"'features': {name} has rows 0 to {len(self.stores[name]) - 1}, not {row}")
+        return row
+
+    def find_file(self, where, name, boxes):
+        key = (name, json.dumps(boxes))
+        if key not in self.rows:
+            path = self.folder / name
+            if not path.is_file():
+                raise UserError(f"'image' or 'features': no file {path}; paths are relative to the .jsonl file")
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                self.outside += 1
+            self.rows[key] = len(self.jobs)
+            self.jobs.append(PictureJob(where, path, boxes, self.patch, self.grid))
+        return self.rows[key]
+
+    def scale_target(self, record, name, row):
+        """The record's target cut to its picture, pixels -> 0..1. UserError if it lies outside."""
+        if name:
+            sizes = self.stores[name].sizes
+            if sizes is None:
+                raise UserError(f"'target': {name} has no sizes.npy; write the store with `size`")
+            width, height = sizes[row].tolist()
+        else:
+            path = self.jobs[row].path
+            if path not in self.sizes:
+                self.sizes[path] = picture_size("'target'", path)
+            width, height = self.sizes[path]
+        (box,) = check_boxes([record["target"]], width, height, "its picture", "target", np.float64)
+        return (box / [width, height, width, height]).tolist()
+
+    def paths(self):
+        """Every file that the columns depend on, except the JSONL file."""
+        for job in self.jobs:
+            yield job.path
+        for name in self.stores:
+            yield self.folder / name / "offsets.npy"
+            yield self.folder / name / "features.npy"
+
+    def extract(self, path, cache, mistakes):
+        """The store of all jobs, made unless it is in the cache. UserError where a picture is wrong."""
+        key = [[*file_stamp(job.path), job.boxes, job.patch, job.grid] for job in self.jobs]
+
+        def make(folder):
+            notes = []
+            write_store(folder, self.extracted(path, mistakes, notes))
+            mistakes.stop(path)
+            (folder / "warnings.json").write_text(json.dumps(notes))
+
+        return FeatureStore(make_once(Path(cache) / f"regions-{cache_key(key)}", make))
+
+    def extracted(self, path, mistakes, notes):
+        """Yields the regions of each job that is right, all with the same fields and widths."""
+        first = None  # {field: shape of a row} of the first picture
+        results = parallel(picture_regions, self.jobs, f"reading {path}")
+        for job, (regions, warned, mistake) in zip(self.jobs, results, strict=True):
+            notes += warned
+            if mistake:
+                mistakes.add(mistake)
+                continue
+            shapes = {name: regions[name].shape[1:] for name in STORED if name in regions}
+            if first is None:
+                first, first_path = shapes, job.path
+            if shapes["features"] != first["features"]:
+                mistakes.add(f"{job.where}: {job.path} has features {shapes['features'][0]} wide, {first_path} "
+                             f"{first['features'][0]}; extract all alike")  # fmt: skip
+            elif shapes != first:
+                mistakes.add(f"{job.where}: {job.path}: 'labels' or 'probs' unlike {first_path}; all or none have them")
+            else:
+                yield regions
+
+
+# ---- columns on disk --------------------------------------------------------------------------------------------------
+# What grows with the data is read once, checked, written column by column, and memory-mapped from then on.
+
+
+class Strings(Sequence):
+    """A list of texts on disk: item i is blob[offsets[i]:offsets[i+1]] in UTF-8. A text of several segments is a tuple
+    of them; the blob has NUL between them."""
+
+    def __init__(self, blob, offsets):
+        self.blob = blob
+        self.offsets = offsets
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i):
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        i %= len(self)
+        text = self.blob[self.offsets[i] : self.offsets[i + 1]].tobytes().decode("utf-8")
+        return tuple(text.split("\0")) if "\0" in text else text
+
+
+class Words(Sequence):
+    """A list of few different words on disk: item i is words[index[i]]."""
+
+    def __init__(self, words, index):
+        self.words = words
+        self.index = index
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        return self.words[self.index[i]]
+
+
+class Answers(Sequence):
+    """A list of {answer: score} on disk: item i has answers words[index[k]], k = offsets[i] ... offsets[i+1] - 1."""
+
+    def __init__(self, words, index, scores, offsets):
+        self.words = words
+        self.index = index
+        self.scores = scores
+        self.offsets = offsets
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i):
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        i %= len(self)
+        answers = {}
+        for k in range(self.offsets[i], self.offsets[i + 1]):
+            answers[self.words[self.index[k]]] = float(self.scores[k])
+        return answers
+
+
+class Columns:
+    """The examples of one split while a file is read, in compact arrays."""
+
+    def __init__(self, store):
+        self.store = store  # the name of the store that all its pictures are in
+        self.group = None  # rows of an example
+        self.kinds = {}  # word -> its number
+        self.answers = {}  # answer -> its number
+        self.text = bytearray()
+        self.ids = bytearray()
+        self.arrays = {
+            "text_offsets": array("q", [0]),
+            "text_keys": array("q"),
+            "ids_offsets": array("q", [0]),
+            "image": array("q"),
+            "kind": array("q"),
+            "answer": array("q"),
+            "answer_scores": array("d"),
+            "answer_offsets": array("q", [0]),
+        }
+        self.targets = []
+
+    def add(self, example, rows):
+        """An Example; rows[k] is the store's row of the line's picture k. UserError if it does not go with the others."""
+        if self.group is None:
+            self.group = len(example.rows)
+        if len(example.rows) != self.group:
+            raise UserError(f"{len(example.rows)} choices, lines before have {self.group}; give all equally many")
+        arrays = self.arrays
+        for text, picture in example.rows:
+            self.text += ("\0".join(text) if isinstance(text, tuple) else text).encode("utf-8")
+            arrays["text_offsets"].append(len(self.text))
+            arrays["text_keys"].append(text_key(text))
+            arrays["image"].append(rows[picture])
+        self.ids += example.id.encode("utf-8")
+        arrays["ids_offsets"].append(len(self.ids))
+        arrays["kind"].append(self.kinds.setdefault(example.kind, len(self.kinds)))
+        for answer, score in (example.answer or {}).items():
+            arrays["answer"].append(self.answers.setdefault(answer, len(self.answers)))
+            arrays["answer_scores"].append(score)
+        arrays["answer_offsets"].append(len(arrays["answer"]))
+        self.targets.append(example.target)
+
+    def save(self, folder, store_folder):
+        folder.mkdir()
+        for name, values in self.arrays.items():
+            np.save(folder / f"{name}.npy", np.array(values))
+        np.save(folder / "pairs.npy", np.sort(pair_keys(np.array(self.arrays["text_keys"]), self.arrays["image"])))
+        np.save(folder / "text.npy", np.frombuffer(bytes(self.text), np.uint8))
+        np.save(folder / "ids.npy", np.frombuffer(bytes(self.ids), np.uint8))
+        targets = np.array(self.targets)
+        if targets.max() >= 0:  # else the task has none
+            np.save(folder / "target.npy", targets)
+        rest = {
+            "store": str(store_folder),
+            "group": self.group,
+            "kinds": list(self.kinds),
+            "answers": list(self.answers),
+        }
+        (folder / "columns.json").write_text(json.dumps(rest))
+
+
+def text_key(text):
+    """An int64 that is equal for equal texts, whatever their case."""
+    return int.from_bytes(hashlib.blake2b(str(text).lower().encode("utf-8"), digest_size=8).digest(), signed=True)
+
+
+def pair_keys(text_keys, images):
+    """An int64 for each pair of a text and a picture, (B,) each; equal pairs have equal ones."""
+    return text_keys ^ (np.asarray(images) * 0x1E3779B97F4A7C15)  # a large odd number: the product wraps around
+
+
+def read_columns(path, task, splits, patch, grid, mistakes):
+    """Reads and checks a JSONL file. Returns {split: Columns} and the Pictures that it names."""
+    pictures = Pictures(path.parent, patch, grid)
+    columns = {}
+    for where, record in read_records(path, task, splits, mistakes):
+        try:
+            store, rows = pictures.find(where, record)
+            if "target" in record:
+                record["target"] = pictures.scale_target(record, store, rows[0])
+            if record["split"] not in columns:
+                columns[record["split"]] = Columns(store)
+            part = columns[record["split"]]
+            if part.store != store:
+                raise UserError(f"split {record['split']} has pictures of {part.store or 'files'} and of "
+                                f"{store or 'files'}; write them into one store")  # fmt: skip
+            for example in task.examples(record):
+                part.add(example, rows)
+        except UserError as error:
+            mistakes.add(f"{where}: {error}")
+    if not columns and not mistakes.count:
+        raise UserError(f"{path}: holds no examples; write one JSON object a line")
+    return columns, pictures
+
+
+def make_columns(path, task, splits, patch, grid, cache):
+    """The folder with the columns of a JSONL file, a subfolder for each split, made unless it is in the cache."""
+    key = [*file_stamp(path), task.name, splits, patch, grid]
+    folder = Path(cache).resolve() / f"columns-{cache_key(key)}"
+
+    def make(aside):
+        mistakes = Mistakes()
+        columns, pictures = read_columns(path, task, splits, patch, grid, mistakes)
+        mistakes.stop(path)
+        folders = {name: store.folder.resolve() for name, store in pictures.stores.items()}
+        depends = list(pictures.paths())
+        if pictures.jobs:
+            folders[""] = pictures.extract(path, Path(cache).resolve(), mistakes).folder
+            depends.append(folders[""] / "offsets.npy")
+        if pictures.outside:
+            warn(f"{path}: {pictures.outside} pictures lie outside of its folder")
+        for split, part in columns.items():
+            part.save(aside / split, folders[part.store])
+        stamps = [json.dumps(file_stamp(file)) for file in depends]
+        (aside / "depends.jsonl").write_text("\n".join(stamps))
+
+    if folder.exists() and not is_current(folder):
+        shutil.rmtree(folder)
+    return make_once(folder, make)
+
+
+def is_current(folder):
+    """True if the pictures and stores that columns were made of have not changed since."""
+    for line in (folder / "depends.jsonl").read_text().splitlines():
+        path, *state = json.loads(line)
+        try:
+            if file_stamp(Path(path))[1:] != state:
+                return False
+        except OSError:
+            return False
+    return True
+
+
+def map_array(path):
+    """A .npy file, memory-mapped, as a plain array: numpy's memmap class is slow where single numbers are read."""
+    return np.asarray(np.load(path, mmap_mode="r"))

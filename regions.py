@@ -1,0 +1,501 @@
+"""Regions: from pictures and feature files to a feature store.
+
+    pictures -> regions                  open_picture, region_features, picture_regions
+    .npz feature files -> regions        read_features
+    regions -> a feature store           write_store, FeatureStore
+
+Regions stand for the Faster R-CNN detections of the papers (bottom-up attention, Anderson 2018). Without a feature
+store a region is its box cut out of the picture and resized to 12 x 12 pixels.
+
+Letters: B batch rows, N regions, F region-feature width, K object classes with background (class 0), I pictures of a
+store. Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a store.
+"""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import warnings
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps
+
+from common import UserError
+
+VERSION = 12  # raise it whenever region features or columns change: it is part of every cache key
+
+# ---- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_whole(path, write):
+    """Makes a file whole or not at all: write(temporary path), sync to disk, rename. A failure leaves no .tmp."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text):
+    """A text file, UTF-8, whole or not at all."""
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def make_once(folder, make):
+    """Returns `folder`, which make(folder) fills if it does not exist. It is filled under another name and renamed, so
+    it is whole or absent; of two processes that race both read the first one's."""
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.parent)
+    aside = folder.parent / f".making-{folder.name}-{os.getpid()}-{time.time_ns()}"
+    aside.mkdir()  # not tempfile.mkdtemp, whose folders only their owner may read
+    try:
+        make(aside)
+        aside.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def remove_leftovers(folder):
+    """Removes what killed runs left half made: folders of make_once in which nothing was written for a day."""
+    for aside in folder.glob(".making-*"):
+        with contextlib.suppress(OSError):  # another process may be faster
+            newest = max(file.stat().st_mtime for file in [aside, *aside.rglob("*")])
+            if time.time() - newest > 24 * 3600:
+                shutil.rmtree(aside)
+
+
+def warn(text):
+    """One line on stderr, from one process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def cache_key(*parts):
+    """A short name for a cache folder; different parts or another VERSION give another name."""
+    return hashlib.sha256(json.dumps([VERSION, *parts]).encode()).hexdigest()[:16]
+
+
+def file_stamp(path):
+    """What changes when a file does: [resolved path, size, time of its last change]."""
+    state = path.stat()
+    return [str(path.resolve()), state.st_size, state.st_mtime_ns]
+
+
+def parallel(work, jobs, label):
+    """Yields work(job) in order, from one process per CPU; progress on stderr once it has taken a second."""
+    workers = min(os.cpu_count() or 1, len(jobs))
+    if workers > 1:
+        # fork on Linux: a fresh interpreter would spend longer importing torch than on the work
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        with ProcessPoolExecutor(workers, context) as pool:
+            yield from show_progress(pool.map(work, jobs), len(jobs), label)
+    else:
+        yield from show_progress(map(work, jobs), len(jobs), label)
+
+
+def show_progress(results, total, label):
+    """Yields `results` and prints their share of `total`, on a terminal five times a second on one line."""
+    terminal = sys.stderr.isatty()
+    pause = 0.2 if terminal else 10.0
+    start = time.monotonic()
+    shown = 0.0  # seconds after the start
+    for done, result in enumerate(results, 1):
+        yield result
+        seconds = time.monotonic() - start
+        last = done == total and shown > 0
+        if seconds > 1 and (seconds - shown > pause or last):
+            shown = seconds
+            end = "\r" if terminal and not last else "\n"
+            print(f"{label}: {100 * done // total}%, {seconds:.0f} s", end=end, file=sys.stderr, flush=True)
+
+
+# ---- pictures and their regions ---------------------------------------------------------------------------------------
+
+
+def open_picture(where, path):
+    """The picture as RGB with 8 bits a colour, turned as its EXIF says; every other part of the code opens pictures with
+    this. Of an animation the first frame; info["frames"] says how many there are. UserError if it cannot be read."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo and its preview
+            picture = to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        most = 2 * Image.MAX_IMAGE_PIXELS
+        raise UserError(f"{where}: picture {path} has more than {most:,} pixels; resize it") from None
+    except Exception as error:  # noqa: BLE001 (damaged pictures end in nearly every kind of error)
+        raise UserError(f"{where}: cannot read picture {path} ({error}); save it again as PNG or JPEG") from None
+    picture.info["frames"] = frames
+    return picture
+
+
+def to_rgb(image):
+    """An RGB picture of a Pillow picture of any mode. Pixels of 16 or 32 bits or floats are scaled from their range to
+    0..255; what is transparent becomes white."""
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image).astype(np.float64)
+        values = np.where(np.isfinite(values), values, 0.0)
+        low = values.min()
+        span = max(values.max() - low, 1e-12)
+        grey = np.rint((values - low) / span * 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode == "LAB":
+        lab, srgb = (ImageCms.createProfile(name) for name in ("LAB", "sRGB"))
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def picture_size(where, path):
+    """(width, height) of a picture as open_picture shows it, or of a feature file, without reading all of it."""
+    if path.suffix == ".npz":
+        return tuple(read_arrays(where, path, ("size",))["size"].tolist())
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            width, height = image.size
+            orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # noqa: BLE001
+        width, height = open_picture(where, path).size  # which says what is wrong
+        orientation = 1
+    if orientation in (5, 6, 7, 8):  # lying on its side
+        return height, width
+    return width, height
+
+
+def grid_boxes(width, height, cells=6):
+    """(1 + cells^2, 4) float32 pixels: the whole picture, then cells x cells equal parts row by row."""
+    x = np.linspace(0, width, cells + 1)
+    y = np.linspace(0, height, cells + 1)
+    boxes = [(0, 0, width, height)]
+    for row in range(cells):
+        for column in range(cells):
+            boxes.append((x[column], y[row], x[column + 1], y[row + 1]))
+    return np.array(boxes, np.float32)
+
+
+def region_features(image, boxes, patch=12):
+    """(N, 3*patch*patch) float32: each box resized to patch x patch by bicubic filtering, rows of RGB pixels,
+    standardised as (value/255 - 0.5) / 0.25, hence in -2..2.
+
+    image: RGB picture.   boxes: (N,4) pixels inside it (ValueError by Pillow otherwise).
+    """
+    crops = []
+    for box in np.array(boxes).tolist():
+        crop = image.resize((patch, patch), Image.Resampling.BICUBIC, tuple(box))
+        crops.append(np.asarray(crop))
+    pixels = np.array(crops, np.float32).reshape(len(crops), 3 * patch * patch)  # (N,patch,patch,3) -> (N,F)
+    return (pixels / 255 - 0.5) / 0.25
+
+
+def check_boxes(boxes, width, height, where, key, dtype=np.float32):
+    """(N,4) pixels, cut to the picture: an overshoot of up to 1 px is a detector's rounding, not a mistake. UserError for
+    a box that lies further outside, or has no area in the picture."""
+    boxes = np.array(boxes, dtype)
+    limit = np.array([width, height, width, height], dtype)
+    inside = (boxes >= -1) & (boxes <= limit + 1)  # (N,4)
+    cut = np.clip(boxes, 0, limit)
+    for box, box_inside, box_cut in zip(boxes, inside, cut, strict=True):
+        text = f"{key!r}: {box.tolist()}"
+        if box[0] >= box[2] or box[1] >= box[3]:
+            raise UserError(f"{where}: {text} has x2 <= x1 or y2 <= y1; write [x1,y1,x2,y2]")
+        if not box_inside.all():
+            size = f"{width:g} x {height:g} pixels"
+            raise UserError(f"{where}: {text} is outside its picture of {size}; cut it to the picture")
+        if box_cut[0] >= box_cut[2] or box_cut[1] >= box_cut[3]:
+            raise UserError(f"{where}: {text} has no area inside its picture; leave it out")
+    return cut
+
+
+NPZ_BYTES = 2**28  # of one array in a feature file; 100,000 regions of width 600 in float32
+
+
+def read_arrays(where, path, names):
+    """{name: array} of those arrays `names` that an .npz has. Reads no other array, none that is larger than NPZ_BYTES
+    or than its header says, and no pickles. UserError if the file is damaged."""
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stored = {info.filename: info for info in archive.infolist()}
+            for name in names:
+                info = stored.get(f"{name}.npy")
+                if info is None:
+                    continue
+                if info.file_size > NPZ_BYTES:
+                    raise ValueError(f"{name!r} has {info.file_size:,} bytes, more than {NPZ_BYTES:,}")
+                with archive.open(info) as file:
+                    version = np.lib.format.read_magic(file)
+                    read_header = np.lib.format.read_array_header_1_0
+                    if version != (1, 0):
+                        read_header = np.lib.format.read_array_header_2_0
+                    shape, fortran, dtype = read_header(file)
+                    content = file.read()
+                if dtype.hasobject or np.prod(shape, dtype=object) * dtype.itemsize != len(content):
+                    raise ValueError(f"the header of {name!r} does not fit its content")
+                arrays[name] = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
+    except Exception as error:  # noqa: BLE001 (damaged files end in nearly every kind of error)
+        problem = str(error) or type(error).__name__
+        raise UserError(f"{where}: cannot read {path} ({problem}); write the file with numpy.savez") from None
+    return arrays
+
+
+def read_features(where, path):
+    """A feature file -> ({field of STORED: array} with boxes in pixels, (width, height)). UserError if it is wrong."""
+    arrays = read_arrays(where, path, ("features", "boxes", "size", "probs", "labels"))
+    where = f"{where}: {path}"
+    for key in ("features", "boxes", "size"):
+        if key not in arrays:
+            raise UserError(f"{where}: has no array {key!r}; it needs features (N,F), boxes (N,4) and size (2,)")
+    count = len(arrays["features"]) if arrays["features"].ndim == 2 else 0
+    shapes = {"features": (count, None), "boxes": (count, 4), "size": (2,), "probs": (count, None), "labels": (count,)}
+    for key, values in arrays.items():
+        check_array(where, key, values, shapes[key])
+    width, height = arrays["size"].tolist()
+    if width <= 0 or height <= 0:
+        raise UserError(f"{where}: 'size' must be (width, height) in pixels")
+    boxes = check_boxes(arrays["boxes"], width, height, where, "boxes")
+    regions = {"features": arrays["features"], "boxes": boxes}
+    classes = 65504  # without probs any whole number is a class
+    confidence = np.ones(count)
+    if "probs" in arrays:
+        probs = arrays["probs"]
+        if probs.shape[1] < 2 or (probs < 0).any() or not np.allclose(probs.sum(1), 1, atol=0.02):
+            raise UserError(f"{where}: rows of 'probs' must sum to 1; apply a softmax over K > 1 classes, class 0 = "
+                            "background")  # fmt: skip
+        regions["object_probs"] = probs
+        regions["objects"] = probs[:, 1:].argmax(1)
+        regions["object_conf"] = probs[:, 1:].max(1)
+        classes = probs.shape[1] - 1
+    if "labels" in arrays:
+        labels = arrays["labels"]
+        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
+            raise UserError(f"{where}: 'labels' must be integers 0 to {classes - 1}: classes without background")
+        if "probs" in arrays:
+            confidence = arrays["probs"][np.arange(count), labels + 1]
+        regions["objects"] = labels
+        regions["object_conf"] = confidence
+    return regions, (width, height)
+
+
+def check_array(where, key, values, shape):
+    """UserError unless an array has this shape (None: any size above 0) and finite numbers that float16 can hold."""
+    fits = values.ndim == len(shape) and values.size > 0
+    for size, wanted in zip(values.shape, shape, strict=False):
+        fits = fits and wanted in (None, size)
+    if not fits:
+        wanted = str(shape).replace("None", "K").replace("(0", "(N")
+        raise UserError(f"{where}: {key!r} has shape {values.shape}; it must be {wanted}, N and K > 0")
+    if values.dtype.kind not in "iuf":
+        raise UserError(f"{where}: {key!r} holds {values.dtype}; save floats or integers")
+    if not np.isfinite(values).all() or np.abs(values.astype(np.float64)).max() >= 65504:  # float16's largest
+        raise UserError(f"{where}: {key!r} has NaN, infinity or values beyond 65504; extract this picture again")
+
+
+class PictureJob(NamedTuple):
+    """What picture_regions needs to know of one picture."""
+
+    where: str  # the line that named it first
+    path: Path
+    boxes: list | None
+    patch: int
+    grid: int
+
+
+def picture_regions(job):
+    """Regions of one picture or feature file: ({field: array} as in write_store, warnings, None), or (None, [], mistake)
+    where something is wrong with it."""
+    notes = []
+    try:
+        if job.path.suffix == ".npz":
+            regions, (width, height) = read_features(job.where, job.path)
+            pixels = regions["features"].tobytes()
+        else:
+            image = open_picture(job.where, job.path)
+            width, height = image.size
+            boxes = job.boxes
+            if boxes is None:
+                boxes = grid_boxes(width, height, job.grid)
+            boxes = check_boxes(boxes, width, height, job.where, "boxes")
+            regions = {"features": region_features(image, boxes, job.patch), "boxes": boxes}
+            pixels = image.tobytes()
+            if image.info["frames"] > 1:
+                notes.append(f"only the first of its {image.info['frames']} frames is used")
+    except UserError as error:
+        return None, [], str(error)
+    features = regions["features"]
+    boxes = regions["boxes"]
+    if np.ptp(features) == 0:
+        notes.append("all features are equal")
+    if (features == 0).mean() > 0.95:
+        notes.append("more than 95% of the features are zero")
+    if len(boxes) > 2 and (boxes == boxes[0]).all():
+        notes.append("all boxes are alike")
+    if boxes.max() <= 1 < min(width, height):
+        notes.append("boxes look normalised to 0..1; multiply them by width and height")
+    regions["boxes"] = boxes / np.array([width, height, width, height], np.float32)
+    regions["size"] = (width, height)
+    regions["digest"] = int.from_bytes(hashlib.sha256(pixels).digest()[:7])  # equal pictures have equal digests
+    return regions, [f"{job.where}: {job.path.name}: {note}" for note in notes], None
+
+
+# ---- the feature store ------------------------------------------------------------------------------------------------
+
+STORED = {  # field of a region: its type on disk
+    "features": np.float16,
+    "boxes": np.float32,
+    "object_probs": np.float16,
+    "objects": np.int64,
+    "object_conf": np.float32,
+    "attributes": np.int64,
+    "attribute_conf": np.float32,
+}
+
+
+def ragged(offsets, index):
+    """Rows `index` (B,) of a flat array in which row i is offsets[i]:offsets[i+1].
+    Returns a mask (B,L), True = inside the row, L the longest, and the positions of its True entries in the flat
+    array."""
+    index = np.asarray(index)
+    start = offsets[index]
+    length = offsets[index + 1] - start
+    steps = np.arange(length.max(initial=0))
+    mask = steps < length[:, None]  # (B,L)
+    return mask, (start[:, None] + steps)[mask]
+
+
+class FeatureStore:
+    """Regions of I pictures in a folder, memory-mapped, so that any number of processes share one copy.
+
+    FIELD.npy    for each field of STORED that the source has (`features` and `boxes`, 0..1, always): all regions
+    offsets.npy  (I+1,): picture i has regions offsets[i]:offsets[i+1]
+    sizes.npy    (I,2) width and height in pixels; needed only where lines have a `target`
+    digests.npy  (I,) equal for equal pictures
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.fields = {}
+        self.sizes = None
+        self.digests = None
+        try:
+            self.offsets = np.load(self.folder / "offsets.npy")
+            for name in STORED:
+                file = self.folder / f"{name}.npy"
+                if file.exists():
+                    self.fields[name] = np.load(file, mmap_mode="r")
+            if (self.folder / "sizes.npy").exists():
+                self.sizes = np.load(self.folder / "sizes.npy")
+            if (self.folder / "digests.npy").exists():
+                self.digests = np.load(self.folder / "digests.npy")
+            self.width = self.fields["features"].shape[1]  # F
+            self.fields["boxes"].shape[1]
+            lengths = {len(field) for field in self.fields.values()}
+            if lengths != {int(self.offsets[-1])} or (np.diff(self.offsets) < 1).any():
+                raise ValueError("its files do not fit each other")
+        except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
+            raise UserError(f"{folder}: not a feature store, or damaged ({error}); write it again") from None
+        self.classes = None  # K
+        if "object_probs" in self.fields:
+            self.classes = self.fields["object_probs"].shape[1]
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def gather(self, images):
+        """images: (B,) int64. Returns Batch's region fields as a dict of (B,N,...) tensors; float16 becomes float32,
+        and where region_mask is False all is zero."""
+        mask, rows = ragged(self.offsets, images)  # (B,N)
+        out = {"region_mask": torch.from_numpy(mask)}
+        for name, values in self.fields.items():
+            dtype = np.int64 if values.dtype == np.int64 else np.float32
+            padded = np.zeros(mask.shape + values.shape[1:], dtype)  # (B,N,...)
+            padded[mask] = values[rows]
+            out[name] = torch.from_numpy(padded)
+        return out
+
+
+class ArrayFile:
+    """A .npy file that grows by rows and may be larger than memory."""
+
+    def __init__(self, path, dtype, row_shape):
+        self.file = open(path, "wb")  # noqa: SIM115 (closed by close)
+        self.dtype = np.dtype(dtype)
+        self.row_shape = row_shape
+        self.rows = 0
+        self.write_header()
+
+    def write_header(self):
+        shape = (self.rows, *self.row_shape)
+        layout = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, layout)  # numpy leaves room for a larger number of rows
+
+    def append(self, rows):
+        if rows.shape[1:] != self.row_shape:
+            raise ValueError(f"a picture has rows of shape {rows.shape[1:]}, the first one {self.row_shape}")
+        self.file.write(rows.astype(self.dtype).tobytes())
+        self.rows += len(rows)
+
+    def close(self):
+        self.file.seek(0)
+        self.write_header()
+        self.file.close()
+
+
+def write_store(folder, pictures):
+    """Writes a feature store into `folder`, picture by picture, straight to disk.
+
+    pictures: iterable of {field of STORED: (n,...) array}, boxes in 0..1, and `size`: (width, height), `digest`: an
+    integer, if all have them. All pictures have the same fields. ValueError for values that are not finite.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    offsets = [0]
+    sizes = []
+    digests = []
+    try:
+        for picture in pictures:
+            for name, dtype in STORED.items():
+                if name not in picture:
+                    continue
+                rows = np.asarray(picture[name])
+                if name not in files:
+                    files[name] = ArrayFile(folder / f"{name}.npy", dtype, rows.shape[1:])
+                if not np.isfinite(rows).all():
+                    raise ValueError(f"{name!r} of picture {len(offsets) - 1} has NaN or infinity")
+                files[name].append(rows)
+            offsets.append(offsets[-1] + len(picture["features"]))
+            if "size" in picture:
+                sizes.append(picture["size"])
+            if "digest" in picture:
+                digests.append(picture["digest"])
+    finally:
+        for file in files.values():
+            file.close()
+    np.save(folder / "offsets.npy", np.array(offsets))
+    if sizes:
+        np.save(folder / "sizes.npy", np.array(sizes, np.float64))
+    if digests:
+        np.save(folder / "digests.npy", np.array(digests, np.int64))
