@@ -247,6 +247,7 @@ def load_data(run, checkpoint, teacher):
     for splits in run.sets.values():
         for split in splits.values():
             split.encode(run.tokenizer, max_length=args.max_words)
+        common.print0(f"data     {data.describe_lost_text(list(splits.values()))}")
     run.answers = []
     if "vqa" in run.objectives or "qa" in run.objectives:
         questions = run.sets["vqa" if "vqa" in run.sets else "pretrain"]
@@ -308,10 +309,7 @@ def make_tokenizer(run, start):
     path, description = args.data_sets[0]
     if description["vocab"] and options.one_source(args):
         return data.read_tokenizer(path / description["vocab"])
-    texts = []
-    for splits in run.sets.values():
-        texts += splits["train"].parts()
-    return data.train_tokenizer(texts)
+    return data.own_tokenizer([splits["train"] for splits in run.sets.values()])
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def restore(folder):
     model.load_state_dict(checkpoint["state"])
     tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
     path, _ = options.open_data("scenes")
-    dataset = data.load(path, "caption", "test").encode(tokenizer, max_length=60)
+    dataset = data.load(path, tasks.TASKS["caption"], "test").encode(tokenizer, max_length=60)
     restored = SimpleNamespace(model=model, rank=0, world=1)
     restored.args = SimpleNamespace(ablate=None)
     restored.device = torch.device("cpu")

@@ -211,17 +211,12 @@ def test_captions_with_and_without_the_cache_are_the_same(name):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def tokenizer(small_scenes):
+    return data.read_tokenizer(small_scenes(40) / "vocab.txt")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return data.train_tokenizer(scenes.scene_texts(60))
-
-
-def test_rows_of_choices_are_question_answer_and_reason(cache, tokenizer):
-    dataset = scenes.scenes("train", "vcr", 40, cache=cache).encode(tokenizer, max_length=60)
+def test_rows_of_choices_are_question_answer_and_reason(drawn, tokenizer):
+    dataset = drawn("train", "vcr", 40).encode(tokenizer, max_length=60)
     cls, sep = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
     index = np.array([1, 0])  # a reason, which has three segments, and an answer
     batch = data.collate(dataset, index)
@@ -250,8 +245,8 @@ def test_long_texts_lose_the_question_not_the_choice(tokenizer):
     assert ids == ["[CLS]", *["red"] * 4, "[SEP]", "blue", "star", "[SEP]", "green", "ring", "[SEP]"]
 
 
-def test_pictures_are_joined_row_by_row(cache, tokenizer):
-    dataset = scenes.scenes("train", "nlvr2", 40, cache=cache).encode(tokenizer)
+def test_pictures_are_joined_row_by_row(drawn, tokenizer):
+    dataset = drawn("train", "nlvr2", 40).encode(tokenizer)
     two = data.collate(dataset, np.array([0, 5, 9]))
     two.region_types = (torch.arange(6) % 2)[:, None].expand(two.region_mask.shape)
     one = data.join_pictures(dataclasses.replace(two, target=torch.arange(3)))
@@ -273,8 +268,8 @@ def test_the_next_word_is_the_label():
 # ---- training --------------------------------------------------------------------------------------------------
 
 
-def test_false_partners_are_false_and_mined_ones_are_the_hardest(cache, tokenizer):
-    dataset = scenes.scenes("train", "retrieval", 40, cache=cache).encode(tokenizer)
+def test_false_partners_are_false_and_mined_ones_are_the_hardest(drawn, tokenizer):
+    dataset = drawn("train", "retrieval", 40).encode(tokenizer)
     model = SimpleNamespace(train=lambda: 0, eval=lambda: 0, heads={"rank": lambda pooled: pooled})
     # the more a picture's number and a text's length say, the better the "match"
     model.encode = lambda batch: SimpleNamespace(
@@ -462,8 +457,8 @@ def test_bleu_takes_all_references_and_the_nearest_length():
     assert evaluation.bleu([["a"] * 3, ["b"] * 7], [[["a"] * 4], [["b"] * 6]], longest=1) == pytest.approx(9 / 10)
 
 
-def test_the_mean_recall_is_the_mean_of_all_six(cache, tokenizer, monkeypatch):
-    dataset = scenes.scenes("test", "retrieval", 20, cache=cache).encode(tokenizer)
+def test_the_mean_recall_is_the_mean_of_all_six(drawn, tokenizer, monkeypatch):
+    dataset = drawn("test", "retrieval", 20).encode(tokenizer)
     run = SimpleNamespace(args=SimpleNamespace(pool=15))
     recalls = {"text_to_image_r1": 0.1, "image_to_text_r1": 0.2, "text_to_image_r5": 0.3}
     recalls |= {"image_to_text_r5": 0.4, "text_to_image_r10": 0.5, "image_to_text_r10": 0.9}
@@ -496,9 +491,9 @@ def test_evaluation_runs_in_eval_mode_and_without_gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_half_of_the_pairs_are_mismatched_in_evaluation_for_every_model(name, cache, tokenizer, monkeypatch):
+def test_half_of_the_pairs_are_mismatched_in_evaluation_for_every_model(drawn, name, tokenizer, monkeypatch):
     """LXMERT trains with a quarter. The itm accuracy of a model that says "match" to all is chance, one half."""
-    dataset = scenes.scenes("train", "caption", 60, cache=cache).encode(tokenizer)
+    dataset = drawn("train", "caption", 60).encode(tokenizer)
     run = SimpleNamespace(args=SimpleNamespace(ablate=None, mask=0.15), paper=checkpoints.PAPERS[name][0])
     run.rank, run.world, run.answers, run.tokenizer = 0, 1, [], tokenizer
 
@@ -547,8 +542,8 @@ def test_choices_are_scored_as_counted_by_hand(monkeypatch):
     assert chance == {"accuracy": 0.75, "accuracy_answer": 1.0, "accuracy_reason": 0.5}
 
 
-def test_regions_are_right_above_one_half(cache, tokenizer, monkeypatch):
-    dataset = scenes.scenes("detected", "refer", 40, cache=cache).encode(tokenizer)
+def test_regions_are_right_above_one_half(drawn, tokenizer, monkeypatch):
+    dataset = drawn("detected", "refer", 40).encode(tokenizer)
     run = SimpleNamespace(args=SimpleNamespace(ablate=None), rank=0, world=1, paper=uniter, answers=[])
     best, chance, overlaps = [], [], []
     for i in range(len(dataset)):
@@ -573,8 +568,8 @@ def test_regions_are_right_above_one_half(cache, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_the_matrix_of_all_pairs_equals_scoring_each_pair(name, cache, tokenizer, monkeypatch):
-    dataset = scenes.scenes("train", "retrieval", 40, cache=cache).encode(tokenizer)
+def test_the_matrix_of_all_pairs_equals_scoring_each_pair(drawn, name, tokenizer, monkeypatch):
+    dataset = drawn("train", "retrieval", 40).encode(tokenizer)
     index = np.unique(dataset.image, return_index=True)[1][:6]
     model = make(name, heads=("rank",), vocab_size=tokenizer.get_vocab_size(), feature_size=432).float()
     run = SimpleNamespace(model=model, device=torch.device("cpu"), autocast=train.nullcontext, rank=0, world=1)
@@ -603,8 +598,8 @@ def test_pairs_are_ranked_in_float32_whatever_autocast_does(head):
     assert len(half.unique()) > 150
 
 
-def test_a_caption_repeated_word_for_word_has_bleu_1(cache, tokenizer, monkeypatch):
-    dataset = scenes.scenes("val", "caption", 30, cache=cache).encode(tokenizer)
+def test_a_caption_repeated_word_for_word_has_bleu_1(drawn, tokenizer, monkeypatch):
+    dataset = drawn("val", "caption", 30).encode(tokenizer)
     index = evaluation.first_captions(dataset)
     run = SimpleNamespace(
         args=SimpleNamespace(ablate=None, beams=1, pool=30), rank=0, world=1, paper=uniter, tokenizer=tokenizer
@@ -619,9 +614,9 @@ def test_a_caption_repeated_word_for_word_has_bleu_1(cache, tokenizer, monkeypat
 
 
 @pytest.mark.parametrize("task", [task for task in tasks.TASKS if task not in ("pretrain", "vqa")])
-def test_a_task_s_batch_can_be_pinned_and_names_its_examples(task, cache, tokenizer):
+def test_a_task_s_batch_can_be_pinned_and_names_its_examples(drawn, task, tokenizer):
     """Page-locked memory has no place for tensors that repeat a row without holding it (a stride of 0)."""
-    dataset = scenes.scenes("train", task, 20, cache=cache).encode(tokenizer)
+    dataset = drawn("train", task, 20).encode(tokenizer)
     run = SimpleNamespace(
         args=SimpleNamespace(ablate=None, mine=1, steps=10), paper=uniter, sets={task: {"train": dataset}}
     )
@@ -638,7 +633,7 @@ def test_a_task_s_batch_can_be_pinned_and_names_its_examples(task, cache, tokeni
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_no_step_waits_for_a_value(name, cache, tokenizer):
+def test_no_step_waits_for_a_value(drawn, name, tokenizer):
     """A GPU that is asked for a value must first do all that it was given. On the device "meta" tensors have no values:
     whoever asks for one fails. All objectives that train.py trains, forward and backward."""
     paper = checkpoints.MODELS[name]
@@ -646,7 +641,7 @@ def test_no_step_waits_for_a_value(name, cache, tokenizer):
     pretraining = [name for name, row in paper.OBJECTIVES.items() if row.pretraining]
     trained = dict.fromkeys(pretraining, "vqa")  # on the scenes of questions, whose texts have answers
     trained |= {tasks.TASKS[task].objective: task for task in tasks.TASKS if task != "pretrain"}
-    sets = {task: scenes.scenes("train", task, 20, cache=cache).encode(tokenizer) for task in trained.values()}
+    sets = {task: drawn("train", task, 20).encode(tokenizer) for task in trained.values()}
     run = SimpleNamespace(args=args, paper=paper, tokenizer=tokenizer, answers=["red"], progress={"step": 0})
     run.columns = lambda task="vqa": dict.fromkeys(data.ENTAILMENT if task == "ve" else run.answers, 0)
     sizes = {**paper.PRESETS["tiny"], "dropout": 0.1, "vocab_size": tokenizer.get_vocab_size(), "classes": 7}
@@ -697,7 +692,7 @@ def folder(tmp_path_factory):
 
 def start(folder, monkeypatch, *arguments):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(scenes, "SCENES", {"train": 40, "val": 20, "test": 20, "compose": 20})
+    monkeypatch.setattr(scenes, "COUNTS", {"train": 40, "val": 20, "test": 20, "compose": 20})
     code = train.main([*QUICK, *map(str, arguments)])
     return code
 
@@ -862,7 +857,7 @@ def test_own_data_of_several_tasks(folder, monkeypatch, capsys):
     assert result["chance"]["refer_accuracy"] == 0.5 and result["refer_reachable"] == 1.0
     assert result["chance"]["vcr_q_ar_accuracy"] == pytest.approx(1 / 9, abs=1e-4)
     assert start(folder, monkeypatch, *arguments, "--steps", 8, "--resume") == 0
-    dataset = data.load(str(folder / "refer.jsonl"), "refer", "train", patch=4)
+    dataset = data.load(folder / "refer.jsonl", tasks.TASKS["refer"], "train", patch=4)
     assert np.allclose(dataset.target[0] * scenes.SIDE, [10, 10, 50, 40])
     bad = {**lines["vcr"][1], "choices": ["a", "b"]}
     (folder / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [lines["vcr"][0], bad]))

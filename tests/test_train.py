@@ -445,7 +445,7 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_scenes_by_default(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(scenes, "SCENES", {"train": 40, "val": 20, "test": 130, "compose": 20})
+    monkeypatch.setattr(scenes, "COUNTS", {"train": 40, "val": 20, "test": 130, "compose": 20})
     here("--limit", "40", "--steps", 1, "--patch", 12)
     result = json.loads((tmp_path / "out/uniter-pretrain/result.json").read_text())
     assert result["data"] == "scenes" and result["chance"]["text_to_image_r1"] == 0.01
@@ -558,7 +558,7 @@ def here(tmp_path, monkeypatch):
 def own_run(pictures, tmp_path, monkeypatch):
     """What the evaluation functions need: UNITER, at random, on the own pictures."""
     monkeypatch.chdir(tmp_path)
-    dataset = data.load(str(pictures), "pretrain", "train", None, 4)
+    dataset = data.load(pictures, tasks.TASKS["pretrain"], "train", None, 4)
     tokenizer = data.train_tokenizer(dataset.text)
     dataset.encode(tokenizer)
     _, model = small_model("uniter", vocab_size=tokenizer.get_vocab_size(), feature_size=dataset.store.width)
