@@ -47,8 +47,6 @@ class Config:
     shared_heads: int = 8
     connections: tuple = ((0, 6), (1, 7), (2, 8), (3, 9), (4, 10), (5, 11))  # co-attention before (visual, text) layers
     fusion: str = "mul"  # or "sum": how the two pooled vectors become one
-    frozen_layers: int = 0  # that many first text layers, and the embedding below them, do not learn
-    frozen_visual_layers: int = 0  # the same for the regions
     max_positions: int = 512  # longest text
     types: int = 2  # VCR: 0 question, 1 choice
     feature_size: int = 2048  # F, of the published detector; 3 x patch x patch for regions cut from pixels
@@ -169,7 +167,7 @@ def schedule(config):
 
     Before co-attention k the text and the visual layers below its two connected layers have run. After the last
     co-attention the remaining visual layers run, then the remaining text layers.
-    ValueError for connections that are out of order or out of range, or below the frozen layers.
+    ValueError for connections that are out of order or out of range.
     """
     steps = []
     visual_done = 0
@@ -177,8 +175,6 @@ def schedule(config):
     for k, (visual_next, text_next) in enumerate(config.connections):
         if not (visual_done <= visual_next <= config.visual_layers and text_done <= text_next <= config.layers):
             raise ValueError(f"connection {k} comes before layers {visual_next}, {text_next}: out of order or of range")
-        if visual_next < config.frozen_visual_layers or text_next < config.frozen_layers:
-            raise ValueError(f"connection {k} lies below a frozen layer: freeze fewer")
         steps += [("text", i) for i in range(text_done, text_next)]
         steps += [("regions", i) for i in range(visual_done, visual_next)]
         steps += [("cross", k)]
@@ -268,16 +264,17 @@ class ViLBERT(nn.Module):
     def run_steps(self, batch, steps, text, regions, record=False):
         """Both streams through some steps of the schedule: text (B, T, C), regions (B, 1+N, C). None for a stream that
         is left out: then the other runs through its own layers only. Returns both, and the recorded states and maps."""
-        config = self.config
         states = {}
         maps = {}
         if text is not None:
-            text_mask = pad_front(batch.text_mask, text.shape[1])  # (B, T) or, with the task token, (B, T+1)
+            text_mask = batch.text_mask  # (B, T)
+            if self.config.task_tokens > 0:
+                text_mask = F.pad(text_mask, (1, 0), value=True)  # (B, T+1)
             text_bias = common.attention_bias(text_mask, text.dtype)  # (B, 1, 1, T)
             if record:
                 states["text.embedding"] = text
         if regions is not None:
-            region_mask = pad_front(batch.region_mask, regions.shape[1])  # (B, 1+N)
+            region_mask = F.pad(batch.region_mask, (1, 0), value=True)  # (B, 1+N)
             region_bias = common.attention_bias(region_mask, regions.dtype)  # (B, 1, 1, 1+N)
             if record:
                 states["regions.embedding"] = regions
@@ -285,18 +282,15 @@ class ViLBERT(nn.Module):
             layer_maps = [] if record else None
             if kind == "text" and text is not None:
                 text = self.text_layers[i](text, text_bias, layer_maps)
-                if i + 1 == config.frozen_layers:
-                    text = text.detach()
                 if record:
                     states[f"text.{i}"] = text
                     maps[f"text.{i}"] = layer_maps[0]
             elif kind == "regions" and regions is not None:
-                steering = ()
-                if config.dynamic_attention and text is not None:
-                    steering = (common.masked_mean(text, text_mask)[:, None],)  # (B, T, C) -> (B, 1, C)
-                regions = self.region_layers[i](regions, region_bias, layer_maps, *steering)
-                if i + 1 == config.frozen_visual_layers:
-                    regions = regions.detach()
+                if self.config.dynamic_attention and text is not None:
+                    text_mean = common.masked_mean(text, text_mask)[:, None]  # (B, T, C) -> (B, 1, C)
+                    regions = self.region_layers[i](regions, region_bias, layer_maps, text_mean)
+                else:
+                    regions = self.region_layers[i](regions, region_bias, layer_maps)
                 if record:
                     states[f"regions.{i}"] = regions
                     maps[f"regions.{i}"] = layer_maps[0]
@@ -334,11 +328,11 @@ class ViLBERT(nn.Module):
         """The text read from left to right, for captions (see `common.next_words`). Returns (B, T, C).
 
         Regions must not see words, or they would pass later words on to earlier ones: in a co-attention layer they
-        have their feed-forward alone. So dynamic attention does not act here; nor do task tokens and frozen layers.
+        have their feed-forward alone. So dynamic attention does not act here; nor do task tokens.
         """
         if cache is None:
             cache = {}
-        region_mask = pad_front(batch.region_mask, 1 + batch.region_mask.shape[1])  # (B, 1+N)
+        region_mask = F.pad(batch.region_mask, (1, 0), value=True)  # (B, 1+N)
         region_bias = common.attention_bias(region_mask, batch.boxes.dtype)  # (B, 1, 1, 1+N)
         if not cache:
             regions = self.embed_regions(batch)
@@ -368,11 +362,6 @@ class ViLBERT(nn.Module):
         if not all(OBJECTIVES[name].encodes for name in objectives):
             encoding = self.encode(batch)
         return {name: OBJECTIVES[name].loss(self, encoding, batch) for name in objectives}
-
-
-def pad_front(mask, length):
-    """mask (B, S) with True in front, up to `length` positions: what the model puts in front is never padding."""
-    return F.pad(mask, (length - mask.shape[1], 0), value=True)
 
 
 # ---- pretraining objectives: (model, encoding, batch) -> (loss, logits) ----------------------------------------
@@ -535,22 +524,22 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
     return F.binary_cross_entropy_with_logits(logits, target), logits
 
 
+def choice_among_rows(model, head, encoding, labels):
+    """Cross-entropy over the rows of each example; labels (examples,), the number of the right row. Logits (rows,)."""
+    logits = model.heads[head](encoding.pooled).squeeze(-1)  # (rows, 1) -> (rows,)
+    return common.cross_entropy(logits.view(len(labels), -1), labels), logits
+
+
 def visual_commonsense_reasoning(model, encoding, batch):
-    """VCR: one row a choice, batch.target (rows,) 1 = the right one; cross-entropy over the choices of a question, of
-    which batch.ids has one id each. Logits (rows,). Text types: 0 question, 1 choice."""
-    logits = model.heads["vcr"](encoding.pooled).squeeze(-1)  # (rows, 1) -> (rows,)
-    questions = len(batch.ids)
-    labels = batch.target.view(questions, -1).argmax(1)  # (rows,) -> (questions, choices) -> (questions,)
-    return common.cross_entropy(logits.view(questions, -1), labels), logits
+    """VCR: one row a choice, batch.target (rows,) 1 = the right one. Text types: 0 question, 1 choice."""
+    labels = batch.target.view(len(batch.ids), -1).argmax(1)  # (rows,) -> (questions, choices) -> (questions,)
+    return choice_among_rows(model, "vcr", encoding, labels)
 
 
 def retrieval_rank(model, encoding, batch):
-    """Retrieval (section 3.2): the first row of each example is the true pair, the others, in the order of NEGATIVES,
-    are mismatched; cross-entropy over the rows of an example, of which batch.ids has one id each. Logits (rows,)."""
-    logits = model.heads["rank"](encoding.pooled).squeeze(-1)  # (rows, 1) -> (rows,)
-    examples = len(batch.ids)
-    labels = torch.zeros(examples, dtype=torch.long, device=logits.device)
-    return common.cross_entropy(logits.view(examples, -1), labels), logits
+    """Retrieval (section 3.2): the first row of each example is the true pair, the others are mismatched (NEGATIVES)."""
+    labels = torch.zeros(len(batch.ids), dtype=torch.long, device=encoding.pooled.device)
+    return choice_among_rows(model, "rank", encoding, labels)
 
 
 def refer_logits(model, encoding, batch):
@@ -639,5 +628,5 @@ MODEL = ViLBERT
 
 
 def text_types(tasks):
-    """How many rows the table of text types needs for these tasks: 2 for all of them."""
+    """How many rows the table of text types needs: 2, whatever the tasks."""
     return 2
