@@ -598,7 +598,9 @@ def run_test(run):
     if dist.is_initialized():
         dist.barrier()  # the first process writes best.pt, all read it
     if run.progress["best"] > -math.inf:
-        run.model.load_state_dict(checkpoints.load_checkpoint(args.out / "best.pt")["state"])
+        best = checkpoints.load_checkpoint(args.out / "best.pt")
+        run.model.load_state_dict(best["state"])
+        run.progress["random_heads"] = best["progress"].get("random_heads", [])
     result = describe_result(run)
     lines = []
     for split in split_names(run):
