@@ -76,9 +76,11 @@ class Batch:
     attributes: torch.Tensor | None = None  # (B,N) int64
     attribute_conf: torch.Tensor | None = None  # (B,N) float32
     matched: torch.Tensor | None = None  # (B,) int64, 1 = text and picture belong together
+    predict_rows: torch.Tensor | None = None  # (B,) bool, True = words and regions are to be predicted; None = all
     answers: torch.Tensor | None = None  # (B,A) float32 soft targets
     answer_labels: torch.Tensor | None = None  # (B,) int64, one answer of each row, -1 = none
     target: torch.Tensor | None = None  # (B,) int64, a truth or a choice; (B,N) float, overlap with the box meant
+    task: torch.Tensor | None = None  # (B,) int64, the number of the task among the run's, for ViLBERT's task tokens
     pictures: torch.Tensor | None = None  # (B,) int64, the picture's row in its store
     pair_index: torch.Tensor | None = None  # (M,) int64 into B, rows whose text and picture belong together
     ids: list | None = None  # B example ids, for error messages
@@ -289,6 +291,7 @@ class Dataset:
     offsets: np.ndarray | None = None
     target: np.ndarray | None = None  # nlvr2 (E,) 1 = true; vcr (E,) the right choice; refer (E,4) the box, 0..1
     group: int = 1  # rows of an example
+    task_number: int = 0  # which of the run's tasks these examples are of
     segment: np.ndarray | None = None  # flat int64 like tokens: the number of each piece's segment, 0 for a plain text
 
     def __len__(self):
@@ -713,6 +716,7 @@ def collate(dataset, index, images=None, answers=None, pad_to=1):
         segments=torch.from_numpy(segments),
         matched=torch.from_numpy(true.astype(np.int64)),
         answers=None if answers is None else torch.from_numpy(targets),
+        task=torch.full((len(rows),), dataset.task_number),
         pictures=torch.from_numpy(np.array(images)),
         pair_index=torch.from_numpy(np.flatnonzero(true)),
         ids=[dataset.ids[i] for i in index],
@@ -745,7 +749,7 @@ def sample_mismatches(dataset, index, rng, p=0.5, replace="image"):
 def drop_mismatched_labels(batch):
     """Without the masked words and regions of false pairs: there the other side tells nothing of them. They stay masked,
     but nothing is to be predicted. Returns a new Batch."""
-    kept = {}
+    kept = {"predict_rows": batch.matched == 1}
     for name, mask in (("word", batch.text_mask), ("region", batch.region_mask)):
         index = getattr(batch, f"{name}_index")
         if index is not None:

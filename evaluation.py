@@ -289,7 +289,7 @@ def generate(model, batch, first, last, beams=1, most=40):
     with `last` keeps its log probability. The likeliest text at the end is returned, by the plain sum of log
     probabilities: enough beams find the likeliest caption of all.
 
-    model.decode(batch, cache) -> (B, T, C) hidden states of the new pieces; model.word_scores(states) -> (B, T, V) logits.
+    model.decode(batch, cache) -> (B, T, C) hidden states of the new pieces; model.word_logits(states) -> (B, T, V) logits.
     batch: its text is not read. first, last: ids of the pieces that begin and end a text. Returns a list of B lists of
     piece ids without first and last, at most `most` long.
     """
@@ -306,7 +306,7 @@ def generate(model, batch, first, last, beams=1, most=40):
         batch.text_mask = torch.ones_like(batch.text, dtype=torch.bool)
         batch.segments = torch.zeros_like(batch.text)
         states = model.decode(batch, cache)[:, -1]  # (B*beams, 1, C) -> (B*beams, C)
-        log_probs = model.word_scores(states).float().log_softmax(-1)  # (B*beams, V)
+        log_probs = model.word_logits(states).float().log_softmax(-1)  # (B*beams, V)
         log_probs[ended] = -math.inf
         log_probs[ended, last] = 0.0
         V = log_probs.shape[-1]

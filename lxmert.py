@@ -1,22 +1,24 @@
 """LXMERT: learning cross-modality encoder representations (Tan and Bansal, EMNLP 2019, arXiv 1908.07490).
 
 What the model does, in five lines:
-1. words become vectors (word + position + segment), regions too (the mean of a feature vector and a box vector);
-2. a language encoder (9 layers) and an object-relationship encoder (5) read their own sequence only;
-3. in 5 cross-modality layers words attend to regions and regions to words, through ONE attention block for both ways;
-4. pretraining masks words AND regions of the same pair, and sums all objectives in every step: masked words, masked
-   objects (class, attribute, feature), matching, and answering the questions that are among the captions;
-5. a small head on the first word's last state, pooled, answers every downstream task.
+1. Each word becomes a vector (word + position + segment), each region too (mean of a feature vector and a box vector).
+2. A language encoder (9 layers) sees only the words; an object-relationship encoder (5 layers) sees only the regions.
+3. In 5 cross-modality layers words attend to regions and regions to words; one attention block serves both directions.
+4. Pretraining masks words AND regions of the same pair and adds up all objectives in every step: masked words, masked
+   objects (feature, class, attribute), matching, and answering the questions that are among the captions.
+5. The last state of the first word is pooled; a small head on the pooled vector answers every downstream task.
 
-Known deviations: the official code always has 36 regions and never masks any in pretraining; here their number may
-vary, and the means over regions leave padding out. Rows without label give a loss of 0, not NaN. The official
-optimizer, BertAdam, is not copied: Adam without bias correction, eps 1e-6 outside the root, decay on every parameter,
-biases and norms included, and a first update with learning rate 0 (tests/test_golden.py replays it). Where paper and
-code differ, the code is followed: feature regression is smooth-L1, not L2; classes and attributes are learned on all
-regions, weighted by the detector's confidence, not on the masked ones alone. In false pairs, a quarter of all, no word
-or region is to be predicted (as in 12-in-1); in the official code they are a half and all is; the README's decisions
-have what that is worth.
-Letters: B batch, T text positions, N regions, C width, F region-feature width, V vocabulary, K classes, M masked.
+Known deviations from the official code:
+- It always has 36 regions and never hides one in pretraining. Here their number may vary; means leave padding out.
+- A batch without any label gives a loss of 0 here, NaN there.
+- Its optimizer, BertAdam, is not copied (tests/test_golden.py replays it: no bias correction, epsilon 1e-6 outside the
+  root, weight decay on every parameter, a first update with learning rate 0).
+- In pretraining a quarter of the pairs is mismatched, and nothing is predicted in those (as in 12-in-1). There a half
+  is, and everything is predicted in them. The README's decisions have the numbers.
+Where paper and official code differ, this file follows the code: feature regression is smooth-L1, not L2; classes and
+attributes are predicted for all regions, weighted by the detector's confidence, not only for the masked ones.
+Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
+M masked positions, A answers.
 """
 
 from dataclasses import dataclass, replace
@@ -52,7 +54,7 @@ class Config:
     teacher_widths: tuple = ()  # widths (text, regions) of the teacher that the head "hidden" projects to
     region_factor: float = 1 / 0.15  # of the three region losses, undoes the masking rate; Hugging Face has 6.67
     answer_factor: float = 1.0  # of pretraining's question answering
-    hidden_score: float = -10000.0  # what hides a key; Hugging Face has the dtype's minimum
+    hidden_score: float = -10000.0  # added to the attention score of a hidden key; Hugging Face: the dtype's minimum
 
 
 PRESETS = {
@@ -65,13 +67,14 @@ PRESETS = {
         "intermediate": 512,
         "max_positions": 128,
         "dropout": 0.0,
-        "region_factor": 0.2,  # else these four losses drown the words in a short run
+        # with factors of 1 / 0.15 and 1 the region and answer losses outweigh the masked words in a short run
+        "region_factor": 0.2,
         "answer_factor": 0.2,
     },
     "base": {},
 }
 
-# ---- embeddings: the regions'; the words' is BERT's, `common.TextEmbedding` -------------------------------------
+# ---- embeddings: regions here; words are BERT's, `common.TextEmbedding` ------------------------------------------
 
 
 class RegionEmbedding(nn.Module):
@@ -83,14 +86,16 @@ class RegionEmbedding(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width = config.hidden
-        self.features, self.features_norm = nn.Linear(config.feature_size, width), common.LayerNorm(width)
-        self.boxes, self.boxes_norm = nn.Linear(4, width), common.LayerNorm(width)
+        self.features = nn.Linear(config.feature_size, config.hidden)
+        self.features_norm = common.LayerNorm(config.hidden)
+        self.boxes = nn.Linear(4, config.hidden)
+        self.boxes_norm = common.LayerNorm(config.hidden)
         self.dropout = common.Dropout(config.dropout)
 
     def forward(self, features, boxes):
-        looks, place = self.features_norm(self.features(features)), self.boxes_norm(self.boxes(boxes))
-        return self.dropout((looks + place) / 2)
+        feature_emb = self.features_norm(self.features(features))  # (B, N, F) -> (B, N, C)
+        box_emb = self.boxes_norm(self.boxes(boxes))  # (B, N, 4) -> (B, N, C)
+        return self.dropout((feature_emb + box_emb) / 2)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------
@@ -99,47 +104,46 @@ class RegionEmbedding(nn.Module):
 class CrossLayer(nn.Module):
     """One cross-modality layer (section 2.2): cross-attention, then one BERT layer for each modality.
 
-        text'    = BERT_text(norm(text + attend(text, regions)))
-        regions' = BERT_regions(norm(regions + attend(regions, text)))
+        text'    = BERT_text(    norm(text + attend(queries from text, keys and values from regions)) )
+        regions' = BERT_regions( norm(regions + attend(queries from regions, keys and values from text)) )
 
-    Both directions share one attention block and read the layer's ORIGINAL inputs, not each other's result.
-    text (B, T, C), regions (B, N, C), their biases (B, 1, 1, T) and (B, 1, 1, N). To `maps`, if given, are appended
-    text-to-regions (B, H, T, N), regions-to-text (B, H, N, T), text (B, H, T, T) and regions (B, H, N, N).
+    Both directions share one attention block, and both read the layer's original inputs, not each other's result.
+    text (B, T, C), regions (B, N, C); their biases (B, 1, 1, T) and (B, 1, 1, N) hide padded keys. To the list `maps`,
+    if given, four attention maps are appended: text-to-regions (B, H, T, N), regions-to-text (B, H, N, T),
+    text (B, H, T, T) and regions (B, H, N, N).
     """
 
-    def __init__(self, *sizes):
+    def __init__(self, width, heads, inner, dropout):
         super().__init__()
-        width, heads, _, dropout = sizes
         self.cross = common.AttentionBlock(width, heads, dropout)
-        self.text, self.regions = common.TransformerLayer(*sizes), common.TransformerLayer(*sizes)
-
-    def read(self, text, regions, text_bias, region_bias, cache):
-        """The same for `decode`: the words' half alone, since regions that read the words would tell what comes."""
-        return self.text(self.cross(text, regions, region_bias, cache=cache), text_bias, cache=cache)
+        self.text = common.TransformerLayer(width, heads, inner, dropout)
+        self.regions = common.TransformerLayer(width, heads, inner, dropout)
 
     def forward(self, text, regions, text_bias, region_bias, maps=None):
-        seen = self.cross(text, regions, region_bias, maps)
-        read = self.cross(regions, text, text_bias, maps)
-        return self.text(seen, text_bias, maps), self.regions(read, region_bias, maps)
+        crossed_text = self.cross(text, regions, region_bias, maps)
+        crossed_regions = self.cross(regions, text, text_bias, maps)
+        text = self.text(crossed_text, text_bias, maps)
+        regions = self.regions(crossed_regions, region_bias, maps)
+        return text, regions
 
 
 class LXMERT(nn.Module):
     """Three Transformers: over words, over regions, and across the two.
 
-    `model(batch, objectives)` returns {objective: (loss, scores)}. `encode` gives the states alone; with
-    `record=True` also `states["text.embedding"]`, `states["text.i"]`, `states["cross.i.text"]`, the same with
-    `regions`, and `maps["text.i"]`, `["regions.i"]`, `["cross.i.text_to_regions"]`, `["cross.i.regions_to_text"]`,
-    `["cross.i.text"]`, `["cross.i.regions"]`.
+    `model(batch, objectives)` returns {objective: (loss, logits)}. `encode` returns the hidden states alone. With
+    `record=True` they hold besides, for every layer i:
+    states "text.embedding", "regions.embedding", "text.i", "regions.i", "cross.i.text", "cross.i.regions";
+    maps "text.i", "regions.i", "cross.i.text_to_regions", "cross.i.regions_to_text", "cross.i.text", "cross.i.regions".
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # position 0 and segment 0 are "padding" too in the official code: used as they were drawn, they never learn.
-        # The released weights were trained so, and the fixtures' gradients show it.
+        # As in the official code, row 0 of the position and of the segment table count as padding too: they are used
+        # as they were initialised and never learn. The released weights were trained so.
         self.text_embedding = common.TextEmbedding(config, padding_idx=0)
         self.region_embedding = RegionEmbedding(config)
-        sizes = config.hidden, config.attention_heads, config.intermediate, config.dropout
+        sizes = (config.hidden, config.attention_heads, config.intermediate, config.dropout)
         self.language_layers = nn.ModuleList(common.TransformerLayer(*sizes) for _ in range(config.language_layers))
         self.relation_layers = nn.ModuleList(common.TransformerLayer(*sizes) for _ in range(config.relation_layers))
         self.cross_layers = nn.ModuleList(CrossLayer(*sizes) for _ in range(config.cross_layers))
@@ -158,69 +162,99 @@ class LXMERT(nn.Module):
         """(B, N, C)"""
         return self.region_embedding(batch.features, batch.boxes)
 
+    def encode(self, batch, text=True, regions=True, record=False, given=None):
+        """Encoding of words and regions together. text=False or regions=False: of the other modality alone, by its own
+        layers, without the cross-modality layers. pooled is the pooler of the first word; without text, the pooler of
+        the regions' mean. given: what `unimodal` returned for this batch, so that it is not computed again."""
+        states = {}
+        maps = {}
+        text_states = None
+        region_states = None
+        if given is not None:
+            text_states, region_states = given
+        else:
+            if text:
+                text_states = self.embed_text(batch)
+            if regions:
+                region_states = self.embed_regions(batch)
+        if text:
+            text_bias = common.attention_bias(batch.text_mask, text_states.dtype, self.config.hidden_score)
+        if regions:
+            region_bias = common.attention_bias(batch.region_mask, region_states.dtype, self.config.hidden_score)
+        if text and given is None:
+            text_states = self.run_layers("text", text_states, text_bias, record, states, maps)
+        if regions and given is None:
+            region_states = self.run_layers("regions", region_states, region_bias, record, states, maps)
+        if text and regions:
+            biases = (text_bias, region_bias)  # (B, 1, 1, T), (B, 1, 1, N)
+            text_states, region_states = self.run_cross_layers(text_states, region_states, biases, record, states, maps)
+        if text:
+            pooled = self.pooler(text_states)  # (B, T, C) -> (B, C)
+        else:
+            mean = common.masked_mean(region_states, batch.region_mask)  # (B, N, C) -> (B, C)
+            pooled = self.pooler(mean[:, None])  # (B, 1, C) -> (B, C)
+        return common.Encoding(text_states, region_states, pooled, states, maps)
+
+    def run_layers(self, name, x, bias, record, states, maps):
+        """One modality, "text" or "regions", through its own layers: x (B, S, C), bias (B, 1, 1, S) -> (B, S, C).
+        With `record`, states and maps (dicts) are filled."""
+        layers = self.language_layers if name == "text" else self.relation_layers
+        if record:
+            states[f"{name}.embedding"] = x
+        for i, layer in enumerate(layers):
+            layer_maps = [] if record else None
+            x = layer(x, bias, layer_maps)
+            if record:
+                states[f"{name}.{i}"] = x
+                maps[f"{name}.{i}"] = layer_maps[0]
+        return x
+
+    def run_cross_layers(self, text, regions, biases, record, states, maps):
+        """Both modalities through the cross-modality layers: text (B, T, C) and regions (B, N, C), changed."""
+        for i, layer in enumerate(self.cross_layers):
+            layer_maps = [] if record else None
+            text, regions = layer(text, regions, *biases, layer_maps)
+            if record:
+                states[f"cross.{i}.text"] = text
+                states[f"cross.{i}.regions"] = regions
+                maps[f"cross.{i}.text_to_regions"] = layer_maps[0]
+                maps[f"cross.{i}.regions_to_text"] = layer_maps[1]
+                maps[f"cross.{i}.text"] = layer_maps[2]
+                maps[f"cross.{i}.regions"] = layer_maps[3]
+        return text, regions
+
     def unimodal(self, batch):
         """What each modality computes alone, for `encode(given=)`: its own layers. (B, T, C), (B, N, C)"""
         return self.encode(batch, regions=False).text, self.encode(batch, text=False).regions
 
     def decode(self, batch, cache=None):
         """The text read from left to right, for captions (see `common.next_words`). Returns (B, T, C).
-        In a cross-modality layer the regions keep to themselves: theirs is the self-attention alone."""
-        cache, hidden = {} if cache is None else cache, self.config.hidden_score
-        region_bias = common.attention_bias(batch.region_mask, batch.boxes.dtype, hidden)  # (B, 1, 1, N)
+
+        Regions must not see words, or they would pass later words on to earlier ones: in a cross-modality layer only
+        the text's half uses cross-attention, the regions have their self-attention and feed-forward alone.
+        """
+        if cache is None:
+            cache = {}
+        region_bias = common.attention_bias(batch.region_mask, batch.boxes.dtype, self.config.hidden_score)
         if not cache:
-            areas = self.embed_regions(batch)
+            regions = self.embed_regions(batch)
             for layer in self.relation_layers:
-                areas = layer(areas, region_bias)
-            cache["areas"] = [areas]
+                regions = layer(regions, region_bias)
+            cache["regions"] = [regions]  # the regions that each cross-modality layer reads
             for layer in self.cross_layers[:-1]:
-                cache["areas"].append(layer.regions(cache["areas"][-1], region_bias))
-        words, seen = common.next_words(self, batch, cache, batch.region_mask[:, :0])
-        bias = common.attention_bias(seen, words.dtype, hidden)  # (B, 1, T, words so far)
+                regions = layer.regions(regions, region_bias)
+                cache["regions"].append(regions)
+        text, seen = common.next_words(self, batch, cache, batch.region_mask[:, :0])
+        text_bias = common.attention_bias(seen, text.dtype, self.config.hidden_score)  # (B, 1, T, words so far)
         for layer in self.language_layers:
-            words = layer(words, bias, cache=cache)
-        for layer, areas in zip(self.cross_layers, cache["areas"], strict=True):
-            words = layer.read(words, areas, bias, region_bias, cache)
-        return words
+            text = layer(text, text_bias, cache=cache)
+        for layer, regions in zip(self.cross_layers, cache["regions"], strict=True):
+            text = layer.cross(text, regions, region_bias, cache=cache)
+            text = layer.text(text, text_bias, cache=cache)
+        return text
 
-    def run(self, name, layers, x, bias, record, states, maps):
-        """One modality through its own layers. x (B, S, C), bias (B, 1, 1, S) -> (B, S, C)."""
-        if record:
-            states[f"{name}.embedding"] = x
-        for i, layer in enumerate(layers):
-            probabilities = [] if record else None
-            x = layer(x, bias, probabilities)
-            if record:
-                states[f"{name}.{i}"], maps[f"{name}.{i}"] = x, probabilities[0]
-        return x
-
-    def encode(self, batch, text=True, regions=True, record=False, given=None):
-        """Encoding of words and regions together, or of one of the two alone: then by its own layers, without the
-        cross-modality layers. pooled is the pooler of the first word, or of the regions' mean without words.
-        given: what `unimodal` returned for both, not computed again."""
-        states, maps, hidden = {}, {}, self.config.hidden_score
-        words, areas = given or (None, None)
-        if text:
-            words = words if given else self.embed_text(batch)
-            text_bias = common.attention_bias(batch.text_mask, words.dtype, hidden)  # (B, 1, 1, T)
-        if regions:
-            areas = areas if given else self.embed_regions(batch)
-            region_bias = common.attention_bias(batch.region_mask, areas.dtype, hidden)  # (B, 1, 1, N)
-        if text and not given:
-            words = self.run("text", self.language_layers, words, text_bias, record, states, maps)
-        if regions and not given:
-            areas = self.run("regions", self.relation_layers, areas, region_bias, record, states, maps)
-        for i, layer in enumerate(self.cross_layers if text and regions else ()):
-            probabilities = [] if record else None
-            words, areas = layer(words, areas, text_bias, region_bias, probabilities)
-            if record:
-                states[f"cross.{i}.text"], states[f"cross.{i}.regions"] = words, areas
-                names = "text_to_regions", "regions_to_text", "text", "regions"
-                maps |= {f"cross.{i}.{name}": p for name, p in zip(names, probabilities, strict=True)}
-        pooled = self.pooler(words if text else common.masked_mean(areas, batch.region_mask)[:, None])  # of (B, 1, C)
-        return common.Encoding(words, areas, pooled, states, maps)
-
-    def word_scores(self, states):
-        """Scores of the vocabulary by the masked-word head: states (..., C) -> (..., V)."""
+    def word_logits(self, states):
+        """Logits over the vocabulary by the masked-word head: hidden states (..., C) -> (..., V)."""
         return self.heads["mlm"](states, self.text_embedding.words.weight)
 
     def forward(self, batch, objectives):
@@ -230,88 +264,125 @@ class LXMERT(nn.Module):
         return {name: OBJECTIVES[name].loss(self, encoding, batch) for name in objectives}
 
 
-# ---- pretraining objectives: (model, encoding, batch) -> loss, scores ------------------------------------------
+# ---- pretraining objectives: (model, encoding, batch) -> (loss, logits) ----------------------------------------
 
 PRETRAINING = {
     "objectives": {"mlm": 1, "mrfr": 1, "mrc": 1, "attr": 1, "itm": 1, "qa": 1},  # all in every step
-    "conditional": False,  # words and regions are masked at once, each on its own
-    "mask_false_pairs": False,  # 12-in-1's setting: nothing is to be predicted there; the official code does
+    "conditional": False,  # words and regions are masked in the same step, independently of each other
+    "mask_false_pairs": False,  # nothing is predicted in mismatched pairs (12-in-1); the official code predicts there
     "second_half": ("qa",),  # questions are answered in the second half of the steps only (3.3)
     "joined": {},
-    "rate": 2.0,  # of the learning rate, against fine-tuning: 1e-4 at base size
-    "weights": {},  # factors of the loss; 1 where none is named
-    # of the masked features, the rest stays as it is (BERT's rule); a picture may have none
-    "region_masking": {"zero": 0.8, "random": 0.1, "force_one": False},
-    "false_pairs": 0.25,  # in the official code a half, all of which predict words; here they would be lost to them
-    "mismatch": "text",  # a negative pair keeps its image and gets another sentence
+    "rate": 2.0,  # learning rate relative to fine-tuning: 1e-4 at base size
+    "weights": {},  # factors of the losses; 1 where none is named
+    # of the masked regions: feature zeroed, or another region's; the rest keeps it (as BERT does with words)
+    "region_masking": {"zero": 0.8, "random": 0.1, "force_one": False},  # force_one False: maybe none in a picture
+    "false_pairs": 0.25,  # share of mismatched pairs; the official half would leave half of the words unused here
+    "mismatch": "text",  # a mismatched pair keeps its image and gets another sentence
 }
+
+
+def masked_language_modelling(model, encoding, batch):
+    """Masked cross-modality language modelling (3.1.1): -log P(w_m | other words, regions), mean over masked words.
+
+    batch.word_index (M,) flat positions of the masked words in B*T, word_labels (M,) their ids. Logits (M, V).
+    """
+    states = common.gather_positions(encoding.text, batch.word_index)  # (B, T, C) -> (M, C)
+    logits = common.at_least_float32(model.word_logits(states))
+    return common.cross_entropy(logits, batch.word_labels), logits
 
 
 def masked_region_features(model, encoding, batch):
     """RoI-feature regression (3.1.2): smooth-L1 between h(v_m) and f_m, mean over F, summed over masked regions.
 
-    Divided by the number of ALL real regions, times 1/0.15. batch.region_index (M,), clean_features (B, N, F) the
-    features before masking. Scores (M, F).
+    Divided by the number of all real regions, masked or not, of the rows to predict in, times
+    config.region_factor. batch.region_index (M,) flat positions of
+    the masked regions in B*N, clean_features (B, N, F) the features before masking. Logits: the predictions (M, F).
     """
-    scores = model.heads["mrfr"](model.heads["regions"](common.gather_positions(encoding.regions, batch.region_index)))
-    target = common.gather_positions(batch.clean_features, batch.region_index)
-    losses = F.smooth_l1_loss(scores, target.to(scores.dtype), reduction="none").mean(-1)  # (M, F) -> (M,)
-    return model.config.region_factor * losses.sum() / batch.region_mask.sum(), scores
+    states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
+    predicted = common.at_least_float32(model.heads["mrfr"](model.heads["regions"](states)))  # (M, C) -> (M, F)
+    target = common.gather_positions(batch.clean_features, batch.region_index).to(predicted.dtype)  # (M, F)
+    losses = F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)  # (M, F) -> (M,)
+    count = common.regions_to_predict(batch).sum().clamp(min=1)
+    return model.config.region_factor * losses.sum() / count, predicted
 
 
 def confident_cross_entropy(model, head, encoding, batch, labels, confidence):
-    """1/0.15 times the mean over all real regions, masked or not, of confidence x cross-entropy.
+    """config.region_factor times the mean of confidence x cross-entropy over all real regions, masked or not; mismatched
+    pairs take no part if nothing is to be predicted in them (`common.regions_to_predict`).
 
-    labels (B, N), -1 = none; confidence (B, N). Returns the loss and the scores of the masked regions (M, K).
+    labels (B, N), -1 = none; confidence (B, N). Returns the loss and the logits of the masked regions (M, K).
     """
-    scores = model.heads[head](model.heads["regions"](encoding.regions))  # (B, N, C) -> (B, N, K)
-    losses = F.cross_entropy(scores.transpose(1, 2), labels, ignore_index=-1, reduction="none")  # (B, N)
-    total = (losses * confidence * batch.region_mask).sum()
-    return model.config.region_factor * total / batch.region_mask.sum(), common.gather_positions(
-        scores, batch.region_index
-    )
+    logits = model.heads[head](model.heads["regions"](encoding.regions))  # (B, N, C) -> (B, N, K)
+    logits = common.at_least_float32(logits)
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-1, reduction="none")  # (B, K, N) -> (B, N)
+    counted = common.regions_to_predict(batch)  # (B, N) bool
+    loss = model.config.region_factor * (losses * confidence * counted).sum() / counted.sum().clamp(min=1)
+    return loss, common.gather_positions(logits, batch.region_index)  # (B, N, K) -> (M, K)
 
 
 def masked_region_class(model, encoding, batch):
     """Detected-label classification (3.1.2): cross-entropy with the detector's class, weighted by its confidence.
 
-    batch.objects (B, N) without background, -1 = none; object_conf (B, N). Scores (M, K - 1), of masked regions.
+    batch.objects (B, N) without background, -1 = none; object_conf (B, N). Logits (M, K - 1) of the masked regions.
     """
     return confident_cross_entropy(model, "mrc", encoding, batch, batch.objects, batch.object_conf)
 
 
 def masked_region_attribute(model, encoding, batch):
-    """The same for attributes: batch.attributes (B, N), -1 = none; attribute_conf (B, N). Scores (M, attributes)."""
+    """The same for attributes: batch.attributes (B, N), -1 = none; attribute_conf (B, N). Logits (M, attributes)."""
     return confident_cross_entropy(model, "attr", encoding, batch, batch.attributes, batch.attribute_conf)
 
 
 def masked_region_class_kl(model, encoding, batch):
-    """UNITER's soft labels for this head: KL(c || g), c the detector's distribution without background, rescaled.
+    """UNITER's soft labels for this head, no objective of LXMERT's paper: KL(c || g) = sum_k c_k (log c_k - log g_k),
+    c the detector's distribution without background, rescaled to sum to 1.
 
-    batch.object_probs (B, N, K), class 0 = background; mean over masked regions and classes. Scores (M, K - 1).
+    batch.object_probs (B, N, K), class 0 = background; mean over masked regions and classes. Logits (M, K - 1).
     """
-    scores = model.heads["mrc"](model.heads["regions"](common.gather_positions(encoding.regions, batch.region_index)))
-    target = common.gather_positions(batch.object_probs, batch.region_index)[:, 1:].to(scores.dtype)
+    states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
+    logits = common.at_least_float32(model.heads["mrc"](model.heads["regions"](states)))  # (M, C) -> (M, K - 1)
+    target = common.gather_positions(batch.object_probs, batch.region_index)[:, 1:].to(logits.dtype)  # (M, K - 1)
     target = target / target.sum(-1, keepdim=True).clamp(min=1e-6)
-    return F.kl_div(scores.log_softmax(-1), target, reduction="sum") / max(1, target.numel()), scores
+    loss = F.kl_div(logits.log_softmax(-1), target, reduction="sum") / max(1, target.numel())
+    return loss, logits
+
+
+def cross_modality_matching(model, encoding, batch):
+    """Cross-modality matching (3.1.3): cross-entropy of "does the sentence belong to the image?".
+    batch.matched (B,) int64, 1 = it does. Logits (B, 2), class 1 = match."""
+    logits = common.full_precision_head(model.heads["itm"], encoding.pooled)  # (B, C) -> (B, 2)
+    return common.cross_entropy(logits, batch.matched), logits
 
 
 def image_question_answering(model, encoding, batch):
     """Image question answering (3.1.3): cross-entropy over the answers, mean over the rows that have one, times
     config.answer_factor, in the paper 1.
 
-    batch.answer_labels (B,), -1 = no question; where a question has several answers, one drawn in proportion to their
-    scores. Mismatched rows (batch.matched 0) have no answer. Scores (B, A).
+    batch.answer_labels (B,), -1 = no question; where a question has several answers, one of them, drawn in proportion
+    to their scores. Mismatched rows (batch.matched 0) have no answer. Logits (B, A).
     """
-    scores, labels = model.heads["qa"](encoding.pooled), batch.answer_labels
+    logits = common.at_least_float32(model.heads["qa"](encoding.pooled))  # (B, C) -> (B, A)
+    labels = batch.answer_labels
     if batch.matched is not None:
         labels = labels.masked_fill(batch.matched == 0, -1)
-    total = model.config.answer_factor * F.cross_entropy(scores, labels, ignore_index=-1, reduction="sum")
-    return total / (labels >= 0).sum().clamp(min=1), scores
+    total = model.config.answer_factor * F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    return total / (labels >= 0).sum().clamp(min=1), logits
 
 
-# ---- task heads: the same signature ----------------------------------------------------------------------------
+# ---- task heads: (model, encoding, batch) -> (loss, logits); those of `common` serve the other tasks --------------
 
+
+def natural_language_for_visual_reasoning(model, encoding, batch):
+    """NLVR2: is the statement true of the two pictures? batch.target (B,) int64, 1 = true. Logits (B, 2).
+
+    The batch has 2B rows, the statement with each picture in turn; the two pooled vectors are concatenated.
+    """
+    pooled = encoding.pooled.reshape(len(batch.target), -1)  # (2B, C) -> (B, 2C)
+    logits = common.at_least_float32(model.heads["nlvr2"](pooled))  # (B, 2C) -> (B, 2)
+    return common.cross_entropy(logits, batch.target), logits
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------
 
 HEADS = {
     "mlm": lambda c: common.MaskedLMHead(c.hidden, c.vocab_size),
@@ -330,21 +401,18 @@ HEADS = {
     "refer": lambda c: nn.Linear(c.hidden, 1),
 }
 
+MASKED_WORDS = common.Objective(
+    masked_language_modelling,
+    head="mlm",
+    pretraining=True,
+    masks="words",
+    mean_over="words",
+    labels=lambda batch, _: batch.word_labels,
+)
 
-def question_answering_hard(model, encoding, batch):
-    """GQA's alternative (`--mceLoss`): cross-entropy with the best answer, times A, as there. Scores (B, A)."""
-    scores = model.heads["vqa"](encoding.pooled)
-    return common.cross_entropy(scores, batch.answers.argmax(1)) * scores.shape[1], scores
-
-
-def natural_language_for_visual_reasoning(model, encoding, batch):
-    """NLVR2: is the statement true of the two pictures? batch.target (B,) int64, 1 = true. Scores (B, 2).
-
-    The batch has 2B rows, the statement with each picture in turn; the two pooled vectors are joined.
-    """
-    scores = model.heads["nlvr2"](encoding.pooled.reshape(len(batch.target), -1))  # (2B, C) -> (B, 2C) -> (B, 2)
-    return common.cross_entropy(scores, batch.target), scores
-
+REGION_FEATURES = common.Objective(
+    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="all regions"
+)
 
 REGION_CLASSES = common.Objective(
     masked_region_class,
@@ -356,34 +424,44 @@ REGION_CLASSES = common.Objective(
     labels=common.most_likely_class,
 )
 
-# the shared ones: mlm, itm, itc, vqa, ve, vcr, rank, refer, caption; of one name, the paper's own counts
+REGION_ATTRIBUTES = replace(
+    REGION_CLASSES,
+    loss=masked_region_attribute,
+    head="attr",
+    fields=("attributes",),
+    labels=lambda batch, logits: batch.attributes.flatten()[batch.region_index],
+)
+
+MATCHING = common.Objective(
+    cross_modality_matching, head="itm", pretraining=True, mismatch=True, labels=lambda batch, logits: batch.matched
+)
+
+QUESTIONS = common.Objective(
+    image_question_answering,
+    head="qa",
+    pretraining=True,
+    mean_over="answers",
+    fields=("answers",),
+    labels=lambda batch, logits: batch.answer_labels,
+)
+
+# What no paper has (itc, caption) and the tasks that this file does not define come from SHARED_OBJECTIVES.
 OBJECTIVES = common.SHARED_OBJECTIVES | {
-    "mrfr": common.Objective(
-        masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="all regions"
-    ),
+    "mlm": MASKED_WORDS,
+    "mrfr": REGION_FEATURES,
     "mrc": REGION_CLASSES,
     "mrc_kl": replace(REGION_CLASSES, loss=masked_region_class_kl, mean_over="regions"),
-    "attr": replace(
-        REGION_CLASSES,
-        loss=masked_region_attribute,
-        head="attr",
-        fields=("attributes",),
-        labels=lambda batch, logits: batch.attributes.flatten()[batch.region_index],
-    ),
-    "qa": common.Objective(
-        image_question_answering,
-        head="qa",
-        pretraining=True,
-        mean_over="answers",
-        fields=("answers",),
-        labels=lambda batch, logits: batch.answer_labels,
-    ),
-    "gqa": common.Objective(common.question_answering, head="vqa"),
-    "gqa_hard": common.Objective(question_answering_hard, head="vqa"),
+    "attr": REGION_ATTRIBUTES,
+    "itm": MATCHING,
+    "qa": QUESTIONS,
     "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
 }
 
 VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
-NEGATIVES = ("image", "text")  # false partners of a true pair in retrieval, in the order of the rows
+NEGATIVES = ("image", "text")  # mismatched partners of a true pair in retrieval, in the order of the rows
+MODEL = LXMERT
 
-# ---- official checkpoint names ---------------------------------------------------------------------------------
+
+def text_types(tasks):
+    """How many rows the table of text types needs for these tasks: 2 for all of them."""
+    return 2

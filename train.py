@@ -437,6 +437,8 @@ def build_model(run, checkpoint):
         sizes["heads"] = (*sizes["heads"], "hidden")
         sizes["teacher_widths"] = (theirs.hidden, getattr(theirs, "visual_hidden", theirs.hidden))
     sizes |= parse_config_options(args, paper)
+    if 0 < sizes.get("task_tokens", 0) < len(args.tasks):
+        raise common.UserError(f"--config task_tokens={sizes['task_tokens']}: --task has {len(args.tasks)}; give more")
     torch.manual_seed(args.seed)
     try:
         model = getattr(paper, checkpoints.PAPERS[args.model][1])(paper.Config(**sizes))
@@ -596,6 +598,9 @@ def train(args):
     objectives = objectives_of(args, paper)
     sources = args.data.split(",") * (len(args.tasks) if "," not in args.data else 1)
     sets = {task: load_splits(args, objectives, task, source) for task, source in zip(args.tasks, sources, strict=True)}
+    for number, splits in enumerate(sets.values()):
+        for split in splits.values():
+            split.task_number = number
     if len(widths := {splits["train"].store.width for splits in sets.values()}) > 1:
         raise common.UserError(
             f"--data: features of {' and '.join(map(str, sorted(widths)))} numbers; tasks trained together need one --patch"

@@ -326,8 +326,6 @@ def test_iou_edges():
     pairs = common.iou(boxes[:, None], boxes[None])  # broadcast: (4, 4)
     want = [[1, 0, 1 / 7, 0], [0, 1, 1 / 7, 0], [1 / 7, 1 / 7, 1, 0], [0, 0, 0, 0]]
     close(pairs, torch.tensor(want), 1e-6)
-    assert common.iou(boxes[0], boxes[2], least=1.0) == 0  # an overlap of one pixel, in the official RefCOCO code
-    assert common.iou(boxes[0], boxes[2], least=0.99) > 0
 
 
 # ---- names -----------------------------------------------------------------------------------------------------
@@ -341,7 +339,6 @@ def test_rename_applies_the_rules_in_order():
 
 CONTRASTS = {
     "infonce": lambda i, t, temperature, bias, same: common.info_nce(i, t, temperature, same),
-    "one way": lambda i, t, temperature, bias, same: common.info_nce(i, t, temperature, same, symmetric=False),
     "hinge": lambda i, t, temperature, bias, same: common.hardest_hinge(i, t, same=same),
     "sigmoid": common.sigmoid_contrast,
     "dcl": lambda i, t, temperature, bias, same: common.decoupled_contrast(i, t, temperature, same),
@@ -359,9 +356,8 @@ def by_loops(name, image, text, temperature, bias, same):
         for ways, column in ((1, lambda j, i=i: cosine[i][j]), (2, lambda j, i=i: cosine[j][i])):
             negatives = [column(j) for j in others]
             part = sum(math.exp(c / temperature) for c in negatives)
-            if name in ("infonce", "one way"):
-                loss = math.log(part + math.exp(own / temperature)) - own / temperature
-                total += loss / 2 if name == "infonce" else loss * (ways == 1)
+            if name == "infonce":
+                total += (math.log(part + math.exp(own / temperature)) - own / temperature) / 2
             elif name == "dcl" and negatives:
                 total += (math.log(part) - own / temperature) / 2
             elif name == "hinge":
@@ -393,7 +389,6 @@ def test_contrasts_in_closed_form():
     image, text = F.normalize(randn(5, 3), dim=-1), F.normalize(randn(5, 3), dim=-1)
     scores = image @ text.T / 0.1
     target = torch.arange(5)
-    close(common.info_nce(image, text, 0.1, symmetric=False), F.cross_entropy(scores, target))
     close(common.info_nce(image, text, 0.1), (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2)
     bce = F.binary_cross_entropy_with_logits(scores - 3.0, apart, reduction="sum") / 5
     close(common.sigmoid_contrast(image, text, 0.1, -3.0), bce)

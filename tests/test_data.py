@@ -398,6 +398,7 @@ def test_nothing_is_predicted_in_false_pairs(dataset, tokenizer):
         true.word_labels, batch.word_labels[kept]
     )
     assert true.region_index.tolist() == [i for i in batch.region_index.tolist() if matched[i // N]]
+    assert torch.equal(true.predict_rows, matched == 1) and batch.predict_rows is None
     assert torch.equal(true.text, batch.text) and torch.equal(true.masked_regions, batch.masked_regions)
     assert data.drop_mismatched_labels(dataclasses.replace(batch, word_index=None)).word_index is None
 

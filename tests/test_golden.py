@@ -33,6 +33,7 @@ from common import (
     attention_bias,
     iou,
     optimal_transport,
+    question_answering,
     soft_answer_loss,
 )
 from evaluation import recall_at
@@ -92,7 +93,7 @@ def empty_batch(**values):
     names = (
         "text text_mask segments features boxes region_mask region_types masked_regions word_index word_labels"
         " region_index clean_features object_probs objects object_conf attributes attribute_conf matched answers"
-        " target ids"
+        " target ids task predict_rows"
     )
     return SimpleNamespace(**dict.fromkeys(names.split()) | values)
 
@@ -155,6 +156,7 @@ def test_summary(capsys):
     """Last, so that it can say how much was compared."""
     assert paths(), f"no fixtures in {FOLDER}"
     with capsys.disabled():
+        print(f"\n{sum(map(len, COMPARED.values()))} tasks compared", end="")
         for name, tasks in COMPARED.items():
             print(f"\n{name}: {len(tasks)} tasks, {sum(tasks.values())} numbers compared", end="")
 
@@ -329,7 +331,7 @@ def uniter_objective(objective, fixture, task, dtype, rubbish):
     model, batch, x = uniter_setup(fixture, task, dtype, rubbish)
     stored, arguments = fixture.outputs(task), {}
     if "txt_labels" in x:
-        batch.word_index = (x["txt_labels"] != -1).flatten().nonzero().squeeze(1)
+        batch.word_index = (x["txt_labels"] >= 0).flatten().nonzero().squeeze(1)  # ignored: -1 or -100
         batch.word_labels = x["txt_labels"].flatten()[batch.word_index]
     if "img_mask_tgt" in x:
         masked = x["img_masks"]
@@ -344,9 +346,13 @@ def uniter_objective(objective, fixture, task, dtype, rubbish):
     if objective == "rank":
         batch.group = arguments["group"] = int(x["sample_size"])
     if objective == "refer_rank":
-        batch.negative = arguments["negative"] = stored["neg_ix"]
+        batch.negative = stored["neg_ix"]
     encoding = model.encode(batch)
-    loss, scores = uniter.OBJECTIVES[objective].loss(model, encoding, batch, **arguments)
+    if objective == "refer_rank":  # the official ranking loss, which is not offered here: by the formula below
+        scores = uniter.OBJECTIVES["refer"].loss(model, encoding, batch)[1]
+        loss = elementwise(objective, scores, batch).sum()
+    else:
+        loss, scores = uniter.OBJECTIVES[objective].loss(model, encoding, batch, **arguments)
     column = scores[:, None] if objective in ("vcr", "rank") else scores  # stored (rows, 1)
     out = {"scores": column, "grad_l2": uniter_grads(fixture, model, loss)}
     out["pooled" if objective in ("vqa", "ve") else SKIP] = encoding.pooled
@@ -436,7 +442,8 @@ def uniter_hard_negatives(fixture, task, dtype, rubbish):
     gather index, which reads padded words and loses the last regions; ours is `_fixedindex`, the corrected one."""
     as_is = task.endswith("_asis")
     model, batch, x = uniter_setup(fixture, task, dtype, rubbish and not as_is)
-    size = fixture.config["hard_size"]
+    stored = fixture.outputs(task)
+    size = len(stored["hard_indices"])
 
     def encode(rows):
         few = uniter_rows(model, batch, rows)
@@ -450,10 +457,10 @@ def uniter_hard_negatives(fixture, task, dtype, rubbish):
 
     _, encoding = encode(torch.arange(len(batch.text)))
     scores = model.heads["rank"](encoding.pooled)
-    hard = torch.cat([torch.zeros(1, dtype=torch.long), scores[1:, 0].topk(size).indices + 1])
-    if not as_is:
-        model.places = batch.places
-        hard = uniter.hard_negatives(model, batch, size)
+    hardest = scores[1:, 0].topk(size).indices + 1
+    if set(hardest.tolist()) == set(stored["hard_indices"].tolist()):
+        hardest = stored["hard_indices"]  # the official top-k is not sorted: compared as a set
+    hard = torch.cat([torch.zeros(1, dtype=torch.long), hardest])
     few, encoding = encode(hard)
     few.group = size + 1
     loss, hard_scores = uniter.OBJECTIVES["rank"].loss(model, encoding, few, group=size + 1)
@@ -465,14 +472,15 @@ def uniter_hard_negatives(fixture, task, dtype, rubbish):
         "hard_loss_sorted": each.sort().values,
         "hard_loss_mean": loss,
         "grad_l2": uniter_grads(fixture, model, loss),
-    } | {name: SKIP for name in fixture.outputs(task) if name.startswith("hard_batch_")}  # how rows are packed
+    } | {name: SKIP for name in stored if name.startswith("hard_batch_")}  # how rows are packed
 
 
 def uniter_re_iou(fixture, task, dtype, rubbish):
     """Official boxes are x, y, w, h in pixels, and an overlap of one pixel or less is none."""
     x = fixture.inputs(task, dtype)
     a, b = (torch.cat([box[:, :2], box[:, :2] + box[:, 2:]], 1) for box in x.values())
-    return {"iou": iou(a, b, least=1.0)}
+    overlap = torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])
+    return {"iou": iou(a, b).where((overlap > 1).all(1), 0.0)}
 
 
 def uniter_re_eval(fixture, task, dtype, rubbish):
@@ -660,6 +668,8 @@ def vilbert_setup(fixture, task, dtype, rubbish):
     if "task_ids" in x or task.startswith("mt_down"):
         number = re.search(r"task token id (\d+)", setting["note"])
         batch.task = (x["task_ids"].flatten() if "task_ids" in x else torch.tensor(int(number[1]))).expand(len(text))
+    else:
+        model.config.task_tokens = 0  # the official switch task_specific_tokens is off for this task
     stored_mean = "attention_mask" in x  # elsewhere the stored mean is of fewer regions than are seen
     for layer, official in ((model.region_embedding.features, features), (model.region_embedding.boxes, boxes)):
 
@@ -669,7 +679,7 @@ def vilbert_setup(fixture, task, dtype, rubbish):
             return (official.where(mask[:, :, None], given[0]),)
 
         layer.register_forward_pre_hook(stored)
-    word_mask = F.pad(word_mask, (int(model.task(batch) is not None), 0), value=True)
+    word_mask = F.pad(word_mask, (int(model.config.task_tokens > 0), 0), value=True)
     batch.count = {"t": word_mask, "v": mask}  # of all that the official code has: task token, whole image
     batch.hide = rubbish or dtype == torch.float32  # padded positions are stored too, and equal if their inputs are
     return model, batch, x
@@ -682,13 +692,13 @@ def vilbert_inner(model):
         if isinstance(block, AttentionBlock):
             note = seen[name] = {}
 
-            def mix(query, key, value, bias=None, maps=None, note=note, block=block, mix=block.mix):
+            def mix(query, key, value, bias=None, maps=None, note=note, block=block, mix=block.attend_heads):
                 note["queries"], note["keys"] = (
                     v.unflatten(-1, (block.heads, -1)).transpose(1, 2) for v in (query, key)
                 )
                 return mix(query, key, value, bias, maps)
 
-            block.mix = mix
+            block.attend_heads = mix
             block.output.register_forward_pre_hook(lambda _, given, note=note: note.update(context=given[0]))
             block.register_forward_hook(lambda _, __, out, note=note: note.update(out=out))
     return seen
@@ -745,7 +755,7 @@ def vilbert_encoder(fixture, task, dtype, rubbish):
             (states[f"text.{c.layers - 1}"], encodings[0].text),
             (states[f"regions.{c.visual_layers - 1}"][:, 1:], encodings[0].regions),
         )
-        assert model.task(batch) is not None or torch.equal(*same[0])
+        assert model.config.task_tokens > 0 or torch.equal(*same[0])
         assert torch.equal(*same[1])
     return {name: hide(out[name], batch) for name in fixture.outputs(task)}
 
@@ -777,7 +787,7 @@ def vilbert_scores(model, batch):
     if "rank" in heads:
         out["vil_logit"] = heads["rank"](encoding.pooled)
         out["linguisic_logit"] = heads["word"](text), "t"
-        ours = vilbert.refer_scores(model, encoding, batch)[:, :, None]
+        ours = vilbert.refer_logits(model, encoding, batch)[:, :, None]
         out["vision_logit"] = torch.cat([heads["refer"](areas[:, :1]), ours], 1), "v"
     return encoding, out
 
@@ -785,7 +795,8 @@ def vilbert_scores(model, batch):
 def vilbert_losses(model, encoding, batch, x, negatives=None):
     """The three pretraining losses from the official labels."""
     words, regions, target = x["masked_lm_labels"].flatten(), x["image_label"].flatten(), x["image_target"]
-    batch.word_index, batch.region_index = (words != -1).nonzero()[:, 0], (regions == 1).nonzero()[:, 0]
+    batch.word_index = (words >= 0).nonzero()[:, 0]  # ignored: -1 or -100
+    batch.region_index = (regions == 1).nonzero()[:, 0]
     batch.word_labels, batch.matched = words[batch.word_index], 1 - x["next_sentence_label"]
     batch.clean_features = batch.object_probs = target.to(encoding.pooled.dtype)
     if "mrc" in model.heads:
@@ -830,14 +841,15 @@ def vilbert_down(objective, fixture, task, dtype, rubbish):
     """A task's scores, loss and number of right answers."""
     model, batch, x = vilbert_setup(fixture, task, dtype, rubbish)
     encoding, out = vilbert_scores(model, batch)
-    target, arguments = x["target"], {}
+    target = x["target"]
     target = target.squeeze(-1).to(dtype) if target.is_floating_point() and objective in ("refer", "point") else target
     if objective in ("vqa", "gqa", "ve"):
         batch.answers = target.to(dtype)
     elif objective == "nlvr2":
         batch.target = target.argmax(1)
     elif objective in ("rank", "vcr"):  # a class per group; the head is called rank here
-        batch.target, arguments = F.one_hot(target, 4).flatten(), {"group": 4}
+        choices = len(encoding.pooled) // len(target)
+        batch.target, batch.ids = F.one_hot(target, choices).flatten(), list(range(len(target)))
         model.heads["vcr"] = model.heads["rank"]
     elif objective == "refer":  # the official candidates include the whole image
         batch.target, batch.region_mask = target, batch.count["v"]
@@ -845,11 +857,13 @@ def vilbert_down(objective, fixture, task, dtype, rubbish):
     if objective == "point":  # Visual7W: the choices are certain regions
         scores = out["vision_logit"][0].squeeze(-1).gather(1, 101 + x["multiple_choice_ids"])
         loss = soft_answer_loss(scores, target)
+    elif objective == "gqa":
+        loss, scores = question_answering(model, encoding, batch, head="gqa")
     else:
-        loss, scores = vilbert.OBJECTIVES[objective].loss(model, encoding, batch, **arguments)
+        loss, scores = vilbert.OBJECTIVES[objective].loss(model, encoding, batch)
     out |= {"loss": loss, "batch_size": torch.tensor(len(target))}
     if objective in ("rank", "vcr"):
-        right = scores.view(-1, 4).argmax(1) == target
+        right = scores.view(len(target), -1).argmax(1) == target
     else:
         right = target.gather(1, scores.argmax(1, keepdim=True))
         right = right > 0.5 if objective == "refer" else right
@@ -989,21 +1003,31 @@ def lxmert_batch(fixture, task, dtype, rubbish):
         matched=inputs.get("matched_label"),
         answers=inputs.get("target"),
         target=inputs.get("label"),
-        answer_labels=inputs.get("ans", inputs.get("labels")),
+        answer_labels=ignored_as_minus_1(inputs.get("ans", inputs.get("labels"))),
     )
     if "obj_label" in inputs:
         words, regions = inputs["masked_lm_labels"].flatten(), inputs["feat_conf"].flatten()
         batch.word_index, batch.region_index = (words >= 0).nonzero()[:, 0], regions.nonzero()[:, 0]
         batch.word_labels, batch.clean_features = words[batch.word_index], inputs["feat_label"]
-        batch.objects, batch.attributes = inputs["obj_label"].clamp(min=-1), inputs["attr_label"].clamp(min=-1)
+        batch.objects = ignored_as_minus_1(inputs["obj_label"])
+        batch.attributes = ignored_as_minus_1(inputs["attr_label"])
         batch.object_conf, batch.attribute_conf = inputs["obj_conf"], inputs["attr_conf"]
     return batch
+
+
+def ignored_as_minus_1(labels):
+    """Labels with -1 for "ignore", as ours have it; Hugging Face's have -100. None stays None."""
+    return None if labels is None else labels.clamp(min=-1)
 
 
 def lxmert_losses(model, encoding, batch, objectives=tuple(LXMERT_LOSSES)):
     """The official losses by name. They count all boxes, hidden ones too, so here nothing is hidden."""
     everything = SimpleNamespace(**{**vars(batch), "region_mask": torch.ones_like(batch.region_mask)})
-    losses = {f"loss_{LXMERT_LOSSES[o]}": lxmert.OBJECTIVES[o].loss(model, encoding, everything)[0] for o in objectives}
+    losses = {}
+    for name in objectives:
+        # the official answer loss counts every row with a label, mismatched or not
+        given = SimpleNamespace(**{**vars(everything), "matched": None}) if name == "qa" else everything
+        losses[f"loss_{LXMERT_LOSSES[name]}"] = lxmert.OBJECTIVES[name].loss(model, encoding, given)[0]
     return losses | {"loss_total": sum(losses.values())}
 
 
@@ -1160,14 +1184,15 @@ def lxmert_task(fixture, task, dtype, rubbish):
     if weights == "nlvr2":
         assert len(batch.text) == 2 * len(batch.target)
     encoding = model.encode(batch)
-    loss, logits = lxmert.OBJECTIVES[weights].loss(model, encoding, batch)
+    objective = "vqa" if weights == "gqa" else weights
+    loss, logits = lxmert.OBJECTIVES[objective].loss(model, encoding, batch)
     out = {"logits": logits, "loss": loss}
     if not is_hugging_face(fixture):
         out["pooled_output"] = encoding.pooled
     if weights in ("vqa", "gqa"):
         out["loss_bce_mean"] = loss / logits.shape[1]
     if weights == "gqa":
-        out["loss_mce"] = lxmert.OBJECTIVES["gqa_hard"].loss(model, encoding, batch)[0]
+        out["loss_mce"] = F.cross_entropy(logits, batch.answers.argmax(1)) * logits.shape[1]
     return out
 
 

@@ -139,7 +139,7 @@ class RereadingModel:
 
     def __init__(self, model):
         self.model = model
-        self.word_scores = model.word_scores
+        self.word_logits = model.word_logits
 
     def decode(self, batch, cache):
         text = batch.text
@@ -164,7 +164,7 @@ class Toy:
             states.append(self.table[past[0], past[1], past[2]])
         return torch.stack(states)[:, None]
 
-    def word_scores(self, states):
+    def word_logits(self, states):
         return states
 
     def chance(self, pieces):

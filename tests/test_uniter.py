@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 import checkpoints
-import common
 import uniter
 
 B, T, N, F_SIZE, V, K, A = 4, 6, 5, 10, 23, 7, 9
@@ -265,7 +264,7 @@ def test_objective_learns_four_examples(name):
     if name in ("mrfr", "mrc", "mrc_kl"):
         batch.masked_regions = F.one_hot(torch.full((B,), 1), N).bool()
         batch.features = batch.features.masked_fill(batch.masked_regions[:, :, None], 0.0)
-    head = {"mrc_kl": "mrc", "refer_rank": "refer", "wra": None}.get(name, name)
+    head = {"mrc_kl": "mrc", "wra": None}.get(name, name)
     options = {"group": 2} if name == "rank" else {}
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in range(150):
@@ -334,7 +333,7 @@ def test_objective_ignores_padding(name):
     wide.text, wide.segments = (pad(t, lambda t: torch.randint(0, 4, t.shape)) for t in (batch.text, batch.segments))
     wide.text_mask, wide.region_mask = F.pad(batch.text_mask, (0, more)), F.pad(batch.region_mask, (0, more))
     wide.word_index, wide.region_index = torch.arange(B) * (T + more) + 1, torch.arange(B) * (N + more) + 1
-    options = {"rank": {"group": 2}, "refer_rank": {"negative": torch.tensor([2, 3, 1, 0])}}.get(name, {})
+    options = {"rank": {"group": 2}}.get(name, {})
     grads = []
     for b in (batch, wide):
         loss, _ = uniter.OBJECTIVES[name].loss(model, model.encode(b), b, **options)
@@ -399,54 +398,11 @@ def test_rank_margin():
     close(loss, torch.tensor(sum(want) / 6, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_hard_negatives(training):
-    """The best-scored wrong rows, scored without dropout and without a graph; the model's mode is left as it was."""
-    model, batch = tiny(dropout=0.3).train(training), batch_of()
-    model.eval()
-    scores = model.heads["rank"](model.encode(batch).pooled).squeeze(-1)
-    model.train(training)
-    want = {i for i in range(1, B) if sum(scores[j] > scores[i] for j in range(1, B)) < 2}
-    for _ in range(3):  # dropout would make these differ
-        got = uniter.hard_negatives(model, batch, 2)
-        assert got[0] == 0 and set(got[1:].tolist()) == want and len(want) == 2
-    assert model.training is training
-
-
 def test_refer_scores_hide_padding():
     model, batch = tiny(), batch_of()
     loss, scores = model(batch, ["refer"])["refer"]
     assert (scores[~batch.region_mask] == -10000).all() and (scores[batch.region_mask].abs() < 100).all()
     close(loss, F.cross_entropy(scores, batch.target, reduction="sum"))
-
-
-@pytest.mark.parametrize("hard", [0.0, 1.0])
-def test_refer_rank_draws_a_wrong_region(hard):
-    """Never the target, never padding; with `hard` the best-scored wrong one, without it every wrong one in turn."""
-    model, batch = tiny(), batch_of()
-    encoding = model.encode(batch)
-    scores = common.refer_scores(model, encoding, batch)
-    chance, seen = scores.sigmoid(), [set() for _ in range(B)]
-    for i in range(B):  # one row at a time: the loss tells which region was drawn
-        one = rows(batch, slice(i, i + 1))
-        states = SimpleNamespace(regions=encoding.regions[i : i + 1])
-        losses = 5.0 + chance[i] - chance[i, batch.target[i]]  # this margin clamps none, so that they are distinct
-        for _ in range(60):
-            loss, _ = uniter.referring_expression_rank(model, states, one, margin=5.0, hard=hard)
-            drawn = (losses - loss).abs().argmin().item()
-            assert abs(losses[drawn] - loss) < 1e-12
-            seen[i].add(drawn)
-        wrong = {j for j in range(N) if batch.region_mask[i, j] and j != batch.target[i]}
-        best = max(wrong, key=lambda j: scores[i, j].item())
-        assert seen[i] == ({best} if hard else wrong), i
-
-
-def test_refer_rank_needs_two_regions():
-    model, batch = tiny(), batch_of(regions=[N, 1, 3, 4], target=torch.zeros(B, dtype=torch.long))
-    with pytest.raises(ValueError, match="two regions"):
-        model(batch, ["refer_rank"])
-    negative = torch.tensor([1, 0, 1, 1])
-    assert uniter.referring_expression_rank(model, model.encode(batch), batch, negative)[0].isfinite()
 
 
 def test_every_pretraining_objective_exists():
