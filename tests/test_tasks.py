@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_data import A_THING, COLORS, SHAPES, THING, matching
+from test_scenes import COLORS, SHAPES
 
 import checkpoints
 import common
@@ -205,129 +205,6 @@ def test_captions_with_and_without_the_cache_are_the_same(name):
         assert all(1 < len(caption) <= 8 for caption in cached)
 
 
-# ---- scenes ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def graphs():
-    return {
-        split: [scenes.make_scene(0, split, i) for i in range(n)] for split, n in (("train", 500), ("compose", 150))
-    }
-
-
-def both(graphs, task):
-    """(scenes, examples) of both splits; a task must offer something in each."""
-    for split in graphs:
-        examples = list(scenes.SCENE_TASKS[task](graphs[split]))
-        assert len(examples) > 50
-        yield graphs[split], examples
-
-
-def bound(text):
-    """Pairs of colour and shape that an expression of the text puts into words."""
-    return {(m[2], m[3]) for m in re.finditer(rf"(?<![a-z]){THING}(?![a-z])", text)} & set(scenes.HELD_OUT)
-
-
-def test_entailment_by_brute_force(graphs):
-    for drawn, examples in both(graphs, "ve"):
-        answers, sizes = {}, {}
-        for example in examples:
-            ((text, picture),), (answer,) = example.rows, example.answer
-            m = re.fullmatch(rf"the {THING} is (?:an? )?(\w+)", text)
-            found = matching(drawn[picture].things, *m.groups()[:3])
-            assert len(found) < 2
-            truth = "entailment" if found and m[4] in found[0][:3] else "contradiction" if found else "neutral"
-            assert answer == truth
-            answers.setdefault(text, Counter())[answer] += 1
-            sizes.setdefault(len(drawn[picture].things), Counter())[answer] += 1
-            full = (m[2] or m[4], m[3] if m[3] != "thing" else m[4])
-            assert (full in scenes.HELD_OUT) == (drawn[0].split == "compose")
-        for counts in (*answers.values(), *sizes.values()):  # neither the words nor the number of things tell
-            assert len(counts) == 3 and len(set(counts.values())) == 1
-
-
-def test_statements_of_two_pictures_by_brute_force(graphs):
-    for drawn, examples in both(graphs, "nlvr2"):
-        alone, seen = {}, Counter()
-        for four in zip(*[iter(examples)] * 4, strict=True):
-            assert sum(e.target for e in four) == 2
-            for example in four:
-                (text, left), (again, right) = example.rows
-                assert text == again and left != right
-                if m := re.fullmatch(rf"(exactly one picture shows) {A_THING}", text):
-                    n, k = (bool(matching(drawn[p].things, *m.groups()[1:])) for p in (left, right))
-                    assert example.target == (n != k)
-                else:
-                    m = re.fullmatch(rf"(more|fewer) {THING} on the left than on the right", text)
-                    n, k = (len(matching(drawn[p].things, *m.groups()[1:])) for p in (left, right))
-                    assert example.target == (n > k if m[1] == "more" else n < k)
-                assert bool(bound(text)) == (drawn[0].split == "compose")
-                seen[example.kind] += 1
-                for side, number in (("left", n), ("right", k)):
-                    alone.setdefault((example.kind, m[1], side, number), []).append(example.target)
-            for side in (0, 1):  # each picture of the four stands in as many true statements as in false ones
-                true = Counter((e.rows[side][1], e.target) for e in four)
-                assert all(true[p, 0] == true[p, 1] for p, _ in true) or four[0].kind == "more"
-        for kind, most in (("one", 0.5), ("more", 0.75)):  # the best guess from the words and one picture's count
-            for side in ("left", "right"):
-                lists = [v for key, v in alone.items() if key[0] == kind and key[2] == side]
-                hits = sum(max(sum(v), len(v) - sum(v)) for v in lists)
-                assert hits <= most * seen[kind]
-
-
-def test_choices_and_reasons_by_brute_force(graphs):
-    for drawn, examples in both(graphs, "vcr"):
-        places = Counter(e.target for e in examples)
-        assert all(abs(places[i] / len(examples) - 0.25) < 4 * math.sqrt(0.19 / len(examples)) for i in range(4))
-        for answer, reason in zip(*[iter(examples)] * 2, strict=True):
-            assert answer.id == reason.id and (answer.kind, reason.kind) == ("answer", "reason")
-            things = drawn[answer.rows[0][1]].things
-            m = re.fullmatch(rf"what (color|shape) is the {THING}\?", answer.rows[0][0][0])
-            (thing,) = matching(things, *m.groups()[1:])
-            right = [getattr(thing, m[1]) == text[1] for text, _ in answer.rows]
-            assert right.index(True) == answer.target and sum(right) == 1
-            held = thing[1:3] in scenes.HELD_OUT
-            assert held == (drawn[0].split == "compose")
-            wrong = {(m[3] or t[1], m[4] if m[4] != "thing" else t[1]) for t, _ in answer.rows} - {thing[1:3]}
-            assert not wrong & set(scenes.HELD_OUT) and len(wrong) == 3
-            assert all(text[:2] == answer.rows[answer.target][0] for text, _ in reason.rows)
-            others = [re.fullmatch(rf"it is with {A_THING}", text[2]).groups() for text, _ in reason.rows]
-            right = [bool(matching(things, *other)) for other in others]
-            assert right.index(True) == reason.target and sum(right) == 1
-            assert len({c for _, c, _ in others}) == len({s for _, _, s in others}) == 2 and len(set(others)) == 4
-            assert not {other[1:] for other in others} & set(scenes.HELD_OUT)
-
-
-def test_expressions_fit_one_thing_and_each_thing_has_one(graphs):
-    for drawn, examples in both(graphs, "refer"):
-        compose, meant, kinds = drawn[0].split == "compose", {}, Counter()
-        for example in examples:
-            ((text, picture),) = example.rows
-            things = drawn[picture].things
-            m = re.fullmatch(rf"{THING}(?: (left of|right of|above|below) the middle)?", text)
-            words = [None if w == "thing" else w for w in m.groups()[:3]]
-            found, middle = matching(things, *words), scenes.SIDE / 2
-            shared = [len(matching(things, *words[:i], None, *words[i + 1 :])) > 1 for i in range(3) if words[i]]
-            assert len(shared) > 1
-            if m[4]:
-                off = {"left of": -1, "right of": 1}.get(m[4], 0), {"above": -1, "below": 1}.get(m[4], 0)
-                offs = [(t.x - middle) * off[0] + (t.y - middle) * off[1] for t in found]
-                assert example.kind == "side" and len(found) > 1 and all(abs(o) >= 12 for o in offs)
-                found = [t for t, o in zip(found, offs, strict=True) if o > 0]
-            else:
-                assert any(shared) and example.kind == ("words" if all(shared) else "spare")
-            (thing,) = found
-            box = [thing.x - thing.half, thing.y - thing.half, thing.x + thing.half, thing.y + thing.half]
-            assert np.allclose(np.array(example.target) * scenes.SIDE, box)
-            assert bool(bound(text)) == compose
-            meant.setdefault(picture, []).append(thing)
-            kinds[example.kind] += 1
-        for picture, found in meant.items():  # a picture alone leaves all its things equally likely
-            assert len(set(found)) == len(found) and (compose or set(found) == set(drawn[picture].things))
-        assert compose or (len(meant) > 0.5 * len(drawn) and min(kinds.values()) > 0.1 * len(examples))
-        assert len(kinds) == 3
-
-
 # ---- batches ---------------------------------------------------------------------------------------------------
 
 
@@ -389,17 +266,6 @@ def test_the_next_word_is_the_label():
     pairs = [(r, t) for r in range(3) for t in range(6) if batch.text_mask[r, t + 1]]
     assert after.word_index.tolist() == [r * 7 + t for r, t in pairs]
     assert after.word_labels.tolist() == [int(batch.text[r, t + 1]) for r, t in pairs]
-
-
-def test_true_and_detected_boxes_of_the_same_expressions(cache):
-    true, found = (scenes.scenes(split, "refer", 60, cache=cache) for split in ("test", "detected"))
-    assert true.text == found.text and "object_probs" not in true.store.fields
-    best = {}
-    for name, dataset in (("true", true), ("detected", found)):
-        for i, image in enumerate(dataset.image):
-            boxes = torch.from_numpy(dataset.store.gather(dataset.image[i : i + 1])["boxes"].numpy()[0])
-            best.setdefault(name, []).append(float(common.iou(boxes, torch.tensor(dataset.target[i]).float()).max()))
-    assert min(best["true"]) > 0.999 and 0.6 < min(best["detected"]) and max(best["detected"]) < 0.999
 
 
 # ---- lines of data, and answers as text ------------------------------------------------------------------------
