@@ -25,9 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 import checkpoints
 import common
 import data
-import formats
 import tasks
-from checkpoints import MODELS
+from checkpoints import PAPERS
 from common import UserError
 
 
@@ -58,8 +57,8 @@ def load(args):
     task = args.task or tasks[0]
     if task not in tasks:
         raise UserError(f"--task {task}: {args.checkpoint} was trained for {', '.join(tasks)}")
-    paper = MODELS[checkpoint["model"]]
-    model = paper.MODEL(paper.Config(**checkpoint["config"]))
+    paper, name = PAPERS[checkpoint["model"]]
+    model = getattr(paper, name)(paper.Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["state"])
     patch = checkpoint.get("patch", 12)
     if model.config.feature_size != 3 * patch * patch:
@@ -99,7 +98,7 @@ def regions(file, boxes, patch, grid):
     return data.region_features(picture, boxes, patch), boxes, picture.size
 
 
-def make_batch(tokenizer, texts, pictures):
+def make_batch(tokenizer, texts, pictures, task_number=0):
     """Batch of rows (texts[i], pictures[i]); a text may be a tuple of segments."""
     rows = len(texts)
     dataset = data.Dataset("", "", None, np.arange(rows), texts, [{}] * rows, [""] * rows, [""] * rows)
@@ -113,6 +112,7 @@ def make_batch(tokenizer, texts, pictures):
     boxes = [torch.from_numpy(b / np.array([*size, *size])).float() for _, b, size in pictures]
     counts = torch.tensor([len(b) for b in boxes])[:, None]
     return data.Batch(
+        task=torch.full((rows,), task_number),
         text=text,
         text_mask=torch.arange(text.shape[1]) < torch.from_numpy(np.diff(dataset.offsets))[:, None],
         segments=segments,
@@ -125,13 +125,14 @@ def make_batch(tokenizer, texts, pictures):
 @torch.inference_mode()
 def answer(args, model, tokenizer, checkpoint, task):
     """The lines to print, one for each picture, or for the pair."""
-    paper = MODELS[checkpoint["model"]]
+    paper = PAPERS[checkpoint["model"]][0]
+    number = checkpoint["task"].split(",").index(task)
     size = checkpoint.get("patch", 12), checkpoint.get("grid", 6)
     pictures = [regions(file, boxes, *size) for file, boxes in zip(args.image, args.boxes or [None] * len(args.image))]
     if not args.boxes and "scenes" in checkpoint.get("data", "").split(","):
         print("predict.py: trained on boxes of things, asked about a grid; give --boxes", file=sys.stderr)
     if task == "nlvr2":
-        batch = make_batch(tokenizer, [args.text] * 2, pictures)
+        batch = make_batch(tokenizer, [args.text] * 2, pictures, number)
         batch.region_types = torch.arange(2)[:, None].expand(batch.region_mask.shape)
         batch.target = torch.zeros(1, dtype=torch.long)  # the objective wants one; the scores do not depend on it
         if getattr(model.config, "nlvr2", "") == "triplet":
@@ -146,18 +147,22 @@ def answer(args, model, tokenizer, checkpoint, task):
             found = tokenizer.decode(tasks.generate(model, batch, *ends, args.beams)[0])
         elif task == "vcr":
             begin = (args.text, args.answer) if args.answer else (args.text,)
-            batch = make_batch(tokenizer, [(*begin, choice) for choice in args.choices], [picture] * len(args.choices))
+            batch = make_batch(
+                tokenizer, [(*begin, choice) for choice in args.choices], [picture] * len(args.choices), number
+            )
             batch.segments = tasks.vcr_text_types(paper, batch.segments)
             batch.target, batch.ids = torch.eye(len(args.choices), dtype=torch.long)[0], [args.text]
             found = ranked(model(batch, ["vcr"])["vcr"][1].softmax(0), args.choices, args.top)
         else:
-            batch = make_batch(tokenizer, [args.text], [picture])
+            batch = make_batch(tokenizer, [args.text], [picture], number)
             encoding = model.encode(batch)
             if task in ("vqa", "ve"):
                 known = checkpoint["answers"] if task == "vqa" else data.ENTAILMENT
                 found = ranked(model.heads[task](encoding.pooled)[0].sigmoid(), known, args.top)
             elif task == "refer":
-                batch.target = torch.zeros(1, dtype=torch.long)
+                batch.target = (
+                    batch.region_mask.float()
+                )  # the objective wants overlaps; its logits do not depend on them
                 scores = paper.OBJECTIVES["refer"].loss(model, encoding, batch)[1][0]
                 found = ranked(scores.softmax(0), [np.round(box).astype(int).tolist() for box in picture[1]], args.top)
             elif task == "retrieval":
@@ -180,7 +185,7 @@ def main(argv=None):
         args = parse(argv)
         if args.export:
             checkpoint = checkpoints.load_checkpoint(args.checkpoint)
-            checkpoints.save(formats.export_official(checkpoint["model"], checkpoint["state"]), Path(args.export))
+            checkpoints.save(checkpoints.export_official(checkpoint["model"], checkpoint["state"]), Path(args.export))
         else:
             print(*answer(args, *load(args)), sep="\n")
     except common.UserError as error:

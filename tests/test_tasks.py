@@ -265,6 +265,71 @@ def test_the_next_word_is_the_label():
     assert after.word_labels.tolist() == [int(batch.text[r, t + 1]) for r, t in pairs]
 
 
+# ---- lines of data, and answers as text ------------------------------------------------------------------------
+
+
+def test_a_line_becomes_the_examples_of_each_task():
+    line = {"id": "7", "text": "which?"}
+    answer = {"yes": 1.0}
+    one_row = [("which?", 0)]
+    for name, record, expected in (
+        ("pretrain", line, ("7", "caption", one_row, None, -1)),
+        ("pretrain", {**line, "answer": answer}, ("7", "question", one_row, answer, -1)),
+        ("vqa", {**line, "answer": answer, "kind": "color"}, ("7", "color", one_row, answer, -1)),
+        ("ve", {**line, "answer": answer}, ("7", "ve", one_row, answer, -1)),
+        ("retrieval", {**line, "answer": answer}, ("7", "caption", one_row, None, -1)),
+        ("caption", line, ("7", "caption", one_row, None, -1)),
+        ("refer", {**line, "target": [0, 0.1, 1, 0.5]}, ("7", "refer", one_row, None, [0, 0.1, 1, 0.5])),
+        ("nlvr2", {**line, "label": True}, ("7", "nlvr2", [("which?", 0), ("which?", 1)], None, 1)),
+    ):
+        assert [tuple(example) for example in tasks.TASKS[name].examples(record)] == [expected]
+    choices = {**line, "choices": ["a", "b"], "label": 1, "reasons": ["c", "d"], "reason": 0}
+    answer, reason = tasks.VCR.examples(choices)
+    assert tuple(answer) == ("7", "answer", [(("which?", "a"), 0), (("which?", "b"), 0)], None, 1)
+    assert tuple(reason) == ("7", "reason", [(("which?", "b", "c"), 0), (("which?", "b", "d"), 0)], None, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "message"),
+    [
+        ("ve", {"answer": {"maybe": 1.0}}, "takes contradiction, entailment, neutral"),
+        ("nlvr2", {"label": 1}, "write true or false"),
+        ("vcr", {"choices": ["a", "b"], "label": 2}, "0 to 1"),
+        ("vcr", {"choices": ["a", "b"], "label": True}, "index"),
+        ("vcr", {"choices": ["a", "b"], "label": 0, "reasons": ["c", "d"], "reason": 2}, "'reason'"),
+        ("vcr", {"choices": ["a", "b"], "label": 0, "reasons": ["c", "d"]}, "'reason'"),
+    ],
+)
+def test_a_line_that_does_not_fit_its_task_is_said(name, record, message):
+    assert message in tasks.TASKS[name].check(record)
+
+
+def test_lines_that_fit_pass():
+    assert tasks.VE.check({"answer": {"neutral": 0.5, "entailment": 1.0}}) is None
+    assert tasks.NLVR2.check({"label": False}) is None
+    assert tasks.VCR.check({"choices": ["a", "b"], "label": 1, "reasons": ["c", "d"], "reason": 1}) is None
+    assert tasks.VQA.check({"answer": {"maybe": 1.0}}) is None
+
+
+def test_answers_are_shown_with_their_probabilities(cache, tokenizer):
+    run = SimpleNamespace(answers=["red", "blue", "two"])
+    logits = torch.tensor([-2.0, 3.0, 0.0])
+    assert tasks.VQA.show(run, None, 0, logits, 2) == "blue 0.953  two 0.500"
+    assert tasks.VE.show(run, None, 0, logits, 3) == "entailment 0.953  neutral 0.500  contradiction 0.119"
+    assert tasks.NLVR2.show(run, None, 0, torch.tensor([0.0, 1.0]), 3) == "true 0.731  false 0.269"
+    assert tasks.RETRIEVAL.show(run, None, 0, torch.tensor(1.0), 3) == "match 0.731"
+    assert tasks.CAPTION.show(run, None, 0, "a red disc", 3) == "a red disc"
+    choices = scenes.scenes("test", "vcr", 20, cache=cache).encode(tokenizer)
+    best = choices.text[choices.group * 3 + 2][-1]
+    shown = tasks.VCR.show(run, choices, 3, torch.tensor([0.0, 0.0, 5.0, 0.0]), 1)
+    assert shown == f"{best} 0.980"
+    refer = scenes.scenes("test", "refer", 20, cache=cache).encode(tokenizer)
+    boxes = refer.store.gather(refer.image[[4]])["boxes"][0]
+    logits = torch.cat([torch.zeros(len(boxes) - 1), torch.tensor([20.0, 99.0, 99.0])])  # two positions of padding
+    numbers = " ".join(f"{value:.2f}" for value in boxes[-1].tolist())
+    assert tasks.REFER.show(run, refer, 4, logits, 1) == f"[{numbers}] 1.000"
+
+
 # ---- training --------------------------------------------------------------------------------------------------
 
 
