@@ -31,6 +31,7 @@ import checkpoints
 import data
 import evaluation
 import options
+import tasks
 import train
 
 COLUMNS = {  # task: the metrics of its cells
