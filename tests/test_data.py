@@ -22,7 +22,6 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import data
-import records
 import regions
 import tasks
 
