@@ -16,6 +16,7 @@ Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a store and in a Batch. Every rando
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import importlib
 import itertools
@@ -182,6 +183,10 @@ class Dataset:
     def rows(self, index):
         """The rows of examples `index` (B,) -> (B * group,)."""
         return (np.asarray(index)[:, None] * self.group + np.arange(self.group)).ravel()
+
+    @functools.cached_property  # a step must not look at all examples
+    def has_several_pictures(self):
+        return bool((self.image != self.image[0]).any())
 
     def index_pairs(self):
         """Fills in text_keys and pairs, which columns on disk bring along."""
@@ -452,9 +457,12 @@ def drop_unreachable(dataset, path):
 
 def answer_list(dataset):
     """Every answer of the dataset, the most frequent first, equals by text."""
-    counts = Counter()
-    for answers in dataset.answer:
-        counts.update(answers.keys())
+    if isinstance(dataset.answer, Answers):
+        counts = dataset.answer.counts()
+    else:
+        counts = Counter()
+        for answers in dataset.answer:
+            counts.update(answers.keys())
     return sorted(counts, key=lambda answer: (-counts[answer], answer))
 
 
@@ -641,11 +649,9 @@ def sample_mismatches(dataset, index, rng, p=0.5, replace="image", tries=100):
     index = np.asarray(index)
     images = dataset.image[index]
     wrong = rng.random(len(index)) < p
-    if wrong.any() and (dataset.image == dataset.image[0]).all():
+    if wrong.any() and not dataset.has_several_pictures:
         raise ValueError("a mismatch needs at least two pictures")
-    pool = np.arange(len(dataset))
-    if replace == "text" and (images != images[0]).any():
-        pool = index
+    from_batch = replace == "text" and (images != images[0]).any()
     other = index.copy()
     for _ in range(tries):
         if replace == "text":
@@ -654,7 +660,10 @@ def sample_mismatches(dataset, index, rng, p=0.5, replace="image", tries=100):
             again = wrong & dataset.belong_together(index, dataset.image[other])
         if not again.any():
             break
-        other[again] = pool[rng.integers(len(pool), size=again.sum())]
+        if from_batch:
+            other[again] = index[rng.integers(len(index), size=again.sum())]
+        else:
+            other[again] = rng.integers(len(dataset), size=again.sum())
     else:
         other[again] = index[again]
         wrong &= ~again

@@ -10,6 +10,7 @@ Knows no task by name: `task` is a row of tasks.TASKS, of which this file reads 
 import codecs
 import difflib
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -426,6 +427,15 @@ class Answers(Sequence):
         for k in range(self.offsets[i], self.offsets[i + 1]):
             answers[self.words[self.index[k]]] = float(self.scores[k])
         return answers
+
+    def __iter__(self):
+        if len(self.index) == 0:  # captions: millions of rows, none of them with an answer
+            return itertools.repeat({}, len(self))
+        return super().__iter__()
+
+    def counts(self):
+        """{answer: in how many rows it is}."""
+        return dict(zip(self.words, np.bincount(self.index, minlength=len(self.words)).tolist(), strict=True))
 
 
 class Columns:
