@@ -98,6 +98,7 @@ class Batch:
     answers: torch.Tensor | None = None  # (B,A) float32 soft targets
     answer_labels: torch.Tensor | None = None  # (B,) int64, one answer of each row, -1 = none
     target: torch.Tensor | None = None  # (B,) int64, a truth or a choice; (B,N) float, overlap with the target box
+    predict_rows: torch.Tensor | None = None  # (B,) bool, True = words and regions are to be predicted; None = all
     task: torch.Tensor | None = None  # (B,) int64, the number of the task among the run's, for ViLBERT's task tokens
     pictures: torch.Tensor | None = None  # (B,) int64, the picture's row in its store
     pair_index: torch.Tensor | None = None  # (M,) int64 into B, rows whose text and picture belong together
@@ -755,10 +756,25 @@ def mask_regions(batch, rng, p=0.15, zero=1.0, random=0.0, force_one=True):
     )
 
 
+def remove_modality(batch, what):
+    """The batch without what --ablate names: without "image" every region is masked out and zeroed; without "text" only
+    [CLS] and [SEP] are left. None: the batch as it is."""
+    if what == "image":
+        batch.region_mask = torch.zeros_like(batch.region_mask)
+        batch.features = torch.zeros_like(batch.features)
+        batch.boxes = torch.zeros_like(batch.boxes)
+    if what == "text":
+        last = batch.text_mask.sum(1, keepdim=True) - 1  # (B, 1), position of the last [SEP]
+        batch.text = torch.cat([batch.text[:, :1], batch.text.gather(1, last)], 1)  # (B, T) -> (B, 2)
+        batch.text_mask = torch.ones_like(batch.text, dtype=torch.bool)
+        batch.segments = torch.zeros_like(batch.text)
+    return batch
+
+
 def drop_mismatched_labels(batch):
     """Without the masked words and regions of mismatched pairs as labels: the other side says nothing about them. They
     stay masked, but are not predicted. Returns a new Batch."""
-    kept = {}
+    kept = {"predict_rows": batch.matched == 1}
     if batch.word_index is not None:
         true = batch.matched[batch.word_index // batch.text.shape[1]] == 1  # (M,): rows of flat positions in (B,T)
         kept["word_index"] = batch.word_index[true]

@@ -25,8 +25,9 @@ from torch.nn.utils.rnn import pad_sequence
 import checkpoints
 import common
 import data
+import formats
 import tasks
-from checkpoints import PAPERS
+from checkpoints import MODELS
 from common import UserError
 
 
@@ -57,8 +58,8 @@ def load(args):
     task = args.task or tasks[0]
     if task not in tasks:
         raise UserError(f"--task {task}: {args.checkpoint} was trained for {', '.join(tasks)}")
-    paper, name = PAPERS[checkpoint["model"]]
-    model = getattr(paper, name)(paper.Config(**checkpoint["config"]))
+    paper = MODELS[checkpoint["model"]]
+    model = paper.MODEL(paper.Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["state"])
     patch = checkpoint.get("patch", 12)
     if model.config.feature_size != 3 * patch * patch:
@@ -125,7 +126,7 @@ def make_batch(tokenizer, texts, pictures, task_number=0):
 @torch.inference_mode()
 def answer(args, model, tokenizer, checkpoint, task):
     """The lines to print, one for each picture, or for the pair."""
-    paper = PAPERS[checkpoint["model"]][0]
+    paper = MODELS[checkpoint["model"]]
     number = checkpoint["task"].split(",").index(task)
     size = checkpoint.get("patch", 12), checkpoint.get("grid", 6)
     pictures = [regions(file, boxes, *size) for file, boxes in zip(args.image, args.boxes or [None] * len(args.image))]
@@ -185,7 +186,7 @@ def main(argv=None):
         args = parse(argv)
         if args.export:
             checkpoint = checkpoints.load_checkpoint(args.checkpoint)
-            checkpoints.save(checkpoints.export_official(checkpoint["model"], checkpoint["state"]), Path(args.export))
+            checkpoints.save(formats.export_official(checkpoint["model"], checkpoint["state"]), Path(args.export))
         else:
             print(*answer(args, *load(args)), sep="\n")
     except common.UserError as error:

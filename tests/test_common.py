@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoints
 import common
+import formats
 import tasks
 
 
@@ -591,7 +591,7 @@ def test_recall_at_extremes():
 
 
 def test_rename_applies_the_rules_in_order():
-    assert checkpoints.rename("a.b.c", [("a.b", "x"), ("x.c", "y"), ("a", "z")]) == "y"
+    assert formats.rename("a.b.c", [("a.b", "x"), ("x.c", "y"), ("a", "z")]) == "y"
 
 
 # ---- contrast --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import nn
 
 import checkpoints
 import common
+import formats
 import lxmert
 import train
 from common import attention_bias
@@ -85,7 +86,7 @@ def test_base_has_the_released_number_of_parameters_and_tensors():
     with torch.device("meta"):
         model = lxmert.LXMERT(lxmert.Config())
     assert sum(p.numel() for p in model.parameters()) == 228_051_752
-    assert len(checkpoints.lxmert_to_official(model.state_dict())) == 473
+    assert len(formats.lxmert_to_official(model.state_dict())) == 473
 
 
 @pytest.mark.parametrize("kind", ["official", "hf"])
@@ -95,23 +96,21 @@ def test_base_has_the_released_names(kind):
         pytest.skip(f"no {path}")
     with torch.device("meta"):
         state = lxmert.LXMERT(lxmert.Config()).state_dict()
-    there = (checkpoints.lxmert_to_official if kind == "official" else checkpoints.lxmert_to_hugging_face)(state)
+    there = (formats.lxmert_to_official if kind == "official" else formats.lxmert_to_hugging_face)(state)
     assert {name: list(tensor.shape) for name, tensor in there.items()} == dict(json.loads(path.read_text()))
-    back, unexpected = checkpoints.lxmert_from_official(
-        {f"module.{name}": tensor for name, tensor in there.items()}, state
-    )
+    back, unexpected = formats.lxmert_from_official({f"module.{name}": tensor for name, tensor in there.items()}, state)
     assert set(back) == set(state) and not unexpected
 
 
 @pytest.mark.parametrize("head", ["vqa", "nlvr2", "ve", "rank", "vcr", "refer"])
 def test_a_fine_tuned_model_goes_to_its_official_names_and_back(head):
     state = make(heads=(head,)).state_dict()
-    there = checkpoints.lxmert_to_official(state)
+    there = formats.lxmert_to_official(state)
     assert any(n.startswith("lxrt_encoder.model.bert.") for n in there) == (head in ("vqa", "nlvr2", "ve"))
-    back, unexpected = checkpoints.lxmert_from_official(there, state)
+    back, unexpected = formats.lxmert_from_official(there, state)
     assert set(back) == set(state) and not unexpected
     stray = "bert.encoder.layer.99.output.dense.weight"
-    assert checkpoints.lxmert_from_official({stray: torch.zeros(1)}, state) == ({}, [stray])
+    assert formats.lxmert_from_official({stray: torch.zeros(1)}, state) == ({}, [stray])
 
 
 def test_answers_are_normalised_as_the_official_table_is():
@@ -521,14 +520,12 @@ def test_transformers_computes_the_same(direction):
     torch.manual_seed(2)
     other = transformers.LxmertForPreTraining(config).double().eval()
     if direction == "to":
-        missing, unexpected = other.load_state_dict(
-            checkpoints.lxmert_to_hugging_face(model.state_dict()), strict=False
-        )
+        missing, unexpected = other.load_state_dict(formats.lxmert_to_hugging_face(model.state_dict()), strict=False)
         assert not missing and not unexpected
     else:
         for p in other.parameters():
             nn.init.normal_(p, std=0.2)
-        state, unexpected = checkpoints.lxmert_from_official(other.state_dict(), model.state_dict())
+        state, unexpected = formats.lxmert_from_official(other.state_dict(), model.state_dict())
         assert not unexpected
         model.load_state_dict(state)
     batch = make_batch()

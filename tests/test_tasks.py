@@ -559,7 +559,7 @@ def test_evaluation_runs_in_eval_mode_and_without_gradients(monkeypatch):
 def test_half_of_the_pairs_are_mismatched_in_evaluation_for_every_model(drawn, name, tokenizer, monkeypatch):
     """LXMERT trains with a quarter. The itm accuracy of a model that says "match" to all is chance, one half."""
     dataset = drawn("train", "caption", 60).encode(tokenizer)
-    run = SimpleNamespace(args=SimpleNamespace(ablate=None, mask=0.15), paper=checkpoints.PAPERS[name][0])
+    run = SimpleNamespace(args=SimpleNamespace(ablate=None, mask=0.15), paper=checkpoints.MODELS[name])
     run.rank, run.world, run.answers, run.tokenizer = 0, 1, [], tokenizer
 
     def always_match(run, batch, name):

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import checkpoints
 import common
+import formats
 import train
 import uniter
 import vilbert
@@ -68,10 +68,10 @@ def test_official_names_and_size(file):
     config, tensors, millions = OFFICIAL[file]
     with torch.device("meta"):
         model = vilbert.ViLBERT(vilbert.Config(**config))
-    official = checkpoints.vilbert_to_official(model.state_dict())
+    official = formats.vilbert_to_official(model.state_dict())
     assert len(official) == tensors
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
-    state, unexpected = checkpoints.vilbert_from_official(official, model.state_dict())
+    state, unexpected = formats.vilbert_from_official(official, model.state_dict())
     assert set(state) == set(model.state_dict()) and not unexpected
     path = REFERENCE / f"names_vilbert_{file}.json"
     if not path.exists():
@@ -83,13 +83,13 @@ def test_official_names_and_size(file):
 def test_bert_supplies_the_text_stream():
     model = tiny()
     state = {"bert.encoder.layer.0.output.LayerNorm.gamma": torch.ones(128), "bert.pooler.dense.bias": torch.ones(128)}
-    loaded, unexpected = checkpoints.vilbert_from_official(state, model.state_dict())
+    loaded, unexpected = formats.vilbert_from_official(state, model.state_dict())
     assert list(loaded) == ["text_layers.0.feed_forward.norm.weight"] and unexpected == ["bert.pooler.dense.bias"]
 
 
 def test_two_heads_of_one_official_name():
     with pytest.raises(ValueError, match="one region head"):
-        checkpoints.vilbert_to_official(tiny(heads=("mrc", "mrfr")).state_dict())
+        formats.vilbert_to_official(tiny(heads=("mrc", "mrfr")).state_dict())
 
 
 def test_schedule_is_the_official_order():
@@ -371,9 +371,9 @@ def test_class_one_means_match():
     model.heads["itm"].bias.data = torch.tensor([0.0, 20.0])
     loss, scores = model(batch, ("itm",))["itm"]
     assert loss < 1e-3 and (scores.argmax(1) == 1).all()
-    official = checkpoints.vilbert_to_official(model.state_dict())
+    official = formats.vilbert_to_official(model.state_dict())
     assert official["cls.bi_seq_relationship.bias"].tolist() == [20.0, 0.0]  # there, class 0
-    back, _ = checkpoints.vilbert_from_official(official, model.state_dict())
+    back, _ = formats.vilbert_from_official(official, model.state_dict())
     assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
 
 
