@@ -23,6 +23,7 @@ import itertools
 import json
 import re
 import sys
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -554,8 +555,8 @@ def tokenizer_from_vocab(text):
         vocab[piece] = number
     words = [piece for piece in vocab if not piece.startswith("[")]
     cased = any(word != word.lower() for word in words)
-    strip = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
-    accents = any(not word.isascii() and strip.normalize_str(word) != word for word in words)
+    letters = unicodedata.normalize("NFD", "".join(words))
+    accents = any(unicodedata.category(letter) == "Mn" for letter in set(letters))
     tokenizer = wordpiece(vocab, lowercase=not cased, strip_accents=not cased and not accents)
     # one that stands in a text is then read as one piece
     tokenizer.add_special_tokens([piece for piece in SPECIALS if piece in vocab])

@@ -65,7 +65,7 @@ def make_dataset(folder, rng, words, regions, vocabulary, answers, count=512, pi
         picture |= {"objects": probs[:, 1:].argmax(1), "object_conf": probs[:, 1:].max(1)}
         picture |= {"attributes": rng.integers(ATTRIBUTES, size=n), "attribute_conf": rng.random(n)}
         store.append(picture)
-    data.write_store(folder, [(store, [])])
+    data.write_store(folder, store)
     lengths = question_lengths(rng, count) if words is None else np.full(count, words)
     first, last = data.SPECIALS.index("[CLS]"), data.SPECIALS.index("[SEP]")
     rows = [[first, *rng.integers(len(data.SPECIALS), vocabulary, n - 2), last] for n in lengths]
