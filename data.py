@@ -425,7 +425,8 @@ def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE):
     dataset = open_columns(make_columns(path, task, splits, patch, grid, cache), description["name"], split)
     if split == "train" and len(dataset):
         notes = dataset.store.folder / "warnings.json"
-        if notes.exists() and (lines := json.loads(notes.read_text())):
+        lines = json.loads(notes.read_text()) if notes.exists() else []
+        if lines:
             warn(f"{lines[0]} ({len(lines)} such in {path})")
         if "target" in task.needs:
             dataset = drop_unreachable(dataset, path)
