@@ -23,6 +23,7 @@ import itertools
 import json
 import re
 import sys
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -427,7 +428,8 @@ def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE):
     dataset = open_columns(make_columns(path, task, splits, patch, grid, cache), description["name"], split)
     if split == "train" and len(dataset):
         notes = dataset.store.folder / "warnings.json"
-        if notes.exists() and (lines := json.loads(notes.read_text())):
+        lines = json.loads(notes.read_text()) if notes.exists() else []
+        if lines:
             warn(f"{lines[0]} ({len(lines)} such in {path})")
         if "target" in task.needs:
             dataset = drop_unreachable(dataset, path)
@@ -557,8 +559,8 @@ def tokenizer_from_vocab(text):
         vocab[piece] = number
     words = [piece for piece in vocab if not piece.startswith("[")]
     cased = any(word != word.lower() for word in words)
-    strip = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
-    accents = any(not word.isascii() and strip.normalize_str(word) != word for word in words)
+    letters = unicodedata.normalize("NFD", "".join(words))
+    accents = any(unicodedata.category(letter) == "Mn" for letter in set(letters))
     tokenizer = wordpiece(vocab, lowercase=not cased, strip_accents=not cased and not accents)
     # one that stands in a text is then read as one piece
     tokenizer.add_special_tokens([piece for piece in SPECIALS if piece in vocab])

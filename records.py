@@ -360,7 +360,8 @@ class Pictures:
                 continue
             shapes = {name: regions[name].shape[1:] for name in STORED if name in regions}
             if first is None:
-                first, first_path = shapes, job.path
+                first = shapes
+                first_path = job.path
             if shapes["features"] != first["features"]:
                 mistakes.add(f"{job.where}: {job.path} has features {shapes['features'][0]} wide, {first_path} "
                              f"{first['features'][0]}; extract all alike")  # fmt: skip

@@ -886,8 +886,8 @@ def test_order_and_masks_depend_on_seed_and_epoch(dataset, tokenizer):
     assert longest != sorted(longest)
     batch = data.collate(dataset, np.arange(64))
     words = [data.mask_words(batch, tokenizer, np.random.default_rng(seed)).word_index.tolist() for seed in (0, 1)]
-    areas = [data.mask_regions(batch, np.random.default_rng(seed)).region_index.tolist() for seed in (0, 1)]
-    assert words[0] != words[1] and areas[0] != areas[1]
+    regions_masked = [data.mask_regions(batch, np.random.default_rng(seed)).region_index.tolist() for seed in (0, 1)]
+    assert words[0] != words[1] and regions_masked[0] != regions_masked[1]
     for share in (0.1, 0.4):
         masked = data.mask_words(batch, tokenizer, np.random.default_rng(0), p=share)
         assert abs(len(masked.word_index) / (batch.text > 4).sum() - share) < 0.06
