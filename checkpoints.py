@@ -28,6 +28,7 @@ import uniter
 import vilbert
 import weights
 from common import UserError, print0, rank_and_world
+from tasks import TASKS
 
 # ---- the table of models -----------------------------------------------------------------------------------------
 
@@ -50,6 +51,11 @@ from common import UserError, print0, rank_and_world
 #   text_types(tasks) the table of text types for these tasks: for each row, the row of pretraining's that it starts as
 # Official names and sizes are optional: they stand in formats.FORMATS, not in the model's file.
 MODELS = {"uniter": uniter, "vilbert": vilbert, "lxmert": lxmert}
+
+for task in TASKS.values():
+    if task.loss:  # the task brings its objective along: every model has it
+        for paper in MODELS.values():
+            paper.OBJECTIVES[task.objective] = task.loss
 
 
 # ---- our own checkpoints -----------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ class Task:
     batch: Callable  # (run, dataset, index, rng) -> data.Batch
     evaluate: Callable  # (run, dataset) -> (metrics, chance)
     show: Callable  # (run, dataset, example's number, its logits, how many answers) -> text for a reader
+    loss: common.Objective | None = None  # that row, where the models do not have it themselves
     logits: Callable | None = None  # (run, dataset, index) -> what `show` takes of each; None: `example_logits`
     needs: tuple = ()  # keys that a line must have besides text and a picture
     pictures: int = 1  # pictures of a line
