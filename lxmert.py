@@ -14,7 +14,7 @@ Known deviations from the official code:
 - Its optimizer, BertAdam, is not copied (tests/test_golden.py replays it: no bias correction, epsilon 1e-6 outside the
   root, weight decay on every parameter, a first update with learning rate 0).
 - In pretraining a quarter of the pairs is mismatched, and nothing is predicted in those (as in 12-in-1). There a half
-  is, and everything is predicted in them. The README's decisions have the numbers.
+  is, and everything is predicted in them. docs/decisions.md has the numbers.
 Where paper and official code differ, this file follows the code: feature regression is smooth-L1, not L2; classes and
 attributes are predicted for all regions, weighted by the detector's confidence, not only for the masked ones.
 Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,

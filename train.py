@@ -301,7 +301,7 @@ def drop_unsupported(paper, objectives, dataset):
     for name, reason in missing.items():
         common.print0(f"data     objective {name} is left out: {reason}")
     if len(missing) == len(objectives):
-        raise UserError("the data have nothing for any of the objectives; see the README's table of objectives")
+        raise UserError("the data have nothing for any of the objectives; see the table of objectives in docs/usage.md")
     return {name: ratio for name, ratio in objectives.items() if name not in missing}
 
 

@@ -10,7 +10,7 @@ What the model does, in five lines:
 Known deviations: sequences are padded, not packed, which changes no valid position. Row 0 of the official mask
 embedding, zeroed there at each use, does not exist here. Widths and heights of boxes are computed; official files hold
 them in float16. A model from scratch has a rescaled box projection and, if narrow, wider initial weights
-(`common.init_box_projection`, `common.init_weights`). docs/ lists the errors of the official code.
+(`common.init_box_projection`, `common.init_weights`). docs/details.md lists the errors of the official code.
 Letters: B batch, T text positions, N regions, S = T + N, C width, F region-feature width, V vocabulary, K classes,
 A answers, M masked.
 """

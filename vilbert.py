@@ -14,7 +14,7 @@ Known deviations from the official code:
 - Class 1 of the matching head means "match", officially class 0. Its rows are swapped when official weights are read
   or written.
 - In pretraining nothing is predicted in mismatched pairs, as 12-in-1 has it; ViLBERT's own code predicts there too.
-The README's errata list the errors of the official code.
+docs/details.md lists the errors of the official code.
 Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
 M masked positions, A answers.
 """
