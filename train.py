@@ -244,6 +244,10 @@ def load_data(run, checkpoint, teacher):
     if options.one_source(args):
         run.content_words = args.data_sets[0][1]["content_words"]
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)
+    if args.max_words is None:
+        args.max_words = 60
+        if checkpoint and checkpoint["config"].get("max_positions", 60) < 60:
+            args.max_words = checkpoint["config"]["max_positions"]
     for splits in run.sets.values():
         for split in splits.values():
             split.encode(run.tokenizer, max_length=args.max_words)

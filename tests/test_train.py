@@ -707,9 +707,9 @@ def test_an_impossible_number_is_refused_by_name(arguments):
         options.parse(arguments.split())
 
 
-def test_zero_means_zero():
+def test_zero_means_zero(pictures):
     args = options.parse(
-        ["--data", "x.jsonl", "--lr", "0", "--mask", "0", "--warmup", "0", "--weight-decay", "0", "--steps", "0"]
+        ["--data", str(pictures), "--lr", "0", "--mask", "0", "--warmup", "0", "--weight-decay", "0", "--steps", "0"]
     )
     args = options.resolve_options(args, "uniter", 0)
     assert (args.lr, args.mask, args.warmup, args.weight_decay, args.steps) == (0, 0, 0, 0, 0)
@@ -1027,7 +1027,8 @@ def test_one_picture_and_one_example_a_split_work_or_are_one_line(model, task, p
     given = [*SMALL, "--model", model, "--task", task, "--data", "one.jsonl", "--steps", "2"]
     code = train.main(given)
     output = capsys.readouterr()
-    assert code == 0 or output.err.count("\n") == 1
+    errors = [line for line in output.err.splitlines() if not line.startswith("warning: ")]
+    assert code == 0 or len(errors) == 1
     assert "no better than chance" not in output.out
 
 
