@@ -622,7 +622,10 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "refer": common.Objective(referring_expression, head="refer"),
 }
 
-CHOICES = {"contrast": ("infonce", "hinge", "sigmoid", "dcl"), "fusion": ("mul", "sum")}  # fields of Config that are words
+CHOICES = {
+    "contrast": ("infonce", "hinge", "sigmoid", "dcl"),
+    "fusion": ("mul", "sum"),
+}  # fields of Config that are words
 VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
 NEGATIVES = ("text", "image", "text")  # mismatched partners of a true pair in retrieval, in the order of the rows
 MODEL = ViLBERT
