@@ -62,7 +62,7 @@ OPTIONS = {
         ("--data", str, "scenes", "scenes (built in) or a .jsonl file; one for all tasks, or one for each: a,b,c"),
         ("--limit", COUNT, None, "use N of the training examples, drawn at random"),
         ("--vocab", str, None, "a BERT vocab.txt or a tokenizer.json (default: trained on the training texts)"),
-        ("--max-words", number(int, 8), 60, "word pieces of a text, with [CLS] and [SEP]; the rest is cut off"),
+        ("--max-words", number(int, 8), None, "word pieces of a text, with [CLS] and [SEP]; the rest is cut off (default: 60)"),
         ("--mask", SHARE, None, "share of the word pieces that pretraining masks (default: of the data set, or 0.15)"),
         ("--patch", COUNT, 12, "each region of a picture is resized to N x N pixels"),
         ("--grid", COUNT, 6, "a picture without boxes is cut into N x N regions"),

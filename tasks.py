@@ -277,7 +277,7 @@ def objective_sums(run, dataset, index, name, word_masking=None):
     share training has, so that chance is the same for all models."""
     own = ObjectiveSums()
     for part in evaluation_batches(run, dataset, index):
-        rng = np.random.default_rng((1, int(part[0])))
+        rng = data.random_stream("evaluation", int(part[0]))
         batch = make_batch(run, dataset, part, [name], rng, 0.5, word_masking)
         loss, logits = loss_and_logits(run, batch, name)
         add_batch(own, run.paper.OBJECTIVES[name], batch, float(loss), logits)

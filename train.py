@@ -246,6 +246,10 @@ def load_data(run, checkpoint, teacher):
     if options.one_source(args):
         run.content_words = args.data_sets[0][1]["content_words"]
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)
+    if args.max_words is None:
+        args.max_words = 60
+        if checkpoint and checkpoint["config"].get("max_positions", 60) < 60:
+            args.max_words = checkpoint["config"]["max_positions"]
     for splits in run.sets.values():
         for split in splits.values():
             split.encode(run.tokenizer, max_length=args.max_words)
@@ -352,7 +356,7 @@ def prepare_step(run, streams, step):
     args = run.args
     task = sample_task(run, step)
     if tasks.is_pretraining(task):
-        rng = np.random.default_rng((args.seed, step))  # the same in every process
+        rng = data.random_stream("objectives", args.seed, step)  # the same in every process
         names = sample_objectives(run.paper, run.objectives, rng, (step - 1) / args.steps)
     else:
         names = tasks.task_objectives(args, task)
@@ -360,7 +364,7 @@ def prepare_step(run, streams, step):
     batches = []
     for i in range(args.accumulate):
         part = run.rank * args.accumulate + i  # of all forward passes of the step
-        rng = np.random.default_rng((args.seed, step, part))
+        rng = data.random_stream("batch", args.seed, step, part)
         batch = tasks.make_batch(run, run.sets[task]["train"], index[part :: run.world * args.accumulate], names, rng)
         if run.device.type == "cuda":
             batch = batch.pin()
@@ -371,7 +375,7 @@ def prepare_step(run, streams, step):
 def sample_task(run, step):
     """The task of step 1, 2, ..., drawn in proportion to the tasks' training examples, by seed and step alone."""
     sizes = np.array([len(splits["train"]) for splits in run.sets.values()])
-    rng = np.random.default_rng((run.args.seed, step, 7))
+    rng = data.random_stream("task", run.args.seed, step)
     return str(rng.choice(list(run.sets), p=sizes / sizes.sum()))
 
 
@@ -412,7 +416,7 @@ def index_stream(args, dataset, parts, skip):
     if len(dataset) < parts:
         raise UserError(f"{len(dataset)} examples are too few for {parts} forward passes in a step")
     for epoch in itertools.count():
-        rng = np.random.default_rng((args.seed, epoch))
+        rng = data.random_stream("order", args.seed, epoch)
         order = data.batches(dataset.lengths(), rng, size=args.batch_size * parts)
         order = [index for index in order if len(index) >= parts]
         yield from order[skip:]
