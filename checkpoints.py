@@ -405,13 +405,15 @@ def rename_state(model, kind, state, own, report):
 def widen_text_types(state, own, starts, report):
     """The state dict with the text types that the model has and the file lacks.
 
-    starts: what the model's `text_types` returned: type i starts as row starts[i] of the file.
+    starts: what the model's `text_types` returned: type i starts as row starts[i] of the file, further ones as row 0.
     """
     name = "text_embedding.types.weight"
     if name not in state or name not in own or len(state[name]) >= len(own[name]):
         return state
     table = state[name]  # (types of the file, C)
-    new = list(starts[len(table) : len(own[name])])
+    new = []
+    for row in range(len(table), len(own[name])):
+        new.append(starts[row] if row < len(starts) else 0)
     state = dict(state)
     state[name] = torch.cat([table, table[new]])  # (types of the model, C)
     report.resized.append(name)
