@@ -240,7 +240,7 @@ def set_data_defaults(args, all_models):
     if one_source(args):
         defaults = args.data_sets[0][1]["defaults"]
     if args.patch != 12 and any(description["regions"] for _, description in args.data_sets):
-        raise UserError("--patch is for pictures; the regions of this data set were made with a patch of 12")
+        raise UserError("--patch is for pictures; the regions of this data set are made already")
     if args.steps is None:
         paper = checkpoints.MODELS[args.model]
         # UNITER trains one objective a step, so it takes more steps; side by side all models take equally many
