@@ -208,6 +208,9 @@ def resolve_options(args, model_name, seed):
     run_args = argparse.Namespace(**vars(args))
     run_args.model = model_name
     run_args.seed = seed
+    presets = checkpoints.MODELS[model_name].PRESETS
+    if args.size not in presets and not args.init:
+        raise UserError(f"--size {args.size}: {model_name} has only {', '.join(presets)}")
     run_args.tasks = args.task.split(",")
     run_args.out = output_folder(args, model_name)
     if args.out and args.model == "all":
@@ -274,7 +277,8 @@ def objectives_of(args, paper):
     default = paper.PRETRAINING["objectives"]
     joined = list(itertools.chain.from_iterable(paper.PRETRAINING["joined"].values()))
     known = {name: 1 for name in sorted(paper.OBJECTIVES) if paper.OBJECTIVES[name].pretraining}
-    known["itc"] = 2  # as often as itm, the other objective that sees whole pairs
+    if "itc" in known:
+        known["itc"] = 2  # as often as itm, the other objective that sees whole pairs
     known.update(default)
     known.update(dict.fromkeys(joined, 0))
     names = [*default, *joined]

@@ -707,6 +707,13 @@ def test_an_impossible_number_is_refused_by_name(arguments):
         options.parse(arguments.split())
 
 
+@pytest.mark.parametrize("model", ["vilbert", "lxmert"])
+def test_a_size_that_the_model_lacks_is_one_line(model, pictures):
+    args = options.parse(["--model", model, "--size", "large", "--data", str(pictures)])
+    with pytest.raises(common.UserError, match=f"--size large: {model} has only tiny, base"):
+        options.resolve_options(args, model, 0)
+
+
 def test_zero_means_zero(pictures):
     args = options.parse(
         ["--data", str(pictures), "--lr", "0", "--mask", "0", "--warmup", "0", "--weight-decay", "0", "--steps", "0"]
