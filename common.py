@@ -427,227 +427,13 @@ def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iteration
     return (plan * cost).sum((1, 2)), plan, cost
 
 
-# ---- contrast: image, text (B, C), L2-normalised, row i of each is one pair -> a scalar -------------------------
-
-
-@in_float32
-def pairwise_cosine(image, text, same=None):
-    """Cosines (B, B), pictures x texts, and two masks (B, B) bool: which pairs are positives, which are negatives.
-
-    The diagonal is positive. All else is negative but `same` (B, B) bool, symmetric, True = rows i and j show one
-    picture. ValueError if the shapes differ.
-    """
-    if image.shape != text.shape:
-        raise ValueError(f"pictures {tuple(image.shape)} and texts {tuple(text.shape)} are not pairs: shapes differ")
-    cosines = image @ text.T  # (B, C) @ (C, B) -> (B, B)
-    positive = torch.eye(len(image), dtype=torch.bool, device=image.device)
-    negative = ~positive
-    if same is not None:
-        negative = negative & ~same
-    return cosines, positive, negative
-
-
-def info_nce(image, text, temperature=0.07, same=None):
-    """Symmetric InfoNCE (van den Oord 2018, eq. 4; CLIP 2021, fig. 3): pull each pair together, push the batch apart.
-
-        L = 1/2 [ CE(s, I) + CE(s^T, I) ],   s_ij = <image_i, text_j> / temperature
-
-    temperature: > 0, float or 0-d tensor.   same: as in `pairwise_cosine`; such pairs are left out of the sums.
-    Returns a 0-d tensor in nats; log B is chance.   ValueError if the shapes differ.
-    """
-    cosines, positive, negative = pairwise_cosine(image, text, same)
-    logits = (cosines / temperature).masked_fill(~(negative | positive), -torch.inf)
-    labels = torch.arange(len(image), device=image.device)
-    return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
-
-
-def hardest_hinge(image, text, margin=0.2, same=None):
-    """Hinge on the hardest negative (VSE++, Faghri 2018, section 2.3), c the cosines:
-
-        L = 1/B sum_i [ max_j (m + c_ij - c_ii)_+ + max_j (m + c_ji - c_ii)_+ ],   j a negative of i
-
-    The official code sums over the batch. same, ValueError: as in `pairwise_cosine`.
-    """
-    cosines, _, negative = pairwise_cosine(image, text, same)
-    if len(cosines) == 0:
-        return cosines.sum()
-    positives = cosines.diagonal()  # (B,)
-    negatives = cosines.masked_fill(~negative, -torch.inf)
-    hardest_image = negatives.amax(0)  # (B, B) -> (B,), for each text
-    hardest_text = negatives.amax(1)  # (B, B) -> (B,), for each picture
-    return F.relu(margin + hardest_image - positives).mean() + F.relu(margin + hardest_text - positives).mean()
-
-
-def sigmoid_contrast(image, text, temperature=0.1, bias=-10.0, same=None):
-    """SigLIP (Zhai 2023, section 3.2): each of the B^2 pairs is classified alone, z = 1 for a true one, else -1.
-
-        L = -1/B sum_ij log sigmoid( z_ij (<image_i, text_j> / temperature + bias) )
-
-    bias: float or 0-d tensor; starts at -10, as nearly all pairs are false. same, ValueError: as in `pairwise_cosine`.
-    """
-    cosines, positive, negative = pairwise_cosine(image, text, same)
-    sign = 2.0 * positive - 1.0  # (B, B)
-    log_probs = F.logsigmoid(sign * (cosines / temperature + bias))
-    return -(log_probs * (negative | positive)).sum() / max(1, len(image))
-
-
-def decoupled_contrast(image, text, temperature=0.07, same=None):
-    """DCL (Yeh 2022, section 3): InfoNCE without the positive in the denominator, where it slows learning down.
-
-        L = 1/2B sum_i [ -2 s_ii + log sum_j exp s_ij + log sum_j exp s_ji ],   j a negative of i,  s as in `info_nce`
-
-    The paper's negatives within one modality are left out. A row without negatives counts as 0.
-    same, ValueError: as in `pairwise_cosine`.
-    """
-    cosines, _, negative = pairwise_cosine(image, text, same)
-    logits = cosines / temperature
-    has_negative = negative.any(1)  # (B,), for rows and columns alike: `negative` is symmetric
-    negatives = logits.masked_fill(~negative, -torch.inf)
-    # rows without negatives become 0, because logsumexp of -inf alone has no gradient
-    to_text = negatives.masked_fill(~has_negative[:, None], 0.0).logsumexp(1)  # (B, B) -> (B,)
-    to_image = negatives.masked_fill(~has_negative, 0.0).logsumexp(0)
-    return (((to_text + to_image) / 2 - logits.diagonal()) * has_negative).sum() / max(1, len(image))
-
-
-def scheduled_temperature(first, last, part):
-    """Half a cosine from `first` to `last` while `part` goes from 0 to 1 (cf. Kukleva 2023, section 3.2):
-    first + (last - first) (1 - cos(pi part)) / 2."""
-    return first + (last - first) * (1.0 - math.cos(math.pi * part)) / 2
-
-
-@in_float32
-def l2_normalize(x):
-    """x / ||x|| over the last axis."""
-    return F.normalize(x, dim=-1)
-
-
-class ContrastHead(nn.Module):
-    """The head of image-text contrast. Text and picture, each encoded alone, become unit vectors (E,) of one space.
-
-    The text's vector is a linear map of [CLS], the picture's of the mean over its regions. The temperature is learned
-    as log_scale = log(1 / temperature) (CLIP 2021, section 2.5). It starts at 0.07 and stays in 0.01..1.
-    """
-
-    def __init__(self, text_width, region_width, width, kind="infonce"):
-        super().__init__()
-        self.project_text = Float32Linear(text_width, width, bias=False)
-        self.project_image = Float32Linear(region_width, width, bias=False)
-        self.kind = kind
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
-        self.bias = nn.Parameter(torch.tensor(-10.0)) if kind == "sigmoid" else None
-
-    def text(self, states):
-        """(B, T, C) -> (B, E)"""
-        return l2_normalize(self.project_text(states[:, 0]))
-
-    def image(self, states, mask):
-        """(B, N, C), mask (B, N) bool, True = a region -> (B, E)"""
-        return l2_normalize(self.project_image(masked_mean(states, mask)))
-
-    def forward(self, image, text, pictures):
-        """The loss that `kind` names, over the rows of all processes, and its logits (B', B').
-
-        image, text (B, E); pictures (B,) int64, which picture each row shows: rows of one picture are no negatives.
-        """
-        vectors = gather_with_gradient(torch.cat([image, text], 1))  # (B, 2E) -> (B', 2E): one exchange for the two
-        image, text = vectors.chunk(2, 1)
-        pictures = gather_with_gradient(pictures)
-        same = pictures[:, None] == pictures  # (B', B')
-        if self.training:
-            self.log_scale.data.clamp_(0.0, math.log(100.0))  # the parameter itself, so that it keeps a gradient
-        temperature = (-self.log_scale).exp()
-        if self.kind == "infonce":
-            loss = info_nce(image, text, temperature, same)
-        elif self.kind == "hinge":
-            loss = hardest_hinge(image, text, same=same)
-        elif self.kind == "sigmoid":
-            loss = sigmoid_contrast(image, text, temperature, self.bias, same)
-        else:
-            loss = decoupled_contrast(image, text, temperature, same)
-        return loss, pairwise_cosine(image, text)[0] / temperature
-
-
 # ---- distillation: a student learns a teacher's logits, attention and states ------------------------------------
-
-
-@in_float32
-def soft_label_loss(student, teacher, temperature=2.0):
-    """Soft labels (Hinton 2015, section 2): T^2 KL( softmax(teacher / T) || softmax(student / T) ), mean over rows.
-
-    student, teacher: logits (M, K). T^2 keeps the size of the gradient, which falls as 1 / T^2. Values without
-    classes, (M,), are compared by their squared difference. ValueError if the shapes differ.
-    """
-    if student.shape != teacher.shape:
-        raise ValueError(f"logits {tuple(student.shape)} of the student, {tuple(teacher.shape)} of the teacher")
-    if len(student) == 0:
-        return student.sum() * 0.0
-    if student.ndim == 1:
-        return (student - teacher).square().mean()
-    log_p = (student / temperature).log_softmax(-1)
-    log_t = (teacher / temperature).log_softmax(-1)
-    return temperature**2 * (log_t.exp() * (log_t - log_p)).sum(-1).mean()  # (M, K) -> (M,) -> ()
 
 
 def teacher_projections(text_width, region_width, widths):
     """Linear maps from a student's states to a teacher's widths (text, regions), learned with the student and not used
     afterwards. One for all layers of a modality (TinyBERT)."""
     return nn.ModuleDict({"text": nn.Linear(text_width, widths[0]), "regions": nn.Linear(region_width, widths[1])})
-
-
-def layer_map(student, teacher):
-    """Which teacher layer each student layer imitates: uniform, last to last (TinyBERT, Jiao 2020, section 3.1).
-
-    Two and six layers: [2, 5]."""
-    return [max(0, (i + 1) * teacher // student - 1) for i in range(student)]
-
-
-def average_heads(maps, heads):
-    """Attention maps (B, H, T, S) averaged to `heads` heads, each over H / heads neighbours -> (B, heads, T, S).
-    ValueError if H is not a multiple."""
-    if maps.shape[1] % heads:
-        raise ValueError(f"{maps.shape[1]} attention heads of the teacher cannot be shared by {heads} of the student")
-    return maps.unflatten(1, (heads, -1)).mean(2)  # (B, H, T, S) -> (B, heads, H/heads, T, S) -> (B, heads, T, S)
-
-
-def mean_over_rows(values, mask):
-    """Mean over a row's True positions, then over rows: values, mask (B, S) -> (). A row without any counts as 0."""
-    return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
-
-
-def visible_log_probs(maps, visible):
-    """Log of attention maps (B, H, T, S), rescaled to sum to 1 over the visible keys (B, 1, 1, S); 0 elsewhere."""
-    tiny = torch.finfo(torch.float32).tiny
-    maps = maps * visible
-    return (maps / maps.sum(-1, keepdim=True).clamp(min=tiny)).clamp(min=tiny).log() * visible
-
-
-@in_float32
-def attention_loss(student, teacher, queries, keys):
-    """Two losses on attention maps, (kl, mse), each a mean over heads, over a row's real queries, over rows:
-
-        kl  = sum_s t_s (log t_s - log p_s)                        maps (MiniLM, Wang 2020, section 3.1)
-        mse = mean_s ( (log t_s - mean log t) - (log p_s - mean log p) )^2      logits (TinyBERT, Jiao 2020, eq. 7)
-
-    student p (B, H, T, S), teacher t (B, H', T, S), H' a multiple of H; queries (B, T), keys (B, S) bool, True = real.
-    log p is the logit up to a constant of its query, which the mean removes.
-    """
-    visible = keys[:, None, None, :]  # (B, 1, 1, S)
-    count = visible.sum(-1, keepdim=True).clamp(min=1)  # (B, 1, 1, 1)
-    log_p = visible_log_probs(student, visible)
-    log_t = visible_log_probs(average_heads(teacher, student.shape[1]), visible)
-    kl = (log_t.exp() * (log_t - log_p) * visible).sum(-1)  # (B, H, T, S) -> (B, H, T)
-    student_logits = log_p - log_p.sum(-1, keepdim=True) / count
-    teacher_logits = log_t - log_t.sum(-1, keepdim=True) / count
-    mse = ((teacher_logits - student_logits).square() * visible).sum(-1) / count.squeeze(-1)  # (B, H, T)
-    return mean_over_rows(kl.mean(1), queries), mean_over_rows(mse.mean(1), queries)
-
-
-@in_float32
-def hidden_loss(student, teacher, mask):
-    """Hidden states (TinyBERT, Jiao 2020, eq. 8): squared difference, mean over C, over real positions, over rows.
-
-    student (B, S, C), projected to the teacher's width; teacher (B, S, C); mask (B, S), True = real."""
-    return mean_over_rows((student - teacher).square().mean(-1), mask)
 
 
 # ---- objectives that models share: (model, encoding, batch) -> (loss, logits) ------------------------------------
@@ -688,20 +474,6 @@ def referring_expression(model, encoding, batch):
     if target.ndim == 2:
         target = target.argmax(1)
     return cross_entropy(logits, target, reduction="sum"), logits
-
-
-def image_text_contrast(model, encoding, batch):
-    """Image-text contrast (CLIP 2021, ALBEF 2021; in none of the three papers): see ContrastHead.
-
-    Text and regions are encoded without each other; `encoding` is not read. The pairs are the rows batch.pair_index
-    (M,), of all processes. Rows of one picture, batch.pictures (B,), are no negatives of each other.
-    Logits (M, M), pictures x texts.
-    """
-    head = model.heads["itc"]
-    text = head.text(model.encode(batch, regions=False).text)  # (B, E)
-    image = head.image(model.encode(batch, text=False).regions, batch.region_mask)  # (B, E)
-    pairs = batch.pair_index
-    return head(image.index_select(0, pairs), text.index_select(0, pairs), batch.pictures.index_select(0, pairs))
 
 
 def next_words(model, batch, cache, region_mask):
@@ -784,14 +556,6 @@ def most_likely_class(batch, logits):
 
 
 SHARED_OBJECTIVES = {  # each model's table adds its own, or replaces one of these
-    "itc": Objective(
-        image_text_contrast,
-        head="itc",
-        pretraining=True,
-        mean_over="pairs",
-        encodes=True,
-        labels=lambda batch, logits: torch.arange(len(logits)),  # picture i belongs to text i
-    ),
     "vqa": Objective(question_answering, head="vqa"),
     "ve": Objective(functools.partial(question_answering, head="ve"), head="ve"),
     "vcr": Objective(visual_commonsense_reasoning, head="vcr"),
@@ -851,39 +615,6 @@ def print0(text):
         print(text, flush=True)
 
 
-class SumOverProcesses(torch.autograd.Function):
-    """The sum of x over all processes. Backward: the sum of all processes' gradients."""
-
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return SumOverProcesses.apply(gradient)
-
-
-def gather_with_gradient(x):
-    """The rows of all processes in the order of ranks: x (n, ...) -> (sum of n, ...). n may differ between processes.
-
-    If each process weights its copy of the loss by its share of the rows, the gradients equal those of one process
-    with all rows. Returns x itself in a single process, and in evaluation (`torch.inference_mode`), where the
-    processes have different numbers of batches.
-    """
-    if torch.is_inference_mode_enabled() or not dist.is_initialized():
-        return x
-    rank = dist.get_rank()
-    counts = torch.zeros(dist.get_world_size(), dtype=torch.long)
-    counts[rank] = len(x)
-    dist.all_reduce(counts)
-    before = x.new_zeros(int(counts[:rank].sum()), *x.shape[1:])
-    after = x.new_zeros(int(counts[rank + 1 :].sum()), *x.shape[1:])
-    # every process has zeros in the rows of the others, so that the sum is a gather that allows unequal sizes
-    return SumOverProcesses.apply(torch.cat([before, x, after]))
-
-
 # ---- CPU tuning: dropout ----------------------------------------------------------------------------------------
 
 
@@ -906,44 +637,3 @@ class Dropout(nn.Dropout):
 
     def forward(self, x):
         return apply_dropout(x, self.p) if self.training else x
-
-
-# ---- to be removed once lxmert.py and vilbert.py hold their own --------------------------------------------------
-
-
-def masked_lm(model, encoding, batch):
-    """Masked language modelling: -log P(w_m | other words, regions), mean over masked words. Logits (M, V)."""
-    logits = model.word_logits(gather_positions(encoding.text, batch.word_index))
-    return cross_entropy(logits, batch.word_labels), logits
-
-
-def masked_region_class(model, encoding, batch):
-    """Masked region classification: cross-entropy with the detector's most likely class. Logits (M, K)."""
-    logits = model.heads["mrc"](gather_positions(encoding.regions, batch.region_index))
-    labels = gather_positions(batch.object_probs, batch.region_index)[:, 1:].argmax(-1) + 1
-    return cross_entropy(logits, labels), logits
-
-
-def image_text_matching(model, encoding, batch):
-    """Image-text matching: cross-entropy with batch.matched (B,). Logits (B, 2), class 1 = match."""
-    logits = model.heads["itm"](encoding.pooled)
-    return cross_entropy(logits, batch.matched), logits
-
-
-SHARED_OBJECTIVES |= {
-    "mlm": Objective(
-        masked_lm,
-        head="mlm",
-        pretraining=True,
-        masks="words",
-        mean_over="words",
-        labels=lambda batch, logits: batch.word_labels,
-    ),
-    "itm": Objective(
-        image_text_matching,
-        head="itm",
-        pretraining=True,
-        mismatch=True,
-        labels=lambda batch, logits: batch.matched,
-    ),
-}

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import contrast
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -390,7 +391,7 @@ HEADS = {
     "mrc": lambda c: nn.Linear(c.hidden, c.classes - 1),
     "attr": lambda c: nn.Linear(c.hidden, c.attributes),
     "itm": lambda c: common.Float32Linear(c.hidden, 2),
-    "itc": lambda c: common.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
+    "itc": lambda c: contrast.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
     "hidden": lambda c: common.teacher_projections(c.hidden, c.hidden, c.teacher_widths),
     "qa": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, c.answers),
     "vqa": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, c.answers),
@@ -447,6 +448,7 @@ QUESTIONS = common.Objective(
 
 # What no paper has (itc, caption) and the tasks that this file does not define come from SHARED_OBJECTIVES.
 OBJECTIVES = common.SHARED_OBJECTIVES | {
+    "itc": contrast.CONTRAST,
     "mlm": MASKED_WORDS,
     "mrfr": REGION_FEATURES,
     "mrc": REGION_CLASSES,

@@ -37,6 +37,7 @@ import torch.distributed as dist
 
 import checkpoints
 import common
+import contrast
 import data
 import distill
 import evaluation
@@ -550,7 +551,7 @@ def set_temperature(run, part):
         return
     first, last = ends
     log_scale = run.model.heads["itc"].log_scale.requires_grad_(False)
-    log_scale.fill_(-math.log(common.scheduled_temperature(first, last, part)))
+    log_scale.fill_(-math.log(contrast.scheduled_temperature(first, last, part)))
 
 
 def restore_optimizer(run, checkpoint):

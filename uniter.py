@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import contrast
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -377,7 +378,7 @@ HEADS = {
     "mrfr": FeatureRegressionHead,
     "mrc": lambda c: common.mlp_head(c.hidden, c.hidden, c.classes),
     "itm": lambda c: common.Float32Linear(c.hidden, 2),
-    "itc": lambda c: common.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
+    "itc": lambda c: contrast.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
     "hidden": lambda c: common.teacher_projections(c.hidden, c.hidden, c.teacher_widths),
     "vqa": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, c.answers),
     "ve": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, 3),
@@ -419,6 +420,7 @@ REGION_CLASSES = common.Objective(
 )
 
 OBJECTIVES = common.SHARED_OBJECTIVES | {
+    "itc": contrast.CONTRAST,
     "mlm": MASKED_WORDS,
     "mrfr": REGION_FEATURES,
     "mrc": REGION_CLASSES,

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import contrast
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -567,7 +568,7 @@ HEADS = {
     "mrfr": lambda c: common.mlp_head(c.visual_hidden, c.visual_hidden, c.feature_size),
     "mrc": lambda c: common.mlp_head(c.visual_hidden, c.visual_hidden, c.classes),
     "itm": lambda c: common.Float32Linear(c.shared, 2),
-    "itc": lambda c: common.ContrastHead(c.hidden, c.visual_hidden, c.hidden, c.contrast),
+    "itc": lambda c: contrast.ContrastHead(c.hidden, c.visual_hidden, c.hidden, c.contrast),
     "hidden": lambda c: common.teacher_projections(c.hidden, c.visual_hidden, c.teacher_widths),
     "vqa": lambda c: answer_head(c, c.answers),
     "ve": lambda c: nn.Linear(c.shared, 3),
@@ -609,6 +610,7 @@ MATCHING = common.Objective(
 
 # What no paper has (itc, caption) and VQA come from SHARED_OBJECTIVES.
 OBJECTIVES = common.SHARED_OBJECTIVES | {
+    "itc": contrast.CONTRAST,
     "mlm": MASKED_WORDS,
     "mrc_kl": REGION_CLASSES,
     "mrc": replace(REGION_CLASSES, loss=masked_region_class),
