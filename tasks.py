@@ -33,6 +33,7 @@ from evaluation import (
     first_captions,
     gather_objects,
     generate,
+    iou,
     is_text_of,
     match_logits,
     recall_at,
@@ -552,7 +553,7 @@ def refer_batch(run, dataset, index, rng):
 def target_overlaps(dataset, index, batch):
     """(B, N) overlap (IoU) of each region with the box that is meant; -1 for padding."""
     target = torch.from_numpy(dataset.target[index]).float()[:, None]  # (B, 4) -> (B, 1, 4)
-    return common.iou(batch.boxes, target).masked_fill(~batch.region_mask, -1.0)
+    return iou(batch.boxes, target).masked_fill(~batch.region_mask, -1.0)
 
 
 def evaluate_refer(run, dataset):

@@ -12,6 +12,7 @@ from torch import nn
 import common
 import contrast
 import distill
+import evaluation
 import formats
 import tasks
 
@@ -60,14 +61,14 @@ def test_layer_norm_equals_the_kernel():
     assert (norm(tiny) - F.layer_norm(tiny, (8,), weight, bias, 1e-5)).abs().max() > 0.1
 
 
-def test_explicit_attention_equals_fused_attention():
+def test_explicit_attention_equals_the_kernel():
     query = randn(2, 3, 4, 5)
     key = randn(2, 3, 6, 5)
     value = randn(2, 3, 6, 5)
     bias = common.attention_bias(lengths_mask(6, [6, 2]), torch.float64)
     for mask in (None, bias):
         context, probs = common.attention(query, key, value, mask)
-        close(context, common.fused_attention(query, key, value, mask))
+        close(context, F.scaled_dot_product_attention(query, key, value, mask))
         close(probs.sum(-1), torch.ones(2, 3, 4).double())
     assert (probs[1, :, :, 2:] == 0).all()
     assert (probs[1, :, :, :2] > 0).all()
@@ -82,7 +83,7 @@ def test_a_query_without_visible_keys_attends_to_all_keys():
     bias = common.attention_bias(torch.zeros(2, 6, dtype=torch.bool), torch.float64)
     want = common.attention(query, key, value)[0]
     close(common.attention(query, key, value, bias)[0], want, 1e-10)
-    close(common.fused_attention(query, key, value, bias), want, 1e-10)
+    close(F.scaled_dot_product_attention(query, key, value, bias), want, 1e-10)
 
 
 # ---- parts of the Transformer ----------------------------------------------------------------------------------
@@ -387,13 +388,16 @@ def test_squared_error_is_a_mean_over_all_elements():
     close(common.squared_error(a, b), F.mse_loss(a, b))
 
 
-def test_margin_ranking_loss_by_hand():
+def test_retrieval_margin_by_hand():
     logits = torch.tensor([[2.0, -1.0, 3.0], [0.0, 0.1, -9.0], [5.0, -5.0, -5.0]]).double()
     total = 0.0
     for positive, *negatives in logits.sigmoid().tolist():
         for negative in negatives:
             total += max(0, 0.2 + negative - positive)
-    assert common.margin_ranking_loss(logits).item() == pytest.approx(total / 6)
+    model = SimpleNamespace(heads={"rank": nn.Identity()})
+    loss, got = common.retrieval_rank(model, SimpleNamespace(pooled=logits.view(9, 1)), None)
+    assert loss.item() == pytest.approx(total / 6)
+    assert torch.equal(got, logits.flatten())
 
 
 # Every loss as a function of x (6, 5). All that a function does to x before the loss is exact in bfloat16.
@@ -420,7 +424,6 @@ LOSSES = {
     "soft_answer_loss": lambda x: common.soft_answer_loss(x, targets(x, 6, 5)),
     "squared_error": lambda x: common.squared_error(x, targets(x, 6, 5)),
     "kl_divergence": lambda x: common.kl_divergence(x, targets(x, 6, 5)),
-    "margin_ranking_loss": lambda x: common.margin_ranking_loss(4 * x),  # with sigmoids close to 0 and 1
     "soft_label_loss": lambda x: distill.soft_label_loss(x, targets(x, 6, 5)),
     "soft_label_loss of values without classes": lambda x: distill.soft_label_loss(x.flatten(), targets(x, 30)),
     "attention_loss, kl": lambda x: attention_losses(x)[0],
@@ -565,7 +568,7 @@ def pixels(box):
 def test_iou_by_counting_pixels():
     corners = torch.randint(0, 12, (60, 2, 2, 2))
     boxes = torch.cat([corners.amin(2), corners.amax(2) + 1], -1)  # (60, 2, 4), at least one pixel each
-    got = common.iou(boxes[:, 0].double(), boxes[:, 1].double())
+    got = evaluation.iou(boxes[:, 0].double(), boxes[:, 1].double())
     for (a, b), value in zip(boxes.tolist(), got.tolist(), strict=True):
         assert value == pytest.approx(len(pixels(a) & pixels(b)) / len(pixels(a) | pixels(b)), abs=1e-12)
     assert 0 < (got > 0).sum() < 60
@@ -574,7 +577,7 @@ def test_iou_by_counting_pixels():
 def test_iou_of_boxes_that_touch_or_are_empty():
     boxes = torch.tensor([[0.0, 0, 2, 2], [2, 0, 4, 2], [1, 1, 3, 3], [5, 5, 5, 5]])
     want = [[1, 0, 1 / 7, 0], [0, 1, 1 / 7, 0], [1 / 7, 1 / 7, 1, 0], [0, 0, 0, 0]]
-    close(common.iou(boxes[:, None], boxes[None]), torch.tensor(want), 1e-6)  # broadcast: (4, 4)
+    close(evaluation.iou(boxes[:, None], boxes[None]), torch.tensor(want), 1e-6)  # broadcast: (4, 4)
 
 
 def test_recall_at_by_a_loop():

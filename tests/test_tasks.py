@@ -614,7 +614,7 @@ def test_regions_are_right_above_one_half(drawn, tokenizer, monkeypatch):
     best, chance, overlaps = [], [], []
     for i in range(len(dataset)):
         boxes = dataset.store.gather(dataset.image[i : i + 1])["boxes"][0]
-        overlap = [float(common.iou(box, torch.tensor(dataset.target[i]).float())) for box in boxes]
+        overlap = [float(evaluation.iou(box, torch.tensor(dataset.target[i]).float())) for box in boxes]
         best.append(int(np.argmax(overlap)))
         overlaps.append(overlap)
         chance.append(np.mean([o > 0.5 for o in overlap]))
