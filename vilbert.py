@@ -27,6 +27,7 @@ from torch import nn
 
 import common
 import contrast
+import twelve_in_one
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -142,27 +143,6 @@ class CoAttentionLayer(nn.Module):
         return self.text_feed_forward(new_text), self.region_feed_forward(new_regions)
 
 
-class DynamicLayer(common.TransformerLayer):
-    """A visual layer whose queries and keys are multiplied by 1 + sigmoid(W t + b) (an option of 12-in-1's code).
-
-    x (B, 1+N, C); t (B, 1, C') the mean of the text's hidden states, None for a plain layer.
-    """
-
-    def __init__(self, text_width, width, heads, inner, dropout=0.0):
-        super().__init__(width, heads, inner, dropout)
-        self.gate_query = nn.Linear(text_width, width)
-        self.gate_key = nn.Linear(text_width, width)
-
-    def forward(self, x, bias=None, maps=None, text=None):
-        if text is None:
-            return super().forward(x, bias, maps)
-        block = self.attention
-        query = block.query(x) * (1.0 + self.gate_query(text).sigmoid())  # (B, 1+N, C) * (B, 1, C)
-        key = block.key(x) * (1.0 + self.gate_key(text).sigmoid())  # (B, 1+N, C) * (B, 1, C)
-        context = block.attend_heads(query, key, block.value(x), bias, maps)  # (B, 1+N, C)
-        return self.feed_forward(block.norm(x + block.hidden_dropout(context)))
-
-
 def schedule(config):
     """The order in which layers run: a list of ("text", i), ("regions", i) and ("cross", k).
 
@@ -215,7 +195,7 @@ class ViLBERT(nn.Module):
         self.region_layers = nn.ModuleList()
         for _ in range(config.visual_layers):
             if config.dynamic_attention:
-                self.region_layers.append(DynamicLayer(config.hidden, *sizes))
+                self.region_layers.append(twelve_in_one.DynamicLayer(config.hidden, *sizes))
             else:
                 self.region_layers.append(common.TransformerLayer(*sizes))
         self.connections = nn.ModuleList(CoAttentionLayer(config) for _ in config.connections)
@@ -426,51 +406,6 @@ def masked_region_features(model, encoding, batch):
     return F.mse_loss(predicted, target, reduction="sum") / max(1, target.numel()), predicted
 
 
-def sample_negatives(batch, near, far):
-    """Negatives for each masked region, drawn with replacement from the real regions: `far` from other pictures, then
-    `near` from its own picture, itself left out. Where there are none of one kind, the other kind takes their place.
-
-    Returns flat positions in B*N: (M, far + near). ValueError if the batch has no second region.
-    """
-    regions = batch.region_mask.shape[1]
-    real = batch.region_mask.flatten()  # (B*N,) bool, True = a region
-    picture_of_region = torch.arange(len(real), device=real.device) // regions  # (B*N,)
-    picture_of_masked = batch.region_index // regions  # (M,)
-    same_picture = picture_of_masked[:, None] == picture_of_region  # (M, B*N)
-    far_pool = real & ~same_picture  # (M, B*N) bool, True = may be drawn
-    near_pool = (real & same_picture).scatter(1, batch.region_index[:, None], False)
-    # On a GPU this check would wait for the result; there torch.multinomial fails instead.
-    if real.is_cpu and not (near_pool | far_pool).any(1).all():
-        raise ValueError("the NCE objective needs a second region in the batch")
-    far_pool = torch.where(far_pool.any(1, keepdim=True), far_pool, near_pool)
-    near_pool = torch.where(near_pool.any(1, keepdim=True), near_pool, far_pool)
-    far_index = torch.multinomial(far_pool.float(), far, replacement=True)  # (M, B*N) -> (M, far)
-    near_index = torch.multinomial(near_pool.float(), near, replacement=True)  # (M, B*N) -> (M, near)
-    return torch.cat([far_index, near_index], 1)
-
-
-def noise_contrastive_regions(model, encoding, batch, negatives=None):
-    """NCE on masked regions (12-in-1's code): which of 1 + n features is the masked one's own?
-
-        L = -log exp(h(v_m) f_m) / sum_{j in {m} and negatives} exp(h(v_m) f_j), mean over masked regions
-
-    negatives (M, n): flat positions in B*N; None draws 89 from other pictures and 38 from the same (70% and 30% of 128,
-    rounded down). Head and clean features as in regression. Logits (M, 1 + n), the positive first.
-    """
-    index = batch.region_index  # (M,)
-    states = common.gather_positions(encoding.regions, index)  # (B, N, C) -> (M, C)
-    predicted = common.at_least_float32(model.heads["mrfr"](states))  # (M, C) -> (M, F)
-    if len(index) == 0:
-        return predicted.sum() * 0.0, predicted[:, :1]
-    if negatives is None:
-        negatives = sample_negatives(batch, near=38, far=89)
-    features = batch.clean_features.flatten(0, 1).to(predicted.dtype)  # (B, N, F) -> (B*N, F)
-    with common.full_precision(predicted.device):
-        products = predicted @ features.T  # (M, F) @ (F, B*N) -> (M, B*N)
-    logits = products.gather(1, torch.cat([index[:, None], negatives], 1))  # (M, 1 + n)
-    return common.cross_entropy(logits, torch.zeros_like(index)), logits
-
-
 def multimodal_alignment(model, encoding, batch):
     """Multi-modal alignment prediction (section 2.2): cross-entropy of "does the text describe the picture?".
     batch.matched (B,) int64, 1 = it does. Logits (B, 2), class 1 = match."""
@@ -505,24 +440,6 @@ def answer_head(config, answers):
     head = nn.Sequential()
     head.add_module("main", nn.Sequential(*layers))  # its name in released checkpoints
     return head
-
-
-def visual_entailment(model, encoding, batch):
-    """SNLI-VE (12-in-1): binary cross-entropy over the three answers, mean over them. batch.answers (B, 3). Logits
-    (B, 3)."""
-    logits = common.at_least_float32(model.heads["ve"](encoding.pooled))  # (B, C) -> (B, 3)
-    return F.binary_cross_entropy_with_logits(logits, batch.answers), logits
-
-
-def natural_language_for_visual_reasoning(model, encoding, batch):
-    """NLVR2 (12-in-1): is the statement true of the two pictures? batch.target (B,) int64, 1 = true. Logits (B, 2).
-
-    The batch has 2B rows, the statement with each picture in turn; binary cross-entropy, mean over both logits.
-    """
-    pooled = encoding.pooled.reshape(len(batch.target), -1)  # (2B, C) -> (B, 2C)
-    logits = common.at_least_float32(model.heads["nlvr2"](pooled))  # (B, 2C) -> (B, 2)
-    target = F.one_hot(batch.target, 2).to(logits.dtype)  # (B,) -> (B, 2)
-    return F.binary_cross_entropy_with_logits(logits, target), logits
 
 
 def choice_among_rows(model, head, encoding, labels):
@@ -615,10 +532,10 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "mrc_kl": REGION_CLASSES,
     "mrc": replace(REGION_CLASSES, loss=masked_region_class),
     "mrfr": REGION_FEATURES,
-    "nce": replace(REGION_FEATURES, loss=noise_contrastive_regions),
+    "nce": replace(REGION_FEATURES, loss=twelve_in_one.noise_contrastive_regions),
     "itm": MATCHING,
-    "ve": common.Objective(visual_entailment, head="ve"),
-    "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
+    "ve": common.Objective(twelve_in_one.visual_entailment, head="ve"),
+    "nlvr2": common.Objective(twelve_in_one.natural_language_for_visual_reasoning, head="nlvr2"),
     "vcr": common.Objective(visual_commonsense_reasoning, head="vcr"),
     "rank": common.Objective(retrieval_rank, head="rank"),
     "refer": common.Objective(referring_expression, head="refer"),

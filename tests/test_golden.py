@@ -27,6 +27,7 @@ import torch.nn.functional as F
 import checkpoints
 import formats
 import lxmert
+import twelve_in_one
 import uniter
 import vilbert
 from common import (
@@ -806,7 +807,7 @@ def vilbert_losses(model, encoding, batch, x, negatives=None):
         image = vilbert.masked_region_features(model, encoding, batch)[0]
     else:
         negatives = negatives.flatten(0, 1)[batch.region_index]
-        image = vilbert.noise_contrastive_regions(model, encoding, batch, negatives)[0]
+        image = twelve_in_one.noise_contrastive_regions(model, encoding, batch, negatives)[0]
     mlm, itm = (vilbert.OBJECTIVES[name].loss(model, encoding, batch)[0] for name in ("mlm", "itm"))
     losses = mlm, image, itm
     names = "masked_lm_loss", "masked_img_loss", "next_sentence_loss", "total_loss"
