@@ -443,7 +443,7 @@ def referring_expression(model, encoding, batch):
     Logits (B, N).
     """
     logits = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
-    logits = logits.masked_fill(~batch.region_mask, -10000.0)  # padding
+    logits = logits.masked_fill(~batch.region_mask, -10000.0)  # no logit for padding
     target = batch.target
     if target.ndim == 2:
         target = target.argmax(1)

@@ -1,8 +1,8 @@
 """contrast.py: image-text contrast, the objective `itc`. It is apart because none of the three papers has it.
 
-Text and picture are encoded without each other, and true pairs are pulled together in one space of unit vectors (CLIP,
-Radford 2021; ALBEF, Li 2021). Any of the three models can be trained with it beside its own objectives, or on retrieval,
-where it ranks all pictures fast and `rank` then reads the best of them again.
+Text and picture are encoded without each other. Both become unit vectors of one space, in which true pairs are pulled
+together (CLIP, Radford 2021; ALBEF, Li 2021). All three models can be trained with it. In retrieval with --rerank it
+ranks all pictures fast, and the objective `rank` then ranks the best of them again.
 
 Letters: B pairs, T text positions, N regions, C width, E width of the contrast space.
 """
@@ -64,7 +64,9 @@ def hardest_hinge(image, text, margin=0.2, same=None):
     negatives = cosines.masked_fill(~negative, -torch.inf)
     hardest_image = negatives.amax(0)  # (B, B) -> (B,), for each text
     hardest_text = negatives.amax(1)  # (B, B) -> (B,), for each picture
-    return F.relu(margin + hardest_image - positives).mean() + F.relu(margin + hardest_text - positives).mean()
+    image_loss = F.relu(margin + hardest_image - positives).mean()
+    text_loss = F.relu(margin + hardest_text - positives).mean()
+    return image_loss + text_loss
 
 
 def sigmoid_contrast(image, text, temperature=0.1, bias=-10.0, same=None):
@@ -95,7 +97,8 @@ def decoupled_contrast(image, text, temperature=0.07, same=None):
     # rows without negatives become 0, because logsumexp of -inf alone has no gradient
     to_text = negatives.masked_fill(~has_negative[:, None], 0.0).logsumexp(1)  # (B, B) -> (B,)
     to_image = negatives.masked_fill(~has_negative, 0.0).logsumexp(0)
-    return (((to_text + to_image) / 2 - logits.diagonal()) * has_negative).sum() / max(1, len(image))
+    losses = (to_text + to_image) / 2 - logits.diagonal()  # (B,)
+    return (losses * has_negative).sum() / max(1, len(image))
 
 
 def scheduled_temperature(first, last, part):
@@ -124,8 +127,8 @@ class SumOverProcesses(torch.autograd.Function):
 def gather_with_gradient(x):
     """The rows of all processes in the order of ranks: x (n, ...) -> (sum of n, ...). n may differ between processes.
 
-    If each process weights its copy of the loss by its share of the rows, the gradients equal those of one process
-    with all rows. Returns x itself in a single process, and in evaluation (`torch.inference_mode`), where the
+    Each process must weight its copy of the loss by its share of the rows. The gradients then equal those of one process
+    with all rows. Returns x itself in a single process. So it does in evaluation (`torch.inference_mode`), where the
     processes have different numbers of batches.
     """
     if torch.is_inference_mode_enabled() or not dist.is_initialized():
@@ -134,8 +137,10 @@ def gather_with_gradient(x):
     counts = torch.zeros(dist.get_world_size(), dtype=torch.long)
     counts[rank] = len(x)
     dist.all_reduce(counts)
-    before = x.new_zeros(int(counts[:rank].sum()), *x.shape[1:])
-    after = x.new_zeros(int(counts[rank + 1 :].sum()), *x.shape[1:])
+    rows_before = int(counts[:rank].sum())
+    rows_after = int(counts[rank + 1 :].sum())
+    before = x.new_zeros(rows_before, *x.shape[1:])
+    after = x.new_zeros(rows_after, *x.shape[1:])
     # every process has zeros in the rows of the others, so that the sum is a gather that allows unequal sizes
     return SumOverProcesses.apply(torch.cat([before, x, after]))
 
@@ -196,17 +201,18 @@ class ContrastHead(nn.Module):
 
 
 def image_text_contrast(model, encoding, batch):
-    """Image-text contrast (CLIP 2021, ALBEF 2021; in none of the three papers): see ContrastHead.
+    """Image-text contrast: the loss of ContrastHead on text and regions that are encoded without each other.
 
-    Text and regions are encoded without each other; `encoding` is not read. The pairs are the rows batch.pair_index
-    (M,), of all processes. Rows of one picture, batch.pictures (B,), are no negatives of each other.
-    Logits (M, M), pictures x texts.
+    `encoding` is not read. The pairs are the rows batch.pair_index (M,) of all processes. Rows of one picture,
+    batch.pictures (B,), are no negatives of each other. Logits (M, M), pictures x texts.
     """
     head = model.heads["itc"]
     text = head.text(model.encode(batch, regions=False).text)  # (B, E)
     image = head.image(model.encode(batch, text=False).regions, batch.region_mask)  # (B, E)
-    pairs = batch.pair_index
-    return head(image.index_select(0, pairs), text.index_select(0, pairs), batch.pictures.index_select(0, pairs))
+    image = image.index_select(0, batch.pair_index)  # (B, E) -> (M, E)
+    text = text.index_select(0, batch.pair_index)
+    pictures = batch.pictures.index_select(0, batch.pair_index)  # (M,)
+    return head(image, text, pictures)
 
 
 CONTRAST = common.Objective(

@@ -12,10 +12,9 @@
 Read top to bottom: the run and its loop; then what they call: optimizer, data, batches, model, evaluation and saving.
 Beside it: options.py has the command line, machine.py devices and processes, log.py what is printed and logged.
 
-Every mean in a loss is a mean over the whole step, however the step is split: `--accumulate 2` in one process and
-`--accumulate 1` in two processes give the same gradients, see `backward`. One exception: the objective itc contrasts
-each pair with the other pairs of the same forward pass in all processes. Two processes equal one process with the double
-batch, but `--accumulate 2` has half as many negatives.
+Every mean in a loss is a mean over the whole step, however the step is split (see `backward`). So `--accumulate 2` in one
+process and `--accumulate 1` in two processes give the same gradients. One exception: the objective itc contrasts each
+pair with the other pairs of the same forward pass in all processes, so `--accumulate 2` has half as many negatives.
 """
 
 import argparse
@@ -56,7 +55,7 @@ class Run:
     """State of one training run. `train` fills it in from top to bottom."""
 
     args: argparse.Namespace
-    paper: object  # the model's module: HEADS, OBJECTIVES, PRETRAINING
+    paper: object  # the model's module, see the table of models in checkpoints.py
     device: torch.device
     dtype: torch.dtype
     rank: int  # of this process
@@ -278,8 +277,10 @@ def load_splits(args, objectives, task, path, description):
 
 
 def drop_unsupported(paper, objectives, dataset):
-    """The objectives that the data have labels for: region classes need a detector, qa needs answers, and the false
-    pairs of matching need a second picture."""
+    """The objectives that the data have labels for.
+
+    Region classes need a detector, qa needs answers, and the mismatched pairs of matching need a second picture.
+    """
     missing = {}
     one_picture = (dataset.image == dataset.image[0]).all()
     for name in objectives:
@@ -349,12 +350,14 @@ def prepare_step(run, streams, step):
         names = sample_objectives(run.paper, run.objectives, rng, (step - 1) / args.steps)
     else:
         names = tasks.task_objectives(args, task)
+    dataset = run.sets[task]["train"]
     index = next(streams[task])
+    parts = run.world * args.accumulate  # forward passes of the step
     batches = []
     for i in range(args.accumulate):
-        part = run.rank * args.accumulate + i  # of all forward passes of the step
+        part = run.rank * args.accumulate + i
         rng = np.random.default_rng((args.seed, step, part))
-        batch = tasks.make_batch(run, run.sets[task]["train"], index[part :: run.world * args.accumulate], names, rng)
+        batch = tasks.make_batch(run, dataset, index[part::parts], names, rng)
         if run.device.type == "cuda":
             batch = batch.pin()
         batches.append(batch)
@@ -531,11 +534,11 @@ def learning_rate(step, peak, warmup, steps):
 
 
 def set_learning_rate(optimizer, step, rate):
-    """The learning rate of step 1, 2, ... for every group, so that torch's AdamW takes the step of the official code.
+    """Sets learning rate, weight decay and eps of step 1, 2, ... so that torch's AdamW equals the official code's.
 
-    The official code adds eps before it corrects the second moment's bias, torch after: eps is divided by that
-    correction. The official code decays after the step, p <- (p - r u)(1 - r d), torch before, p <- p (1 - r' d') - r' u:
-    the same for r' = r (1 - r d) and d' = d / (1 - r d).
+    Official: eps is added before the second moment's bias is corrected. Torch adds it after: eps is divided by that
+    correction. Official: p <- (p - r u)(1 - r d), for an update u, rate r and decay d. Torch: p <- p (1 - r' d') - r' u.
+    The two are equal for r' = r (1 - r d) and d' = d / (1 - r d).
     """
     for group in optimizer.param_groups:
         decay = group["decay"]
@@ -564,21 +567,17 @@ def restore_optimizer(run, checkpoint):
             f"--resume: {run.args.init} is of a run with other heads; give the options that it had"
         ) from None
     run.progress.update(checkpoint["progress"])
-    machine.seed_dropout(run, checkpoint.get("generators", {}).get(run.device.type, []))
+    generators = checkpoint.get("generators", {})  # kind of device -> states, of each process
+    machine.seed_dropout(run, generators.get(run.device.type, []))
 
 
 # ---- evaluate and save -----------------------------------------------------------------------------------------
 
 
-def has_split(run, name):
-    """True if a task has examples of this split."""
-    return any(name in splits for splits in run.sets.values())
-
-
 def validate(run, log):
     """Evaluates the val split, keeps the best weights, and saves the checkpoint to go on from."""
     log.check()
-    if has_split(run, "val"):
+    if "val" in split_names(run):
         start = time.perf_counter()
         metrics, chance = tasks.evaluate(run, "val")
         log.metrics(metrics, chance, time.perf_counter() - start)
@@ -622,7 +621,8 @@ def run_test(run):
         for name, value in chance.items():
             result["chance"][prefix + name] = round(float(value), 5)
     if "itc" in run.model.heads:
-        result["temperature"] = round(math.exp(-run.model.heads["itc"].log_scale.item()), 5)
+        log_scale = run.model.heads["itc"].log_scale.item()
+        result["temperature"] = round(math.exp(-log_scale), 5)
     if args.rerank:
         task, head = ("pretrain", "itm") if args.task == "pretrain" else ("retrieval", "rank")
         if "test" in run.sets[task]:

@@ -34,8 +34,8 @@ class DynamicLayer(common.TransformerLayer):
 
 
 def sample_negatives(batch, near, far):
-    """Negatives for each masked region, drawn with replacement from the real regions: `far` from other pictures, then
-    `near` from its own picture, itself left out. Where there are none of one kind, the other kind takes their place.
+    """Negatives for each masked region, drawn with replacement: `far` regions of other pictures, then `near` others of
+    its own picture. Where there are none of one kind, the other kind takes their place.
 
     Returns flat positions in B*N: (M, far + near). ValueError if the batch has no second region.
     """
@@ -61,8 +61,8 @@ def noise_contrastive_regions(model, encoding, batch, negatives=None):
 
         L = -log exp(h(v_m) f_m) / sum_{j in {m} and negatives} exp(h(v_m) f_j), mean over masked regions
 
-    negatives (M, n): flat positions in B*N; None draws 89 from other pictures and 38 from the same (70% and 30% of 128,
-    rounded down). Head and clean features as in regression. Logits (M, 1 + n), the positive first.
+    negatives (M, n): flat positions in B*N. None draws 89 from other pictures and 38 from the same picture: 70% and 30%
+    of 128, rounded down. Head and clean features are those of regression. Logits (M, 1 + n), the positive first.
     """
     index = batch.region_index  # (M,)
     states = common.gather_positions(encoding.regions, index)  # (B, N, C) -> (M, C)

@@ -1,20 +1,20 @@
-"""ViLBERT: task-agnostic visiolinguistic representations (Lu et al., NeurIPS 2019, arXiv 1908.02265), and 12-in-1
-(Lu et al., CVPR 2020, arXiv 1912.02315), the same model trained on twelve tasks.
+"""ViLBERT: task-agnostic visiolinguistic representations (Lu et al., NeurIPS 2019, arXiv 1908.02265).
+
+12-in-1 (Lu et al., CVPR 2020) is the same model trained on twelve tasks: twelve_in_one.py has what it adds.
 
 What the model does, in five lines:
 1. Each word becomes a vector (word + position + type), each region too (feature + box), in two widths of their own.
 2. Two BERTs, one per modality, are joined by co-attention layers: words attend to regions, regions to words.
 3. Pretraining masks words AND regions of the same pair and adds up all objectives in every step.
-4. A region in front stands for the whole image, as [CLS] does for the text; the product of the two is the pair's vector.
+4. A first region stands for the whole image, as [CLS] does for the text. The pair's vector is the product of the two.
 5. A small head on that vector, or on each region, answers every downstream task.
 
 Known deviations from the official code:
-- The whole-image region is made here, from the batch's regions, and left out of what `encode` returns, so that
-  batches are the same for all models.
+- The whole-image region is made here and left out of what `encode` returns. Batches are the same for all models.
 - Class 1 of the matching head means "match", officially class 0. Its rows are swapped when official weights are read
   or written.
-- In pretraining nothing is predicted in mismatched pairs, as 12-in-1 has it; ViLBERT's own code predicts there too.
-The README's errata list the errors of the official code.
+- Pretraining skips the masked-prediction losses on mismatched pairs, as 12-in-1 does. ViLBERT's code has them there too.
+docs/ lists the errors of the official code.
 Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
 M masked positions, A answers.
 """
@@ -88,11 +88,12 @@ PRESETS = {
 
 
 class RegionEmbedding(nn.Module):
-    """norm(W_f f + W_b box), then dropout (section 2.2). The whole image comes first, as a region of its own: its
-    feature is the mean of the region features, masked (zeroed) ones included, its box is the picture's.
+    """norm(W_f f + W_b box), then dropout (section 2.2), with b = [x1, y1, x2, y2, area].
 
-    features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1, which become the paper's five numbers
-    [x1, y1, x2, y2, area]; mask (B, N) bool, True = a region, not padding. Returns (B, 1+N, C).
+    The whole image comes first, as a region of its own. Its feature is the mean of the region features, masked (zeroed)
+    ones included. Its box is the picture's.
+    features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1; mask (B, N) bool, True = a region, not padding.
+    Returns (B, 1+N, C).
     """
 
     def __init__(self, config):
@@ -132,8 +133,7 @@ class CoAttentionLayer(nn.Module):
         self.regions_read = common.AttentionBlock(visual, heads, dropout, context_width=text, inner=inner)
         self.text_feed_forward = common.FeedForward(text, config.intermediate, dropout)
         self.region_feed_forward = common.FeedForward(visual, config.visual_intermediate, dropout)
-        # Official q_dense1 and q_dense2: every released checkpoint has them and the paper's size counts them, but no
-        # output depends on them. They are kept so that checkpoints can be read and written whole.
+        # Official q_dense1 and q_dense2. No output depends on them, but every released checkpoint has them.
         self.unused1 = nn.Linear(inner, visual).requires_grad_(False)
         self.unused2 = nn.Linear(inner, text).requires_grad_(False)
 
@@ -220,9 +220,10 @@ class ViLBERT(nn.Module):
         return self.region_embedding(batch.features, batch.boxes, batch.region_mask)
 
     def encode(self, batch, text=True, regions=True, record=False, given=None):
-        """Encoding of words and regions together. text=False or regions=False: of the other modality alone, by its own
-        layers, without the co-attention layers. pooled is (B, shared) in all cases. given: what `unimodal` returned for
-        this batch, so that it is not computed again."""
+        """Encodes words and regions together, or one of the two alone (text=False or regions=False), without co-attention.
+
+        pooled is (B, shared) in all cases. given: the result of `unimodal`, which is then not computed again.
+        """
         steps = self.schedule
         text_states = None
         region_states = None
@@ -243,8 +244,8 @@ class ViLBERT(nn.Module):
         return common.Encoding(text_states, region_states, pooled, states, maps)
 
     def run_steps(self, batch, steps, text, regions, record=False):
-        """Both streams through some steps of the schedule: text (B, T, C), regions (B, 1+N, C). None for a stream that
-        is left out: then the other runs through its own layers only. Returns both, and the recorded states and maps."""
+        """Runs some steps of the schedule on text (B, T, C) and regions (B, 1+N, C). Either may be None: the other then
+        runs through its own layers only. Returns both, and the recorded states and maps."""
         states = {}
         maps = {}
         if text is not None:
@@ -298,8 +299,11 @@ class ViLBERT(nn.Module):
         return self.dropout(pooled_text * pooled_regions)
 
     def unimodal(self, batch):
-        """What each modality computes alone, for `encode(given=)`: its layers before the first co-attention; with
-        dynamic attention the text's only, since the text steers every visual layer. (B, T, C), (B, 1+N, C)"""
+        """What each modality computes without the other, for `encode(given=)`: (B, T, C), (B, 1+N, C).
+
+        These are the layers before the first co-attention. With dynamic attention the text changes every visual layer:
+        then no visual layer is among them.
+        """
         steps = self.schedule[: self.steps_alone]
         text = self.run_steps(batch, steps, self.embed_text(batch), None)[0]
         regions = self.run_steps(batch, steps, None, self.embed_regions(batch))[1]
@@ -362,48 +366,47 @@ PRETRAINING = {
 
 
 def masked_language_modelling(model, encoding, batch):
-    """Masked language modelling (section 2.2, masked multi-modal modelling): -log P(w_m | other words, regions), mean
-    over masked words.
+    """Masked language modelling (section 2.2, "masked multi-modal modelling"):
 
-    batch.word_index (M,) flat positions of the masked words in B*T, word_labels (M,) their ids. Logits (M, V).
+        L = -log P(w_m | w_\\m, v),  mean over masked words
+
+    batch.word_index (M,): flat positions of the masked words; word_labels (M,): what they were. Logits (M, V).
     """
-    states = common.gather_positions(encoding.text, batch.word_index)  # (B, T, C) -> (M, C)
-    logits = common.at_least_float32(model.word_logits(states))
+    logits = model.word_logits(common.gather_positions(encoding.text, batch.word_index))  # (M, C) -> (M, V)
     return common.cross_entropy(logits, batch.word_labels), logits
 
 
 def masked_region_class_kl(model, encoding, batch):
-    """Masked regions (section 2.2): KL(c || g) = sum_k c_k (log c_k - log g_k), c the detector's distribution over
-    classes, g the predicted one; summed over classes, mean over masked regions.
+    """Masked regions (section 2.2, "masked multi-modal modelling"):
 
-    batch.region_index (M,) flat positions of the masked regions in B*N, object_probs (B, N, K). Logits (M, K).
+        L = KL(c || g(v_m)) = sum_k c_k (log c_k - log g_k),  mean over masked regions
+
+    c: the detector's distribution batch.object_probs (B, N, K). batch.region_index (M,): flat positions of the masked
+    regions. Logits (M, K).
     """
-    states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
-    logits = common.at_least_float32(model.heads["mrc"](states))  # (M, C) -> (M, K)
-    target = common.gather_positions(batch.object_probs, batch.region_index).to(logits.dtype)  # (M, K)
-    return F.kl_div(logits.log_softmax(-1), target, reduction="sum") / max(1, len(target)), logits
+    logits = model.heads["mrc"](common.gather_positions(encoding.regions, batch.region_index))  # (M, C) -> (M, K)
+    targets = common.gather_positions(batch.object_probs, batch.region_index)  # (M, K)
+    return common.kl_divergence(logits, targets) / max(1, len(targets)), logits
 
 
 def masked_region_class(model, encoding, batch):
-    """Hard labels in their place (UNITER 3.2; no objective of ViLBERT's paper): cross-entropy with the detector's most
-    likely class, background left out, mean over masked regions.
+    """The same with hard labels (UNITER 3.2; not in ViLBERT's paper): L = CE(c, g(v_m)),  mean over masked regions
 
-    batch.region_index (M,), object_probs (B, N, K), class 0 = background. Logits (M, K).
+    c: the detector's most likely class, never background. batch.region_index (M,); object_probs (B, N, K), class 0 =
+    background. Logits (M, K).
     """
-    states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
-    logits = common.at_least_float32(model.heads["mrc"](states))  # (M, C) -> (M, K)
+    logits = model.heads["mrc"](common.gather_positions(encoding.regions, batch.region_index))  # (M, C) -> (M, K)
     return common.cross_entropy(logits, common.most_likely_class(batch, logits)), logits
 
 
 def masked_region_features(model, encoding, batch):
-    """Masked region feature regression (an option of the code): ||h(v_m) - f_m||^2, mean over masked regions and F.
+    """Masked region feature regression (an option of the official code): L = || h(v_m) - f_m ||^2,  mean over M and F
 
-    batch.region_index (M,), clean_features (B, N, F) the features before masking. Logits: the predictions (M, F).
+    batch.region_index (M,); clean_features (B, N, F): the features f before masking. Logits: the predictions (M, F).
     """
-    states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
-    predicted = common.at_least_float32(model.heads["mrfr"](states))  # (M, C) -> (M, F)
-    target = common.gather_positions(batch.clean_features, batch.region_index).to(predicted.dtype)  # (M, F)
-    return F.mse_loss(predicted, target, reduction="sum") / max(1, target.numel()), predicted
+    predictions = model.heads["mrfr"](common.gather_positions(encoding.regions, batch.region_index))  # (M, C) -> (M, F)
+    targets = common.gather_positions(batch.clean_features, batch.region_index)  # (M, F)
+    return common.squared_error(predictions, targets), predictions
 
 
 def multimodal_alignment(model, encoding, batch):
@@ -413,7 +416,7 @@ def multimodal_alignment(model, encoding, batch):
     return common.cross_entropy(logits, batch.matched), logits
 
 
-# ---- task heads: (model, encoding, batch) -> (loss, logits); VQA's loss is `common.question_answering` ------------
+# ---- task heads: (model, encoding, batch) -> (loss, logits); VQA's loss is `common.question_answering` -----------
 
 
 class WeightNormLinear(nn.Module):
@@ -436,9 +439,14 @@ def answer_head(config, answers):
     inner = 2 * config.shared
     if config.twelve_in_one:
         return common.mlp_head(config.shared, inner, answers)
-    layers = WeightNormLinear(config.shared, inner), nn.ReLU(), common.Dropout(0.5), WeightNormLinear(inner, answers)
+    layers = nn.Sequential(
+        WeightNormLinear(config.shared, inner),
+        nn.ReLU(),
+        common.Dropout(0.5),
+        WeightNormLinear(inner, answers),
+    )
     head = nn.Sequential()
-    head.add_module("main", nn.Sequential(*layers))  # its name in released checkpoints
+    head.add_module("main", layers)  # its name in released checkpoints
     return head
 
 
@@ -468,10 +476,10 @@ def refer_logits(model, encoding, batch):
 
 
 def referring_expression(model, encoding, batch):
-    """Referring expressions (section 3.2): binary cross-entropy of every region against its overlap (IoU) with the
-    target, 0 where that is below one half; summed over regions, mean over the batch. Logits (B, N).
+    """Referring expressions (section 3.2): binary cross-entropy of every region, summed over regions, mean over the batch.
 
-    batch.target (B, N) float, the overlaps.
+    The label of a region is its overlap (IoU) with the target, 0 below one half. batch.target (B, N) float, the overlaps.
+    Logits (B, N).
     """
     logits = refer_logits(model, encoding, batch)
     target = batch.target.masked_fill(batch.target < 0.5, 0.0).to(logits.dtype)  # (B, N)

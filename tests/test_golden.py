@@ -33,12 +33,11 @@ import vilbert
 from common import (
     AttentionBlock,
     attention_bias,
-    iou,
     optimal_transport,
     question_answering,
     soft_answer_loss,
 )
-from evaluation import recall_at
+from evaluation import iou, recall_at
 
 # ---- frame -----------------------------------------------------------------------------------------------------
 
