@@ -416,7 +416,7 @@ MASKED_WORDS = common.Objective(
 )
 
 REGION_FEATURES = common.Objective(
-    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="all regions"
+    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="all regions", logits="numbers"
 )
 
 REGION_CLASSES = common.Objective(
@@ -448,6 +448,7 @@ QUESTIONS = common.Objective(
     mean_over="answers",
     fields=("answers",),
     labels=lambda batch, logits: batch.answer_labels,
+    open_answers=True,
 )
 
 # What no paper has (itc, caption) and the tasks that this file does not define come from SHARED_OBJECTIVES.
@@ -463,11 +464,12 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
 }
 
+CHOICES = {"contrast": ("infonce", "hinge", "sigmoid", "dcl")}  # fields of Config that are words
 VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
 NEGATIVES = ("image", "text")  # mismatched partners of a true pair in retrieval, in the order of the rows
 MODEL = LXMERT
 
 
 def text_types(tasks):
-    """How many rows the table of text types needs for these tasks: 2 for all of them."""
-    return 2
+    """The table of text types: for each row, the row of pretraining's table that it starts as. All tasks have two."""
+    return (0, 1)
