@@ -1,4 +1,4 @@
-"""distill.py: a student learns from a trained teacher, beside its own objectives.
+"""distill.py: a student learns from a trained teacher, beside its own objectives. The losses come first.
 
     --distill logits       the teacher's logits as soft labels (Hinton 2015), for objectives that both models have
     --distill attention    its attention maps (MiniLM, TinyBERT), of layers that both have
@@ -41,9 +41,7 @@ def soft_label_loss(student, teacher, temperature=2.0):
 
 
 def layer_map(student, teacher):
-    """Which teacher layer each student layer imitates: uniform, last to last (TinyBERT, Jiao 2020, section 3.1).
-
-    Two and six layers: [2, 5]."""
+    """Which teacher layer each student layer imitates: uniform, last to last, as [2, 5] of 6 (TinyBERT, section 3.1)."""
     return [max(0, (i + 1) * teacher // student - 1) for i in range(student)]
 
 
@@ -90,9 +88,10 @@ def attention_loss(student, teacher, queries, keys):
 
 @common.in_float32
 def hidden_loss(student, teacher, mask):
-    """Hidden states (TinyBERT, Jiao 2020, eq. 8): squared difference, mean over C, over real positions, over rows.
+    """Hidden states (TinyBERT, eq. 8): squared difference, mean over C, over real positions, over rows.
 
-    student (B, S, C), projected to the teacher's width; teacher (B, S, C); mask (B, S), True = real."""
+    student (B, S, C), projected to the teacher's width; teacher (B, S, C); mask (B, S) bool, True = real.
+    """
     return mean_over_rows((student - teacher).square().mean(-1), mask)
 
 
@@ -271,8 +270,7 @@ def hidden_losses(run, student, teacher, batch):
 
 
 def layer_pairs(student, teacher):
-    """(kind, student's layer, teacher's layer) of every kind of recorded map or state that both have, by
-    `layer_map`."""
+    """(kind, student's layer, teacher's layer) of each kind of recorded map or state that both have, by `layer_map`."""
     student = group_by_kind(student)
     teacher = group_by_kind(teacher)
     pairs = []

@@ -6,11 +6,8 @@
     python train.py --model uniter --task vqa,refer,nlvr2             several tasks at once: one trunk, a head each
     python train.py --model all --task vqa --seeds 3                  compare the models, with the spread over seeds
     torchrun --nproc_per_node=2 train.py --model uniter               several processes, the same gradients
-    python train.py --model uniter --objectives mlm,mrfr,mrc_kl,itm,itc --rerank 20    retrieval in two stages
-    python train.py --model uniter --config layers=1 --teacher out/uniter-pretrain/best.pt --out out/student    a smaller one
-
-Read top to bottom: the run and its loop; then what they call: optimizer, data, batches, model, evaluation and saving.
-Beside it: options.py has the command line, machine.py devices and processes, log.py what is printed and logged.
+docs/usage.md has more of them. Read top to bottom: the run and its loop, then what they call: data, batches, model,
+optimizer, evaluation and saving. options.py has the command line, machine.py devices and processes, log.py the log.
 
 Every mean in a loss is a mean over the whole step, however the step is split (see `backward`). So `--accumulate 2` in one
 process and `--accumulate 1` in two processes give the same gradients. One exception: the objective itc contrasts each
@@ -248,8 +245,8 @@ def load_data(run, checkpoint, teacher):
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)
     if args.max_words is None:
         args.max_words = 60
-        if checkpoint and checkpoint["config"].get("max_positions", 60) < 60:
-            args.max_words = checkpoint["config"]["max_positions"]
+        if checkpoint:
+            args.max_words = min(60, checkpoint["config"].get("max_positions", 60))
     for splits in run.sets.values():
         for split in splits.values():
             split.encode(run.tokenizer, max_length=args.max_words)
@@ -271,8 +268,7 @@ def has_open_answers(paper, names):
 
 
 def load_splits(args, task, path, description):
-    """{name of a split: Dataset} of a task: train, val and test, and the data set's extra test splits, if they have
-    examples."""
+    """{name of a split: Dataset} of a task: train, val, test and the data set's extra test splits that have examples."""
     names = ["train", "val", "test"]
     if not tasks.is_pretraining(args.task):
         names += description["extra_splits"]
@@ -289,10 +285,7 @@ def load_splits(args, task, path, description):
 
 
 def drop_unsupported(paper, objectives, dataset):
-    """The objectives that the data have labels for.
-
-    Region classes need a detector, qa needs answers, and the mismatched pairs of matching need a second picture.
-    """
+    """The objectives that the data have labels for. Those with mismatched pairs need a second picture."""
     missing = {}
     one_picture = (dataset.image == dataset.image[0]).all()
     for name in objectives:

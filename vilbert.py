@@ -286,8 +286,8 @@ class ViLBERT(nn.Module):
         return text, regions, states, maps
 
     def fuse(self, text, regions):
-        """The pair's vector (section 2.2): product or sum of the pooled first positions, then dropout. Of one modality
-        alone: its pooled first position. text (B, T, C), regions (B, 1+N, C), or None -> (B, shared)."""
+        """The pair's vector (section 2.2): product or sum of the pooled first positions, then dropout. If one is None: the
+        other's pooled first position. text (B, T, C), regions (B, 1+N, C) -> (B, shared)."""
         if regions is None:
             return self.dropout(self.text_pooler(text))
         if text is None:
@@ -299,11 +299,8 @@ class ViLBERT(nn.Module):
         return self.dropout(pooled_text * pooled_regions)
 
     def unimodal(self, batch):
-        """What each modality computes without the other, for `encode(given=)`: (B, T, C), (B, 1+N, C).
-
-        These are the layers before the first co-attention. With dynamic attention the text changes every visual layer:
-        then no visual layer is among them.
-        """
+        """What each modality computes alone, for `encode(given=)`: its layers before the first co-attention. Dynamic
+        attention needs the text in every visual layer: then no visual layer is among them. (B, T, C), (B, 1+N, C)"""
         steps = self.schedule[: self.steps_alone]
         text = self.run_steps(batch, steps, self.embed_text(batch), None)[0]
         regions = self.run_steps(batch, steps, None, self.embed_regions(batch))[1]
@@ -439,14 +436,12 @@ def answer_head(config, answers):
     inner = 2 * config.shared
     if config.twelve_in_one:
         return common.mlp_head(config.shared, inner, answers)
-    layers = nn.Sequential(
-        WeightNormLinear(config.shared, inner),
-        nn.ReLU(),
-        common.Dropout(0.5),
-        WeightNormLinear(inner, answers),
-    )
+    first = WeightNormLinear(config.shared, inner)
+    last = WeightNormLinear(inner, answers)
     head = nn.Sequential()
-    head.add_module("main", layers)  # its name in released checkpoints
+    head.add_module(
+        "main", nn.Sequential(first, nn.ReLU(), common.Dropout(0.5), last)
+    )  # its name in released checkpoints
     return head
 
 
