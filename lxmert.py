@@ -139,8 +139,8 @@ class LXMERT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # Row 0 of the position and of the segment table is used but never learns: the official code calls it padding,
-        # and the released weights were trained so.
+        # Row 0 of the position and of the segment table is used but never learns, as in the official code, which calls
+        # it padding.
         self.text_embedding = common.TextEmbedding(config, padding_idx=0)
         self.region_embedding = RegionEmbedding(config)
         sizes = (config.hidden, config.attention_heads, config.intermediate, config.dropout)
@@ -276,7 +276,7 @@ PRETRAINING = {
     "joined": {},
     "rate": 2.0,  # learning rate relative to fine-tuning: 1e-4 at base size
     "weights": {},  # factors of the losses; 1 where none is named
-    # of the masked regions: feature zeroed, or another region's; the rest keeps it (as BERT does with words)
+    # shares of the masked regions whose feature becomes zero, or that of another region; the others keep it
     "region_masking": {"zero": 0.8, "random": 0.1, "force_one": False},  # force_one False: maybe none in a picture
     "false_pairs": 0.25,  # share of mismatched pairs; the official half would leave half of the words unused here
     "mismatch": "text",  # a mismatched pair keeps its image and gets another sentence

@@ -406,8 +406,8 @@ def index_streams(run):
 def index_stream(args, dataset, parts, skip):
     """Yields, without end, the numbers of the examples of one step: (at most parts * batch_size,) int64.
 
-    The order depends on seed and epoch alone. Examples of a step have similar lengths; forward pass p of `parts` takes
-    index[p::parts], so that no process waits for another one's longer texts. skip: steps to leave out at the start.
+    The order depends on seed and epoch alone. Examples of a step have similar lengths, and forward pass p of `parts` takes
+    index[p::parts]. So no process waits for another one's longer texts. skip: steps to leave out at the start.
     UserError if there are fewer examples than parts.
     """
     if len(dataset) < parts:

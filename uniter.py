@@ -67,11 +67,11 @@ PRESETS = {
 
 
 class RegionEmbedding(nn.Module):
-    """norm( norm(W_f f) + norm(W_b box) + type ), then dropout (section 3.1, figure 1).
+    """norm( norm(W_f f) + norm(W_b b) + type ), then dropout (section 3.1, figure 1), b = [x1, y1, x2, y2, w, h, w h].
 
-    features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1, which become the paper's seven numbers
-    [x1, y1, x2, y2, w, h, w h]; type_emb (B, N, C), rows of the text's table of types; masked (B, N) bool, True = the
-    feature was zeroed and is to be predicted: a learned vector is added to it before W_f. Returns (B, N, C).
+    features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1; type_emb (B, N, C), rows of the text's table of types.
+    masked (B, N) bool, True = the feature was zeroed and is to be predicted. A learned vector is added to such a feature
+    before W_f. Returns (B, N, C).
     """
 
     def __init__(self, config):

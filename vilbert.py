@@ -118,11 +118,11 @@ class RegionEmbedding(nn.Module):
 
 
 class CoAttentionLayer(nn.Module):
-    """Co-attention (section 2.1, figure 2b): queries come from one stream, keys and values from the other; both
-    directions are computed from the same inputs. Then each stream has its feed-forward. Residual and norm as in BERT.
+    """Co-attention (section 2.1, figure 2b): queries come from one stream, keys and values from the other.
 
-    text (B, T, C), regions (B, 1+N, C'); their biases (B, 1, 1, T) and (B, 1, 1, 1+N) hide padded keys. To the list
-    `maps`, if given, two attention maps are appended: text-to-regions (B, H, T, 1+N), regions-to-text (B, H, 1+N, T).
+    Both directions are computed from the same inputs. Then each stream has its feed-forward. Residual and norm as in BERT.
+    text (B, T, C), regions (B, 1+N, C'); their biases (B, 1, 1, T) and (B, 1, 1, 1+N) hide padded keys.
+    maps: a list, to which two attention maps are appended: text-to-regions (B, H, T, 1+N), regions-to-text (B, H, 1+N, T).
     """
 
     def __init__(self, config):
@@ -309,8 +309,8 @@ class ViLBERT(nn.Module):
     def decode(self, batch, cache=None):
         """The text read from left to right, for captions (see `common.next_words`). Returns (B, T, C).
 
-        Regions must not see words, or they would pass later words on to earlier ones: in a co-attention layer they
-        have their feed-forward alone. So dynamic attention does not act here; nor do task tokens.
+        Regions must not see words, or they would pass later words on to earlier ones. So their half of a co-attention
+        layer is its feed-forward alone. Dynamic attention and task tokens do not act here.
         """
         if cache is None:
             cache = {}
@@ -355,7 +355,7 @@ PRETRAINING = {
     "joined": {},
     "rate": 2.0,  # learning rate relative to fine-tuning: 1e-4 at base size
     "weights": {},  # factors of the losses; 1 where none is named
-    # of the masked regions: feature zeroed, the rest keeps it; force_one False: maybe none in a picture
+    # share of the masked regions whose feature becomes zero; the others keep it. A picture may have no masked region
     "region_masking": {"zero": 0.9, "random": 0.0, "force_one": False},
     "false_pairs": 0.5,  # share of mismatched pairs
     "mismatch": "text",  # a mismatched pair keeps its picture and gets another sentence
