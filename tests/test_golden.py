@@ -507,9 +507,15 @@ def uniter_transfer(fixture, task, dtype, rubbish):
     table = fixture.weights("pretrain")["uniter.embeddings.token_type_embeddings.weight"]
     official = fixture.weights("itm")
     weight, bias = official["itm_output.weight"][1:], official["itm_output.bias"][1:]  # the "match" row: ours differs
+    name = "text_embedding.types.weight"
+    tables = {}
+    for objective, rows in (("nlvr2", 3), ("vcr", 4)):
+        wanted = {name: table.new_zeros(rows, table.shape[1])}
+        starts = uniter.text_types([objective])
+        tables[objective] = checkpoints.widen_text_types({name: table}, wanted, starts, checkpoints.Report(""))[name]
     return {
-        "nlvr2_type_embedding": checkpoints.widen_types(table, 3, copy=1),
-        "vcr_type_embedding": checkpoints.widen_types(table, 4, copy=0),
+        "nlvr2_type_embedding": tables["nlvr2"],
+        "vcr_type_embedding": tables["vcr"],
         "itm_init_output_weight": weight,
         "itm_init_output_bias": bias,
     }
