@@ -54,7 +54,6 @@ from tasks import TASKS
 #   VCR_TYPES         text types of question and answer, and of question, answer and reason
 #   NEGATIVES         which side of a true pair is replaced in each false pair of a retrieval group: "image" or "text"
 #   text_types(tasks) the table of text types for these tasks: for each row, the row of pretraining's that it starts as
-# Official names and sizes are optional: they stand in formats.FORMATS, not in the model's file.
 # Keys of PRETRAINING, the last two optional:
 #   objectives        {objective: ratio}, those of the paper
 #   conditional       True: a step trains one of them, drawn by ratio; False: all of them
@@ -66,6 +65,7 @@ from tasks import TASKS
 #   mismatch          what another one is drawn for in a mismatched pair: "image" or "text"
 #   mask_false_pairs  False: nothing is predicted in mismatched pairs
 #   second_half       objectives that are trained in the second half of the steps only
+# Official names and sizes are optional: they stand in formats.FORMATS, not in the model's file.
 MODELS = {"uniter": uniter, "vilbert": vilbert, "lxmert": lxmert}
 
 for task in TASKS.values():
