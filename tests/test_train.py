@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
 import common
+import contrast
 import data
 import evaluation
 import log
@@ -601,7 +602,7 @@ def test_two_processes_contrast_as_one_with_the_double_batch(pictures, tmp_path,
     name = "heads.itc.project_text.weight"
     assert (one[name] - parts[name]).abs().max() > 1e-4  # fewer negatives: another gradient, as the docstring says
     assert one["heads.itc.log_scale"] != -math.log(0.07)  # learned
-    last = common.scheduled_temperature(0.2, 0.1, 2 / 3)  # of step 3
+    last = contrast.scheduled_temperature(0.2, 0.1, 2 / 3)  # of step 3
     assert math.exp(-parts["heads.itc.log_scale"].item()) == pytest.approx(last)
     results = [json.loads((tmp_path / out / "result.json").read_text()) for out in ("one", "two")]
     for name in results[0]["chance"]:
