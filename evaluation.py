@@ -141,7 +141,7 @@ def match_logits(model, pooled, head):
     with common.full_precision(pooled.device):
         logits = model.heads[head](float32(pooled))  # (rows, 2) or (rows, 1)
     logits = logits.cpu().double()  # on the CPU: Apple's GPUs have no float64
-    if head == "itm":
+    if logits.shape[1] == 2:
         return logits[:, 1] - logits[:, 0]
     return logits[:, 0]
 

@@ -57,6 +57,7 @@ class Task:
     batch: Callable  # (run, dataset, index, rng) -> data.Batch
     evaluate: Callable  # (run, dataset) -> (metrics, chance)
     show: Callable  # (run, dataset, example's number, its logits, how many answers) -> text for a reader
+    loss: common.Objective | None = None  # that row, where the models do not have it themselves
     logits: Callable | None = None  # (run, dataset, index) -> what `show` takes of each; None: `example_logits`
     needs: tuple = ()  # keys that a line must have besides text and a picture
     pictures: int = 1  # pictures of a line
@@ -65,6 +66,11 @@ class Task:
     best: tuple = ("accuracy",)  # metrics that choose the best weights: the first of them that was measured
     lower_is_better: bool = False  # of that metric
     first_stage: str = ""  # objective that is trained too if --rerank asks for two stages
+    ranks: str = ""  # head that scores pairs of text and picture in the second stage
+    hard_negatives: bool = False  # True: the model chooses rows of its batches, so they are not made ahead
+    generates: bool = False  # True: the text is what the task predicts, not what it reads
+    without_answers: str = ""  # the task whose lines are read instead if no objective is about answers
+    layout: Callable = lambda paper, config: None  # how the model has its rows; a teacher must have them alike
     one_per_picture: int = 0  # > 0: evaluated on one example of each picture of --pool, on at most so many pictures
 
 
@@ -133,6 +139,11 @@ def heads_for(paper, objectives):
         if head and head not in heads:
             heads.append(head)
     return tuple(heads)
+
+
+def is_pretraining(name):
+    """Whether --task is pretraining, whose objectives are options."""
+    return name == PRETRAIN.name
 
 
 def task_objectives(args, name):
@@ -266,7 +277,7 @@ def objective_sums(run, dataset, index, name, word_masking=None):
     share training has, so that chance is the same for all models."""
     own = ObjectiveSums()
     for part in evaluation_batches(run, dataset, index):
-        rng = np.random.default_rng((1, int(part[0])))
+        rng = data.random_stream("evaluation", int(part[0]))
         batch = make_batch(run, dataset, part, [name], rng, 0.5, word_masking)
         loss, logits = loss_and_logits(run, batch, name)
         add_batch(own, run.paper.OBJECTIVES[name], batch, float(loss), logits)
@@ -299,6 +310,8 @@ PRETRAIN = Task(
     logits=lambda run, dataset, index: score_pairs(run, dataset, index, dataset.image[index], "itm"),
     show=lambda run, dataset, i, logits, top: f"match {logits.sigmoid().item():.3f}",
     best=(),  # see `best_score`
+    ranks="itm",
+    without_answers="caption",
 )
 
 
@@ -377,7 +390,9 @@ VE = Task(
     needs=("answer",),
     check=check_ve,
     examples=lambda record: [simple_example(record, "ve", record.get("answer"))],
-    batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=run.columns("ve")),
+    batch=lambda run, dataset, index, rng: data.collate(
+        dataset, index, answers={answer: i for i, answer in enumerate(data.ENTAILMENT)}
+    ),
     evaluate=evaluate_ve,
     show=lambda run, dataset, i, logits, top: show_ranked(data.ENTAILMENT, logits.sigmoid(), top),
 )
@@ -399,6 +414,11 @@ def nlvr2_examples(record):
     return [data.Example(record["id"], record.get("kind", "nlvr2"), rows, target=int(record.get("label", -1)))]
 
 
+def nlvr2_is_joined(paper, config):
+    """Whether the model reads both pictures in one row."""
+    return getattr(config, "nlvr2", "") == "triplet"
+
+
 def nlvr2_batch(run, dataset, index, rng):
     """Rows 2i and 2i+1 are statement i with its left and its right picture; region_types tell which. batch.target (B,):
     1 = true. Joined into one row each where the model's config wants triplets."""
@@ -406,7 +426,7 @@ def nlvr2_batch(run, dataset, index, rng):
     batch.target = torch.from_numpy(dataset.target[index])
     side = torch.arange(len(batch.text))[:, None] % 2  # (2B, 1): 0 the left picture, 1 the right one
     batch.region_types = side.expand(batch.region_mask.shape).contiguous()  # an expanded tensor cannot be pinned
-    if getattr(run.model.config, "nlvr2", "") == "triplet":
+    if nlvr2_is_joined(run.paper, run.model.config):
         batch = data.join_pictures(batch)
     return batch
 
@@ -444,6 +464,7 @@ NLVR2 = Task(
     batch=nlvr2_batch,
     evaluate=evaluate_nlvr2,
     show=lambda run, dataset, i, logits, top: show_ranked(("false", "true"), logits.softmax(-1), top),
+    layout=nlvr2_is_joined,
 )
 
 
@@ -533,6 +554,7 @@ VCR = Task(
     evaluate=evaluate_vcr,
     show=show_choices,
     best=("q_ar_accuracy", "q_a_accuracy"),
+    layout=lambda paper, config: paper.VCR_TYPES,
 )
 
 
@@ -658,6 +680,7 @@ CAPTION = Task(
     show=lambda run, dataset, i, caption, top: caption,
     best=("perplexity",),
     lower_is_better=True,
+    generates=True,
     one_per_picture=10**9,
 )
 
@@ -736,6 +759,9 @@ RETRIEVAL = Task(
     show=lambda run, dataset, i, logits, top: f"match {logits.sigmoid().item():.3f}",
     best=("mean_recall",),
     first_stage="itc",
+    ranks="rank",
+    hard_negatives=True,
+    layout=lambda paper, config: paper.NEGATIVES,
     one_per_picture=1000,  # a full matrix of more takes hours
 )
 

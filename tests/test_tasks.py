@@ -311,7 +311,7 @@ def test_lines_that_fit_pass():
     assert tasks.VQA.check({"answer": {"maybe": 1.0}}) is None
 
 
-def test_answers_are_shown_with_their_probabilities(cache, tokenizer):
+def test_answers_are_shown_with_their_probabilities(drawn, tokenizer):
     run = SimpleNamespace(answers=["red", "blue", "two"])
     logits = torch.tensor([-2.0, 3.0, 0.0])
     assert tasks.VQA.show(run, None, 0, logits, 2) == "blue 0.953  two 0.500"
@@ -319,11 +319,11 @@ def test_answers_are_shown_with_their_probabilities(cache, tokenizer):
     assert tasks.NLVR2.show(run, None, 0, torch.tensor([0.0, 1.0]), 3) == "true 0.731  false 0.269"
     assert tasks.RETRIEVAL.show(run, None, 0, torch.tensor(1.0), 3) == "match 0.731"
     assert tasks.CAPTION.show(run, None, 0, "a red disc", 3) == "a red disc"
-    choices = scenes.scenes("test", "vcr", 20, cache=cache).encode(tokenizer)
+    choices = drawn("test", "vcr", 20).encode(tokenizer)
     best = choices.text[choices.group * 3 + 2][-1]
     shown = tasks.VCR.show(run, choices, 3, torch.tensor([0.0, 0.0, 5.0, 0.0]), 1)
     assert shown == f"{best} 0.980"
-    refer = scenes.scenes("test", "refer", 20, cache=cache).encode(tokenizer)
+    refer = drawn("test", "refer", 20).encode(tokenizer)
     boxes = refer.store.gather(refer.image[[4]])["boxes"][0]
     logits = torch.cat([torch.zeros(len(boxes) - 1), torch.tensor([20.0, 99.0, 99.0])])  # two positions of padding
     numbers = " ".join(f"{value:.2f}" for value in boxes[-1].tolist())
@@ -721,14 +721,15 @@ def test_no_step_waits_for_a_value(drawn, name, tokenizer):
         loss.backward()
 
 
-def test_check_reads_every_split(tmp_path, monkeypatch):
+def test_check_reads_every_split(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     scenes.draw_scene(scenes.make_scene(0, "train", 0)).save("0.png")
     line = {"image": "0.png", "text": "which?", "choices": ["a", "b"], "label": 0}
     lines = [line, {**line, "split": "val"}, {**line, "choices": ["a", "b", "c"], "split": "test"}]
     Path("own.jsonl").write_text("\n".join(map(json.dumps, [*lines, {**line, "split": "test"}])))
-    with pytest.raises(common.UserError, match="choices"):
-        data.check("own.jsonl", "vcr")
+    with pytest.raises(common.UserError, match="mistakes: 1"):
+        data.check("own.jsonl", tasks.TASKS["vcr"], vocab=None, max_words=60, patch=12, grid=6)
+    assert "choices" in capsys.readouterr().err
 
 
 def test_tasks_trained_together_need_features_of_one_width(tmp_path, monkeypatch, capsys):
