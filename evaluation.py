@@ -121,6 +121,15 @@ def recall_chance(recalls, candidates):
     return chance
 
 
+def pretraining_score(metrics):
+    """`tasks.best_score` of pretraining: the mean accuracy, or minus the sum of the losses where there is none."""
+    accuracies = [float(value) for name, value in metrics.items() if name.endswith("_accuracy")]
+    losses = [float(value) for name, value in metrics.items() if name.endswith("_loss")]
+    if accuracies:
+        return float(np.mean(accuracies)), f"mean of {len(accuracies)} accuracies"
+    return -sum(losses), "minus the sum of the losses"
+
+
 def first_captions(dataset):
     """The first caption of each picture, (pictures,) numbers of examples; where no example is a caption, the first text."""
     kinds = np.array(dataset.kind)

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 import checkpoints
 import common
 import data
+import evaluation
 import formats
 import tasks
 from checkpoints import MODELS
@@ -145,7 +146,7 @@ def answer(args, model, tokenizer, checkpoint, task):
         if task == "caption":
             batch = make_batch(tokenizer, [""], [picture])
             ends = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
-            found = tokenizer.decode(tasks.generate(model, batch, *ends, args.beams)[0])
+            found = tokenizer.decode(evaluation.generate(model, batch, *ends, args.beams)[0])
         elif task == "vcr":
             begin = (args.text, args.answer) if args.answer else (args.text,)
             batch = make_batch(

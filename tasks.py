@@ -22,24 +22,8 @@ import torch
 
 import common
 import data
+import evaluation
 from common import UserError
-from evaluation import (
-    accuracy_by_kind,
-    bleu,
-    dot_products,
-    first_captions,
-    gather_objects,
-    generate,
-    iou,
-    is_text_of,
-    match_logits,
-    recall_at,
-    recall_chance,
-    recall_of_all_pairs,
-    score_pairs,
-    show_ranked,
-    top_choice_accuracy,
-)
 
 
 @dataclass(frozen=True)
@@ -182,7 +166,7 @@ def test_examples(run, name, dataset):
     if not limit:
         return np.arange(len(dataset))
     pool = 100 if dataset.split == "val" else run.args.pool
-    return first_captions(dataset)[: min(pool, limit)]
+    return evaluation.first_captions(dataset)[: min(pool, limit)]
 
 
 def simple_example(record, kind, answer=None, target=-1):
@@ -225,7 +209,7 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
     Chance: always the most frequent label.
     """
     kinds = np.array(dataset.kind)
-    captions = first_captions(dataset)[:most]
+    captions = evaluation.first_captions(dataset)[:most]
     questions = np.flatnonzero(kinds != "caption")[:most]
     sums = {}
     one_picture = (dataset.image == dataset.image[0]).all()
@@ -251,12 +235,12 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
     index = captions[:candidates]
     recalls = {}
     if "itm" in run.objectives:
-        recalls |= recall_of_all_pairs(run, dataset, index, "itm")
+        recalls |= evaluation.recall_of_all_pairs(run, dataset, index, "itm")
     if "itc" in run.objectives:
-        dots = dot_products(run, dataset, index, dataset.image[index])
-        for name, value in recall_at(dots, torch.arange(len(index))).items():
+        dots = evaluation.dot_products(run, dataset, index, dataset.image[index])
+        for name, value in evaluation.recall_at(dots, torch.arange(len(index))).items():
             recalls[f"itc_{name}"] = value
-    return metrics | recalls, chance | recall_chance(recalls, len(index))
+    return metrics | recalls, chance | evaluation.recall_chance(recalls, len(index))
 
 
 def content_pieces(run):
@@ -279,7 +263,7 @@ def objective_sums(run, dataset, index, name, word_masking=None):
         loss, logits = loss_and_logits(run, batch, name)
         add_batch(own, run.paper.OBJECTIVES[name], batch, float(loss), logits)
     total = ObjectiveSums()
-    for part in gather_objects(run, own):
+    for part in evaluation.gather_objects(run, own):
         total.add(part.loss, part.items, part.hits, part.labels)
     return total
 
@@ -304,7 +288,7 @@ PRETRAIN = Task(
     examples=pretraining_examples,
     batch=None,  # `pretraining_batch`, which needs the names of the objectives
     evaluate=evaluate_pretraining,
-    logits=lambda run, dataset, index: score_pairs(run, dataset, index, dataset.image[index], "itm"),
+    logits=lambda run, dataset, index: evaluation.score_pairs(run, dataset, index, dataset.image[index], "itm"),
     show=lambda run, dataset, i, logits, top: f"match {logits.sigmoid().item():.3f}",
     best=(),  # see `best_score`
     ranks="itm",
@@ -335,7 +319,7 @@ def evaluate_vqa(run, dataset):
     guess = np.zeros(len(dataset))
     for i, kind in enumerate(dataset.kind):
         guess[i] = dataset.answer[i].get(usual.get(kind), 0.0)
-    return accuracy_by_kind(scores, guess, dataset.kind)
+    return evaluation.accuracy_by_kind(scores, guess, dataset.kind)
 
 
 def most_frequent_answers(dataset):
@@ -357,7 +341,7 @@ VQA = Task(
     examples=lambda record: [simple_example(record, "vqa", record.get("answer"))],
     batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=run.columns()),
     evaluate=evaluate_vqa,
-    show=lambda run, dataset, i, logits, top: show_ranked(run.answers, logits.sigmoid(), top),
+    show=lambda run, dataset, i, logits, top: evaluation.show_ranked(run.answers, logits.sigmoid(), top),
 )
 
 
@@ -378,7 +362,7 @@ def evaluate_ve(run, dataset):
         always = np.array([truth.get(answer, 0.0) for truth in dataset.answer])
         if always.sum() > guess.sum():
             guess = always
-    return accuracy_by_kind(scores, guess, dataset.kind)
+    return evaluation.accuracy_by_kind(scores, guess, dataset.kind)
 
 
 VE = Task(
@@ -391,7 +375,7 @@ VE = Task(
         dataset, index, answers={answer: i for i, answer in enumerate(data.ENTAILMENT)}
     ),
     evaluate=evaluate_ve,
-    show=lambda run, dataset, i, logits, top: show_ranked(data.ENTAILMENT, logits.sigmoid(), top),
+    show=lambda run, dataset, i, logits, top: evaluation.show_ranked(data.ENTAILMENT, logits.sigmoid(), top),
 )
 
 
@@ -435,7 +419,7 @@ def choice_hits(run, dataset, name):
         logits = example_logits(run, dataset, index, name)  # (B, K)
         truth = torch.from_numpy(dataset.target[index]).long()
         right = torch.nn.functional.one_hot(truth, logits.shape[1]).bool()  # (B,) -> (B, K)
-        hits[index] = top_choice_accuracy(logits, right)
+        hits[index] = evaluation.top_choice_accuracy(logits, right)
     return common.all_reduce_sum(hits).numpy()
 
 
@@ -447,7 +431,7 @@ def evaluate_nlvr2(run, dataset):
     for kind in set(dataset.kind):
         true = dataset.target[kinds == kind].mean()
         guess[kinds == kind] = max(true, 1 - true)
-    return accuracy_by_kind(hits, guess, kinds)
+    return evaluation.accuracy_by_kind(hits, guess, kinds)
 
 
 NLVR2 = Task(
@@ -460,7 +444,7 @@ NLVR2 = Task(
     examples=nlvr2_examples,
     batch=nlvr2_batch,
     evaluate=evaluate_nlvr2,
-    show=lambda run, dataset, i, logits, top: show_ranked(("false", "true"), logits.softmax(-1), top),
+    show=lambda run, dataset, i, logits, top: evaluation.show_ranked(("false", "true"), logits.softmax(-1), top),
     layout=nlvr2_is_joined,
 )
 
@@ -537,7 +521,7 @@ def evaluate_vcr(run, dataset):
 
 def show_choices(run, dataset, example, logits, top):
     texts = [dataset.text[row][-1] for row in dataset.rows([example])]  # the last segment is the choice
-    return show_ranked(texts, logits.softmax(-1), top)
+    return evaluation.show_ranked(texts, logits.softmax(-1), top)
 
 
 VCR = Task(
@@ -571,7 +555,7 @@ def refer_batch(run, dataset, index, rng):
 def target_overlaps(dataset, index, batch):
     """(B, N) overlap (IoU) of each region with the box that is meant; -1 for padding."""
     target = torch.from_numpy(dataset.target[index]).float()[:, None]  # (B, 4) -> (B, 1, 4)
-    return iou(batch.boxes, target).masked_fill(~batch.region_mask, -1.0)
+    return evaluation.iou(batch.boxes, target).masked_fill(~batch.region_mask, -1.0)
 
 
 def evaluate_refer(run, dataset):
@@ -582,11 +566,11 @@ def evaluate_refer(run, dataset):
         logits = example_logits(run, dataset, index, "refer")  # (B, N)
         clean = data.collate(dataset, index)  # --ablate image takes the boxes away
         right = target_overlaps(dataset, index, clean) > 0.5  # (B, N)
-        hits[index] = top_choice_accuracy(logits.masked_fill(~clean.region_mask, -math.inf), right)
+        hits[index] = evaluation.top_choice_accuracy(logits.masked_fill(~clean.region_mask, -math.inf), right)
         guess[index] = right.sum(1) / clean.region_mask.sum(1)
         reachable[index] = right.any(1)
     hits, guess, reachable = common.all_reduce_sum(np.stack([hits, guess, reachable])).numpy()
-    metrics, chance = accuracy_by_kind(hits, guess, dataset.kind)
+    metrics, chance = evaluation.accuracy_by_kind(hits, guess, dataset.kind)
     metrics["reachable"] = reachable.mean()
     return metrics, chance
 
@@ -595,7 +579,7 @@ def show_regions(run, dataset, example, logits, top):
     """Boxes as shares of the picture's width and height."""
     boxes = dataset.store.gather(dataset.image[[example]])["boxes"][0]  # (N, 4)
     names = ["[{:.2f} {:.2f} {:.2f} {:.2f}]".format(*box) for box in boxes.tolist()]
-    return show_ranked(names, logits[: len(names)].softmax(-1), top)
+    return evaluation.show_ranked(names, logits[: len(names)].softmax(-1), top)
 
 
 REFER = Task(
@@ -623,7 +607,7 @@ def evaluate_captions(run, dataset):
         for i, text in zip(part, generate_captions(run, dataset, part), strict=True):
             own[int(dataset.image[i])] = text.split()
     generated = {}
-    for captions in gather_objects(run, own):
+    for captions in evaluation.gather_objects(run, own):
         generated |= captions
     references = {}
     for i in examples:
@@ -632,11 +616,11 @@ def evaluate_captions(run, dataset):
         references.setdefault(int(dataset.image[i]), []).append(caption)
     pictures = sorted(generated)
     truth = [references[picture] for picture in pictures]
-    metrics = {"perplexity": perplexity, "bleu4": bleu([generated[picture] for picture in pictures], truth)}
+    metrics = {"perplexity": perplexity, "bleu4": evaluation.bleu([generated[picture] for picture in pictures], truth)}
     chance = {}
     if len(pictures) > 1:
         neighbours = [*pictures[1:], pictures[0]]
-        chance["bleu4"] = bleu([references[picture][0] for picture in neighbours], truth)
+        chance["bleu4"] = evaluation.bleu([references[picture][0] for picture in neighbours], truth)
     return metrics, chance
 
 
@@ -660,7 +644,7 @@ def generate_captions(run, dataset, index):
     last = run.tokenizer.token_to_id("[SEP]")
     beams = 1 if dataset.split == "val" else run.args.beams
     with run.autocast():
-        captions = generate(run.model, batch, first, last, beams)
+        captions = evaluation.generate(run.model, batch, first, last, beams)
     return [run.tokenizer.decode(pieces) for pieces in captions]
 
 
@@ -708,7 +692,7 @@ def sample_negatives(run, dataset, index, rng):
         other[again] = rng.integers(len(dataset), size=again.sum())
         texts = np.where(swap_picture, true, other)
         images = dataset.image[np.where(swap_picture, other, true)]
-        again = is_text_of(dataset, texts, images)
+        again = evaluation.is_text_of(dataset, texts, images)
         if not again.any():
             break
     else:
@@ -727,7 +711,7 @@ def hardest_pairs(run, dataset, texts, images):
     run.model.eval()
     with torch.no_grad(), run.autocast():
         pooled = run.model.encode(batch.to(run.device)).pooled  # (B*K*mine, C)
-        logits = match_logits(run.model, pooled, "rank")  # (B*K*mine,)
+        logits = evaluation.match_logits(run.model, pooled, "rank")  # (B*K*mine,)
     run.model.train()
     return logits.view(texts.shape).argmax(2, keepdim=True).numpy()
 
@@ -735,8 +719,8 @@ def hardest_pairs(run, dataset, texts, images):
 def evaluate_retrieval(run, dataset):
     """Recall at 1, 5 and 10, both ways, and their mean: the full matrix of texts and pictures of `test_examples`."""
     index = test_examples(run, "retrieval", dataset)
-    metrics = recall_of_all_pairs(run, dataset, index, "rank")
-    chance = recall_chance(metrics, len(index))
+    metrics = evaluation.recall_of_all_pairs(run, dataset, index, "rank")
+    chance = evaluation.recall_chance(metrics, len(index))
     metrics["mean_recall"] = float(np.mean(list(metrics.values())))
     chance["mean_recall"] = float(np.mean(list(chance.values())))
     return metrics, chance
@@ -749,7 +733,7 @@ RETRIEVAL = Task(
     examples=lambda record: [simple_example(record, "caption")],
     batch=retrieval_batch,
     evaluate=evaluate_retrieval,
-    logits=lambda run, dataset, index: score_pairs(run, dataset, index, dataset.image[index], "rank"),
+    logits=lambda run, dataset, index: evaluation.score_pairs(run, dataset, index, dataset.image[index], "rank"),
     show=lambda run, dataset, i, logits, top: f"match {logits.sigmoid().item():.3f}",
     best=("mean_recall",),
     first_stage="itc",
@@ -802,7 +786,7 @@ def best_score(run, metrics):
         prefix = f"{name}_" if len(run.sets) > 1 else ""
         measured = [prefix + metric for metric in task.best if prefix + metric in metrics]
         if not task.best:
-            return pretraining_score(metrics)
+            return evaluation.pretraining_score(metrics)
         if not measured:
             continue  # the task has no val split
         metric = measured[0]
@@ -814,12 +798,3 @@ def best_score(run, metrics):
         names.append(metric)
     name = names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
     return float(np.mean(values)), name
-
-
-def pretraining_score(metrics):
-    """`best_score` of pretraining."""
-    accuracies = [float(value) for name, value in metrics.items() if name.endswith("_accuracy")]
-    losses = [float(value) for name, value in metrics.items() if name.endswith("_loss")]
-    if accuracies:
-        return float(np.mean(accuracies)), f"mean of {len(accuracies)} accuracies"
-    return -sum(losses), "minus the sum of the losses"

@@ -241,7 +241,7 @@ def load_data(run, checkpoint, teacher):
             f"--data: features of {' and '.join(map(str, widths))} numbers; tasks trained together need one --patch"
         )
     if tasks.is_pretraining(args.task):
-        run.objectives = drop_unsupported(run.paper, run.objectives, run.splits["train"])
+        run.objectives = options.drop_unsupported(run.paper, run.objectives, run.splits["train"])
     if options.one_source(args):
         run.content_words = args.data_sets[0][1]["content_words"]
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)
@@ -284,26 +284,6 @@ def load_splits(args, task, path, description):
     if "train" not in splits:
         raise UserError(f"{path}: no example of split train for --task {args.task}")
     return splits
-
-
-def drop_unsupported(paper, objectives, dataset):
-    """The objectives that the data have labels for. Those with mismatched pairs need a second picture."""
-    missing = {}
-    one_picture = (dataset.image == dataset.image[0]).all()
-    for name in objectives:
-        if one_picture and paper.OBJECTIVES[name].mismatch:
-            missing[name] = "there is only one picture"
-        for field_name in paper.OBJECTIVES[name].fields:
-            if field_name == "answers":
-                if not any(dataset.answer):
-                    missing[name] = "no text has an answer"
-            elif field_name not in dataset.store.fields or dataset.store.classes is None:
-                missing[name] = "the regions have no classes"
-    for name, reason in missing.items():
-        common.print0(f"data     objective {name} is left out: {reason}")
-    if len(missing) == len(objectives):
-        raise UserError("the data have nothing for any of the objectives; see the table of objectives in docs/usage.md")
-    return {name: ratio for name, ratio in objectives.items() if name not in missing}
 
 
 def make_tokenizer(run, start):

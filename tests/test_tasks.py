@@ -534,7 +534,7 @@ def test_the_mean_recall_is_the_mean_of_all_six(drawn, tokenizer, monkeypatch):
         pools.append(len(index))
         return dict(recalls)
 
-    monkeypatch.setattr(tasks, "recall_of_all_pairs", all_pairs)
+    monkeypatch.setattr(evaluation, "recall_of_all_pairs", all_pairs)
     metrics, chance = tasks.evaluate_retrieval(run, dataset)
     assert metrics["mean_recall"] == pytest.approx(0.4)
     assert chance["mean_recall"] == pytest.approx(2 * (1 + 5 + 10) / 15 / 6)
@@ -674,7 +674,7 @@ def test_a_caption_repeated_word_for_word_has_bleu_1(drawn, tokenizer, monkeypat
     pieces = [dataset.tokens[a + 1 : b - 1].tolist() for a, b in itertools.pairwise(dataset.offsets)]
     turn = iter(tasks.evaluation_batches(run, dataset, index))
     monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (torch.tensor(0.0), None))
-    monkeypatch.setattr(tasks, "generate", lambda *_: [pieces[i] for i in next(turn)])
+    monkeypatch.setattr(evaluation, "generate", lambda *_: [pieces[i] for i in next(turn)])
     metrics, chance = tasks.evaluate_captions(run, dataset)
     assert metrics["bleu4"] == 1.0 > chance["bleu4"]
 

@@ -689,7 +689,7 @@ def test_a_run_does_not_write_over_what_it_starts_from(pictures, here, capsys):
 def test_a_tie_counts_as_the_share_that_is_right():
     scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     hit = torch.tensor([[True, True, False], [False, True, True], [True, False, False]])
-    torch.testing.assert_close(tasks.top_choice_accuracy(scores, hit), torch.tensor([0.5, 0.0, 1 / 3]))
+    torch.testing.assert_close(evaluation.top_choice_accuracy(scores, hit), torch.tensor([0.5, 0.0, 1 / 3]))
 
 
 # ---- options ---------------------------------------------------------------------------------------------------
