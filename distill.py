@@ -117,12 +117,13 @@ def match_teacher(run, checkpoint):
     """
     args = run.args
     wanted = args.distill.split(",")
-    if any(tasks.TASKS[task].generates for task in args.tasks) and wanted != ["logits"]:
-        raise UserError(
-            "--distill: captions are read from left to right, which records no attention or states; use logits"
-        )
     left_out = {}  # objective: reason
     for name in run.objectives:
+        task = tasks.TASK_OF_OBJECTIVE.get(name)
+        if task and task.generates and wanted != ["logits"]:
+            raise UserError(
+                "--distill: captions are read from left to right, which records no attention or states; use logits"
+            )
         check_same_rows(run, name)
         reason = why_not_comparable(run, name, checkpoint["task"].split(","))
         if reason:

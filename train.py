@@ -121,7 +121,8 @@ def train(args):
 
 
 def training_loop(run, log):
-    """The steps: batches, gradients, clipping, update; a line every --log-every, an evaluation every --eval-every."""
+    """The steps: batches, gradients, clipping, update; a line every --log-every, an evaluation every --eval-every, with a
+    line and a checkpoint."""
     args = run.args
     model = run.model
     progress = run.progress
@@ -147,18 +148,19 @@ def training_loop(run, log):
             progress["step"] = step
             trained = tasks.heads_for(run.paper, names)
             progress["random_heads"] = [head for head in progress["random_heads"] if head not in trained]
-            last = step == args.steps
-            due = last or step % args.log_every == 0
+            saved = step == args.steps or step % args.eval_every == 0
+            due = saved or step % args.log_every == 0  # a resumed run does not know the losses before its checkpoint
             if due and run.device.type != "cpu":
                 float(grad_norm)  # waits for the GPU: its remaining work belongs to the time of these steps
             log.add(losses, grad_norm, rate, batches, waited, time.perf_counter() - start)
             if due:
                 log.line()
-            if last or step % args.eval_every == 0:
+            if saved:
                 validate(run, log)
             # all processes stop after the same step: one that went on would wait for the others for ever
             if common.all_reduce_sum([interrupted()])[0]:
-                log.check()
+                if not due:
+                    log.line()
                 checkpoints.save_checkpoint(run, "checkpoint.pt")
                 raise UserError(f"interrupted after step {step}, which is saved; go on with --resume")
     log.data_time()
@@ -567,13 +569,15 @@ def restore_optimizer(run, checkpoint):
     checkpoints.check_fingerprint(checkpoint.get("fingerprint", {}), run.fingerprint)
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
+        run.progress.update(checkpoint["progress"])
+        generators = checkpoint["generators"].get(run.device.type, [])  # the state of each process
+        machine.seed_dropout(run, generators)
     except ValueError:
         raise UserError(
             f"--resume: {run.args.init} is of a run with other heads; give the options that it had"
         ) from None
-    run.progress.update(checkpoint["progress"])
-    generators = checkpoint.get("generators", {})  # kind of device -> states, of each process
-    machine.seed_dropout(run, generators.get(run.device.type, []))
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"--resume: {run.args.init} is damaged ({type(error).__name__}: {error})") from None
 
 
 # ---- evaluate and save -----------------------------------------------------------------------------------------

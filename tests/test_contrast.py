@@ -106,6 +106,11 @@ def test_contrasts_in_closed_form():
     close(contrast.info_nce(image, text, 0.1), both / 2)
     bce = F.binary_cross_entropy_with_logits(logits - 3.0, apart, reduction="sum") / 5
     close(contrast.sigmoid_contrast(image, text, 0.1, -3.0), bce)
+    # SigLIP's start: a temperature of 0.1 and a bias of -10
+    bce = F.binary_cross_entropy_with_logits(logits - 10.0, apart, reduction="sum") / 5
+    close(contrast.sigmoid_contrast(image, text), bce)
+    close(contrast.info_nce(image, text), contrast.info_nce(image, text, 0.07))
+    close(contrast.decoupled_contrast(image, text), contrast.decoupled_contrast(image, text, 0.07))
 
 
 @pytest.mark.parametrize("name", CONTRASTS)

@@ -699,11 +699,12 @@ def test_a_task_s_batch_can_be_pinned_and_names_its_examples(drawn, task, tokeni
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_no_step_waits_for_a_value(drawn, name, tokenizer):
+def test_no_step_waits_for_a_value(drawn, small_scenes, name, tokenizer):
     """A GPU that is asked for a value must first do all that it was given. On the device "meta" tensors have no values:
     whoever asks for one fails. All objectives that train.py trains, forward and backward."""
     paper = checkpoints.MODELS[name]
-    args = options.resolve_options(options.parse(["--model", name]), name, 0)
+    args = options.parse(["--model", name, "--data", str(small_scenes(20))])
+    args = options.resolve_options(args, name, 0)
     pretraining = [name for name, row in paper.OBJECTIVES.items() if row.pretraining]
     trained = dict.fromkeys(pretraining, "vqa")  # on the scenes of questions, whose texts have answers
     trained |= {tasks.TASKS[task].objective: task for task in tasks.TASKS if task != "pretrain"}

@@ -88,10 +88,12 @@ def test_default_rates_at_base_size_are_the_papers():
         assert options.default_learning_rate(paper, 768, "vqa") == 5e-5
 
 
-def test_default_steps_of_pretraining():
+def test_default_steps_of_pretraining(tmp_path):
     """UNITER alone takes more, as each of its steps trains one objective; side by side all take equally many."""
+    scenes.make(tmp_path, {"train": 2})
     for model, choice, steps in (("uniter", "uniter", 3600), ("lxmert", "lxmert", 2400), ("uniter", "all", 2400)):
-        assert options.resolve_options(options.parse(["--model", choice]), model, 0).steps == steps
+        args = options.parse(["--model", choice, "--data", str(tmp_path)])
+        assert options.resolve_options(args, model, 0).steps == steps
 
 
 def test_only_matrices_decay():
@@ -706,6 +708,13 @@ def test_an_impossible_number_is_refused_by_name(arguments):
     option = arguments.split()[0]
     with pytest.raises(common.UserError, match=option):
         options.parse(arguments.split())
+
+
+@pytest.mark.parametrize("model", ["vilbert", "lxmert"])
+def test_a_size_that_the_model_lacks_is_one_line(model, pictures):
+    args = options.parse(["--model", model, "--size", "large", "--data", str(pictures)])
+    with pytest.raises(common.UserError, match=f"--size large: {model} has only tiny, base"):
+        options.resolve_options(args, model, 0)
 
 
 def test_zero_means_zero(pictures):

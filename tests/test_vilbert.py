@@ -280,9 +280,10 @@ def test_dropout_acts_where_the_official_code_has_it(dynamic, monkeypatch):
     assert dropout_places(monkeypatch, lambda: model.eval().encode(batch)) == {}
 
 
-def test_dropout_acts_on_the_vector_of_one_modality_alone(monkeypatch):
-    model, batch = tiny(dropout=0.25).train(), make_batch()
-    for parts in ({"text": False}, {"regions": False}):
+@pytest.mark.parametrize("fusion", ["mul", "sum"])
+def test_dropout_acts_on_the_vector_of_a_pair_and_of_one_modality_alone(fusion, monkeypatch):
+    model, batch = tiny(dropout=0.25, fusion=fusion).train(), make_batch()
+    for parts in ({}, {"text": False}, {"regions": False}):
         places = dropout_places(monkeypatch, lambda parts=parts: model.encode(batch, **parts))
         assert places[0.25, (4, 128)] == 1
 
