@@ -50,7 +50,11 @@ from tasks import TASKS
 #   NEGATIVES         which side of a true pair is replaced in each false pair of a retrieval group: "image" or "text"
 #   text_types(tasks) the table of text types for these tasks: for each row, the row of pretraining's that it starts as
 # Official names and sizes are optional: they stand in formats.FORMATS, not in the model's file.
-MODELS = {"uniter": uniter, "vilbert": vilbert, "lxmert": lxmert}
+MODELS = {
+    "uniter": uniter,
+    "vilbert": vilbert,
+    "lxmert": lxmert,
+}
 
 for task in TASKS.values():
     if task.loss:  # the task brings its objective along: every model has it
