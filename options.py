@@ -241,7 +241,7 @@ def set_data_defaults(args, all_models):
         args.data_sets = [open_data(source) for source in sources]
     defaults = {}
     if one_source(args):
-        defaults = args.data_sets[0][1]["defaults"]
+        defaults = read_defaults(*args.data_sets[0])
     if args.patch != 12 and any(description["regions"] for _, description in args.data_sets):
         raise UserError("--patch is for pictures; the regions of this data set are made already")
     if args.steps is None:
@@ -256,6 +256,22 @@ def set_data_defaults(args, all_models):
         args.batch_size = max(1, defaults.get("batch_size", 64) // rows // world)
     if args.eval_every is None:
         args.eval_every = max(1, math.ceil(args.steps / 5))
+
+
+DATA_DEFAULTS = {"steps": COUNT_OR_ZERO, "steps_one_objective": COUNT_OR_ZERO, "batch_size": COUNT, "mask": SHARE}
+
+
+def read_defaults(path, description):
+    """The options' defaults that a data set gives. UserError for one that it may not give, or out of range."""
+    defaults = {}
+    for name, value in description["defaults"].items():
+        if name not in DATA_DEFAULTS:
+            raise UserError(f"{path}: 'defaults' has {name!r}; it may have {', '.join(DATA_DEFAULTS)}")
+        try:
+            defaults[name] = DATA_DEFAULTS[name](str(value))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{path}: 'defaults', {name}: {error}") from None
+    return defaults
 
 
 def open_data(source):
