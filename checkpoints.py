@@ -66,7 +66,11 @@ from tasks import TASKS
 #   mask_false_pairs  False: nothing is predicted in mismatched pairs
 #   second_half       objectives that are trained in the second half of the steps only
 # Official names and sizes are optional: they stand in formats.FORMATS, not in the model's file.
-MODELS = {"uniter": uniter, "vilbert": vilbert, "lxmert": lxmert}
+MODELS = {
+    "uniter": uniter,
+    "vilbert": vilbert,
+    "lxmert": lxmert,
+}
 
 for task in TASKS.values():
     if task.loss:  # the task brings its objective along: every model has it

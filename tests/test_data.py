@@ -928,7 +928,8 @@ def test_preview_draws_stores_pairs_and_targets(folder, own, tmp_path, monkeypat
         {"features": "f.npz", "text": "y", "target": [0, 0, 9, 9]},
     )
     assert run_command(capsys, "preview", "my.jsonl", "--task", "refer", "--out", "r.png")[0] == 0
-    assert (255, 0, 0) in set(Image.open("r.png").convert("RGB").get_flattened_data())
+    pixels = np.asarray(Image.open("r.png").convert("RGB"))  # (H, W, 3)
+    assert (pixels == (255, 0, 0)).all(-1).any()  # the red frame of the target
     assert run_command(capsys, "preview", folder / "pretrain.jsonl", "--count", "4")[0] == 0
     assert run_command(capsys, "preview", "my.jsonl", "--split", "val", "--task", "refer")[0] == 2
 
