@@ -208,6 +208,9 @@ def resolve_options(args, model_name, seed):
     run_args = argparse.Namespace(**vars(args))
     run_args.model = model_name
     run_args.seed = seed
+    presets = checkpoints.MODELS[model_name].PRESETS
+    if args.size not in presets and not args.init:
+        raise UserError(f"--size {args.size}: {model_name} has only {', '.join(presets)}")
     run_args.tasks = args.task.split(",")
     run_args.out = output_folder(args, model_name)
     if args.out and args.model == "all":
@@ -240,7 +243,7 @@ def set_data_defaults(args, all_models):
     if one_source(args):
         defaults = read_defaults(*args.data_sets[0])
     if args.patch != 12 and any(description["regions"] for _, description in args.data_sets):
-        raise UserError("--patch is for pictures; the regions of this data set were made with a patch of 12")
+        raise UserError("--patch is for pictures; the regions of this data set are made already")
     if args.steps is None:
         paper = checkpoints.MODELS[args.model]
         # UNITER trains one objective a step, so it takes more steps; side by side all models take equally many
@@ -290,7 +293,8 @@ def objectives_of(args, paper):
     default = paper.PRETRAINING["objectives"]
     joined = list(itertools.chain.from_iterable(paper.PRETRAINING["joined"].values()))
     known = {name: 1 for name in sorted(paper.OBJECTIVES) if paper.OBJECTIVES[name].pretraining}
-    known["itc"] = 2  # as often as itm, the other objective that sees whole pairs
+    if "itc" in known:
+        known["itc"] = 2  # as often as itm, the other objective that sees whole pairs
     known.update(default)
     known.update(dict.fromkeys(joined, 0))
     names = [*default, *joined]
