@@ -318,14 +318,15 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
 
 
 @pytest.mark.parametrize("model", checkpoints.MODELS)
-def test_pretrain_then_vqa(model, pictures, tmp_path):
-    done = run("--model", model, "--data", pictures, "--steps", 3, cwd=tmp_path)
-    assert "chance" in done.stdout
+def test_pretrain_then_vqa(model, pictures, tmp_path, here, capsys):
+    here("--model", model, "--data", pictures, "--steps", 3)
+    assert "chance" in capsys.readouterr().out
     result = json.loads((tmp_path / f"out/{model}-pretrain/result.json").read_text())
     assert {"model", "task", "split", "data", "steps", "seed", "parameters", "seconds", "chance"} <= set(result)
     start = tmp_path / f"out/{model}-pretrain/checkpoint.pt"
-    done = run("--model", model, "--task", "vqa", "--data", pictures, "--steps", 3, "--init", start, cwd=tmp_path)
-    assert "heads.vqa" in done.stdout and "at random" in done.stdout
+    here("--model", model, "--task", "vqa", "--data", pictures, "--steps", 3, "--init", start)
+    printed = capsys.readouterr().out
+    assert "heads.vqa" in printed and "at random" in printed
     result = json.loads((tmp_path / f"out/{model}-vqa/result.json").read_text())
     assert 0 <= result["accuracy"] <= 1 and "accuracy" in result["chance"]
     assert checkpoints.load_checkpoint(tmp_path / f"out/{model}-vqa/checkpoint.pt")["answers"] == ["no", "yes"]
@@ -333,9 +334,9 @@ def test_pretrain_then_vqa(model, pictures, tmp_path):
     assert [s["step"] for s in steps if "lr" in s] == [1, 2, 3]
 
 
-def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path):
+def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path, here):
     options = ["--data", pictures, "--steps", 12, "--eval-every", 6, "--config", "dropout=0.1"]
-    run(*options, "--out", "whole", cwd=tmp_path)
+    here(*options, "--out", "whole")
     command = [sys.executable, str(ROOT / "train.py"), *map(str, options), "--out", "parts", *SMALL]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -348,7 +349,7 @@ def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path):
     assert process.wait(60) == 2 and "--resume" in error and "Traceback" not in error
     stopped = checkpoints.load_checkpoint(tmp_path / "parts/checkpoint.pt")["progress"]["step"]
     assert 4 <= stopped < 12
-    run(*options, "--out", "parts", "--resume", cwd=tmp_path)
+    here(*options, "--out", "parts", "--resume")
     whole = state_of(tmp_path / "whole")
     parts = state_of(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -358,9 +359,9 @@ def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["uniter", "lxmert"])
-def test_two_processes_equal_one(model, pictures, tmp_path):
+def test_two_processes_equal_one(model, pictures, tmp_path, here):
     options = ["--model", model, "--data", pictures, "--steps", 4]
-    run(*options, "--accumulate", 2, "--out", "one", cwd=tmp_path)
+    here(*options, "--accumulate", 2, "--out", "one")
     run(*options, "--out", "two", cwd=tmp_path, processes=2)
     one = state_of(tmp_path / "one")
     two = state_of(tmp_path / "two")
@@ -371,11 +372,11 @@ def test_two_processes_equal_one(model, pictures, tmp_path):
         assert results[0][name] == pytest.approx(results[1][name], abs=1e-4), name
 
 
-def test_all_models_and_seeds_end_in_one_table(pictures, tmp_path):
+def test_all_models_and_seeds_end_in_one_table(pictures, tmp_path, here, capsys):
     options = ["--model", "all", "--task", "vqa", "--data", pictures, "--steps", 1, "--seeds", 2, "--out", "cmp"]
-    done = run(*options, cwd=tmp_path)
+    here(*options)
     table = (tmp_path / "cmp/comparison.md").read_text()
-    assert table in done.stdout and all(model in table for model in checkpoints.MODELS)
+    assert table in capsys.readouterr().out and all(model in table for model in checkpoints.MODELS)
     runs = json.loads((tmp_path / "cmp/comparison.json").read_text())["runs"]
     assert len(runs) == 2 * len(checkpoints.MODELS)
     mean = json.loads((tmp_path / "cmp/comparison.json").read_text())["table"]["accuracy"]["lxmert"]["mean"]
@@ -393,10 +394,11 @@ def test_ablation_removes_a_modality():
     assert batch.text.tolist() == torch.stack([first, last], 1).tolist() and batch.text_mask.all()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
-    done = run("--data", pictures, "--steps", 60, "--lr", "1e30", "--clip", "1e30", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "is not finite" in done.stderr and "own.jsonl:" in done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+def test_a_loss_that_is_not_finite_stops_the_run(pictures, here, capsys):
+    here("--data", pictures, "--steps", 60, "--lr", "1e30", "--clip", "1e30", code=2)
+    error = capsys.readouterr().err
+    assert "is not finite" in error and "own.jsonl:" in error
+    assert error.count("\n") == 1, error
 
 
 @pytest.mark.parametrize(
