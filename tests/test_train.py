@@ -6,8 +6,10 @@ import dataclasses
 import io
 import json
 import math
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +67,30 @@ def run(*arguments, cwd, processes=1, check=True):
     done = subprocess.run(command, check=False, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def in_two_processes(*arguments):
+    """train.py in two processes that are given what torchrun would give them. Where they can be forked, the seconds in
+    which Python loads torch are saved."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    processes = []
+    for rank in ("0", "1"):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        process = context.Process(target=start_one_process, args=(environment, [*SMALL, *map(str, arguments)]))
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+
+
+def start_one_process(environment, arguments):
+    os.environ.update(environment)
+    sys.exit(train.main(arguments))
 
 
 def state_of(folder):
@@ -362,7 +388,7 @@ def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path, here):
 def test_two_processes_equal_one(model, pictures, tmp_path, here):
     options = ["--model", model, "--data", pictures, "--steps", 4]
     here(*options, "--accumulate", 2, "--out", "one")
-    run(*options, "--out", "two", cwd=tmp_path, processes=2)
+    in_two_processes(*options, "--out", "two")
     one = state_of(tmp_path / "one")
     two = state_of(tmp_path / "two")
     for name in one:
@@ -597,7 +623,7 @@ def test_two_processes_contrast_as_one_with_the_double_batch(pictures, tmp_path,
     # with seed 0 one weight of 16,384 has a gradient near zero, whose rounding AdamW blows up to 2.2e-6
     options = ["--objectives", "itc", "--data", pictures, "--steps", 3, "--seed", 1]
     here(*options, "--batch-size", 8, "--out", "one")
-    run(*options, "--out", "two", cwd=tmp_path, processes=2)
+    in_two_processes(*options, "--out", "two")
     here(*options, "--accumulate", 2, "--out", "parts", "--temperature", "0.2:0.1")
     one, two, parts = (state_of(tmp_path / out) for out in ("one", "two", "parts"))
     for name in one:
@@ -659,8 +685,9 @@ def test_each_process_drops_other_values_and_goes_on_with_its_own():
     assert torch.equal(torch.rand(5), torch.rand(5, generator=torch.Generator().manual_seed(6)))
 
 
-def test_a_checkpoint_has_the_random_numbers_of_every_process(pictures, tmp_path):
-    run("--data", pictures, "--steps", 1, "--config", "dropout=0.1", "--out", "two", cwd=tmp_path, processes=2)
+def test_a_checkpoint_has_the_random_numbers_of_every_process(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    in_two_processes("--data", pictures, "--steps", 1, "--config", "dropout=0.1", "--out", "two")
     states = checkpoints.load_checkpoint(tmp_path / "two/checkpoint.pt")["generators"]["cpu"]
     assert len(states) == 2 and not torch.equal(*states)
 
