@@ -524,6 +524,25 @@ def test_own_data_becomes_a_dataset(own, cache, capsys):
         load("nowhere.jsonl", "vqa", "train", cache=cache)
 
 
+def test_classes_of_feature_files_leave_background_out(own, tmp_path):
+    """With probabilities alone the likeliest class but background; with labels those, and their probabilities."""
+    box = [[0, 0, 20, 30], [5, 5, 39, 29]]
+    given = {"features": np.eye(2), "boxes": box, "size": [40, 30]}
+    probs = np.array([[0.6, 0.1, 0.3], [0.2, 0.5, 0.3]])  # background, class 0, class 1
+    np.savez(tmp_path / "probs.npz", **given, probs=probs)
+    np.savez(tmp_path / "both.npz", **given, probs=probs, labels=np.array([0, 1]))
+    np.savez(tmp_path / "labels.npz", **given, labels=np.array([4, 7]))
+    for name, objects, confidence in (
+        ("probs", [1, 0], [0.3, 0.5]),
+        ("both", [0, 1], [0.1, 0.3]),
+        ("labels", [4, 7], [1.0, 1.0]),
+    ):
+        dataset = load(own({**F, "features": f"{name}.npz"}), "vqa", "train", cache=tmp_path / "c")
+        fields = dataset.store.gather(np.array([0]))
+        assert fields["objects"][0].tolist() == objects, name
+        assert fields["object_conf"][0].tolist() == pytest.approx(confidence, abs=1e-3), name
+
+
 def run_command(capsys, *arguments):
     """(exit code, stdout, stderr) of `python data.py arguments`."""
     code = data.main([str(argument) for argument in arguments])

@@ -121,6 +121,39 @@ def test_default_steps_of_pretraining(tmp_path):
         assert options.resolve_options(args, model, 0).steps == steps
 
 
+def test_defaults_of_one_run_in_two_processes(tmp_path, monkeypatch):
+    """Two processes share the batch, and an example of several rows counts as so many. Five evaluations at most."""
+    scenes.make(tmp_path, {"train": 2})
+    sizes = {}
+    for world in (1, 2):
+        monkeypatch.setattr(common, "rank_and_world", lambda world=world: (0, world))
+        for task in ("pretrain", "nlvr2", "vqa,vcr"):
+            args = options.parse(["--data", str(tmp_path), "--task", task, "--steps", "12"])
+            args = options.resolve_options(args, "uniter", 0)
+            sizes[task, world] = args.batch_size
+            assert args.eval_every == 3  # after steps 3, 6, 9, 12; every second step would be six times
+    assert sizes == {
+        ("pretrain", 1): 256, ("nlvr2", 1): 128, ("vqa,vcr", 1): 64,
+        ("pretrain", 2): 128, ("nlvr2", 2): 64, ("vqa,vcr", 2): 32,
+    }  # fmt: skip
+
+
+def test_objectives_and_their_ratios_are_the_papers_or_those_asked_for():
+    asked = SimpleNamespace(task="pretrain", tasks=["pretrain"], objectives=None, rerank=None, model="uniter")
+    assert options.objectives_of(asked, uniter) == {"mlm": 4, "mrfr": 1, "mrc_kl": 1, "itm": 2, "wra": 0}
+    asked.objectives = "itc,itm,mrc"
+    assert options.objectives_of(asked, uniter) == {"itc": 2, "itm": 2, "mrc": 1}
+    asked.objectives = None
+    assert options.objectives_of(asked, lxmert) == dict.fromkeys(("mlm", "mrfr", "mrc", "attr", "itm", "qa"), 1)
+
+
+def test_default_rates_follow_the_width():
+    rates = []
+    for width in (128, 256, 257, 768, 1023, 1024):
+        rates.append(options.default_learning_rate(uniter, width, "vqa"))
+    assert rates == [1e-3, 1e-3, 5e-5, 5e-5, 5e-5, 3e-5]
+
+
 def test_only_matrices_decay():
     model = uniter.UNITER(uniter.Config(**uniter.PRESETS["tiny"], vocab_size=30, feature_size=8, classes=5))
     optimizer = train.make_optimizer(model, 0.01)
@@ -220,8 +253,23 @@ def test_parts_of_unlike_size_give_the_gradients_of_the_whole(names):
 def test_comparison_says_tie_where_the_spread_covers_the_lead():
     close = {"a": {"mean": 0.91, "spread": 0.02}, "b": {"mean": 0.90, "spread": 0.01}}
     clear = {"a": {"mean": 0.95, "spread": 0.01}, "b": {"mean": 0.90, "spread": 0.01}}
-    assert evaluation.best_model(close) == "tie"
+    both = {"a": {"mean": 0.91, "spread": 0.006}, "b": {"mean": 0.90, "spread": 0.006}}  # neither alone covers it
+    assert evaluation.best_model(close) == evaluation.best_model(both) == "tie"
     assert evaluation.best_model(clear) == "a"
+
+
+def test_comparison_has_the_mean_and_the_standard_deviation_of_a_sample(tmp_path):
+    results = []
+    for model, accuracies in (("uniter", (0.5, 0.7)), ("lxmert", (0.6,))):
+        for accuracy in accuracies:
+            result = {"model": model, "parameters": 10, "examples_per_second": 20.0, "chance": {"accuracy": 0.25}}
+            results.append(result | {"accuracy": accuracy, "accuracy_color": 0.1, "mlm_loss": 3.0})
+    evaluation.compare_models(results, tmp_path)
+    table = json.loads((tmp_path / "comparison.json").read_text())["table"]
+    assert list(table) == ["parameters", "examples_per_second", "accuracy"]
+    assert table["accuracy"]["uniter"] == pytest.approx({"mean": 0.6, "spread": 0.1 * math.sqrt(2)})
+    assert table["accuracy"]["lxmert"] == {"mean": 0.6, "spread": 0.0}
+    assert "| accuracy | 60.0 ± 14.1 | 60.0 ± 0.0 | tie | 25.0% |" in (tmp_path / "comparison.md").read_text()
 
 
 @pytest.mark.parametrize("model", ["uniter", "vilbert", "lxmert"])
@@ -824,6 +872,74 @@ def test_each_loss_counts_with_the_factor_of_its_paper():
             torch.testing.assert_close(found[name], parameter.grad, atol=1e-12, rtol=1e-9)
 
 
+def test_steps_run_in_training_mode_and_begin_with_the_first_temperature(pictures, here, monkeypatch):
+    seen = []
+    real = train.backward
+
+    def record(run, batches, names):
+        temperature = math.exp(-run.model.heads["itc"].log_scale.item())
+        seen.append((run.model.training, pytest.approx(temperature)))
+        return real(run, batches, names)
+
+    monkeypatch.setattr(train, "backward", record)
+    given = ["--data", pictures, "--objectives", "itc", "--steps", 2, "--eval-every", 1, "--temperature", "0.2:0.1"]
+    here(*given)
+    assert seen == [(True, 0.2), (True, common.scheduled_temperature(0.2, 0.1, 0.5))]
+
+
+def test_limit_is_of_the_training_split_alone(pictures, here, monkeypatch):
+    counts = []
+    monkeypatch.setattr(train, "training_loop", lambda run, log: counts.append([*map(len, run.splits.values())]))
+    here("--data", pictures, "--task", "vqa", "--steps", 0, "--limit", 3)
+    assert counts == [[3, 4, 4]]
+
+
+# ---- the log --------------------------------------------------------------------------------------------------
+
+
+def log_of(tmp_path, world=1):
+    """A Log of a run of 10 steps of 2 examples a process."""
+    args = SimpleNamespace(out=tmp_path, resume=False, steps=10, batch_size=2, accumulate=1)
+    progress = {"step": 0, "seconds": 0.0, "examples": 0}
+    return log.Log(SimpleNamespace(args=args, rank=0, world=world, progress=progress))
+
+
+def test_a_line_of_the_log_has_means_and_counts_the_examples_of_all_processes(tmp_path):
+    lines = log_of(tmp_path, world=3)
+    progress = lines.run.progress
+    for step, loss in ((1, 2.0), (2, 5.0), (3, 2.0)):
+        progress["step"] = step
+        losses = {"mlm": torch.tensor(loss)}
+        if step == 2:
+            losses = {"itm": torch.tensor(loss)}
+        lines.add(losses, torch.tensor(0.5 * step), 0.1, [SimpleNamespace(ids=["a", "b"])], waited=0.0, worked=0.5)
+    progress["step"] = 3
+    lines.line()
+    lines.add({"mlm": torch.tensor(7.0)}, torch.tensor(1.0), 0.1, [SimpleNamespace(ids=["a", "b"])], 0.0, 0.5)
+    lines.line()
+    first, second = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    expected = {"step": 3, "lr": 0.1, "grad_norm": 1.5, "examples_per_second": 12.0, "mlm": 2.0, "itm": 5.0}
+    assert first == expected
+    assert second["mlm"] == 7.0  # only since the last line
+    assert (progress["examples"], progress["seconds"]) == (4 * 2 * 3, 2.0)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_loss_or_a_gradient_that_is_no_number_is_named_with_its_step(wrong, tmp_path):
+    fine = torch.tensor(1.0)
+    for losses, grad_norm, message in (
+        ({"mlm": fine, "itm": torch.tensor(wrong)}, fine, "step 4: the loss of itm"),
+        ({"mlm": fine, "itm": fine}, torch.tensor(wrong), "step 4: the gradient of mlm, itm"),
+    ):
+        lines = log_of(tmp_path)
+        lines.run.progress["step"] = 4
+        lines.add({"mlm": fine}, fine, 0.1, [SimpleNamespace(ids=["a"])], 0.0, 0.5)
+        lines.check()
+        lines.add(losses, grad_norm, 0.1, [SimpleNamespace(ids=["b", "c"])], 0.0, 0.5)
+        with pytest.raises(common.UserError, match=f"{message} is not finite.* b, c"):
+            lines.check()
+
+
 # ---- the order of examples and random numbers ------------------------------------------------------------------
 
 
@@ -929,12 +1045,12 @@ def test_the_test_has_the_best_weights_not_the_last(pictures, tmp_path, here, mo
         values.append((split, value))
         return {"accuracy": value}, {"accuracy": 0.5}
 
-    scores = iter([1.0, 3.0, 2.0])  # after steps 0, 1, 2
+    scores = iter([1.0, 3.0, 3.0, 2.0])  # after steps 0 to 3: of equal ones the first is kept
     monkeypatch.setattr(tasks, "evaluate", evaluate)
     monkeypatch.setattr(tasks, "best_score", lambda run, metrics: (next(scores), "a number"))
-    here("--data", pictures, "--task", "vqa", "--steps", 2, "--eval-every", 1)
-    assert len({value for _, value in values[:3]}) == 3
-    assert values[3] == ("test", values[1][1])
+    here("--data", pictures, "--task", "vqa", "--steps", 3, "--eval-every", 1)
+    assert len({value for _, value in values[:4]}) == 4
+    assert values[4] == ("test", values[1][1])
 
 
 def test_a_loss_without_accuracy_chooses_the_best_weights(pictures, tmp_path, here, capsys):
