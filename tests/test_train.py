@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
 import common
+import contrast
 import data
 import evaluation
 import log
@@ -679,7 +680,7 @@ def test_two_processes_contrast_as_one_with_the_double_batch(pictures, tmp_path,
     name = "heads.itc.project_text.weight"
     assert (one[name] - parts[name]).abs().max() > 1e-4  # fewer negatives: another gradient, as the docstring says
     assert one["heads.itc.log_scale"] != -math.log(0.07)  # learned
-    last = common.scheduled_temperature(0.2, 0.1, 2 / 3)  # of step 3
+    last = contrast.scheduled_temperature(0.2, 0.1, 2 / 3)  # of step 3
     assert math.exp(-parts["heads.itc.log_scale"].item()) == pytest.approx(last)
     results = [json.loads((tmp_path / out / "result.json").read_text()) for out in ("one", "two")]
     for name in results[0]["chance"]:
@@ -784,6 +785,13 @@ def test_an_impossible_number_is_refused_by_name(arguments):
     option = arguments.split()[0]
     with pytest.raises(common.UserError, match=option):
         options.parse(arguments.split())
+
+
+@pytest.mark.parametrize("model", ["vilbert", "lxmert"])
+def test_a_size_that_the_model_lacks_is_one_line(model, pictures):
+    args = options.parse(["--model", model, "--size", "large", "--data", str(pictures)])
+    with pytest.raises(common.UserError, match=f"--size large: {model} has only tiny, base"):
+        options.resolve_options(args, model, 0)
 
 
 def test_zero_means_zero(pictures):
