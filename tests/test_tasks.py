@@ -336,7 +336,10 @@ def test_answers_are_shown_with_their_probabilities(drawn, tokenizer):
 
 def test_false_partners_are_false_and_mined_ones_are_the_hardest(drawn, tokenizer):
     dataset = drawn("train", "retrieval", 40).encode(tokenizer)
-    model = SimpleNamespace(train=lambda: 0, eval=lambda: 0, heads={"rank": lambda pooled: pooled})
+    modes = []  # in which mode the model is, and when it is used
+    model = SimpleNamespace(heads={"rank": lambda pooled: modes.append("use") or pooled})
+    model.train = lambda: modes.append("train")
+    model.eval = lambda: modes.append("eval")
     # the more a picture's number and a text's length say, the better the "match"
     model.encode = lambda batch: SimpleNamespace(
         pooled=batch.text_mask.sum(1, keepdim=True) + batch.region_mask.sum(1)[:, None]
@@ -357,6 +360,7 @@ def test_false_partners_are_false_and_mined_ones_are_the_hardest(drawn, tokenize
             size = words[other[:, column]] if kind == "text" else regions[other[:, column]]
             most = words.max() if kind == "text" else regions[np.unique(dataset.image)].max()
             assert ((size >= most - 1).mean() > 0.8) == mined
+    assert modes == ["eval", "use", "train"]
 
 
 def test_a_negative_does_not_repeat_a_caption_of_the_picture():
