@@ -55,6 +55,7 @@ MODELS = {"uniter": uniter, "vilbert": vilbert, "lxmert": lxmert}
 
 NEWEST = "checkpoint.pt"  # what a run goes on from; best.pt holds the weights that were best on the val split
 PREVIOUS = "checkpoint.previous.pt"  # the one before, in case the newest is damaged
+TEST_OPTIONS = ("ablate", "mask", "max_words", "pool", "beams")  # options that change what a test measures
 CHECKPOINT_KEYS = {"model", "config", "state", "tokenizer", "answers"}  # what a checkpoint must hold to be used
 
 
@@ -85,6 +86,11 @@ def save_checkpoint(run, name):
         "data": run.args.data,
         "patch": run.args.patch,
         "grid": run.args.grid,
+        "regions": run.regions,
+        "objectives": dict(run.objectives),
+        "content_words": list(run.content_words),
+        "usual_answers": run.usual_answers,
+        "settings": {name: getattr(run.args, name) for name in TEST_OPTIONS},
         "fingerprint": run.fingerprint,
     }
     path = run.args.out / name

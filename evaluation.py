@@ -383,13 +383,13 @@ def format_value(name, value):
     return f"{value:.4f}" if name.endswith(NO_SHARE) else percent(value)
 
 
-def show_ranked(names, probs, top):
-    """The `top` likeliest names with their probabilities: "red 0.981  blue 0.012". probs (K,), K >= the number of names."""
+def rank_answers(names, probs, top):
+    """The `top` likeliest names with their probabilities, [[name, probability], ...]. probs (K,), K >= the number of names."""
     best = probs[: len(names)].topk(min(top, len(names)))
-    shown = []
+    ranked = []
     for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-        shown.append(f"{names[i]} {p:.3f}")
-    return "  ".join(shown)
+        ranked.append([names[i], round(p, 5)])
+    return ranked
 
 
 def format_metrics(title, metrics, chance):

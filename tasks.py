@@ -35,11 +35,11 @@ from evaluation import (
     generate,
     is_text_of,
     match_logits,
+    rank_answers,
     recall_at,
     recall_chance,
     recall_of_all_pairs,
     score_pairs,
-    show_ranked,
     top_choice_accuracy,
 )
 
@@ -56,9 +56,11 @@ class Task:
     examples: Callable  # record -> list of data.Example
     batch: Callable  # (run, dataset, index, rng) -> data.Batch
     evaluate: Callable  # (run, dataset) -> (metrics, chance)
-    show: Callable  # (run, dataset, example's number, its logits, how many answers) -> text for a reader
+    show: Callable  # (run, dataset, example's number, its logits, how many answers) -> dict, see `Shown answers`
     logits: Callable | None = None  # (run, dataset, index) -> what `show` takes of each; None: `example_logits`
     needs: tuple = ()  # keys that a line must have besides text and a picture
+    truth: str = ""  # the key that holds what is to be predicted; predict.py reads lines without it
+    prompt: str = ""  # what a line's text is made of: see records.fill_prompt
     pictures: int = 1  # pictures of a line
     rows: int = 1  # rows of a batch that one example takes, for the default batch size
     check: Callable = lambda record: None  # record -> None, or a sentence that says what is wrong with it
@@ -177,6 +179,73 @@ def test_examples(run, name, dataset):
     return first_captions(dataset)[: min(pool, limit)]
 
 
+def optional_truth(task, prompt=""):
+    """The task for prediction: its lines need not say what is to be predicted, and `prompt` may make their texts."""
+
+    def check(record):
+        return task.check(record) if task.truth in record else None
+
+    needs = tuple(key for key in task.needs if key != task.truth)
+    return replace(task, needs=needs, check=check, prompt=prompt)
+
+
+def task_of_lines(name, objectives):
+    """The task whose lines a run reads: of pretraining without questions, those of captions."""
+    if name == "pretrain" and "qa" not in objectives:
+        name = "caption"
+    return TASKS[name]
+
+
+def has_truth(task, dataset):
+    """(E,) bool, True = the line says what is to be predicted."""
+    if task.truth not in task.needs:
+        return np.ones(len(dataset), bool)
+    if task.truth == "answer":
+        return np.array([len(answers) > 0 for answers in dataset.answer], bool)
+    if dataset.target is None:
+        return np.zeros(len(dataset), bool)
+    if dataset.target.ndim == 2:
+        return (dataset.target > 0).any(1)  # (E, 4): a box
+    return dataset.target >= 0
+
+
+def targets(dataset, index):
+    """The targets of examples `index`, (B,) int64 tensor; 0 where a line has none, for losses that are not read then."""
+    if dataset.target is None:
+        return torch.zeros(len(index), dtype=torch.long)
+    return torch.from_numpy(np.maximum(dataset.target[index], 0))
+
+
+# ---- Shown answers: what `Task.show` returns, a dict with some of these keys --------------------------------------------
+#   answers   [[answer, probability], ...], the likeliest first; for refer an answer is a box [x1, y1, x2, y2] in pixels
+#   match     probability that text and picture belong together
+#   masked    the text with one word masked, which `answers` fill in
+#   caption   the generated text
+#   truth     the right answer, if the line has one
+
+
+def show_answers(names, probs, dataset, i, top):
+    """Of vqa and ve: the likeliest answers, and the one with the highest score in the data."""
+    shown = {"answers": rank_answers(names, probs, top)}
+    truth = dataset.answer[i]
+    if truth:
+        shown["truth"] = max(truth, key=truth.get)
+    return shown
+
+
+def show_choices(names, probs, dataset, i, top):
+    """Of nlvr2 and vcr: the likeliest choices, and the right one."""
+    shown = {"answers": rank_answers(names, probs, top)}
+    if dataset.target is not None and dataset.target[i] >= 0:
+        shown["truth"] = names[int(dataset.target[i])]
+    return shown
+
+
+def show_match(run, dataset, i, logits, top):
+    """Of retrieval: the probability that text and picture belong together."""
+    return {"match": round(logits.sigmoid().item(), 5)}
+
+
 def simple_example(record, kind, answer=None, target=-1):
     """One data.Example with one row: the line's text beside its picture."""
     return data.Example(record["id"], record.get("kind", kind), [(record["text"], 0)], answer, target)
@@ -290,14 +359,50 @@ def add_batch(sums, objective, batch, loss, logits):
     sums.add(loss * items, items, hits, labels)
 
 
+def pretraining_logits(run, dataset, index):
+    """[(match logit, masked text, logits of the masked word (V,), its label)], None for what the model or the text lacks.
+
+    One word is masked, of those that only the picture tells if the data set names such words. Always the same one.
+    """
+    found = [[None, None, None, None] for _ in index]
+    if "itm" in run.model.heads:
+        for row, logit in enumerate(score_pairs(run, dataset, index, dataset.image[index], "itm")):
+            found[row][0] = logit
+    if "mlm" in run.model.heads:
+        masking = {"only": content_pieces(run) if run.content_words else None, "one": True}
+        rng = np.random.default_rng((1, int(index[0])))
+        batch = make_batch(run, dataset, index, ["mlm"], rng, 0.0, masking)
+        _, logits = loss_and_logits(run, batch, "mlm")  # (M, V)
+        T = batch.text.shape[1]
+        for i, position in enumerate(batch.word_index.tolist()):
+            row = position // T
+            pieces = batch.text[row, : int(batch.text_mask[row].sum())].tolist()[1:-1]  # without [CLS] and [SEP]
+            words = [run.tokenizer.decode([piece], skip_special_tokens=False) for piece in pieces]
+            found[row][1:] = " ".join(words).replace(" ##", ""), logits[i], int(batch.word_labels[i])
+    return found
+
+
+def show_pretraining(run, dataset, i, logits, top):
+    match, masked, word_logits, label = logits
+    shown = {}
+    if match is not None:
+        shown["match"] = round(match.sigmoid().item(), 5)
+    if masked is not None:
+        pieces = [run.tokenizer.id_to_token(piece) for piece in range(run.tokenizer.get_vocab_size())]
+        shown["masked"] = masked
+        shown["answers"] = rank_answers(pieces, word_logits.softmax(-1), top)
+        shown["truth"] = pieces[label]
+    return shown
+
+
 PRETRAIN = Task(
     "pretrain",
     objective="",
     examples=pretraining_examples,
     batch=None,  # `pretraining_batch`, which needs the names of the objectives
     evaluate=evaluate_pretraining,
-    logits=lambda run, dataset, index: score_pairs(run, dataset, index, dataset.image[index], "itm"),
-    show=lambda run, dataset, i, logits, top: f"match {logits.sigmoid().item():.3f}",
+    logits=pretraining_logits,
+    show=show_pretraining,
     best=(),  # see `best_score`
 )
 
@@ -321,7 +426,7 @@ def evaluate_vqa(run, dataset):
     Chance: to each kind of question the answer that the training split gives to that kind most often.
     """
     scores = answer_scores(run, dataset, "vqa", run.answers)
-    usual = most_frequent_answers(run.sets["vqa"]["train"])
+    usual = run.usual_answers
     guess = np.zeros(len(dataset))
     for i, kind in enumerate(dataset.kind):
         guess[i] = dataset.answer[i].get(usual.get(kind), 0.0)
@@ -344,10 +449,11 @@ VQA = Task(
     "vqa",
     objective="vqa",
     needs=("answer",),
+    truth="answer",
     examples=lambda record: [simple_example(record, "vqa", record.get("answer"))],
     batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=run.columns()),
     evaluate=evaluate_vqa,
-    show=lambda run, dataset, i, logits, top: show_ranked(run.answers, logits.sigmoid(), top),
+    show=lambda run, dataset, i, logits, top: show_answers(run.answers, logits.sigmoid(), dataset, i, top),
 )
 
 
@@ -375,11 +481,12 @@ VE = Task(
     "ve",
     objective="ve",
     needs=("answer",),
+    truth="answer",
     check=check_ve,
     examples=lambda record: [simple_example(record, "ve", record.get("answer"))],
     batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=run.columns("ve")),
     evaluate=evaluate_ve,
-    show=lambda run, dataset, i, logits, top: show_ranked(data.ENTAILMENT, logits.sigmoid(), top),
+    show=lambda run, dataset, i, logits, top: show_answers(data.ENTAILMENT, logits.sigmoid(), dataset, i, top),
 )
 
 
@@ -403,7 +510,7 @@ def nlvr2_batch(run, dataset, index, rng):
     """Rows 2i and 2i+1 are statement i with its left and its right picture; region_types tell which. batch.target (B,):
     1 = true. Joined into one row each where the model's config wants triplets."""
     batch = data.collate(dataset, index)
-    batch.target = torch.from_numpy(dataset.target[index])
+    batch.target = targets(dataset, index)
     side = torch.arange(len(batch.text))[:, None] % 2  # (2B, 1): 0 the left picture, 1 the right one
     batch.region_types = side.expand(batch.region_mask.shape).contiguous()  # an expanded tensor cannot be pinned
     if getattr(run.model.config, "nlvr2", "") == "triplet":
@@ -437,13 +544,14 @@ NLVR2 = Task(
     "nlvr2",
     objective="nlvr2",
     needs=("label",),
+    truth="label",
     pictures=2,
     rows=2,
     check=check_nlvr2,
     examples=nlvr2_examples,
     batch=nlvr2_batch,
     evaluate=evaluate_nlvr2,
-    show=lambda run, dataset, i, logits, top: show_ranked(("false", "true"), logits.softmax(-1), top),
+    show=lambda run, dataset, i, logits, top: show_choices(("false", "true"), logits.softmax(-1), dataset, i, top),
 )
 
 
@@ -467,7 +575,7 @@ def vcr_examples(record):
     right = record.get("label", -1)
     answers = [((question, choice), 0) for choice in record["choices"]]
     examples = [data.Example(record["id"], "answer", answers, target=right)]
-    if "reasons" in record:
+    if "reasons" in record and right >= 0:
         reasons = [((question, record["choices"][right], reason), 0) for reason in record["reasons"]]
         examples.append(data.Example(record["id"], "reason", reasons, target=record["reason"]))
     return examples
@@ -477,7 +585,7 @@ def vcr_batch(run, dataset, index, rng):
     """Rows (B * choices,), those of an example side by side. batch.target (B * choices,): 1 = the right choice."""
     batch = data.collate(dataset, index)
     batch.segments = vcr_text_types(run.paper, batch.segments)
-    right = torch.from_numpy(dataset.target[index])
+    right = targets(dataset, index)
     batch.target = torch.nn.functional.one_hot(right, dataset.group).flatten()  # (B, choices) -> (rows,)
     return batch
 
@@ -517,21 +625,22 @@ def evaluate_vcr(run, dataset):
     return metrics, chance
 
 
-def show_choices(run, dataset, example, logits, top):
-    texts = [dataset.text[row][-1] for row in dataset.rows([example])]  # the last segment is the choice
-    return show_ranked(texts, logits.softmax(-1), top)
+def show_vcr(run, dataset, i, logits, top):
+    texts = [dataset.text[row][-1] for row in dataset.rows([i])]  # the last segment is the choice
+    return show_choices(texts, logits.softmax(-1), dataset, i, top)
 
 
 VCR = Task(
     "vcr",
     objective="vcr",
     needs=("choices", "label"),
+    truth="label",
     rows=4,
     check=check_vcr,
     examples=vcr_examples,
     batch=vcr_batch,
     evaluate=evaluate_vcr,
-    show=show_choices,
+    show=show_vcr,
     best=("q_ar_accuracy", "q_a_accuracy"),
 )
 
@@ -576,17 +685,27 @@ def evaluate_refer(run, dataset):
     return metrics, chance
 
 
-def show_regions(run, dataset, example, logits, top):
-    """Boxes as shares of the picture's width and height."""
-    boxes = dataset.store.gather(dataset.image[[example]])["boxes"][0]  # (N, 4)
-    names = ["[{:.2f} {:.2f} {:.2f} {:.2f}]".format(*box) for box in boxes.tolist()]
-    return show_ranked(names, logits[: len(names)].softmax(-1), top)
+def show_regions(run, dataset, i, logits, top):
+    """The likeliest boxes, in pixels; as shares of the picture's width and height where its size is not known."""
+    row = dataset.image[i]
+    boxes = dataset.store.gather([row])["boxes"][0].numpy()  # (N, 4)
+    scale = np.ones(4)
+    digits = 3
+    if dataset.store.sizes is not None:
+        scale = np.tile(dataset.store.sizes[row], 2)  # width, height, width, height
+        digits = 1
+    names = (boxes * scale).round(digits).tolist()
+    shown = {"answers": rank_answers(names, logits[: len(names)].softmax(-1), top)}
+    if (dataset.target[i] > 0).any():
+        shown["truth"] = (dataset.target[i] * scale).round(digits).tolist()
+    return shown
 
 
 REFER = Task(
     "refer",
     objective="refer",
     needs=("target",),
+    truth="target",
     examples=refer_examples,
     batch=refer_batch,
     evaluate=evaluate_refer,
@@ -648,14 +767,22 @@ def generate_captions(run, dataset, index):
     return [run.tokenizer.decode(pieces) for pieces in captions]
 
 
+def show_caption(run, dataset, i, caption, top):
+    shown = {"caption": caption}
+    if dataset.text[i]:
+        shown["truth"] = dataset.text[i]
+    return shown
+
+
 CAPTION = Task(
     "caption",
     objective="caption",
     examples=lambda record: [simple_example(record, "caption")],
     batch=lambda run, dataset, index, rng: data.next_word_labels(data.collate(dataset, index)),
     evaluate=evaluate_captions,
+    truth="text",
     logits=generate_captions,  # texts in place of logits
-    show=lambda run, dataset, i, caption, top: caption,
+    show=show_caption,
     best=("perplexity",),
     lower_is_better=True,
     one_per_picture=10**9,
@@ -733,7 +860,7 @@ RETRIEVAL = Task(
     batch=retrieval_batch,
     evaluate=evaluate_retrieval,
     logits=lambda run, dataset, index: score_pairs(run, dataset, index, dataset.image[index], "rank"),
-    show=lambda run, dataset, i, logits, top: f"match {logits.sigmoid().item():.3f}",
+    show=show_match,
     best=("mean_recall",),
     first_stage="itc",
     one_per_picture=1000,  # a full matrix of more takes hours

@@ -65,6 +65,8 @@ class Run:
     tokenizer: object = None
     content_words: list = ()  # words that only the picture tells, as colours
     answers: list = None  # column -> answer, most frequent first
+    usual_answers: dict = field(default_factory=dict)  # vqa: {kind of question: its most frequent answer}, for chance
+    regions: dict = field(default_factory=dict)  # how the regions were made, of dataset.json
     model: torch.nn.Module = None
     optimizer: torch.optim.Optimizer = None
     teacher: torch.nn.Module = None
@@ -228,6 +230,7 @@ def load_data(run, checkpoint, teacher):
     if there is one."""
     args = run.args
     run.objectives = options.objectives_of(args, run.paper)
+    run.regions = args.data_sets[0][1]["regions"]
     run.sets = {}
     for task, (path, description) in zip(args.tasks, args.data_sets, strict=True):
         run.sets[task] = load_splits(args, run.objectives, task, path, description)
@@ -249,6 +252,8 @@ def load_data(run, checkpoint, teacher):
             split.encode(run.tokenizer, max_length=args.max_words)
         common.print0(f"data     {data.describe_lost_text(list(splits.values()))}")
     run.answers = []
+    if "vqa" in run.sets:
+        run.usual_answers = tasks.most_frequent_answers(run.sets["vqa"]["train"])
     if "vqa" in run.objectives or "qa" in run.objectives:
         questions = run.sets["vqa" if "vqa" in run.sets else "pretrain"]
         run.answers = data.answer_list(questions["train"])
@@ -262,17 +267,16 @@ def load_splits(args, objectives, task, path, description):
     names = ["train", "val", "test"]
     if task != "pretrain":
         names += description["extra_splits"]
-    if task == "pretrain" and "qa" not in objectives:
-        task = "caption"  # questions are only there to be answered
+    task = tasks.task_of_lines(task, objectives)
     splits = {}
     with machine.first_process_first():
         for name in names:
             limit = args.limit if name == "train" else None
-            split = data.load(path, tasks.TASKS[task], name, limit, args.patch, args.grid)
+            split = data.load(path, task, name, limit, args.patch, args.grid)
             if len(split):
                 splits[name] = split
     if "train" not in splits:
-        raise UserError(f"{path}: no example of split train for --task {task}")
+        raise UserError(f"{path}: no example of split train for --task {task.name}")
     return splits
 
 
