@@ -28,6 +28,7 @@ import uniter
 import vilbert
 import weights
 from common import UserError, print0, rank_and_world
+from tasks import TASKS
 
 # ---- the table of models -----------------------------------------------------------------------------------------
 
@@ -44,11 +45,17 @@ from common import UserError, print0, rank_and_world
 #   HEADS             {head: config -> Module}
 #   OBJECTIVES        {objective: common.Objective}
 #   PRETRAINING       dict: the paper's objectives with their ratios, masking and false pairs
+#   CHOICES           {field of Config: the words that it may be}, for fields that are words
 #   VCR_TYPES         text types of question and answer, and of question, answer and reason
 #   NEGATIVES         which side of a true pair is replaced in each false pair of a retrieval group: "image" or "text"
-#   text_types(tasks) how many rows the table of text types needs for these tasks
+#   text_types(tasks) the table of text types for these tasks: for each row, the row of pretraining's that it starts as
 # Official names and sizes are optional: they stand in formats.FORMATS, not in the model's file.
 MODELS = {"uniter": uniter, "vilbert": vilbert, "lxmert": lxmert}
+
+for task in TASKS.values():
+    if task.loss:  # the task brings its objective along: every model has it
+        for paper in MODELS.values():
+            paper.OBJECTIVES[task.objective] = task.loss
 
 
 # ---- our own checkpoints -----------------------------------------------------------------------------------------
@@ -370,7 +377,7 @@ def fit_state_dict(args, own, checkpoint, answers):
         if kind:
             state = rename_state(args.model, kind, state, own, report)
         state = move_answers(state, own, checkpoint["answers"], answers, report)
-        state = widen_text_types(state, own, args.tasks, report)
+        state = widen_text_types(state, own, MODELS[args.model].text_types(args.tasks), report)
         state = make_rank_head(state, own)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{args.init}: {str(error).splitlines()[0]}") from None
@@ -401,26 +408,20 @@ def rename_state(model, kind, state, own, report):
     return state
 
 
-def widen_text_types(state, own, tasks, report):
+def widen_text_types(state, own, starts, report):
     """The state dict with the text types that the model has and the file lacks.
 
-    The type of NLVR2's second picture starts as that of the first one, row 1; VCR's types as that of the text, row 0.
+    starts: what the model's `text_types` returned: type i starts as row starts[i] of the file.
     """
     name = "text_embedding.types.weight"
     if name not in state or name not in own or len(state[name]) >= len(own[name]):
         return state
-    table = state[name]
-    if "nlvr2" in tasks and len(table) == 2:
-        table = widen_types(table, 3, copy=1)
+    table = state[name]  # (types of the file, C)
+    new = list(starts[len(table) : len(own[name])])
     state = dict(state)
-    state[name] = widen_types(table, len(own[name]), copy=0)
+    state[name] = torch.cat([table, table[new]])  # (types of the model, C)
     report.resized.append(name)
     return state
-
-
-def widen_types(table, types, copy):
-    """The type table (types, C) with more rows, each a copy of row `copy`."""
-    return torch.cat([table, table[copy : copy + 1].expand(types - len(table), -1)])
 
 
 def make_rank_head(state, own):

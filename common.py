@@ -752,6 +752,8 @@ class Objective:
     encodes: bool = False  # True: it encodes the batch itself and does not read `encoding`
     fields: tuple = ()  # what the data must have for it: names of fields of a Batch
     labels: Callable | None = None  # (batch, logits) -> (M,) int64, for its accuracy; None: it has none
+    open_answers: bool = False  # True: its logits have a column for each answer of the training split
+    logits: str = "classes"  # what a student learns from a teacher's logits: "classes", "numbers" or "nothing"
 
 
 def regions_to_predict(batch):
@@ -792,7 +794,7 @@ SHARED_OBJECTIVES = {  # each model's table adds its own, or replaces one of the
         encodes=True,
         labels=lambda batch, logits: torch.arange(len(logits)),  # picture i belongs to text i
     ),
-    "vqa": Objective(question_answering, head="vqa"),
+    "vqa": Objective(question_answering, head="vqa", open_answers=True),
     "ve": Objective(functools.partial(question_answering, head="ve"), head="ve"),
     "vcr": Objective(visual_commonsense_reasoning, head="vcr"),
     "rank": Objective(retrieval_rank, head="rank"),

@@ -24,6 +24,7 @@ import json
 import re
 import sys
 import unicodedata
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -244,7 +245,7 @@ class Dataset:
     def subset(self, index):
         """Examples `index` (integers), in memory; a single number takes that many at random, always the same ones."""
         if np.ndim(index) == 0:
-            index = np.sort(np.random.default_rng(0).permutation(len(self))[:index])  # evenly spaced could hit one kind
+            index = np.sort(random_stream("subset").permutation(len(self))[:index])  # evenly spaced could hit one kind
         rows = self.rows(index)
         part = dataclasses.replace(
             self,
@@ -573,6 +574,17 @@ def tokenizer_from_json(text):
 
 
 # ---- batches ----------------------------------------------------------------------------------------------------------
+
+
+def random_stream(purpose, *numbers):
+    """The random numbers of one purpose, such as ("masks", seed, step, part): a NumPy Generator.
+
+    Every draw of a run comes from such a stream, so that it depends on these numbers alone and a resumed run goes on
+    with the same ones. The name and the count of the numbers are part of the seed, because NumPy gives
+    default_rng((3, 5)) and default_rng((3, 5, 0)) the same numbers.
+    """
+    tag = zlib.crc32(purpose.encode())
+    return np.random.default_rng([tag, len(numbers), *numbers])
 
 
 def batches(lengths, rng=None, *, size, rank=0, world=1):

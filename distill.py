@@ -38,7 +38,7 @@ def match_teacher(run, checkpoint):
     """
     args = run.args
     wanted = args.distill.split(",")
-    if "caption" in run.objectives and wanted != ["logits"]:
+    if any(tasks.TASKS[task].generates for task in args.tasks) and wanted != ["logits"]:
         raise UserError(
             "--distill: captions are read from left to right, which records no attention or states; use logits"
         )
@@ -60,21 +60,16 @@ def match_teacher(run, checkpoint):
 
 def check_same_rows(run, name):
     """UserError if the teacher reads the rows of this objective's batches in another way than the student."""
-    student = run.paper
-    teacher = run.teacher_paper
-    same = True
-    if name == "vcr":
-        same = student.VCR_TYPES == teacher.VCR_TYPES
-    elif name == "rank":
-        same = student.NEGATIVES == teacher.NEGATIVES
-    elif name == "nlvr2":  # both pictures in one row, or one picture a row
-        joined = [getattr(model.config, "nlvr2", "") == "triplet" for model in (run.model, run.teacher)]
-        same = joined[0] == joined[1]
-    if not same:
+    task = tasks.TASK_OF_OBJECTIVE.get(name)
+    if task is None:
+        return  # of pretraining, whose rows all models read alike
+    student = task.layout(run.paper, run.model.config)
+    teacher = task.layout(run.teacher_paper, run.teacher.config)
+    if student != teacher:
         raise UserError(
             f"{run.args.teacher}: reads the rows of {name} in another way than {run.args.model}; take one that agrees"
         )
-    if run.teacher.config.types < teacher.text_types([name]):
+    if run.teacher.config.types < len(run.teacher_paper.text_types([task.name])):
         raise UserError(
             f"{run.args.teacher}: has too few text types for {name}; train it for --task {run.args.task} first"
         )
@@ -83,11 +78,12 @@ def check_same_rows(run, name):
 def why_not_comparable(run, name, teacher_tasks):
     """Why the logits of an objective cannot be distilled, None if they can: both must have logits over one set of classes."""
     heads = tasks.heads_for(run.teacher_paper, [name])
-    if name in ("wra", "nce"):
+    if run.paper.OBJECTIVES[name].logits == "nothing":
         return "it has no logits of classes"
     if not heads or heads[0] not in run.teacher.config.heads:
         return "the teacher was not trained for it"
-    if name == "caption" and name not in teacher_tasks:  # its head is that of masked words
+    task = tasks.TASK_OF_OBJECTIVE.get(name)
+    if task and task.name not in teacher_tasks:  # captioning has the head of masked words, which pretraining trains
         return "the teacher was not trained for it"
     if "object_probs" in run.paper.OBJECTIVES[name].fields:
         student = output_width(run.model.heads[heads[0]])
@@ -130,7 +126,7 @@ def forward_with_teacher(run, batch, names):
             if "logits" in wanted and name in run.soft:
                 _, teacher_logits[name] = run.teacher_paper.OBJECTIVES[name].loss(run.teacher, teacher, batch)
     for name, logits in teacher_logits.items():
-        parts[f"{name}_soft"] = soft_loss(name, parts[name][1], logits, batch), None
+        parts[f"{name}_soft"] = soft_loss(run.paper.OBJECTIVES[name], parts[name][1], logits, batch), None
     if "attention" in wanted:
         kl, mse = attention_losses(run, student, teacher, batch)
         parts["attention_kl"] = kl, None
@@ -140,9 +136,9 @@ def forward_with_teacher(run, batch, names):
     return parts
 
 
-def soft_loss(name, student, teacher, batch):
+def soft_loss(objective, student, teacher, batch):
     """`common.soft_label_loss` of an objective's logits, (M, K) or (rows,)."""
-    if name == "mrfr":  # features are no classes: their squared difference counts
+    if objective.logits == "numbers":  # features are no classes: their squared difference counts
         student = student.flatten()  # (M, F) -> (M F,)
         teacher = teacher.flatten()
     elif student.ndim == 1:  # one logit a row: the rows of one example are the classes

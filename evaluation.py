@@ -3,7 +3,8 @@
 1. Accuracy of the best choice, by kind of question.
 2. Retrieval: recall; the full matrix of texts and pictures; dot products of vectors; two stages.
 3. Captions: beam search, and BLEU.
-4. Answers and metrics as text: metrics beside chance, and models beside each other with the spread over seeds.
+4. Answers as predict.py shows them.
+5. Metrics as text: metrics beside chance, and models beside each other with the spread over seeds.
 
 Which metrics a task has, and on which examples, is in tasks.py. Accuracies, recalls and BLEU are in 0..1. `run` is
 train.Run, as in tasks.py. Every process computes its share; the sums are then added over all processes.
@@ -141,7 +142,7 @@ def match_logits(model, pooled, head):
     with common.full_precision(pooled.device):
         logits = model.heads[head](float32(pooled))  # (rows, 2) or (rows, 1)
     logits = logits.cpu().double()  # on the CPU: Apple's GPUs have no float64
-    if head == "itm":
+    if logits.shape[1] == 2:
         return logits[:, 1] - logits[:, 0]
     return logits[:, 0]
 
@@ -367,6 +368,46 @@ def bleu(candidates, references, longest=4):
     return precision * min(1.0, math.exp(1 - reference_length / candidate_length))
 
 
+# ---- answers as a reader sees them -------------------------------------------------------------------------------------
+# `Task.show` returns a dict with some of these keys:
+#   answers   [[answer, probability], ...], the likeliest first; for refer an answer is a box [x1, y1, x2, y2] in pixels
+#   match     probability that text and picture belong together
+#   masked    the text with one word masked, which `answers` fill in
+#   caption   the generated text
+#   truth     the right answer, if the line has one
+
+
+def rank_answers(names, probs, top):
+    """The `top` likeliest names with their probabilities, [[name, probability], ...]. probs (K,), K >= the number of names."""
+    best = probs[: len(names)].topk(min(top, len(names)))
+    ranked = []
+    for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        ranked.append([names[i], round(p, 5)])
+    return ranked
+
+
+def show_answers(names, probs, dataset, i, top):
+    """Of vqa and ve: the likeliest answers, and the one with the highest score in the data."""
+    shown = {"answers": rank_answers(names, probs, top)}
+    truth = dataset.answer[i]
+    if truth:
+        shown["truth"] = max(truth, key=truth.get)
+    return shown
+
+
+def show_choices(names, probs, dataset, i, top):
+    """Of nlvr2 and vcr: the likeliest choices, and the right one."""
+    shown = {"answers": rank_answers(names, probs, top)}
+    if dataset.target is not None and dataset.target[i] >= 0:
+        shown["truth"] = names[int(dataset.target[i])]
+    return shown
+
+
+def show_match(run, dataset, i, logits, top):
+    """Of retrieval: the probability that text and picture belong together."""
+    return {"match": round(logits.sigmoid().item(), 5)}
+
+
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -381,15 +422,6 @@ def percent(share):
 def format_value(name, value):
     """A metric as text: a share in percent, a loss or perplexity as it is."""
     return f"{value:.4f}" if name.endswith(NO_SHARE) else percent(value)
-
-
-def rank_answers(names, probs, top):
-    """The `top` likeliest names with their probabilities, [[name, probability], ...]. probs (K,), K >= the number of names."""
-    best = probs[: len(names)].topk(min(top, len(names)))
-    ranked = []
-    for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-        ranked.append([names[i], round(p, 5)])
-    return ranked
 
 
 def format_metrics(title, metrics, chance):

@@ -254,8 +254,10 @@ def lock_folder(folder, rank):
     if rank > 0 or fcntl is None:
         yield
         return
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    lock = folder / ".lock"
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -264,4 +266,9 @@ def lock_folder(folder, rank):
             ) from None
         except OSError:
             pass  # a file system without locks
-        yield
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            if is_new and not any(folder.iterdir()):
+                folder.rmdir()  # a run that stopped before it wrote anything leaves nothing behind

@@ -14,7 +14,7 @@ Known deviations from the official code:
 - Its optimizer, BertAdam, is not copied (tests/test_golden.py replays it: no bias correction, epsilon 1e-6 outside the
   root, weight decay on every parameter, a first update with learning rate 0).
 - In pretraining a quarter of the pairs is mismatched, and nothing is predicted in those (as in 12-in-1). There a half
-  is, and everything is predicted in them. The README's decisions have the numbers.
+  is, and everything is predicted in them. docs/decisions.md has the numbers.
 Where paper and official code differ, this file follows the code: feature regression is smooth-L1, not L2; classes and
 attributes are predicted for all regions, weighted by the detector's confidence, not only for the masked ones.
 Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
@@ -411,7 +411,7 @@ MASKED_WORDS = common.Objective(
 )
 
 REGION_FEATURES = common.Objective(
-    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="all regions"
+    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="all regions", logits="numbers"
 )
 
 REGION_CLASSES = common.Objective(
@@ -443,6 +443,7 @@ QUESTIONS = common.Objective(
     mean_over="answers",
     fields=("answers",),
     labels=lambda batch, logits: batch.answer_labels,
+    open_answers=True,
 )
 
 # What no paper has (itc, caption) and the tasks that this file does not define come from SHARED_OBJECTIVES.
@@ -457,11 +458,12 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
 }
 
+CHOICES = {"contrast": ("infonce", "hinge", "sigmoid", "dcl")}  # fields of Config that are words
 VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
 NEGATIVES = ("image", "text")  # mismatched partners of a true pair in retrieval, in the order of the rows
 MODEL = LXMERT
 
 
 def text_types(tasks):
-    """How many rows the table of text types needs for these tasks: 2 for all of them."""
-    return 2
+    """The table of text types: for each row, the row of pretraining's table that it starts as. All tasks have two."""
+    return (0, 1)

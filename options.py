@@ -62,7 +62,7 @@ OPTIONS = {
         ("--data", str, "scenes", "scenes (built in) or a .jsonl file; one for all tasks, or one for each: a,b,c"),
         ("--limit", COUNT, None, "use N of the training examples, drawn at random"),
         ("--vocab", str, None, "a BERT vocab.txt or a tokenizer.json (default: trained on the training texts)"),
-        ("--max-words", number(int, 8), 60, "word pieces of a text, with [CLS] and [SEP]; the rest is cut off"),
+        ("--max-words", number(int, 8), None, "word pieces of a text, with [CLS] and [SEP]; the rest is cut off (default: 60)"),
         ("--mask", SHARE, None, "share of the word pieces that pretraining masks (default: of the data set, or 0.15)"),
         ("--patch", COUNT, 12, "each region of a picture is resized to N x N pixels"),
         ("--grid", COUNT, 6, "a picture without boxes is cut into N x N regions"),
@@ -107,11 +107,6 @@ OPTIONS = {
         ("--compile", bool, False, "compile the layers first; pays off in long runs"),
     ],
 }  # fmt: skip
-CHOICES = {  # fields of --config that are words
-    "contrast": ("infonce", "hinge", "sigmoid", "dcl"),
-    "nlvr2": ("paired-attention", "paired", "triplet"),
-    "fusion": ("mul", "sum"),
-}
 # fields of a Config that --config may not set
 DECIDED_BY_DATA = {"vocab_size", "feature_size", "types", "classes", "attributes", "answers", "heads", "teacher_widths"}
 
@@ -149,26 +144,27 @@ def check_options(args):
     for name in names:
         if name not in tasks.TASKS:
             raise UserError(f"--task: there is no task {name!r}; choose from {', '.join(tasks.TASKS)}")
-    if len(set(names)) < len(names) or ("pretrain" in names and len(names) > 1):
+    pretraining = any(tasks.is_pretraining(name) for name in names)
+    if len(set(names)) < len(names) or (pretraining and len(names) > 1):
         raise UserError("--task: name each task once, and pretrain alone")
     if len(args.data.split(",")) not in (1, len(names)):
         raise UserError(f"--data: give one source for all tasks or one each; --task has {len(names)}")
-    if args.ablate == "text" and "caption" in names:
+    if args.ablate == "text" and any(tasks.TASKS[name].generates for name in names):
         raise UserError("--ablate text leaves captions nothing to learn; use --ablate image")
-    if args.ablate and "pretrain" in names:
+    if args.ablate and pretraining:
         raise UserError("--ablate is for the tasks: pretraining has words and regions to predict from each other")
     if args.fresh and not args.init:
         raise UserError("--fresh says how to use --init; give --init too")
     if args.partial and not args.init:
         raise UserError("--partial says how to use --init; give --init too")
-    if args.objectives and args.task != "pretrain":
+    if args.objectives and not pretraining:
         raise UserError("--objectives are those of pretraining; a --task has its own")
     for part in args.distill.split(","):
         if part not in distill.DISTILLATION:
             raise UserError(f"--distill: {part!r} is none of {', '.join(distill.DISTILLATION)}")
     if args.distill != "logits" and not args.teacher:
         raise UserError(f"--distill {args.distill} says what to learn from --teacher; give --teacher too")
-    if args.rerank and args.task != "pretrain" and "retrieval" not in names:
+    if args.rerank and not any(tasks.TASKS[name].ranks for name in names):
         raise UserError("--rerank is for --task retrieval, or for pretraining with --objectives ...,itm,itc")
     if args.export_official:
         if args.seeds > 1 and "{seed}" not in args.export_official:
@@ -248,7 +244,7 @@ def set_data_defaults(args, all_models):
     if args.steps is None:
         paper = checkpoints.MODELS[args.model]
         # UNITER trains one objective a step, so it takes more steps; side by side all models take equally many
-        one_objective = args.task == "pretrain" and paper.PRETRAINING["conditional"] and not all_models
+        one_objective = tasks.is_pretraining(args.task) and paper.PRETRAINING["conditional"] and not all_models
         args.steps = defaults.get("steps_one_objective" if one_objective else "steps", 1000)
     if args.mask is None:
         args.mask = defaults.get("mask", 0.15)
@@ -272,7 +268,7 @@ def one_source(args):
 
 def objectives_of(args, paper):
     """The objectives asked for, {name: ratio}; in pretraining those joined to another one have ratio 0."""
-    if args.task != "pretrain":
+    if not tasks.is_pretraining(args.task):
         names = [name for task in args.tasks for name in tasks.task_objectives(args, task)]
         return dict.fromkeys(names, 1)
     default = paper.PRETRAINING["objectives"]
@@ -289,8 +285,10 @@ def objectives_of(args, paper):
             raise UserError(
                 f"--objectives: {args.model} has no pretraining objective {name!r}; it has {', '.join(known)}"
             )
-    if "wra" in names and "itm" not in names:
-        raise UserError("--objectives: wra needs the pairs of itm; write itm,wra")
+    for first, others in paper.PRETRAINING["joined"].items():
+        for name in others:
+            if name in names and first not in names:
+                raise UserError(f"--objectives: {name} needs the pairs of {first}; write {first},{name}")
     if args.rerank and not ("itm" in names and "itc" in names):
         raise UserError("--rerank: the first stage needs objective itc, the second itm; write --objectives ...,itm,itc")
     return {name: known[name] for name in names}
@@ -308,9 +306,9 @@ def parse_config_options(args, paper):
         name, _, value = text.partition("=")
         if name not in known:
             raise UserError(f"--config {text}: {args.model} has no {name!r} to choose; it has {', '.join(known)}")
-        if name in CHOICES:
-            if value not in CHOICES[name]:
-                raise UserError(f"--config {text}: choose from {', '.join(CHOICES[name])}")
+        if name in paper.CHOICES:
+            if value not in paper.CHOICES[name]:
+                raise UserError(f"--config {text}: choose from {', '.join(paper.CHOICES[name])}")
         else:
             value = parse_config_value(text, name, value, known[name])
         sizes[name] = value
@@ -345,6 +343,6 @@ def default_learning_rate(paper, width, task):
         rate = 5e-5
     else:
         rate = 3e-5
-    if task == "pretrain":
+    if tasks.is_pretraining(task):
         rate *= paper.PRETRAINING["rate"]
     return rate

@@ -10,13 +10,14 @@
     python predict.py out/uniter-vqa/best.pt --serve 8000                                 a page in the browser
 
 All modes make a `data.Dataset`, from a data set on disk or from pictures. `predict` then gives one answer for each
-example, a dict, see "Shown answers" in tasks.py. No task is named here: what differs is in the rows of tasks.TASKS.
+example, a dict, see evaluation.py. No task is named here: what differs is in the rows of tasks.TASKS.
 
 Regions are made as in training: cut out of the picture (the checkpoint's patch and grid), or computed by the network
 that the checkpoint's `regions` names. best.pt has the weights that were best on the val split, checkpoint.pt the last ones.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -139,7 +140,7 @@ def use_dataset(run, task, dataset):
 
 @torch.inference_mode()
 def predict(run, task, dataset, index, top):
-    """The answers to examples `index`: a list of dicts, see "Shown answers" in tasks.py."""
+    """The answers to examples `index`: a list of dicts, see evaluation.py."""
     run.model.eval()
     answers = {}
     for part in tasks.evaluation_batches(run, dataset, index):
@@ -175,7 +176,7 @@ def held_out(run, task, split, count):
     source = sources[0]
     if len(sources) > 1:
         source = sources[run.args.tasks.index(task.name)]
-    lines = tasks.task_of_lines(task.name, run.objectives)
+    lines = train.task_of_lines(run, task.name)
     names = [split] if split else ["test", "val", "train"]
     for name in names:
         dataset = data.load(source, lines, name, patch=run.args.patch, grid=run.args.grid)
@@ -465,8 +466,6 @@ def answer_images(run, task, args):
                 f"{len(boxes)} --boxes for {len(args.image)} --image: give one list for each, or none at all"
             )
     network = load_network(run)
-    if not args.boxes and run.regions.get("boxes") == "given":
-        data.warn("trained on boxes of things, asked about a grid; give --boxes")
     questions = []
     files = {}
     for i in range(0, len(args.image), task.pictures):
@@ -484,6 +483,8 @@ def answer_images(run, task, args):
     for i, answer in enumerate(answers):
         begin = f"{dataset.ids[i]}: " if len(answers) > 1 else ""
         print(begin + describe(answer))
+    if not args.boxes and run.regions.get("boxes") == "given":
+        data.warn("trained on boxes of things, asked about a grid; give --boxes")
     if args.out:
         draw(run, task, dataset, answers, files, Path(args.out))
 
@@ -499,7 +500,7 @@ def answer_file(run, task, args):
         write_predictions(run, task, datasets, Path(args.out), done, args.top)
     results = {}
     for dataset in datasets:
-        known = np.flatnonzero(tasks.has_truth(task, dataset))
+        known = np.flatnonzero(has_truth(task, dataset))
         if len(known) == 0:
             print(f"split {dataset.split}: {len(dataset)} examples without {task.truth}, nothing to measure")
             continue
@@ -520,7 +521,7 @@ def answer_file(run, task, args):
 def load_lines(run, task, args):
     """The Datasets of --data: its --split, by default test; all splits where there is no test."""
     description = data.read_dataset_json(data.find(args.data))
-    lines = tasks.optional_truth(tasks.task_of_lines(task.name, run.objectives), args.prompt or "")
+    lines = optional_truth(train.task_of_lines(run, task.name), args.prompt or "")
     known = [*data.SPLITS, *description["extra_splits"]]
     names = [args.split] if args.split else ["test", *(name for name in known if name != "test")]
     datasets = []
@@ -533,6 +534,29 @@ def load_lines(run, task, args):
     if not datasets:
         raise UserError(f"{args.data}: has no examples of split {args.split}")
     return datasets
+
+
+def optional_truth(task, prompt=""):
+    """The task for prediction: its lines need not say what is to be predicted, and `prompt` may make their texts."""
+
+    def check(record):
+        return task.check(record) if task.truth in record else None
+
+    needs = tuple(key for key in task.needs if key != task.truth)
+    return dataclasses.replace(task, needs=needs, check=check, prompt=prompt)
+
+
+def has_truth(task, dataset):
+    """(E,) bool, True = the line says what is to be predicted."""
+    if task.truth not in task.needs:
+        return np.ones(len(dataset), bool)
+    if task.truth == "answer":
+        return np.array([len(answers) > 0 for answers in dataset.answer], bool)
+    if dataset.target is None:
+        return np.zeros(len(dataset), bool)
+    if dataset.target.ndim == 2:
+        return (dataset.target > 0).any(1)  # (E, 4): a box
+    return dataset.target >= 0
 
 
 def whole_lines(path, datasets):

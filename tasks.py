@@ -40,6 +40,9 @@ from evaluation import (
     recall_chance,
     recall_of_all_pairs,
     score_pairs,
+    show_answers,
+    show_choices,
+    show_match,
     top_choice_accuracy,
 )
 
@@ -56,7 +59,8 @@ class Task:
     examples: Callable  # record -> list of data.Example
     batch: Callable  # (run, dataset, index, rng) -> data.Batch
     evaluate: Callable  # (run, dataset) -> (metrics, chance)
-    show: Callable  # (run, dataset, example's number, its logits, how many answers) -> dict, see `Shown answers`
+    show: Callable  # (run, dataset, example's number, its logits, how many answers) -> dict, see evaluation.py
+    loss: common.Objective | None = None  # that row, where the models do not have it themselves
     logits: Callable | None = None  # (run, dataset, index) -> what `show` takes of each; None: `example_logits`
     needs: tuple = ()  # keys that a line must have besides text and a picture
     truth: str = ""  # the key that holds what is to be predicted; predict.py reads lines without it
@@ -67,6 +71,11 @@ class Task:
     best: tuple = ("accuracy",)  # metrics that choose the best weights: the first of them that was measured
     lower_is_better: bool = False  # of that metric
     first_stage: str = ""  # objective that is trained too if --rerank asks for two stages
+    ranks: str = ""  # head that scores pairs of text and picture in the second stage
+    hard_negatives: bool = False  # True: the model chooses rows of its batches, so they are not made ahead
+    generates: bool = False  # True: the text is what the task predicts, not what it reads
+    without_answers: str = ""  # the task whose lines are read instead if no objective is about answers
+    layout: Callable = lambda paper, config: None  # how the model has its rows; a teacher must have them alike
     one_per_picture: int = 0  # > 0: evaluated on one example of each picture of --pool, on at most so many pictures
 
 
@@ -137,6 +146,11 @@ def heads_for(paper, objectives):
     return tuple(heads)
 
 
+def is_pretraining(name):
+    """Whether --task is pretraining, whose objectives are options."""
+    return name == PRETRAIN.name
+
+
 def task_objectives(args, name):
     """The objectives that a downstream task trains: its own, and for retrieval in two stages also that of the first."""
     task = TASKS[name]
@@ -179,71 +193,11 @@ def test_examples(run, name, dataset):
     return first_captions(dataset)[: min(pool, limit)]
 
 
-def optional_truth(task, prompt=""):
-    """The task for prediction: its lines need not say what is to be predicted, and `prompt` may make their texts."""
-
-    def check(record):
-        return task.check(record) if task.truth in record else None
-
-    needs = tuple(key for key in task.needs if key != task.truth)
-    return replace(task, needs=needs, check=check, prompt=prompt)
-
-
-def task_of_lines(name, objectives):
-    """The task whose lines a run reads: of pretraining without questions, those of captions."""
-    if name == "pretrain" and "qa" not in objectives:
-        name = "caption"
-    return TASKS[name]
-
-
-def has_truth(task, dataset):
-    """(E,) bool, True = the line says what is to be predicted."""
-    if task.truth not in task.needs:
-        return np.ones(len(dataset), bool)
-    if task.truth == "answer":
-        return np.array([len(answers) > 0 for answers in dataset.answer], bool)
-    if dataset.target is None:
-        return np.zeros(len(dataset), bool)
-    if dataset.target.ndim == 2:
-        return (dataset.target > 0).any(1)  # (E, 4): a box
-    return dataset.target >= 0
-
-
 def targets(dataset, index):
     """The targets of examples `index`, (B,) int64 tensor; 0 where a line has none, for losses that are not read then."""
     if dataset.target is None:
         return torch.zeros(len(index), dtype=torch.long)
     return torch.from_numpy(np.maximum(dataset.target[index], 0))
-
-
-# ---- Shown answers: what `Task.show` returns, a dict with some of these keys --------------------------------------------
-#   answers   [[answer, probability], ...], the likeliest first; for refer an answer is a box [x1, y1, x2, y2] in pixels
-#   match     probability that text and picture belong together
-#   masked    the text with one word masked, which `answers` fill in
-#   caption   the generated text
-#   truth     the right answer, if the line has one
-
-
-def show_answers(names, probs, dataset, i, top):
-    """Of vqa and ve: the likeliest answers, and the one with the highest score in the data."""
-    shown = {"answers": rank_answers(names, probs, top)}
-    truth = dataset.answer[i]
-    if truth:
-        shown["truth"] = max(truth, key=truth.get)
-    return shown
-
-
-def show_choices(names, probs, dataset, i, top):
-    """Of nlvr2 and vcr: the likeliest choices, and the right one."""
-    shown = {"answers": rank_answers(names, probs, top)}
-    if dataset.target is not None and dataset.target[i] >= 0:
-        shown["truth"] = names[int(dataset.target[i])]
-    return shown
-
-
-def show_match(run, dataset, i, logits, top):
-    """Of retrieval: the probability that text and picture belong together."""
-    return {"match": round(logits.sigmoid().item(), 5)}
 
 
 def simple_example(record, kind, answer=None, target=-1):
@@ -335,7 +289,7 @@ def objective_sums(run, dataset, index, name, word_masking=None):
     share training has, so that chance is the same for all models."""
     own = ObjectiveSums()
     for part in evaluation_batches(run, dataset, index):
-        rng = np.random.default_rng((1, int(part[0])))
+        rng = data.random_stream("evaluation", int(part[0]))
         batch = make_batch(run, dataset, part, [name], rng, 0.5, word_masking)
         loss, logits = loss_and_logits(run, batch, name)
         add_batch(own, run.paper.OBJECTIVES[name], batch, float(loss), logits)
@@ -404,6 +358,8 @@ PRETRAIN = Task(
     logits=pretraining_logits,
     show=show_pretraining,
     best=(),  # see `best_score`
+    ranks="itm",
+    without_answers="caption",
 )
 
 
@@ -484,7 +440,9 @@ VE = Task(
     truth="answer",
     check=check_ve,
     examples=lambda record: [simple_example(record, "ve", record.get("answer"))],
-    batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=run.columns("ve")),
+    batch=lambda run, dataset, index, rng: data.collate(
+        dataset, index, answers={answer: i for i, answer in enumerate(data.ENTAILMENT)}
+    ),
     evaluate=evaluate_ve,
     show=lambda run, dataset, i, logits, top: show_answers(data.ENTAILMENT, logits.sigmoid(), dataset, i, top),
 )
@@ -506,6 +464,11 @@ def nlvr2_examples(record):
     return [data.Example(record["id"], record.get("kind", "nlvr2"), rows, target=int(record.get("label", -1)))]
 
 
+def nlvr2_is_joined(paper, config):
+    """Whether the model reads both pictures in one row."""
+    return getattr(config, "nlvr2", "") == "triplet"
+
+
 def nlvr2_batch(run, dataset, index, rng):
     """Rows 2i and 2i+1 are statement i with its left and its right picture; region_types tell which. batch.target (B,):
     1 = true. Joined into one row each where the model's config wants triplets."""
@@ -513,7 +476,7 @@ def nlvr2_batch(run, dataset, index, rng):
     batch.target = targets(dataset, index)
     side = torch.arange(len(batch.text))[:, None] % 2  # (2B, 1): 0 the left picture, 1 the right one
     batch.region_types = side.expand(batch.region_mask.shape).contiguous()  # an expanded tensor cannot be pinned
-    if getattr(run.model.config, "nlvr2", "") == "triplet":
+    if nlvr2_is_joined(run.paper, run.model.config):
         batch = data.join_pictures(batch)
     return batch
 
@@ -552,6 +515,7 @@ NLVR2 = Task(
     batch=nlvr2_batch,
     evaluate=evaluate_nlvr2,
     show=lambda run, dataset, i, logits, top: show_choices(("false", "true"), logits.softmax(-1), dataset, i, top),
+    layout=nlvr2_is_joined,
 )
 
 
@@ -642,6 +606,7 @@ VCR = Task(
     evaluate=evaluate_vcr,
     show=show_vcr,
     best=("q_ar_accuracy", "q_a_accuracy"),
+    layout=lambda paper, config: paper.VCR_TYPES,
 )
 
 
@@ -785,6 +750,7 @@ CAPTION = Task(
     show=show_caption,
     best=("perplexity",),
     lower_is_better=True,
+    generates=True,
     one_per_picture=10**9,
 )
 
@@ -863,6 +829,9 @@ RETRIEVAL = Task(
     show=show_match,
     best=("mean_recall",),
     first_stage="itc",
+    ranks="rank",
+    hard_negatives=True,
+    layout=lambda paper, config: paper.NEGATIVES,
     one_per_picture=1000,  # a full matrix of more takes hours
 )
 

@@ -86,10 +86,9 @@ class Run:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def columns(self, name="vqa"):
-        """{answer: column} of an objective's answers; entailment has three of its own."""
-        answers = data.ENTAILMENT if name == "ve" else self.answers
-        return {answer: column for column, answer in enumerate(answers)}
+    def columns(self):
+        """{answer: column} of the answers."""
+        return {answer: column for column, answer in enumerate(self.answers)}
 
 
 def train(args):
@@ -233,7 +232,7 @@ def load_data(run, checkpoint, teacher):
     run.regions = args.data_sets[0][1]["regions"]
     run.sets = {}
     for task, (path, description) in zip(args.tasks, args.data_sets, strict=True):
-        run.sets[task] = load_splits(args, run.objectives, task, path, description)
+        run.sets[task] = load_splits(args, task_of_lines(run, task), path, description)
     for number, splits in enumerate(run.sets.values()):
         for split in splits.values():
             split.task_number = number  # which task token ViLBERT reads
@@ -242,32 +241,51 @@ def load_data(run, checkpoint, teacher):
         raise UserError(
             f"--data: features of {' and '.join(map(str, widths))} numbers; tasks trained together need one --patch"
         )
-    if args.task == "pretrain":
+    if tasks.is_pretraining(args.task):
         run.objectives = drop_unsupported(run.paper, run.objectives, run.splits["train"])
     if options.one_source(args):
         run.content_words = args.data_sets[0][1]["content_words"]
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)
+    if args.max_words is None:
+        args.max_words = 60
+        if checkpoint and checkpoint["config"].get("max_positions", 60) < 60:
+            args.max_words = checkpoint["config"]["max_positions"]
     for splits in run.sets.values():
         for split in splits.values():
             split.encode(run.tokenizer, max_length=args.max_words)
         common.print0(f"data     {data.describe_lost_text(list(splits.values()))}")
     run.answers = []
-    if "vqa" in run.sets:
-        run.usual_answers = tasks.most_frequent_answers(run.sets["vqa"]["train"])
-    if "vqa" in run.objectives or "qa" in run.objectives:
-        questions = run.sets["vqa" if "vqa" in run.sets else "pretrain"]
-        run.answers = data.answer_list(questions["train"])
-        if teacher and teacher["answers"] and run.answers:
-            run.answers = teacher["answers"]
+    for task, splits in run.sets.items():
+        objectives_of_task = run.objectives
+        if not tasks.is_pretraining(task):
+            objectives_of_task = tasks.task_objectives(args, task)
+        if not run.answers and has_open_answers(run.paper, objectives_of_task):
+            run.answers = data.answer_list(splits["train"])
+            if not tasks.is_pretraining(task):
+                run.usual_answers = tasks.most_frequent_answers(splits["train"])
+    if teacher and teacher["answers"] and run.answers:
+        run.answers = teacher["answers"]
 
 
-def load_splits(args, objectives, task, path, description):
+def task_of_lines(run, name):
+    """The row of the task whose lines are read. Pretraining without question answering reads those of another task."""
+    task = tasks.TASKS[name]
+    if task.without_answers and not has_open_answers(run.paper, run.objectives):
+        return tasks.TASKS[task.without_answers]  # questions are only there to be answered
+    return task
+
+
+def has_open_answers(paper, names):
+    """Whether one of these objectives has a logit for each answer of the training split."""
+    return any(paper.OBJECTIVES[name].open_answers for name in names)
+
+
+def load_splits(args, task, path, description):
     """{name of a split: Dataset} of a task: train, val and test, and the data set's extra test splits, if they have
     examples."""
     names = ["train", "val", "test"]
-    if task != "pretrain":
+    if not tasks.is_pretraining(args.task):
         names += description["extra_splits"]
-    task = tasks.task_of_lines(task, objectives)
     splits = {}
     with machine.first_process_first():
         for name in names:
@@ -276,7 +294,7 @@ def load_splits(args, objectives, task, path, description):
             if len(split):
                 splits[name] = split
     if "train" not in splits:
-        raise UserError(f"{path}: no example of split train for --task {task.name}")
+        raise UserError(f"{path}: no example of split train for --task {args.task}")
     return splits
 
 
@@ -297,7 +315,7 @@ def drop_unsupported(paper, objectives, dataset):
     for name, reason in missing.items():
         common.print0(f"data     objective {name} is left out: {reason}")
     if len(missing) == len(objectives):
-        raise UserError("the data have nothing for any of the objectives; see the README's table of objectives")
+        raise UserError("the data have nothing for any of the objectives; see the table of objectives in docs/usage.md")
     return {name: ratio for name, ratio in objectives.items() if name not in missing}
 
 
@@ -327,7 +345,7 @@ def prepared_steps(run):
     args = run.args
     first = run.progress["step"] + 1
     streams = index_streams(run)
-    if "retrieval" in args.tasks:
+    if any(tasks.TASKS[task].hard_negatives for task in args.tasks):
         for step in range(first, args.steps + 1):
             yield prepare_step(run, streams, step)
         return
@@ -347,8 +365,8 @@ def prepare_step(run, streams, step):
     """
     args = run.args
     task = sample_task(run, step)
-    if args.task == "pretrain":
-        rng = np.random.default_rng((args.seed, step))  # the same in every process
+    if tasks.is_pretraining(task):
+        rng = data.random_stream("objectives", args.seed, step)  # the same in every process
         names = sample_objectives(run.paper, run.objectives, rng, (step - 1) / args.steps)
     else:
         names = tasks.task_objectives(args, task)
@@ -356,7 +374,7 @@ def prepare_step(run, streams, step):
     batches = []
     for i in range(args.accumulate):
         part = run.rank * args.accumulate + i  # of all forward passes of the step
-        rng = np.random.default_rng((args.seed, step, part))
+        rng = data.random_stream("batch", args.seed, step, part)
         batch = tasks.make_batch(run, run.sets[task]["train"], index[part :: run.world * args.accumulate], names, rng)
         if run.device.type == "cuda":
             batch = batch.pin()
@@ -367,7 +385,7 @@ def prepare_step(run, streams, step):
 def sample_task(run, step):
     """The task of step 1, 2, ..., drawn in proportion to the tasks' training examples, by seed and step alone."""
     sizes = np.array([len(splits["train"]) for splits in run.sets.values()])
-    rng = np.random.default_rng((run.args.seed, step, 7))
+    rng = data.random_stream("task", run.args.seed, step)
     return str(rng.choice(list(run.sets), p=sizes / sizes.sum()))
 
 
@@ -408,7 +426,7 @@ def index_stream(args, dataset, parts, skip):
     if len(dataset) < parts:
         raise UserError(f"{len(dataset)} examples are too few for {parts} forward passes in a step")
     for epoch in itertools.count():
-        rng = np.random.default_rng((args.seed, epoch))
+        rng = data.random_stream("order", args.seed, epoch)
         order = data.batches(dataset.lengths(), rng, size=args.batch_size * parts)
         order = [index for index in order if len(index) >= parts]
         yield from order[skip:]
@@ -451,7 +469,7 @@ def build_model(run, checkpoint):
     sizes = start_sizes(run, checkpoint)
     sizes["heads"] = tasks.heads_for(run.paper, run.objectives)
     sizes["answers"] = max(1, len(run.answers))
-    sizes["types"] = max(sizes.get("types", 2), run.paper.text_types(args.tasks))
+    sizes["types"] = max(sizes.get("types", 2), len(run.paper.text_types(args.tasks)))
     if run.teacher and "hidden" in args.distill.split(","):
         config = run.teacher.config
         sizes["heads"] = (*sizes["heads"], "hidden")
@@ -626,10 +644,10 @@ def run_test(run):
             result["chance"][prefix + name] = round(float(value), 5)
     if "itc" in run.model.heads:
         result["temperature"] = round(math.exp(-run.model.heads["itc"].log_scale.item()), 5)
-    if args.rerank:
-        task, head = ("pretrain", "itm") if args.task == "pretrain" else ("retrieval", "rank")
-        if "test" in run.sets[task]:
-            stages, text = evaluation.compare_stages(run, run.sets[task]["test"], head)
+    for task, splits in run.sets.items():
+        head = tasks.TASKS[task].ranks
+        if args.rerank and head and "test" in splits:
+            stages, text = evaluation.compare_stages(run, splits["test"], head)
             result.update(stages)
             lines.append(text)
     if run.rank == 0:

@@ -10,7 +10,7 @@ What the model does, in five lines:
 Known deviations: sequences are padded, not packed, which changes no valid position. Row 0 of the official mask
 embedding, zeroed there at each use, does not exist here. Widths and heights of boxes are computed; official files hold
 them in float16. A model from scratch has a rescaled box projection and, if narrow, wider initial weights
-(`common.init_box_projection`, `common.init_weights`). docs/ lists the errors of the official code.
+(`common.init_box_projection`, `common.init_weights`). docs/details.md lists the errors of the official code.
 Letters: B batch, T text positions, N regions, S = T + N, C width, F region-feature width, V vocabulary, K classes,
 A answers, M masked.
 """
@@ -405,7 +405,7 @@ MATCHING = common.Objective(
 )
 
 REGION_FEATURES = common.Objective(
-    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="regions"
+    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="regions", logits="numbers"
 )
 
 REGION_CLASSES = common.Objective(
@@ -424,22 +424,29 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "mrc": REGION_CLASSES,
     "mrc_kl": replace(REGION_CLASSES, loss=masked_region_class_kl),
     "itm": MATCHING,
-    "wra": common.Objective(word_region_alignment, pretraining=True, mismatch=True),
+    "wra": common.Objective(word_region_alignment, pretraining=True, mismatch=True, logits="nothing"),
     "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
 }
 
+CHOICES = {  # fields of Config that are words
+    "contrast": ("infonce", "hinge", "sigmoid", "dcl"),
+    "nlvr2": ("paired-attention", "paired", "triplet"),
+}
 VCR_TYPES = ((0, 2), (0, 2, 3))  # text types: a question and its answer; a question, its answer and the reason
 NEGATIVES = ("image", "text")  # false partners of a true pair in retrieval, in the order of the rows
 
 
 def text_types(tasks):
-    """How many rows the table of types needs for these tasks: 0 text, 1 picture; NLVR2's second picture has 2, VCR's
-    answer 2 and reason 3."""
+    """The table of types for these tasks: for each row, the row of pretraining's table that it starts as.
+
+    Pretraining has 0 text and 1 picture. NLVR2's second picture has type 2; VCR's answer has 2 and its reason 3.
+    """
+    second_picture = 1 if "nlvr2" in tasks else 0
     if "vcr" in tasks:
-        return 4
+        return (0, 1, second_picture, 0)
     if "nlvr2" in tasks:
-        return 3
-    return 2
+        return (0, 1, second_picture)
+    return (0, 1)
 
 
 MODEL = UNITER

@@ -14,7 +14,7 @@ Known deviations from the official code:
 - Class 1 of the matching head means "match", officially class 0. Its rows are swapped when official weights are read
   or written.
 - In pretraining nothing is predicted in mismatched pairs, as 12-in-1 has it; ViLBERT's own code predicts there too.
-The README's errata list the errors of the official code.
+docs/details.md lists the errors of the official code.
 Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
 M masked positions, A answers.
 """
@@ -600,7 +600,7 @@ REGION_CLASSES = common.Objective(
 )
 
 REGION_FEATURES = common.Objective(
-    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="regions"
+    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="regions", logits="numbers"
 )
 
 MATCHING = common.Objective(
@@ -613,7 +613,7 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "mrc_kl": REGION_CLASSES,
     "mrc": replace(REGION_CLASSES, loss=masked_region_class),
     "mrfr": REGION_FEATURES,
-    "nce": replace(REGION_FEATURES, loss=noise_contrastive_regions),
+    "nce": replace(REGION_FEATURES, loss=noise_contrastive_regions, logits="nothing"),
     "itm": MATCHING,
     "ve": common.Objective(visual_entailment, head="ve"),
     "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
@@ -622,11 +622,15 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "refer": common.Objective(referring_expression, head="refer"),
 }
 
+CHOICES = {
+    "contrast": ("infonce", "hinge", "sigmoid", "dcl"),
+    "fusion": ("mul", "sum"),
+}  # fields of Config that are words
 VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
 NEGATIVES = ("text", "image", "text")  # mismatched partners of a true pair in retrieval, in the order of the rows
 MODEL = ViLBERT
 
 
 def text_types(tasks):
-    """How many rows the table of text types needs: 2, whatever the tasks."""
-    return 2
+    """The table of text types: for each row, the row of pretraining's table that it starts as. All tasks have two."""
+    return (0, 1)

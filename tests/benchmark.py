@@ -78,9 +78,9 @@ def make_dataset(folder, rng, words, regions, vocabulary, answers, count=512, pi
     first = data.SPECIALS.index("[CLS]")
     last = data.SPECIALS.index("[SEP]")
     rows = [[first, *rng.integers(len(data.SPECIALS), vocabulary, n - 2), last] for n in lengths]
-    dataset = data.Dataset("drawn", "train", data.FeatureStore(folder), rng.integers(pictures, size=count), [""] * count,
-                           [{str(a): 1.0} for a in rng.integers(answers, size=count)], [""] * count,
-                           [str(i) for i in range(count)])  # fmt: skip
+    dataset = data.Dataset("drawn", "train", data.FeatureStore(folder), rng.integers(pictures, size=count),
+                           [f"text {i}" for i in range(count)], [{str(a): 1.0} for a in rng.integers(answers, size=count)],
+                           [""] * count, [str(i) for i in range(count)])  # fmt: skip
     dataset.tokens = np.concatenate(rows).astype(np.int64)
     dataset.offsets = np.cumsum([0, *lengths])
     dataset.segment = np.zeros_like(dataset.tokens)

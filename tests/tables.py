@@ -1,4 +1,4 @@
-"""The README's tables, made by one command each; every cell is one or several runs of train.py. No test.
+"""The tables in docs/results.md, made by one command each; every cell is one or several runs of train.py. No test.
 
     python tests/tables.py tasks          three models x seven tasks, from the pretrained and from the untrained start,
                                           and the first model without words or without picture
@@ -337,7 +337,7 @@ TABLES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Make a table of the README.")
+    parser = argparse.ArgumentParser(description="Make a table of docs/results.md.")
     parser.add_argument("which", choices=TABLES)
     parser.add_argument("--out", type=Path, default=Path("out/tables"), help="folder of all runs and the tables")
     parser.add_argument("--minutes", type=float, default=2.0, help="training time of a run")

@@ -586,8 +586,8 @@ def test_recall_at_by_a_loop():
 def test_recall_at_extremes():
     truth = torch.arange(4)
     assert set(tasks.recall_at(torch.eye(4), truth, ks=(1,)).values()) == {1.0}
-    for useless in (torch.zeros(4, 4), torch.full((4, 4), torch.nan), -torch.eye(4)):
-        assert set(tasks.recall_at(useless, truth, ks=(1,)).values()) == {0.0}
+    for useless, chance in ((torch.zeros(4, 4), 0.25), (torch.full((4, 4), torch.nan), 0.25), (-torch.eye(4), 0.0)):
+        assert set(tasks.recall_at(useless, truth, ks=(1,)).values()) == {chance}
 
 
 def test_rename_applies_the_rules_in_order():

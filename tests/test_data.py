@@ -938,3 +938,23 @@ def test_preview_draws_stores_pairs_and_targets(folder, own, tmp_path, monkeypat
     assert (255, 0, 0) in set(Image.open("r.png").convert("RGB").get_flattened_data())
     assert run_command(capsys, "preview", folder / "pretrain.jsonl", "--count", "4")[0] == 0
     assert run_command(capsys, "preview", "my.jsonl", "--split", "val", "--task", "refer")[0] == 2
+
+
+# ---- random streams --------------------------------------------------------------------------------------------
+
+
+def test_streams_of_different_purposes_or_numbers_are_different():
+    """NumPy alone gives default_rng((3, 5)) and default_rng((3, 5, 0)) one stream."""
+    keys = [
+        ("batch", 3, 5),
+        ("batch", 3, 5, 0),
+        ("batch", 3, 5, 0, 0),
+        ("order", 3, 5),
+        ("batch", 5, 3),
+        ("batch", 0),
+        ("batch",),
+    ]
+    first = [data.random_stream(*key).random(4).tolist() for key in keys]
+    for i, numbers in enumerate(first):
+        assert numbers == data.random_stream(*keys[i]).random(4).tolist()
+        assert numbers not in first[:i]

@@ -132,9 +132,9 @@ def test_answers_are_normalised_as_the_official_table_is():
 
 def test_answer_rows_move_with_their_answers_and_unknown_ones_are_zero():
     weight, bias = torch.randn(3, 4), torch.randn(3)
-    rows, offsets = checkpoints.transfer_answers(
-        weight, bias, ["dog", "2", "yes"], ["Yes.", "cat", "two", "a dog", "yes"]
-    )
+    places = checkpoints.match_answers(["dog", "2", "yes"], ["Yes.", "cat", "two", "a dog", "yes"])
+    rows = checkpoints.move_rows(weight, places)
+    offsets = checkpoints.move_rows(bias, places)
     assert torch.equal(rows, torch.stack([weight[2], torch.zeros(4), weight[1], weight[0], weight[2]]))
     assert offsets.tolist() == [bias[2].item(), 0.0, bias[1].item(), bias[0].item(), bias[2].item()]
 

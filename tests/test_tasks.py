@@ -311,23 +311,29 @@ def test_lines_that_fit_pass():
     assert tasks.VQA.check({"answer": {"maybe": 1.0}}) is None
 
 
-def test_answers_are_shown_with_their_probabilities(cache, tokenizer):
+def test_answers_are_shown_with_their_probabilities_and_the_truth(cache, tokenizer):
     run = SimpleNamespace(answers=["red", "blue", "two"])
     logits = torch.tensor([-2.0, 3.0, 0.0])
-    assert tasks.VQA.show(run, None, 0, logits, 2) == "blue 0.953  two 0.500"
-    assert tasks.VE.show(run, None, 0, logits, 3) == "entailment 0.953  neutral 0.500  contradiction 0.119"
-    assert tasks.NLVR2.show(run, None, 0, torch.tensor([0.0, 1.0]), 3) == "true 0.731  false 0.269"
-    assert tasks.RETRIEVAL.show(run, None, 0, torch.tensor(1.0), 3) == "match 0.731"
-    assert tasks.CAPTION.show(run, None, 0, "a red disc", 3) == "a red disc"
+    lines = SimpleNamespace(answer=[{"red": 0.3, "two": 1.0}, {}], target=np.array([0, -1]), text=["a blue disc"])
+    shown = tasks.VQA.show(run, lines, 0, logits, 2)
+    assert shown == {"answers": [["blue", 0.95257], ["two", 0.5]], "truth": "two"}
+    assert "truth" not in tasks.VQA.show(run, lines, 1, logits, 2)
+    shown = tasks.VE.show(run, lines, 1, logits, 3)["answers"]
+    assert [name for name, _ in shown] == ["entailment", "neutral", "contradiction"]
+    shown = tasks.NLVR2.show(run, lines, 0, torch.tensor([0.0, 1.0]), 3)
+    assert shown == {"answers": [["true", 0.73106], ["false", 0.26894]], "truth": "false"}
+    assert "truth" not in tasks.NLVR2.show(run, lines, 1, torch.tensor([0.0, 1.0]), 3)
+    assert tasks.RETRIEVAL.show(run, None, 0, torch.tensor(1.0), 3) == {"match": 0.73106}
+    assert tasks.CAPTION.show(run, lines, 0, "a red disc", 3) == {"caption": "a red disc", "truth": "a blue disc"}
     choices = scenes.scenes("test", "vcr", 20, cache=cache).encode(tokenizer)
-    best = choices.text[choices.group * 3 + 2][-1]
+    texts = [choices.text[choices.group * 3 + k][-1] for k in range(choices.group)]
     shown = tasks.VCR.show(run, choices, 3, torch.tensor([0.0, 0.0, 5.0, 0.0]), 1)
-    assert shown == f"{best} 0.980"
+    assert shown == {"answers": [[texts[2], 0.98017]], "truth": texts[int(choices.target[3])]}
     refer = scenes.scenes("test", "refer", 20, cache=cache).encode(tokenizer)
     boxes = refer.store.gather(refer.image[[4]])["boxes"][0]
     logits = torch.cat([torch.zeros(len(boxes) - 1), torch.tensor([20.0, 99.0, 99.0])])  # two positions of padding
-    numbers = " ".join(f"{value:.2f}" for value in boxes[-1].tolist())
-    assert tasks.REFER.show(run, refer, 4, logits, 1) == f"[{numbers}] 1.000"
+    (box, prob), *_ = tasks.REFER.show(run, refer, 4, logits, 1)["answers"]
+    assert np.allclose(box, boxes[-1] * scenes.SIDE, atol=0.06) and prob == pytest.approx(1, abs=1e-4)
 
 
 # ---- training --------------------------------------------------------------------------------------------------
@@ -721,14 +727,15 @@ def test_no_step_waits_for_a_value(drawn, name, tokenizer):
         loss.backward()
 
 
-def test_check_reads_every_split(tmp_path, monkeypatch):
+def test_check_reads_every_split(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     scenes.draw_scene(scenes.make_scene(0, "train", 0)).save("0.png")
     line = {"image": "0.png", "text": "which?", "choices": ["a", "b"], "label": 0}
     lines = [line, {**line, "split": "val"}, {**line, "choices": ["a", "b", "c"], "split": "test"}]
     Path("own.jsonl").write_text("\n".join(map(json.dumps, [*lines, {**line, "split": "test"}])))
-    with pytest.raises(common.UserError, match="choices"):
-        data.check("own.jsonl", "vcr")
+    with pytest.raises(common.UserError, match="mistakes: 1"):
+        data.check("own.jsonl", tasks.TASKS["vcr"], vocab=None, max_words=60, patch=12, grid=6)
+    assert "choices" in capsys.readouterr().err
 
 
 def test_tasks_trained_together_need_features_of_one_width(tmp_path, monkeypatch, capsys):
@@ -787,11 +794,11 @@ def test_six_tasks_at_once_and_what_their_checkpoint_says(name, folder, monkeypa
     boxes = ["--boxes", "[[0,0,40,40],[30,30,90,90],[50,0,80,30]]"]
     for task, more, pattern in (
         ("ve", [], r"\w+ 0\.\d+  \w+ 0\.\d+  \w+ 0\.\d+"),
-        ("nlvr2", ["--image", "1.png"], r"(true|false)  \(probability of true [01]\.\d+\)"),
+        ("nlvr2", ["--image", "1.png"], r"(true|false) [01]\.\d+  (true|false) [01]\.\d+"),
         ("vcr", ["--choices", "red", "blue"], r"(red|blue) 0\.\d+  (red|blue) 0\.\d+"),
         ("vcr", ["--choices", "x", "y", "z", "--answer", "red", "--top", "1"], r"[xyz] 0\.\d+"),
-        ("retrieval", ["--image", "1.png"], r"0.png: match score 0\.\d+\n1.png: match score 0\.\d+"),
-        ("refer", boxes, r"(\[\d+, \d+, \d+, \d+\] [01]\.\d+(  )?){3}"),
+        ("retrieval", ["--image", "1.png"], r"0.png: match 0\.\d+\n1.png: match 0\.\d+"),
+        ("refer", boxes, r"(box \d+ \d+ \d+ \d+ [01]\.\d+(  )?){3}"),
         ("caption", ["--beams", "2"], r"[^\n]*"),
     ):
         code = predict.main(

@@ -707,9 +707,9 @@ def test_an_impossible_number_is_refused_by_name(arguments):
         options.parse(arguments.split())
 
 
-def test_zero_means_zero():
+def test_zero_means_zero(pictures):
     args = options.parse(
-        ["--data", "x.jsonl", "--lr", "0", "--mask", "0", "--warmup", "0", "--weight-decay", "0", "--steps", "0"]
+        ["--data", str(pictures), "--lr", "0", "--mask", "0", "--warmup", "0", "--weight-decay", "0", "--steps", "0"]
     )
     args = options.resolve_options(args, "uniter", 0)
     assert (args.lr, args.mask, args.warmup, args.weight_decay, args.steps) == (0, 0, 0, 0, 0)
@@ -1027,7 +1027,8 @@ def test_one_picture_and_one_example_a_split_work_or_are_one_line(model, task, p
     given = [*SMALL, "--model", model, "--task", task, "--data", "one.jsonl", "--steps", "2"]
     code = train.main(given)
     output = capsys.readouterr()
-    assert code == 0 or output.err.count("\n") == 1
+    errors = [line for line in output.err.splitlines() if not line.startswith("warning: ")]
+    assert code == 0 or len(errors) == 1
     assert "no better than chance" not in output.out
 
 
@@ -1064,3 +1065,24 @@ def test_an_error_in_the_data_is_said_once_by_several_processes(tmp_path):
     own_lines = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
     assert "bad.jsonl:1" in own_lines[0]
     assert sum("bad.jsonl:1" in line for line in own_lines) == 1
+
+
+def test_the_first_row_of_a_step_is_mismatched_as_often_as_any_other(pictures):
+    """The draw of the objective and that of the first batch were one stream: with one row a step, matching steps never
+    had a mismatched pair."""
+    args = options.resolve_options(options.parse(["--data", str(pictures), "--batch-size", "1"]), "uniter", 0)
+    dataset = data.load(pictures, tasks.TASKS["caption"], "train", patch=4)
+    tokenizer = data.own_tokenizer([dataset])
+    dataset.encode(tokenizer)
+    run = SimpleNamespace(
+        args=args, paper=uniter, objectives={"mlm": 1, "itm": 1}, sets={"pretrain": {"train": dataset}}
+    )
+    run.tokenizer, run.answers, run.rank, run.world, run.device = tokenizer, [], 0, 1, torch.device("cpu")
+    streams = {"pretrain": train.index_stream(args, dataset, 1, 0)}
+    matched = []
+    for step in range(1, 401):
+        (batch,), names = train.prepare_step(run, streams, step)
+        if names == ["itm"]:
+            matched.append(int(batch.matched))
+    share = 1 - np.mean(matched)
+    assert len(matched) > 150 and abs(share - 0.5) < 4 * math.sqrt(0.25 / len(matched))

@@ -663,7 +663,7 @@ def test_pretraining_is_the_official_recipe():
     ("tasks", "rows"), [(["pretrain"], 2), (["vqa", "nlvr2"], 3), (["nlvr2", "vcr"], 4), (["vcr"], 4)]
 )
 def test_rows_of_the_table_of_types(tasks, rows):
-    assert uniter.text_types(tasks) == rows
+    assert len(uniter.text_types(tasks)) == rows
 
 
 def test_two_heads_with_one_official_name_are_refused():
