@@ -21,6 +21,7 @@ import dataclasses
 import itertools
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -188,10 +189,22 @@ def held_out(run, task, split, count):
         data.warn(f"{source} has neither test nor val; these are training examples")
     dataset = use_dataset(run, task, dataset)
     files = {}  # row of the store: the picture file that it was made of
-    index = np.sort(np.random.default_rng(0).permutation(len(dataset))[:count])
+    index = varied_examples(dataset, count)
     for row in dataset.image[dataset.rows(index)].tolist():
         files[row] = records.picture_file(dataset, row)
     return dataset.subset(index), files
+
+
+def varied_examples(dataset, count):
+    """Numbers of `count` examples drawn at random, one of each kind before a second one of any."""
+    order = np.random.default_rng(0).permutation(len(dataset))
+    taken = Counter()
+    turns = []  # of each example in `order`: how many of its kind come before it
+    for i in order.tolist():
+        kind = dataset.kind[i]
+        turns.append(taken[kind])
+        taken[kind] += 1
+    return order[np.argsort(turns, kind="stable")[:count]]
 
 
 def show_scenes(run, task, args):
@@ -227,7 +240,7 @@ def print_answer(task, dataset, i, answer):
 
 SIDE = 400  # width of a cell in pixels
 MARGIN = 12
-GREY = (110, 110, 110)
+GREY = (80, 80, 80)
 GREEN = (0, 140, 60)
 RED = (200, 40, 40)
 BLUE = (70, 120, 200)
@@ -266,8 +279,8 @@ def draw_cell(task, dataset, i, answer, files):
         cell.paste(picture, (MARGIN + number * (width + MARGIN), MARGIN))
         bottom = max(bottom, MARGIN + picture.height)
     y = bottom + 8
-    for text in (text_of(task, dataset, i), answer.get("masked", ""), answer.get("caption", "")):
-        y = write_text(pen, text, y, 17, "black")
+    y = write_text(pen, answer.get("masked", text_of(task, dataset, i)), y, 17, "black")
+    y = write_text(pen, answer.get("caption", ""), y, 17, BLUE)
     if "match" in answer:
         y = draw_bar(pen, "text and picture match", answer["match"], y, BLUE)
     for name, prob in answer.get("answers", []):
@@ -276,7 +289,10 @@ def draw_cell(task, dataset, i, answer, files):
             color = GREEN if is_right(name, answer["truth"]) else RED
         y = draw_bar(pen, short_name(name), prob, y, color)
     if "truth" in answer:
-        y = write_text(pen, f"truth: {short_name(answer['truth'])}", y + 2, 14, GREY)
+        text = f"truth: {short_name(answer['truth'])}"
+        if isinstance(answer["truth"], list):
+            text += " (green frame; blue: the likeliest)"
+        y = write_text(pen, text, y + 2, 14, GREY)
     return cell.crop((0, 0, SIDE, y + MARGIN))
 
 
@@ -290,7 +306,7 @@ def is_right(name, truth):
 def short_name(name):
     """An answer as text; of a box its corners in whole pixels."""
     if isinstance(name, list):
-        return "box " + " ".join(f"{value:.0f}" for value in name)
+        return str([round(value) for value in name])
     return name
 
 

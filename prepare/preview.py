@@ -47,10 +47,10 @@ def preview_cell(where, record, pictures, side=336):
 
 
 def paste_regions(store, row, side):
-    """(picture, boxes in 0..1) of a store's row: its regions pasted where they were. Grey where the store has no pixels."""
+    """(picture, boxes in 0..1) of a store's row: its regions pasted where they were. Dark where there is no region, and where the store has no pixels."""
     regions = store.gather(np.array([row]))
     boxes = regions["boxes"][0].tolist()
-    image = Image.new("RGB", (side, side), "grey")
+    image = Image.new("RGB", (side, side), (50, 50, 50))
     patch = round((regions["features"].shape[2] / 3) ** 0.5)
     if regions["features"].shape[2] == 3 * patch * patch:  # pixels: see region_features
         for features, (left, top, right, bottom) in zip(regions["features"][0].numpy(), boxes, strict=True):

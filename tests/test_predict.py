@@ -264,7 +264,7 @@ def test_regions_of_a_picture_are_those_of_the_network_of_training(trained, fold
     assert use("network.pt", "--image", "0.png", "--text", "red circle") == 0
     assert asked == [content["regions"]]
     half = scenes.SIDE / 2
-    assert f"box 0 0 {half:.0f} {half:.0f}" in capsys.readouterr().out
+    assert f"[0, 0, {half:.0f}, {half:.0f}]" in capsys.readouterr().out
 
 
 def test_a_store_in_memory_gives_the_batches_of_one_on_disk(tmp_path, folder):

@@ -798,7 +798,7 @@ def test_six_tasks_at_once_and_what_their_checkpoint_says(name, folder, monkeypa
         ("vcr", ["--choices", "red", "blue"], r"(red|blue) 0\.\d+  (red|blue) 0\.\d+"),
         ("vcr", ["--choices", "x", "y", "z", "--answer", "red", "--top", "1"], r"[xyz] 0\.\d+"),
         ("retrieval", ["--image", "1.png"], r"0.png: match 0\.\d+\n1.png: match 0\.\d+"),
-        ("refer", boxes, r"(box \d+ \d+ \d+ \d+ [01]\.\d+(  )?){3}"),
+        ("refer", boxes, r"(\[\d+, \d+, \d+, \d+\] [01]\.\d+(  )?){3}"),
         ("caption", ["--beams", "2"], r"[^\n]*"),
     ):
         code = predict.main(
