@@ -110,6 +110,7 @@ class Batcher:
         try:
             dataset = predict.make_dataset(self.run, self.task, [question for question, _ in jobs])
             answers = predict.predict(self.run, self.task, dataset, np.arange(len(jobs)), self.top)
+            assert len(answers) == len(jobs)
         except Exception as error:  # noqa: BLE001 (the thread must go on, whatever happened)
             for _, future in jobs:
                 future.set_exception(error)
@@ -161,6 +162,8 @@ def decode_picture(text):
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
             width, height = image.size
+    except Image.DecompressionBombError:
+        raise HttpError(413, f"too large a picture; send one of at most {MAX_PIXELS:,} pixels") from None
     except Exception:  # noqa: BLE001 (damaged pictures end in nearly every kind of error)
         raise HttpError(400, "this is no picture that can be read; send a PNG or JPEG file") from None
     if width * height > MAX_PIXELS:
