@@ -33,22 +33,38 @@ from tasks import TASKS
 # ---- the table of models -----------------------------------------------------------------------------------------
 
 # The contract: what the file of a model must define. A fourth model is one such file and one line in MODELS.
-#   Config            dataclass of sizes. The data set these fields: vocab_size, feature_size, classes, attributes, types,
-#                     answers, heads, teacher_widths
+#   Config            dataclass of sizes. train.py sets these fields: vocab_size, feature_size, classes, attributes, types,
+#                     answers, heads, teacher_widths. Read besides: hidden (the text's width), max_positions.
+#                     Optional: visual_hidden (the regions' width, if another), task_tokens (how many tasks have one),
+#                     nlvr2 ("triplet": both pictures of NLVR2 are one row)
 #   PRESETS           {"tiny": {field: value}, "base": ...}: what --size changes in Config
-#   MODEL             the class, MODEL(config). Its attribute `config` is the Config, `heads` a ModuleDict. Its methods:
-#     encode(batch, text=True, regions=True, record=False, given=None)   common.Encoding
-#     unimodal(batch)                                    what encode(given=) takes: each modality encoded alone
-#     decode(batch, cache=None)                          states of a text that is read from left to right
-#     word_logits(states)                                logits of the vocabulary, (..., C) -> (..., V)
-#     forward(batch, objectives)                         {objective: (loss, logits)}
-#   HEADS             {head: config -> Module}
+#   MODEL             the class, MODEL(config); ValueError for sizes that do not fit together. Its attributes: `config`,
+#                     `text_embedding` (a common.TextEmbedding), `heads` (a ModuleDict of config.heads). Its methods:
+#     encode(batch, text=True, regions=True, record=False, given=None)   common.Encoding. With record, the names of
+#                                       its maps end in "text", "regions", "text_to_regions" or "regions_to_text", and
+#                                       those of its states hold "text" or "regions"; neither: one sequence of both
+#     unimodal(batch)                   what encode(given=) takes: each modality encoded alone, (text, regions)
+#     decode(batch, cache=None)         states of a text that is read from left to right, (B, T, C)
+#     word_logits(states)               logits of the vocabulary, (..., C) -> (..., V)
+#     forward(batch, objectives)        {objective: (loss, logits)}
+#   HEADS             {head: config -> Module}. Read by name: mlm, itm (2 logits, 1 = match), rank (1 logit), itc, hidden
 #   OBJECTIVES        {objective: common.Objective}
 #   PRETRAINING       dict: the paper's objectives with their ratios, masking and false pairs
 #   CHOICES           {field of Config: the words that it may be}, for fields that are words
 #   VCR_TYPES         text types of question and answer, and of question, answer and reason
 #   NEGATIVES         which side of a true pair is replaced in each false pair of a retrieval group: "image" or "text"
 #   text_types(tasks) the table of text types for these tasks: for each row, the row of pretraining's that it starts as
+# Keys of PRETRAINING, the last two optional:
+#   objectives        {objective: ratio}, those of the paper
+#   conditional       True: a step trains one of them, drawn by ratio; False: all of them
+#   joined            {objective: others that are trained in the same step}, if conditional
+#   weights           {objective: factor of its loss}, 1 where none is named
+#   rate              of the learning rate, against fine-tuning
+#   region_masking    arguments of data.mask_regions
+#   false_pairs       share of mismatched pairs
+#   mismatch          what another one is drawn for in a mismatched pair: "image" or "text"
+#   mask_false_pairs  False: nothing is predicted in mismatched pairs
+#   second_half       objectives that are trained in the second half of the steps only
 # Official names and sizes are optional: they stand in formats.FORMATS, not in the model's file.
 MODELS = {"uniter": uniter, "vilbert": vilbert, "lxmert": lxmert}
 
@@ -63,7 +79,11 @@ for task in TASKS.values():
 NEWEST = "checkpoint.pt"  # what a run goes on from; best.pt holds the weights that were best on the val split
 PREVIOUS = "checkpoint.previous.pt"  # the one before, in case the newest is damaged
 TEST_OPTIONS = ("ablate", "mask", "max_words", "pool", "beams")  # options that change what a test measures
-CHECKPOINT_KEYS = {"model", "config", "state", "tokenizer", "answers"}  # what a checkpoint must hold to be used
+# what a checkpoint must hold to be used, and what else it may hold
+CHECKPOINT_TYPES = {"model": str, "config": dict, "state": dict, "tokenizer": str, "answers": list}
+OTHER_TYPES = {"task": str, "data": str, "patch": int, "grid": int}
+OTHER_TYPES |= {"optimizer": dict, "progress": dict, "generators": dict, "fingerprint": dict}
+OTHER_TYPES |= {"regions": dict, "objectives": dict, "content_words": list, "usual_answers": dict, "settings": dict}
 
 
 def save(content, path):
@@ -131,15 +151,37 @@ def generator_of(device):
 
 def is_checkpoint(content):
     """Whether a file's content is one of `save_checkpoint`."""
-    return isinstance(content, dict) and CHECKPOINT_KEYS <= set(content)
+    return isinstance(content, dict) and set(CHECKPOINT_TYPES) <= set(content)
 
 
 def load_checkpoint(path):
     """A checkpoint of `save_checkpoint`, on the CPU. UserError if it is missing, damaged or something else."""
     content = weights.read_torch(Path(path))
     if not is_checkpoint(content):
-        raise UserError(f"{path}: not a checkpoint of train.py (it lacks model, config, state, tokenizer or answers)")
+        raise UserError(f"{path}: not a checkpoint of train.py (it lacks {', '.join(CHECKPOINT_TYPES)})")
+    check_content(path, content)
     return content
+
+
+def check_content(path, content):
+    """UserError unless the parts of a checkpoint fit each other: its weights are those of a model with its config."""
+    try:
+        for key, kind in {**CHECKPOINT_TYPES, **OTHER_TYPES}.items():
+            if not isinstance(content.get(key, kind()), kind):
+                raise TypeError(f"{key!r} is no {kind.__name__}")
+        paper = MODELS[content["model"]]
+        with torch.device("meta"):
+            model = paper.MODEL(paper.Config(**content["config"]))
+        for name, tensor in model.state_dict().items():
+            if content["state"][name].shape != tensor.shape:
+                raise ValueError(f"{name} has another shape than its config says")
+        answers = content["answers"]
+        if len(answers) not in (0, model.config.answers) or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError(f"it has {len(answers)} answers, its config {model.config.answers}")
+        data.tokenizer_from_json(content["tokenizer"])
+    except Exception as error:  # noqa: BLE001 (parts of the wrong kind end in nearly every kind of error)
+        raise UserError(f"{path}: a damaged checkpoint ({type(error).__name__}: {error})") from None
+    weights.check_finite(path, weights.find_state_dict(path, content))
 
 
 def has_checkpoint(folder):
@@ -235,6 +277,7 @@ def load_weights(args):
     state = weights.find_state_dict(path, content)
     weights.check_finite(path, state)
     if is_checkpoint(content):
+        check_content(path, content)
         return content
     state = weights.strip_wrappers(path, state)
     kind = kind_of(state)
@@ -411,13 +454,15 @@ def rename_state(model, kind, state, own, report):
 def widen_text_types(state, own, starts, report):
     """The state dict with the text types that the model has and the file lacks.
 
-    starts: what the model's `text_types` returned: type i starts as row starts[i] of the file.
+    starts: what the model's `text_types` returned: type i starts as row starts[i] of the file, further ones as row 0.
     """
     name = "text_embedding.types.weight"
     if name not in state or name not in own or len(state[name]) >= len(own[name]):
         return state
     table = state[name]  # (types of the file, C)
-    new = list(starts[len(table) : len(own[name])])
+    new = []
+    for row in range(len(table), len(own[name])):
+        new.append(starts[row] if row < len(starts) else 0)
     state = dict(state)
     state[name] = torch.cat([table, table[new]])  # (types of the model, C)
     report.resized.append(name)

@@ -1,12 +1,11 @@
 """common.py: the formulas that ViLBERT, LXMERT and UNITER share, each written out once.
 
-All three papers build on BERT's post-norm Transformer (Devlin 2019). Its parts come first: attention, feed-forward,
-layer norm, the embedding of words, pooler, prediction heads. Losses follow: classification, optimal transport,
-contrast, distillation. Then come the objectives that the models share and a few helpers. Where torch has a faster
-kernel, the explicit formula stands first and the kernel beside it; tests/test_common.py holds the two equal.
+All three papers build on BERT's post-norm Transformer (Devlin 2019). Its parts come first. Losses and the objectives
+that the models share follow, then helpers for several processes, messages and dropout. Where torch has a faster kernel,
+the explicit formula stands first and the kernel is used. tests/test_common.py checks that the two are equal.
 
-Letters: B batch, T text positions, N regions, S keys (text, regions or both), C width, H heads, D = C / H,
-F region-feature width, V vocabulary, A answers, K classes, M masked positions, E width of the contrast space.
+Letters: B batch, T text positions, N regions, S keys (text, regions or both), C width, H heads, D = C / H.
+F region-feature width, V vocabulary, A answers, K classes, M masked positions.
 """
 
 import functools
@@ -26,23 +25,24 @@ from torch import nn
 
 def gelu(x):
     """Exact GELU (Hendrycks 2016): x Phi(x) = x/2 (1 + erf(x / sqrt 2)). Any shape. The kernel is `F.gelu`."""
-    return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+    return x / 2 * (1.0 + torch.erf(x / math.sqrt(2.0)))
 
 
 def layer_norm(x, weight, bias, eps=1e-12):
     """Layer normalisation (Ba 2016): w (x - mean) / sqrt(var + eps) + b over the last axis, with var divided by C.
 
-    x (..., C), weight (C,), bias (C,). eps is BERT's. The kernel is `F.layer_norm`.
+    x (..., C), weight (C,), bias (C,). The kernel is `F.layer_norm`.
     """
     centred = x - x.mean(-1, keepdim=True)
-    return weight * centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() + bias
+    variance = centred.square().mean(-1, keepdim=True)
+    return weight * centred / (variance + eps).sqrt() + bias
 
 
 def attention_bias(mask, dtype, masked_logit=-10000.0):
     """BERT's additive attention mask: 0 where a key is visible, `masked_logit` where it is not.
 
-    mask bool, True = visible: (B, S) for all queries alike, or (B, T, S) for each query. Returns (B, 1, 1, S) or
-    (B, 1, T, S). A query without a visible key attends to all keys, because the constant shifts its logits alike.
+    mask bool, True = visible: (B, S) for all queries, or (B, T, S) for each query. Returns (B, 1, 1, S) or (B, 1, T, S).
+    A query without a visible key attends to all keys: the same constant is added to all its logits.
     """
     if mask.ndim == 2:
         mask = mask[:, None]  # (B, S) -> (B, 1, S)
@@ -62,28 +62,14 @@ def attention(query, key, value, bias=None, dropout=0.0):
     return apply_dropout(probs, dropout) @ value, probs  # (B,H,T,S) @ (B,H,S,D) -> (B,H,T,D)
 
 
-def fused_attention(query, key, value, bias=None, dropout=0.0):
-    """The same by torch's kernel, which returns no probabilities: (B, H, T, D).
-
-    Used on GPUs. On a CPU the formula above is faster at these lengths (torch 2.13).
-    """
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-
-
 # ---- parts of the Transformer -----------------------------------------------------------------------------------
 
 
-class LayerNorm(nn.Module):
-    """`layer_norm` by torch's kernel, with its weight and bias (C,)."""
+class LayerNorm(nn.LayerNorm):
+    """`layer_norm` by torch's kernel, with its weight and bias (C,). eps is BERT's."""
 
-    def __init__(self, width, eps=1e-12):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-        self.eps = eps
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+    def __init__(self, width):
+        super().__init__(width, eps=1e-12)
 
 
 class TextEmbedding(nn.Module):
@@ -103,7 +89,8 @@ class TextEmbedding(nn.Module):
     def forward(self, ids, segments, offset=0):
         """offset: position of the first word, for incremental decoding."""
         positions = torch.arange(offset, offset + ids.shape[1], device=ids.device)  # (T,)
-        return self.dropout(self.norm(self.words(ids) + self.positions(positions) + self.types(segments)))
+        text_emb = self.words(ids) + self.positions(positions) + self.types(segments)  # (B, T, C)
+        return self.dropout(self.norm(text_emb))
 
 
 class MultiHeadAttention(nn.Module):
@@ -133,28 +120,29 @@ class MultiHeadAttention(nn.Module):
         cache: a dict {layer: (keys, values)}, for incremental decoding. In self-attention x holds the newest
         positions, which see the cached ones too. In cross-attention the context is projected in the first call only.
         """
-        if context is not None and cache is not None and self in cache:
+        cached = cache is not None and self in cache
+        if cached and context is not None:
             key, value = cache[self]
-            return self.attend_heads(self.query(x), key, value, bias, maps)
-        source = x if context is None else context
-        key = self.key(source)  # (B, S, C') -> (B, S, inner)
-        value = self.value(source)
-        if cache is not None:
-            if self in cache:
+        else:
+            source = x if context is None else context
+            key = self.key(source)  # (B, S, C') -> (B, S, inner)
+            value = self.value(source)
+            if cached:
                 past_key, past_value = cache[self]
                 key = torch.cat([past_key, key], 1)
                 value = torch.cat([past_value, value], 1)
-            cache[self] = (key, value)
+            if cache is not None:
+                cache[self] = (key, value)
         return self.attend_heads(self.query(x), key, value, bias, maps)
 
     def attend_heads(self, query, key, value, bias=None, maps=None):
-        """Attention in each head, and the output map: query (B, T, inner), key, value (B, S, inner) -> (B, T, C)."""
+        """Attention in each head, then the output map: query (B, T, inner), key, value (B, S, inner) -> (B, T, C)."""
         query = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, T, H*D) -> (B, T, H, D) -> (B, H, T, D)
         key = key.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         value = value.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
-        if maps is None and query.is_cuda:
-            context = fused_attention(query, key, value, bias, dropout)
+        if maps is None and query.is_cuda:  # the same by torch's kernel; on a CPU it is slower at these lengths
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         else:
             context, probs = attention(query, key, value, bias, dropout)
             if maps is not None:
@@ -171,7 +159,8 @@ class AttentionBlock(MultiHeadAttention):
         self.hidden_dropout = Dropout(dropout)
 
     def forward(self, x, context=None, bias=None, maps=None, cache=None):
-        return self.norm(x + self.hidden_dropout(super().forward(x, context, bias, maps, cache)))
+        attended = super().forward(x, context, bias, maps, cache)
+        return self.norm(x + self.hidden_dropout(attended))
 
 
 class FeedForward(nn.Module):
@@ -185,7 +174,8 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x):
-        return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+        inner = F.gelu(self.up(x))  # (B, S, C) -> (B, S, inner)
+        return self.norm(x + self.dropout(self.down(inner)))
 
 
 class TransformerLayer(nn.Module):
@@ -204,8 +194,7 @@ class TransformerLayer(nn.Module):
 class Encoding:
     """What a model's `encode` returns. Values at padded positions mean nothing: use the batch's masks.
 
-    With `record=True`, `states[name]` (B, S, C) is the output of a layer and `maps[name]` (B, H, T, S) its attention
-    probabilities. Each model lists the names.
+    With `record=True`, `states[name]` (B, S, C) is a layer's output, `maps[name]` (B, H, T, S) its attention probabilities.
     """
 
     text: torch.Tensor | None  # (B, T, C), the last layer's states; None if the text was not encoded
@@ -233,8 +222,8 @@ def at_least_float32(x):
 def in_float32(loss):
     """Decorator: computes a loss in float32 whatever autocast does; float64 stays float64.
 
-    Under autocast logits arrive in bfloat16. It leaves their softmax and sigmoid in bfloat16, which loses most of the
-    gradient where they are nearly right, and casts matrix products to bfloat16.
+    Under autocast logits arrive in bfloat16, and their softmax would stay in it. Nearly right predictions would then
+    have almost no gradient.
     """
 
     @functools.wraps(loss)
@@ -301,11 +290,16 @@ def mlp_head(width, inner, out, activation=nn.GELU):
     return nn.Sequential(nn.Linear(width, inner), activation(), LayerNorm(inner), Float32Linear(inner, out))
 
 
+def teacher_projections(text_width, region_width, widths):
+    """Linear maps of text and of region states to a teacher's widths, for --distill hidden (TinyBERT, section 3.1)."""
+    return nn.ModuleDict({"text": nn.Linear(text_width, widths[0]), "regions": nn.Linear(region_width, widths[1])})
+
+
 def init_weights(model, width):
     """BERT's initialisation: weights N(0, s^2), padding rows too, biases 0. Norms keep weight 1 and bias 0.
 
-    s = 0.02 at BERT's width of 768 and above. A narrower model gets 0.02 sqrt(768 / width), so that a sum of `width`
-    products starts as large as in BERT. docs/decisions.md has the gain.
+    s = 0.02 at BERT's width of 768 and above. A narrower model gets 0.02 sqrt(768 / width). A sum of `width` products
+    then starts as large as in BERT. docs/decisions.md has the gain.
     """
     std = 0.02 * max(1.0, math.sqrt(768 / width))
     for module in model.modules():
@@ -321,10 +315,9 @@ def init_box_projection(linear):
 
         W b + bias = sum over centre x, centre y, width, height of  g (value - mean) / std,   g (C,) from N(0, 1/4)
 
-    mean and std are 0.5 and 0.25 for centres, 0.25 and 0.1 for sizes; boxes like these give outputs of variance 1.
+    mean and std are 0.5 and 0.25 for centres, 0.25 and 0.1 for sizes. Boxes like these give outputs of variance 1.
     linear: P -> C, the first four inputs x1, y1, x2, y2; weights of the other inputs start at 0.
-    BERT's initialisation gives all boxes nearly the same direction, since their numbers are positive; and where
-    features and boxes are added before a norm (ViLBERT), boxes vanish. docs/decisions.md has the gain.
+    Box numbers are positive, so BERT's initialisation would map all boxes to nearly one direction (docs/decisions.md).
     """
     centre = torch.randn(len(linear.weight), 2) * 0.5 / 0.25  # (C, 2), weights of centre x and y
     size = torch.randn(len(linear.weight), 2) * 0.5 / 0.1  # (C, 2), weights of width and height
@@ -338,25 +331,20 @@ def init_box_projection(linear):
 
 
 def gather_positions(states, index):
-    """States at flat positions: states (B, S, C), index (M,) into B*S -> (M, C).
-
-    The batch brings index lists made on the CPU; a boolean mask would make a GPU wait for its count.
-    """
+    """States at flat positions: states (B, S, C), index (M,) into B*S -> (M, C). A mask would make a GPU wait."""
     return states.flatten(0, 1).index_select(0, index)  # (B, S, C) -> (B*S, C) -> (M, C)
 
 
 def masked_mean(states, mask):
     """Mean over a row's real positions: states (B, S, C), mask (B, S) bool, True = real -> (B, C); 0 if none is."""
-    return states.masked_fill(~mask[:, :, None], 0.0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    total = states.masked_fill(~mask[:, :, None], 0.0).sum(1)  # (B, S, C) -> (B, C)
+    return total / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 @in_float32
 def cross_entropy(logits, labels, reduction="mean"):
-    """-log softmax(logits)[label] in nats. logits (M, K), labels (M,) int64. The mean of an empty batch is 0.
-
-    The official codes return NaN there, which would end a run at the first batch in which nothing was masked.
-    """
-    if reduction == "mean" and len(labels) == 0:
+    """-log softmax(logits)[label] in nats. logits (M, K), labels (M,) int64. The mean of an empty batch is 0."""
+    if reduction == "mean" and len(labels) == 0:  # nothing was masked; the official codes return NaN
         return logits.sum() * 0.0
     return F.cross_entropy(logits, labels, reduction=reduction)
 
@@ -378,14 +366,6 @@ def kl_divergence(logits, probs):
 
 
 @in_float32
-def margin_ranking_loss(logits, margin=0.2):
-    """max(0, margin + s(negative) - s(positive)), s the sigmoid, mean over negatives. logits (groups, 1 + negatives),
-    the positive first."""
-    probs = logits.sigmoid()
-    return F.relu(margin + probs[:, 1:] - probs[:, :1]).mean()  # (groups, negatives) -> ()
-
-
-@in_float32
 def soft_answer_loss(logits, targets):
     """Binary cross-entropy against soft answer scores (VQA; Teney 2018), summed over answers, mean over rows:
 
@@ -400,9 +380,9 @@ def soft_answer_loss(logits, targets):
 def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iterations=50):
     """Word-region distance by the inexact proximal point method IPOT (Xie 2018; UNITER, section 3.2):
 
-        min_P <P, C>  over plans P (T, N) whose rows sum to 1/#words and whose columns sum to 1/#regions,
-        C_ij = 1 - cos(text_i, regions_j)
+        min_P <P, C>,   C_ij = 1 - cos(text_i, regions_j)
 
+    The minimum is over plans P (T, N). Each row of a plan sums to 1 / #words, each column to 1 / #regions.
     text (B, T, C), regions (B, N, C); text_mask (B, T), region_mask (B, N) bool, True = takes part.
     Returns distances (B,) in 0..2, plan (B, T, N), cost (B, T, N). The plan has no gradient, as in the official code.
     """
@@ -427,230 +407,7 @@ def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iteration
     return (plan * cost).sum((1, 2)), plan, cost
 
 
-# ---- contrast: image, text (B, C), L2-normalised, row i of each is one pair -> a scalar -------------------------
-
-
-@in_float32
-def pairwise_cosine(image, text, same=None):
-    """Cosines (B, B), pictures x texts, and two masks (B, B) bool: which pairs are positives, which are negatives.
-
-    The diagonal is positive. All else is negative but `same` (B, B) bool, symmetric, True = rows i and j show one
-    picture. ValueError if the shapes differ.
-    """
-    if image.shape != text.shape:
-        raise ValueError(f"pictures {tuple(image.shape)} and texts {tuple(text.shape)} are not pairs: shapes differ")
-    cosines = image @ text.T  # (B, C) @ (C, B) -> (B, B)
-    positive = torch.eye(len(image), dtype=torch.bool, device=image.device)
-    negative = ~positive
-    if same is not None:
-        negative = negative & ~same
-    return cosines, positive, negative
-
-
-def info_nce(image, text, temperature=0.07, same=None):
-    """Symmetric InfoNCE (van den Oord 2018, eq. 4; CLIP 2021, fig. 3): pull each pair together, push the batch apart.
-
-        L = 1/2 [ CE(s, I) + CE(s^T, I) ],   s_ij = <image_i, text_j> / temperature
-
-    temperature: > 0, float or 0-d tensor.   same: as in `pairwise_cosine`; such pairs are left out of the sums.
-    Returns a 0-d tensor in nats; log B is chance.   ValueError if the shapes differ.
-    """
-    cosines, positive, negative = pairwise_cosine(image, text, same)
-    logits = (cosines / temperature).masked_fill(~(negative | positive), -torch.inf)
-    labels = torch.arange(len(image), device=image.device)
-    return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
-
-
-def hardest_hinge(image, text, margin=0.2, same=None):
-    """Hinge on the hardest negative (VSE++, Faghri 2018, section 2.3), c the cosines:
-
-        L = 1/B sum_i [ max_j (m + c_ij - c_ii)_+ + max_j (m + c_ji - c_ii)_+ ],   j a negative of i
-
-    The official code sums over the batch. same, ValueError: as in `pairwise_cosine`.
-    """
-    cosines, _, negative = pairwise_cosine(image, text, same)
-    if len(cosines) == 0:
-        return cosines.sum()
-    positives = cosines.diagonal()  # (B,)
-    negatives = cosines.masked_fill(~negative, -torch.inf)
-    hardest_image = negatives.amax(0)  # (B, B) -> (B,), for each text
-    hardest_text = negatives.amax(1)  # (B, B) -> (B,), for each picture
-    return F.relu(margin + hardest_image - positives).mean() + F.relu(margin + hardest_text - positives).mean()
-
-
-def sigmoid_contrast(image, text, temperature=0.1, bias=-10.0, same=None):
-    """SigLIP (Zhai 2023, section 3.2): each of the B^2 pairs is classified alone, z = 1 for a true one, else -1.
-
-        L = -1/B sum_ij log sigmoid( z_ij (<image_i, text_j> / temperature + bias) )
-
-    bias: float or 0-d tensor; starts at -10, as nearly all pairs are false. same, ValueError: as in `pairwise_cosine`.
-    """
-    cosines, positive, negative = pairwise_cosine(image, text, same)
-    sign = 2.0 * positive - 1.0  # (B, B)
-    log_probs = F.logsigmoid(sign * (cosines / temperature + bias))
-    return -(log_probs * (negative | positive)).sum() / max(1, len(image))
-
-
-def decoupled_contrast(image, text, temperature=0.07, same=None):
-    """DCL (Yeh 2022, section 3): InfoNCE without the positive in the denominator, where it slows learning down.
-
-        L = 1/2B sum_i [ -2 s_ii + log sum_j exp s_ij + log sum_j exp s_ji ],   j a negative of i,  s as in `info_nce`
-
-    The paper's negatives within one modality are left out. A row without negatives counts as 0.
-    same, ValueError: as in `pairwise_cosine`.
-    """
-    cosines, _, negative = pairwise_cosine(image, text, same)
-    logits = cosines / temperature
-    has_negative = negative.any(1)  # (B,), for rows and columns alike: `negative` is symmetric
-    negatives = logits.masked_fill(~negative, -torch.inf)
-    # rows without negatives become 0, because logsumexp of -inf alone has no gradient
-    to_text = negatives.masked_fill(~has_negative[:, None], 0.0).logsumexp(1)  # (B, B) -> (B,)
-    to_image = negatives.masked_fill(~has_negative, 0.0).logsumexp(0)
-    return (((to_text + to_image) / 2 - logits.diagonal()) * has_negative).sum() / max(1, len(image))
-
-
-def scheduled_temperature(first, last, part):
-    """Half a cosine from `first` to `last` while `part` goes from 0 to 1 (cf. Kukleva 2023, section 3.2):
-    first + (last - first) (1 - cos(pi part)) / 2."""
-    return first + (last - first) * (1.0 - math.cos(math.pi * part)) / 2
-
-
-@in_float32
-def l2_normalize(x):
-    """x / ||x|| over the last axis."""
-    return F.normalize(x, dim=-1)
-
-
-class ContrastHead(nn.Module):
-    """The head of image-text contrast. Text and picture, each encoded alone, become unit vectors (E,) of one space.
-
-    The text's vector is a linear map of [CLS], the picture's of the mean over its regions. The temperature is learned
-    as log_scale = log(1 / temperature) (CLIP 2021, section 2.5). It starts at 0.07 and stays in 0.01..1.
-    """
-
-    def __init__(self, text_width, region_width, width, kind="infonce"):
-        super().__init__()
-        self.project_text = Float32Linear(text_width, width, bias=False)
-        self.project_image = Float32Linear(region_width, width, bias=False)
-        self.kind = kind
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
-        self.bias = nn.Parameter(torch.tensor(-10.0)) if kind == "sigmoid" else None
-
-    def text(self, states):
-        """(B, T, C) -> (B, E)"""
-        return l2_normalize(self.project_text(states[:, 0]))
-
-    def image(self, states, mask):
-        """(B, N, C), mask (B, N) bool, True = a region -> (B, E)"""
-        return l2_normalize(self.project_image(masked_mean(states, mask)))
-
-    def forward(self, image, text, pictures):
-        """The loss that `kind` names, over the rows of all processes, and its logits (B', B').
-
-        image, text (B, E); pictures (B,) int64, which picture each row shows: rows of one picture are no negatives.
-        """
-        vectors = gather_with_gradient(torch.cat([image, text], 1))  # (B, 2E) -> (B', 2E): one exchange for the two
-        image, text = vectors.chunk(2, 1)
-        pictures = gather_with_gradient(pictures)
-        same = pictures[:, None] == pictures  # (B', B')
-        if self.training:
-            self.log_scale.data.clamp_(0.0, math.log(100.0))  # the parameter itself, so that it keeps a gradient
-        temperature = (-self.log_scale).exp()
-        if self.kind == "infonce":
-            loss = info_nce(image, text, temperature, same)
-        elif self.kind == "hinge":
-            loss = hardest_hinge(image, text, same=same)
-        elif self.kind == "sigmoid":
-            loss = sigmoid_contrast(image, text, temperature, self.bias, same)
-        else:
-            loss = decoupled_contrast(image, text, temperature, same)
-        return loss, pairwise_cosine(image, text)[0] / temperature
-
-
-# ---- distillation: a student learns a teacher's logits, attention and states ------------------------------------
-
-
-@in_float32
-def soft_label_loss(student, teacher, temperature=2.0):
-    """Soft labels (Hinton 2015, section 2): T^2 KL( softmax(teacher / T) || softmax(student / T) ), mean over rows.
-
-    student, teacher: logits (M, K). T^2 keeps the size of the gradient, which falls as 1 / T^2. Values without
-    classes, (M,), are compared by their squared difference. ValueError if the shapes differ.
-    """
-    if student.shape != teacher.shape:
-        raise ValueError(f"logits {tuple(student.shape)} of the student, {tuple(teacher.shape)} of the teacher")
-    if len(student) == 0:
-        return student.sum() * 0.0
-    if student.ndim == 1:
-        return (student - teacher).square().mean()
-    log_p = (student / temperature).log_softmax(-1)
-    log_t = (teacher / temperature).log_softmax(-1)
-    return temperature**2 * (log_t.exp() * (log_t - log_p)).sum(-1).mean()  # (M, K) -> (M,) -> ()
-
-
-def teacher_projections(text_width, region_width, widths):
-    """Linear maps from a student's states to a teacher's widths (text, regions), learned with the student and not used
-    afterwards. One for all layers of a modality (TinyBERT)."""
-    return nn.ModuleDict({"text": nn.Linear(text_width, widths[0]), "regions": nn.Linear(region_width, widths[1])})
-
-
-def layer_map(student, teacher):
-    """Which teacher layer each student layer imitates: uniform, last to last (TinyBERT, Jiao 2020, section 3.1).
-
-    Two and six layers: [2, 5]."""
-    return [max(0, (i + 1) * teacher // student - 1) for i in range(student)]
-
-
-def average_heads(maps, heads):
-    """Attention maps (B, H, T, S) averaged to `heads` heads, each over H / heads neighbours -> (B, heads, T, S).
-    ValueError if H is not a multiple."""
-    if maps.shape[1] % heads:
-        raise ValueError(f"{maps.shape[1]} attention heads of the teacher cannot be shared by {heads} of the student")
-    return maps.unflatten(1, (heads, -1)).mean(2)  # (B, H, T, S) -> (B, heads, H/heads, T, S) -> (B, heads, T, S)
-
-
-def mean_over_rows(values, mask):
-    """Mean over a row's True positions, then over rows: values, mask (B, S) -> (). A row without any counts as 0."""
-    return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
-
-
-def visible_log_probs(maps, visible):
-    """Log of attention maps (B, H, T, S), rescaled to sum to 1 over the visible keys (B, 1, 1, S); 0 elsewhere."""
-    tiny = torch.finfo(torch.float32).tiny
-    maps = maps * visible
-    return (maps / maps.sum(-1, keepdim=True).clamp(min=tiny)).clamp(min=tiny).log() * visible
-
-
-@in_float32
-def attention_loss(student, teacher, queries, keys):
-    """Two losses on attention maps, (kl, mse), each a mean over heads, over a row's real queries, over rows:
-
-        kl  = sum_s t_s (log t_s - log p_s)                        maps (MiniLM, Wang 2020, section 3.1)
-        mse = mean_s ( (log t_s - mean log t) - (log p_s - mean log p) )^2      logits (TinyBERT, Jiao 2020, eq. 7)
-
-    student p (B, H, T, S), teacher t (B, H', T, S), H' a multiple of H; queries (B, T), keys (B, S) bool, True = real.
-    log p is the logit up to a constant of its query, which the mean removes.
-    """
-    visible = keys[:, None, None, :]  # (B, 1, 1, S)
-    count = visible.sum(-1, keepdim=True).clamp(min=1)  # (B, 1, 1, 1)
-    log_p = visible_log_probs(student, visible)
-    log_t = visible_log_probs(average_heads(teacher, student.shape[1]), visible)
-    kl = (log_t.exp() * (log_t - log_p) * visible).sum(-1)  # (B, H, T, S) -> (B, H, T)
-    student_logits = log_p - log_p.sum(-1, keepdim=True) / count
-    teacher_logits = log_t - log_t.sum(-1, keepdim=True) / count
-    mse = ((teacher_logits - student_logits).square() * visible).sum(-1) / count.squeeze(-1)  # (B, H, T)
-    return mean_over_rows(kl.mean(1), queries), mean_over_rows(mse.mean(1), queries)
-
-
-@in_float32
-def hidden_loss(student, teacher, mask):
-    """Hidden states (TinyBERT, Jiao 2020, eq. 8): squared difference, mean over C, over real positions, over rows.
-
-    student (B, S, C), projected to the teacher's width; teacher (B, S, C); mask (B, S), True = real."""
-    return mean_over_rows((student - teacher).square().mean(-1), mask)
-
-
-# ---- objectives that models share: (model, encoding, batch) -> (loss, logits) ------------------------------------
+# ---- objectives that models share: (model, encoding, batch) -> (loss, logits); then their table ------------------
 
 
 def question_answering(model, encoding, batch, head="vqa"):
@@ -668,12 +425,15 @@ def visual_commonsense_reasoning(model, encoding, batch):
 
 
 def retrieval_rank(model, encoding, batch, group=3):
-    """Retrieval (UNITER, section 4.1): `margin_ranking_loss` in each group of rows, of which the first is the true pair.
+    """Retrieval (UNITER, section 4.1): a margin between the true pair and each mismatched pair of its group.
 
-    Rows B = groups x group; 3 is one true pair, one with a false picture, one with a false text. Logits (B,).
+        L = max(0, 0.2 + s(mismatched) - s(true)),  mean over mismatched pairs, s the sigmoid of a logit
+
+    Rows B = groups x group: a true pair, then one with another picture and one with another text. Logits (B,).
     """
     logits = model.heads["rank"](encoding.pooled).squeeze(-1)  # (B, 1) -> (B,)
-    return margin_ranking_loss(logits.view(-1, group)), logits  # (B,) -> (groups, group)
+    probs = logits.view(-1, group).sigmoid()  # (B,) -> (groups, group)
+    return F.relu(0.2 + probs[:, 1:] - probs[:, :1]).mean(), logits  # (groups, group - 1) -> ()
 
 
 def referring_expression(model, encoding, batch):
@@ -683,43 +443,30 @@ def referring_expression(model, encoding, batch):
     Logits (B, N).
     """
     logits = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
-    logits = logits.masked_fill(~batch.region_mask, -10000.0)  # padding
+    logits = logits.masked_fill(~batch.region_mask, -10000.0)  # no logit for padding
     target = batch.target
     if target.ndim == 2:
         target = target.argmax(1)
     return cross_entropy(logits, target, reduction="sum"), logits
 
 
-def image_text_contrast(model, encoding, batch):
-    """Image-text contrast (CLIP 2021, ALBEF 2021; in none of the three papers): see ContrastHead.
-
-    Text and regions are encoded without each other; `encoding` is not read. The pairs are the rows batch.pair_index
-    (M,), of all processes. Rows of one picture, batch.pictures (B,), are no negatives of each other.
-    Logits (M, M), pictures x texts.
-    """
-    head = model.heads["itc"]
-    text = head.text(model.encode(batch, regions=False).text)  # (B, E)
-    image = head.image(model.encode(batch, text=False).regions, batch.region_mask)  # (B, E)
-    pairs = batch.pair_index
-    return head(image.index_select(0, pairs), text.index_select(0, pairs), batch.pictures.index_select(0, pairs))
-
-
 def next_words(model, batch, cache, region_mask):
     """What the models' `decode` share: a prefix language model (UniLM, Dong 2019; in none of the three papers).
 
     Every word sees the regions, earlier words and itself; regions see regions only.
-    cache: a dict, empty in the first call. `decode` keeps there what it computed of regions and earlier words;
-    batch.text then holds the next words only.   region_mask (B, N), with N = 0 if the sequence holds words only.
-    Returns embeddings of batch.text (B, T, C) and the mask (B, T, N + earlier + T) bool, True = visible, whose keys
-    are regions, earlier words, these words.
+    cache: a dict, empty in the first call, which keeps the states of regions and earlier words. In later calls
+    batch.text holds the next words only.   region_mask (B, N), with N = 0 if the sequence holds words only.
+    Returns embeddings of batch.text (B, T, C) and a mask (B, T, N + earlier + T) bool, True = visible. Its keys are the
+    regions, then the earlier words, then these words.
     """
     earlier = cache.get("words", 0)
-    T = batch.text.shape[1]
+    B, T = batch.text.shape
     cache["words"] = earlier + T
-    causal = torch.ones(T, earlier + T, dtype=torch.bool, device=region_mask.device).tril(earlier)
-    rows = len(region_mask)
-    visible = torch.cat([region_mask[:, None].expand(-1, T, -1), causal.expand(rows, -1, -1)], 2)
-    return model.text_embedding(batch.text, batch.segments, earlier), visible
+    see_words = torch.ones(T, earlier + T, dtype=torch.bool, device=region_mask.device).tril(earlier)
+    see_words = see_words.expand(B, -1, -1)  # (T, earlier + T) -> (B, T, earlier + T)
+    see_regions = region_mask[:, None].expand(-1, T, -1)  # (B, N) -> (B, T, N)
+    text_emb = model.text_embedding(batch.text, batch.segments, earlier)
+    return text_emb, torch.cat([see_regions, see_words], 2)
 
 
 def captioning(model, encoding, batch):
@@ -730,9 +477,6 @@ def captioning(model, encoding, batch):
     """
     logits = model.word_logits(gather_positions(model.decode(batch), batch.word_index))
     return cross_entropy(logits, batch.word_labels), logits
-
-
-# ---- the table of objectives ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -786,14 +530,6 @@ def most_likely_class(batch, logits):
 
 
 SHARED_OBJECTIVES = {  # each model's table adds its own, or replaces one of these
-    "itc": Objective(
-        image_text_contrast,
-        head="itc",
-        pretraining=True,
-        mean_over="pairs",
-        encodes=True,
-        labels=lambda batch, logits: torch.arange(len(logits)),  # picture i belongs to text i
-    ),
     "vqa": Objective(question_answering, head="vqa", open_answers=True),
     "ve": Objective(functools.partial(question_answering, head="ve"), head="ve"),
     "vcr": Objective(visual_commonsense_reasoning, head="vcr"),
@@ -802,28 +538,13 @@ SHARED_OBJECTIVES = {  # each model's table adds its own, or replaces one of the
     "caption": Objective(captioning, head="mlm", mean_over="words", encodes=True),
 }
 
-# ---- boxes ------------------------------------------------------------------------------------------------------
-
-
-def iou(a, b):
-    """Intersection over union of boxes x1, y1, x2, y2: |a and b| / (|a| + |b| - |a and b|).
-
-    a, b (..., 4), broadcast; returns (...), 0 for two empty boxes. A prediction counts as right above 0.5.
-    """
-    overlap = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])  # (..., 2): width, height
-    intersection = overlap.clamp(min=0).prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - intersection
-    return torch.where(union > 0, intersection / union, 0.0)
-
-
 # ---- several processes, messages --------------------------------------------------------------------------------
 
 
 class UserError(ValueError):
-    """A mistake of the user's: files, options, values. It ends the program with its one line and exit code 2.
+    """A mistake of the user's in files, options or values. It ends the program with one line and exit code 2.
 
-    The message says where, what is wrong, how to mend it. Line breaks are removed: messages of other packages that
-    ours quote have some.
+    The message says where, what is wrong, how to mend it. Line breaks in messages that it quotes are removed.
     """
 
     def __init__(self, message):
@@ -853,53 +574,22 @@ def print0(text):
         print(text, flush=True)
 
 
-class SumOverProcesses(torch.autograd.Function):
-    """The sum of x over all processes. Backward: the sum of all processes' gradients."""
-
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return SumOverProcesses.apply(gradient)
-
-
-def gather_with_gradient(x):
-    """The rows of all processes in the order of ranks: x (n, ...) -> (sum of n, ...). n may differ between processes.
-
-    If each process weights its copy of the loss by its share of the rows, the gradients equal those of one process
-    with all rows. Returns x itself in a single process, and in evaluation (`torch.inference_mode`), where the
-    processes have different numbers of batches.
-    """
-    if torch.is_inference_mode_enabled() or not dist.is_initialized():
-        return x
-    rank = dist.get_rank()
-    counts = torch.zeros(dist.get_world_size(), dtype=torch.long)
-    counts[rank] = len(x)
-    dist.all_reduce(counts)
-    before = x.new_zeros(int(counts[:rank].sum()), *x.shape[1:])
-    after = x.new_zeros(int(counts[rank + 1 :].sum()), *x.shape[1:])
-    # every process has zeros in the rows of the others, so that the sum is a gather that allows unequal sizes
-    return SumOverProcesses.apply(torch.cat([before, x, after]))
-
-
 # ---- CPU tuning: dropout ----------------------------------------------------------------------------------------
 
 
 def apply_dropout(x, p):
     """Dropout (Srivastava 2014): each value of x becomes 0 with probability p, else x / (1 - p).
 
-    On a CPU torch draws the mask one value at a time, a tenth of a step in bfloat16. Here one draw of 64 bits serves
-    four values; p is rounded to a multiple of 1/65536.
+    On a CPU torch draws the mask value by value, which takes a tenth of a step in bfloat16. Here one draw of 64 bits
+    serves four values. p is rounded to a multiple of 1/65536.
     """
     if p == 0 or p == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    draws = math.ceil(x.numel() / 4)
+    bits = torch.empty(draws, dtype=torch.int64).random_(-(2**63), None)
     bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2**15 .. 2**15 - 1
-    keep = torch.ge(bits, int(p * 2**16) - 2**15, out=torch.empty_like(x))
+    threshold = int(p * 2**16) - 2**15
+    keep = torch.ge(bits, threshold, out=torch.empty_like(x))  # 1 where kept, in the dtype of x
     return x * keep.mul_(1 / (1 - p))
 
 
@@ -908,44 +598,3 @@ class Dropout(nn.Dropout):
 
     def forward(self, x):
         return apply_dropout(x, self.p) if self.training else x
-
-
-# ---- to be removed once lxmert.py and vilbert.py hold their own --------------------------------------------------
-
-
-def masked_lm(model, encoding, batch):
-    """Masked language modelling: -log P(w_m | other words, regions), mean over masked words. Logits (M, V)."""
-    logits = model.word_logits(gather_positions(encoding.text, batch.word_index))
-    return cross_entropy(logits, batch.word_labels), logits
-
-
-def masked_region_class(model, encoding, batch):
-    """Masked region classification: cross-entropy with the detector's most likely class. Logits (M, K)."""
-    logits = model.heads["mrc"](gather_positions(encoding.regions, batch.region_index))
-    labels = gather_positions(batch.object_probs, batch.region_index)[:, 1:].argmax(-1) + 1
-    return cross_entropy(logits, labels), logits
-
-
-def image_text_matching(model, encoding, batch):
-    """Image-text matching: cross-entropy with batch.matched (B,). Logits (B, 2), class 1 = match."""
-    logits = model.heads["itm"](encoding.pooled)
-    return cross_entropy(logits, batch.matched), logits
-
-
-SHARED_OBJECTIVES |= {
-    "mlm": Objective(
-        masked_lm,
-        head="mlm",
-        pretraining=True,
-        masks="words",
-        mean_over="words",
-        labels=lambda batch, logits: batch.word_labels,
-    ),
-    "itm": Objective(
-        image_text_matching,
-        head="itm",
-        pretraining=True,
-        mismatch=True,
-        labels=lambda batch, logits: batch.matched,
-    ),
-}

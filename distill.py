@@ -1,4 +1,4 @@
-"""distill.py: a student learns from a trained teacher, beside its own objectives. The losses are in common.py.
+"""distill.py: a student learns from a trained teacher, beside its own objectives. The losses come first.
 
     --distill logits       the teacher's logits as soft labels (Hinton 2015), for objectives that both models have
     --distill attention    its attention maps (MiniLM, TinyBERT), of layers that both have
@@ -17,6 +17,85 @@ import tasks
 from common import UserError
 
 DISTILLATION = {"logits": (), "attention": ("attention_kl", "attention_mse"), "hidden": ("hidden",)}  # and their losses
+
+
+# ---- losses on logits, attention maps and hidden states ---------------------------------------------------------------
+
+
+@common.in_float32
+def soft_label_loss(student, teacher, temperature=2.0):
+    """Soft labels (Hinton 2015, section 2): T^2 KL( softmax(teacher / T) || softmax(student / T) ), mean over rows.
+
+    student, teacher: logits (M, K). T^2 keeps the size of the gradient, which falls as 1 / T^2. Values without
+    classes, (M,), are compared by their squared difference. ValueError if the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"logits {tuple(student.shape)} of the student, {tuple(teacher.shape)} of the teacher")
+    if len(student) == 0:
+        return student.sum() * 0.0
+    if student.ndim == 1:
+        return (student - teacher).square().mean()
+    log_p = (student / temperature).log_softmax(-1)
+    log_t = (teacher / temperature).log_softmax(-1)
+    return temperature**2 * (log_t.exp() * (log_t - log_p)).sum(-1).mean()  # (M, K) -> (M,) -> ()
+
+
+def layer_map(student, teacher):
+    """Which teacher layer each student layer imitates: uniform, last to last, as [2, 5] of 6 (TinyBERT, section 3.1)."""
+    return [max(0, (i + 1) * teacher // student - 1) for i in range(student)]
+
+
+def average_heads(maps, heads):
+    """Attention maps (B, H, T, S) averaged to `heads` heads, each over H / heads neighbours -> (B, heads, T, S).
+    ValueError if H is not a multiple."""
+    if maps.shape[1] % heads:
+        raise ValueError(f"{maps.shape[1]} attention heads of the teacher cannot be shared by {heads} of the student")
+    return maps.unflatten(1, (heads, -1)).mean(2)  # (B, H, T, S) -> (B, heads, H/heads, T, S) -> (B, heads, T, S)
+
+
+def mean_over_rows(values, mask):
+    """Mean over a row's True positions, then over rows: values, mask (B, S) -> (). A row without any counts as 0."""
+    return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+def visible_log_probs(maps, visible):
+    """Log of attention maps (B, H, T, S), rescaled to sum to 1 over the visible keys (B, 1, 1, S); 0 elsewhere."""
+    tiny = torch.finfo(torch.float32).tiny
+    maps = maps * visible
+    return (maps / maps.sum(-1, keepdim=True).clamp(min=tiny)).clamp(min=tiny).log() * visible
+
+
+@common.in_float32
+def attention_loss(student, teacher, queries, keys):
+    """Two losses on attention maps, (kl, mse), each a mean over heads, over a row's real queries, over rows:
+
+        kl  = sum_s t_s (log t_s - log p_s)                        maps (MiniLM, Wang 2020, section 3.1)
+        mse = mean_s ( (log t_s - mean log t) - (log p_s - mean log p) )^2      logits (TinyBERT, Jiao 2020, eq. 7)
+
+    student p (B, H, T, S), teacher t (B, H', T, S), H' a multiple of H; queries (B, T), keys (B, S) bool, True = real.
+    log p is the logit up to a constant of its query, which the mean removes.
+    """
+    visible = keys[:, None, None, :]  # (B, 1, 1, S)
+    count = visible.sum(-1, keepdim=True).clamp(min=1)  # (B, 1, 1, 1)
+    log_p = visible_log_probs(student, visible)
+    log_t = visible_log_probs(average_heads(teacher, student.shape[1]), visible)
+    kl = (log_t.exp() * (log_t - log_p) * visible).sum(-1)  # (B, H, T, S) -> (B, H, T)
+    student_logits = log_p - log_p.sum(-1, keepdim=True) / count
+    teacher_logits = log_t - log_t.sum(-1, keepdim=True) / count
+    mse = ((teacher_logits - student_logits).square() * visible).sum(-1) / count.squeeze(-1)  # (B, H, T)
+    return mean_over_rows(kl.mean(1), queries), mean_over_rows(mse.mean(1), queries)
+
+
+@common.in_float32
+def hidden_loss(student, teacher, mask):
+    """Hidden states (TinyBERT, eq. 8): squared difference, mean over C, over real positions, over rows.
+
+    student (B, S, C), projected to the teacher's width; teacher (B, S, C); mask (B, S) bool, True = real.
+    """
+    return mean_over_rows((student - teacher).square().mean(-1), mask)
+
+
+# ---- the teacher ------------------------------------------------------------------------------------------------------
 
 
 def read_teacher(run, checkpoint):
@@ -38,12 +117,13 @@ def match_teacher(run, checkpoint):
     """
     args = run.args
     wanted = args.distill.split(",")
-    if any(tasks.TASKS[task].generates for task in args.tasks) and wanted != ["logits"]:
-        raise UserError(
-            "--distill: captions are read from left to right, which records no attention or states; use logits"
-        )
     left_out = {}  # objective: reason
     for name in run.objectives:
+        task = tasks.TASK_OF_OBJECTIVE.get(name)
+        if task and task.generates and wanted != ["logits"]:
+            raise UserError(
+                "--distill: captions are read from left to right, which records no attention or states; use logits"
+            )
         check_same_rows(run, name)
         reason = why_not_comparable(run, name, checkpoint["task"].split(","))
         if reason:
@@ -132,23 +212,23 @@ def forward_with_teacher(run, batch, names):
         parts["attention_kl"] = kl, None
         parts["attention_mse"] = mse, None
     if "hidden" in wanted:
-        parts["hidden"] = hidden_loss(run, student, teacher, batch), None
+        parts["hidden"] = hidden_losses(run, student, teacher, batch), None
     return parts
 
 
 def soft_loss(objective, student, teacher, batch):
-    """`common.soft_label_loss` of an objective's logits, (M, K) or (rows,)."""
+    """`soft_label_loss` of an objective's logits, (M, K) or (rows,)."""
     if objective.logits == "numbers":  # features are no classes: their squared difference counts
         student = student.flatten()  # (M, F) -> (M F,)
         teacher = teacher.flatten()
     elif student.ndim == 1:  # one logit a row: the rows of one example are the classes
         student = student.view(len(batch.ids), -1)  # (rows,) -> (B, choices)
         teacher = teacher.view(len(batch.ids), -1)
-    return common.soft_label_loss(student, teacher)
+    return soft_label_loss(student, teacher)
 
 
 def attention_losses(run, student, teacher, batch):
-    """(kl, mse) of `common.attention_loss`, each the mean over the maps that both models have."""
+    """(kl, mse) of `attention_loss`, each the mean over the maps that both models have."""
     kl_losses = []
     mse_losses = []
     for kind, own, other in layer_pairs(student.maps, teacher.maps):
@@ -161,7 +241,7 @@ def attention_losses(run, student, teacher, batch):
         query_mask = real_positions(batch, queries, length)
         key_mask = real_positions(batch, keys or queries, context)
         try:
-            kl, mse = common.attention_loss(own, other, query_mask, key_mask)
+            kl, mse = attention_loss(own, other, query_mask, key_mask)
         except ValueError as error:  # numbers of heads
             raise UserError(f"--distill attention: {error}; choose others by --config") from None
         kl_losses.append(kl)
@@ -173,8 +253,8 @@ def attention_losses(run, student, teacher, batch):
     return sum(kl_losses) / len(kl_losses), sum(mse_losses) / len(mse_losses)
 
 
-def hidden_loss(run, student, teacher, batch):
-    """`common.hidden_loss`, mean over the states that both models have; where there are none, over their last states."""
+def hidden_losses(run, student, teacher, batch):
+    """`hidden_loss`, mean over the states that both models have; where there are none, over their last states."""
     pairs = list(layer_pairs(student.states, teacher.states))
     if not pairs:
         pairs = [("text", student.text, teacher.text), ("regions", student.regions, teacher.regions)]
@@ -183,19 +263,21 @@ def hidden_loss(run, student, teacher, batch):
         projection = run.model.heads["hidden"]["regions" if "regions" in kind else "text"]
         length = min(own.shape[1], other.shape[1])
         mask = real_positions(batch, sequence_of(kind), length)
-        losses.append(common.hidden_loss(projection(own)[:, -length:], other[:, -length:], mask))  # (B, S, C)
+        losses.append(hidden_loss(projection(own)[:, -length:], other[:, -length:], mask))  # (B, S, C)
     return sum(losses) / len(losses)
 
 
+# ---- what two models have in common -----------------------------------------------------------------------------------
+
+
 def layer_pairs(student, teacher):
-    """(kind, student's layer, teacher's layer) of every kind of recorded map or state that both have, by
-    `common.layer_map`."""
+    """(kind, student's layer, teacher's layer) of each kind of recorded map or state that both have, by `layer_map`."""
     student = group_by_kind(student)
     teacher = group_by_kind(teacher)
     pairs = []
     for kind, layers in student.items():
         if kind in teacher:
-            places = common.layer_map(len(layers), len(teacher[kind]))
+            places = layer_map(len(layers), len(teacher[kind]))
             for layer, place in zip(layers, places, strict=True):
                 pairs.append((kind, layer, teacher[kind][place]))
     return pairs

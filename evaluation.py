@@ -49,6 +49,19 @@ def top_choice_accuracy(logits, right):
     return (best & right).sum(1) / best.sum(1).clamp(min=1)
 
 
+def iou(a, b):
+    """Intersection over union of boxes x1, y1, x2, y2: |a and b| / (|a| + |b| - |a and b|).
+
+    a, b (..., 4), broadcast; returns (...), 0 for two empty boxes. A prediction counts as right above 0.5.
+    """
+    overlap = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])  # (..., 2): width, height
+    intersection = overlap.clamp(min=0).prod(-1)
+    area_a = (a[..., 2:] - a[..., :2]).prod(-1)  # (..., 2) -> (...)
+    area_b = (b[..., 2:] - b[..., :2]).prod(-1)
+    union = area_a + area_b - intersection
+    return torch.where(union > 0, intersection / union, 0.0)
+
+
 def gather_objects(run, value):
     """[value of process 0, value of process 1, ...]"""
     if not dist.is_initialized():

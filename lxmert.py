@@ -4,19 +4,18 @@ What the model does, in five lines:
 1. Each word becomes a vector (word + position + segment), each region too (mean of a feature vector and a box vector).
 2. A language encoder (9 layers) sees only the words; an object-relationship encoder (5 layers) sees only the regions.
 3. In 5 cross-modality layers words attend to regions and regions to words; one attention block serves both directions.
-4. Pretraining masks words AND regions of the same pair and adds up all objectives in every step: masked words, masked
-   objects (feature, class, attribute), matching, and answering the questions that are among the captions.
+4. Pretraining masks words AND regions of the same pair. Every step adds up all objectives: masked words, masked objects
+   (feature, class, attribute), matching, question answering.
 5. The last state of the first word is pooled; a small head on the pooled vector answers every downstream task.
 
 Known deviations from the official code:
 - It always has 36 regions and never hides one in pretraining. Here their number may vary; means leave padding out.
 - A batch without any label gives a loss of 0 here, NaN there.
-- Its optimizer, BertAdam, is not copied (tests/test_golden.py replays it: no bias correction, epsilon 1e-6 outside the
-  root, weight decay on every parameter, a first update with learning rate 0).
+- Its optimizer, BertAdam, is not copied. tests/test_golden.py replays it and lists how it differs.
 - In pretraining a quarter of the pairs is mismatched, and nothing is predicted in those (as in 12-in-1). There a half
   is, and everything is predicted in them. docs/decisions.md has the numbers.
-Where paper and official code differ, this file follows the code: feature regression is smooth-L1, not L2; classes and
-attributes are predicted for all regions, weighted by the detector's confidence, not only for the masked ones.
+Where paper and official code differ, this file follows the code. Feature regression is smooth-L1, not L2. Classes and
+attributes are predicted for all regions, not only for the masked ones, and weighted by the detector's confidence.
 Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
 M masked positions, A answers.
 """
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import contrast
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -108,8 +108,8 @@ class CrossLayer(nn.Module):
         regions' = BERT_regions( norm(regions + attend(queries from regions, keys and values from text)) )
 
     Both directions share one attention block, and both read the layer's original inputs, not each other's result.
-    text (B, T, C), regions (B, N, C); their biases (B, 1, 1, T) and (B, 1, 1, N) hide padded keys. To the list `maps`,
-    if given, four attention maps are appended: text-to-regions (B, H, T, N), regions-to-text (B, H, N, T),
+    text (B, T, C), regions (B, N, C); their biases (B, 1, 1, T) and (B, 1, 1, N) hide padded keys.
+    maps: a list, to which four attention maps are appended: text-to-regions (B, H, T, N), regions-to-text (B, H, N, T),
     text (B, H, T, T) and regions (B, H, N, N).
     """
 
@@ -139,8 +139,8 @@ class LXMERT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # As in the official code, row 0 of the position and of the segment table count as padding too: they are used
-        # as they were initialised and never learn. The released weights were trained so.
+        # Row 0 of the position and of the segment table is used but never learns, as in the official code, which calls
+        # it padding.
         self.text_embedding = common.TextEmbedding(config, padding_idx=0)
         self.region_embedding = RegionEmbedding(config)
         sizes = (config.hidden, config.attention_heads, config.intermediate, config.dropout)
@@ -163,9 +163,11 @@ class LXMERT(nn.Module):
         return self.region_embedding(batch.features, batch.boxes)
 
     def encode(self, batch, text=True, regions=True, record=False, given=None):
-        """Encoding of words and regions together. text=False or regions=False: of the other modality alone, by its own
-        layers, without the cross-modality layers. pooled is the pooler of the first word; without text, the pooler of
-        the regions' mean. given: what `unimodal` returned for this batch, so that it is not computed again."""
+        """Encodes words and regions together, or one of the two alone (text=False or regions=False), without cross layers.
+
+        pooled: the pooler of the first word; without text, the pooler of the regions' mean.
+        given: the result of `unimodal`, which is then not computed again.
+        """
         states = {}
         maps = {}
         text_states = None
@@ -230,8 +232,8 @@ class LXMERT(nn.Module):
     def decode(self, batch, cache=None):
         """The text read from left to right, for captions (see `common.next_words`). Returns (B, T, C).
 
-        Regions must not see words, or they would pass later words on to earlier ones: in a cross-modality layer only
-        the text's half uses cross-attention, the regions have their self-attention and feed-forward alone.
+        Regions must not see words, or they would pass later words on to earlier ones. So the regions' half of a
+        cross-modality layer has no cross-attention here.
         """
         if cache is None:
             cache = {}
@@ -274,7 +276,7 @@ PRETRAINING = {
     "joined": {},
     "rate": 2.0,  # learning rate relative to fine-tuning: 1e-4 at base size
     "weights": {},  # factors of the losses; 1 where none is named
-    # of the masked regions: feature zeroed, or another region's; the rest keeps it (as BERT does with words)
+    # shares of the masked regions whose feature becomes zero, or that of another region; the others keep it
     "region_masking": {"zero": 0.8, "random": 0.1, "force_one": False},  # force_one False: maybe none in a picture
     "false_pairs": 0.25,  # share of mismatched pairs; the official half would leave half of the words unused here
     "mismatch": "text",  # a mismatched pair keeps its image and gets another sentence
@@ -282,21 +284,23 @@ PRETRAINING = {
 
 
 def masked_language_modelling(model, encoding, batch):
-    """Masked cross-modality language modelling (3.1.1): -log P(w_m | other words, regions), mean over masked words.
+    """Masked cross-modality language modelling (section 3.1.1):
 
-    batch.word_index (M,) flat positions of the masked words in B*T, word_labels (M,) their ids. Logits (M, V).
+        L = -log P(w_m | w_\\m, v),  mean over masked words
+
+    batch.word_index (M,): flat positions of the masked words; word_labels (M,): what they were. Logits (M, V).
     """
-    states = common.gather_positions(encoding.text, batch.word_index)  # (B, T, C) -> (M, C)
-    logits = common.at_least_float32(model.word_logits(states))
+    logits = model.word_logits(common.gather_positions(encoding.text, batch.word_index))  # (M, C) -> (M, V)
     return common.cross_entropy(logits, batch.word_labels), logits
 
 
 def masked_region_features(model, encoding, batch):
-    """RoI-feature regression (3.1.2): smooth-L1 between h(v_m) and f_m, mean over F, summed over masked regions.
+    """RoI-feature regression (section 3.1.2):
 
-    Divided by the number of all real regions, masked or not, of the rows to predict in, times
-    config.region_factor. batch.region_index (M,) flat positions of
-    the masked regions in B*N, clean_features (B, N, F) the features before masking. Logits: the predictions (M, F).
+        L = region_factor / n  sum over masked regions of  mean_F smooth_l1(h(v_m), f_m)
+
+    n: the number of real regions, masked or not (`common.regions_to_predict`). batch.region_index (M,): flat positions
+    of the masked regions; clean_features (B, N, F): the features f before masking. Logits: the predictions (M, F).
     """
     states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
     predicted = common.at_least_float32(model.heads["mrfr"](model.heads["regions"](states)))  # (M, C) -> (M, F)
@@ -307,16 +311,17 @@ def masked_region_features(model, encoding, batch):
 
 
 def confident_cross_entropy(model, head, encoding, batch, labels, confidence):
-    """config.region_factor times the mean of confidence x cross-entropy over all real regions, masked or not; mismatched
-    pairs take no part if nothing is to be predicted in them (`common.regions_to_predict`).
+    """The loss of the two objectives below: L = region_factor x confidence x CE(label, logits),  mean over real regions
 
+    Masked regions or not; those of mismatched pairs do not count (`common.regions_to_predict`).
     labels (B, N), -1 = none; confidence (B, N). Returns the loss and the logits of the masked regions (M, K).
     """
     logits = model.heads[head](model.heads["regions"](encoding.regions))  # (B, N, C) -> (B, N, K)
     logits = common.at_least_float32(logits)
     losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-1, reduction="none")  # (B, K, N) -> (B, N)
     counted = common.regions_to_predict(batch)  # (B, N) bool
-    loss = model.config.region_factor * (losses * confidence * counted).sum() / counted.sum().clamp(min=1)
+    total = (losses * confidence * counted).sum()
+    loss = model.config.region_factor * total / counted.sum().clamp(min=1)
     return loss, common.gather_positions(logits, batch.region_index)  # (B, N, K) -> (M, K)
 
 
@@ -334,17 +339,18 @@ def masked_region_attribute(model, encoding, batch):
 
 
 def masked_region_class_kl(model, encoding, batch):
-    """UNITER's soft labels for this head, no objective of LXMERT's paper: KL(c || g) = sum_k c_k (log c_k - log g_k),
-    c the detector's distribution without background, rescaled to sum to 1.
+    """Detected-label classification with soft labels (UNITER 3.2; not in LXMERT's paper):
 
-    batch.object_probs (B, N, K), class 0 = background; mean over masked regions and classes. Logits (M, K - 1).
+        L = KL(c || g(v_m)) = sum_k c_k (log c_k - log g_k),  mean over masked regions and classes
+
+    c: the detector's distribution without background, rescaled to sum to 1. batch.object_probs (B, N, K), class 0 =
+    background. Logits (M, K - 1).
     """
     states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
-    logits = common.at_least_float32(model.heads["mrc"](model.heads["regions"](states)))  # (M, C) -> (M, K - 1)
-    target = common.gather_positions(batch.object_probs, batch.region_index)[:, 1:].to(logits.dtype)  # (M, K - 1)
-    target = target / target.sum(-1, keepdim=True).clamp(min=1e-6)
-    loss = F.kl_div(logits.log_softmax(-1), target, reduction="sum") / max(1, target.numel())
-    return loss, logits
+    logits = model.heads["mrc"](model.heads["regions"](states))  # (M, C) -> (M, K - 1)
+    targets = common.gather_positions(batch.object_probs, batch.region_index)[:, 1:]  # (M, K - 1)
+    targets = targets / targets.sum(-1, keepdim=True).clamp(min=1e-6)
+    return common.kl_divergence(logits, targets) / max(1, targets.numel()), logits
 
 
 def cross_modality_matching(model, encoding, batch):
@@ -355,11 +361,10 @@ def cross_modality_matching(model, encoding, batch):
 
 
 def image_question_answering(model, encoding, batch):
-    """Image question answering (3.1.3): cross-entropy over the answers, mean over the rows that have one, times
-    config.answer_factor, in the paper 1.
+    """Image question answering (section 3.1.3): L = answer_factor x CE(answer),  mean over the rows that have an answer
 
-    batch.answer_labels (B,), -1 = no question; where a question has several answers, one of them, drawn in proportion
-    to their scores. Mismatched rows (batch.matched 0) have no answer. Logits (B, A).
+    batch.answer_labels (B,), -1 = no question; of several answers one is drawn in proportion to their scores.
+    Mismatched rows (batch.matched 0) have no answer. config.answer_factor is 1 in the paper. Logits (B, A).
     """
     logits = common.at_least_float32(model.heads["qa"](encoding.pooled))  # (B, C) -> (B, A)
     labels = batch.answer_labels
@@ -390,7 +395,7 @@ HEADS = {
     "mrc": lambda c: nn.Linear(c.hidden, c.classes - 1),
     "attr": lambda c: nn.Linear(c.hidden, c.attributes),
     "itm": lambda c: common.Float32Linear(c.hidden, 2),
-    "itc": lambda c: common.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
+    "itc": lambda c: contrast.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
     "hidden": lambda c: common.teacher_projections(c.hidden, c.hidden, c.teacher_widths),
     "qa": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, c.answers),
     "vqa": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, c.answers),
@@ -448,6 +453,7 @@ QUESTIONS = common.Objective(
 
 # What no paper has (itc, caption) and the tasks that this file does not define come from SHARED_OBJECTIVES.
 OBJECTIVES = common.SHARED_OBJECTIVES | {
+    "itc": contrast.CONTRAST,
     "mlm": MASKED_WORDS,
     "mrfr": REGION_FEATURES,
     "mrc": REGION_CLASSES,

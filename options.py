@@ -208,6 +208,9 @@ def resolve_options(args, model_name, seed):
     run_args = argparse.Namespace(**vars(args))
     run_args.model = model_name
     run_args.seed = seed
+    presets = checkpoints.MODELS[model_name].PRESETS
+    if args.size not in presets and not args.init:
+        raise UserError(f"--size {args.size}: {model_name} has only {', '.join(presets)}")
     run_args.tasks = args.task.split(",")
     run_args.out = output_folder(args, model_name)
     if args.out and args.model == "all":
@@ -238,9 +241,9 @@ def set_data_defaults(args, all_models):
         args.data_sets = [open_data(source) for source in sources]
     defaults = {}
     if one_source(args):
-        defaults = args.data_sets[0][1]["defaults"]
+        defaults = read_defaults(*args.data_sets[0])
     if args.patch != 12 and any(description["regions"] for _, description in args.data_sets):
-        raise UserError("--patch is for pictures; the regions of this data set were made with a patch of 12")
+        raise UserError("--patch is for pictures; the regions of this data set are made already")
     if args.steps is None:
         paper = checkpoints.MODELS[args.model]
         # UNITER trains one objective a step, so it takes more steps; side by side all models take equally many
@@ -253,6 +256,22 @@ def set_data_defaults(args, all_models):
         args.batch_size = max(1, defaults.get("batch_size", 64) // rows // world)
     if args.eval_every is None:
         args.eval_every = max(1, math.ceil(args.steps / 5))
+
+
+DATA_DEFAULTS = {"steps": COUNT_OR_ZERO, "steps_one_objective": COUNT_OR_ZERO, "batch_size": COUNT, "mask": SHARE}
+
+
+def read_defaults(path, description):
+    """The options' defaults that a data set gives. UserError for one that it may not give, or out of range."""
+    defaults = {}
+    for name, value in description["defaults"].items():
+        if name not in DATA_DEFAULTS:
+            raise UserError(f"{path}: 'defaults' has {name!r}; it may have {', '.join(DATA_DEFAULTS)}")
+        try:
+            defaults[name] = DATA_DEFAULTS[name](str(value))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{path}: 'defaults', {name}: {error}") from None
+    return defaults
 
 
 def open_data(source):
@@ -274,7 +293,8 @@ def objectives_of(args, paper):
     default = paper.PRETRAINING["objectives"]
     joined = list(itertools.chain.from_iterable(paper.PRETRAINING["joined"].values()))
     known = {name: 1 for name in sorted(paper.OBJECTIVES) if paper.OBJECTIVES[name].pretraining}
-    known["itc"] = 2  # as often as itm, the other objective that sees whole pairs
+    if "itc" in known:
+        known["itc"] = 2  # as often as itm, the other objective that sees whole pairs
     known.update(default)
     known.update(dict.fromkeys(joined, 0))
     names = [*default, *joined]

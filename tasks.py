@@ -1,14 +1,11 @@
 """tasks.py: the downstream tasks, and pretraining's own evaluation.
 
-Each of the seven tasks is one block: what a line of data must hold, the examples that it gives, how they become a batch,
-the metrics beside chance, and how an answer is shown. A block ends with the task's row, a `Task`. The table TASKS at the
-end of the file lists the rows; train.py and predict.py reach every task through it.
+Each of the seven tasks is one block that ends with the task's row, a `Task`. The block says what a line of data must
+hold, how its examples become a batch, what is measured, and how an answer is shown. The table TASKS at the end of the
+file lists the rows; train.py and predict.py reach every task through it.
 
-1. `make_batch` is the one way from examples to a batch, for pretraining objectives and for tasks.
-2. `evaluate` gives (metrics, chance) of a split, each a dict with the same names.
-3. Accuracies and recalls are in 0..1. Chance is what guessing without the model gets.
-4. Every process evaluates its share of the batches; the sums are then added over all processes.
-5. `best_score` says which number chooses the best weights.
+Accuracies and recalls are in 0..1. Chance is what guessing without the model gets. Every process evaluates its share of
+the batches; the sums are then added over all processes.
 
 `run` is train.Run, or anything with the same attributes: args, paper (the model's module), model, tokenizer, answers,
 content_words, device, autocast(), rank, world, sets, objectives, progress, columns().
@@ -33,6 +30,7 @@ from evaluation import (
     first_captions,
     gather_objects,
     generate,
+    iou,
     is_text_of,
     match_logits,
     rank_answers,
@@ -184,8 +182,7 @@ def evaluation_batches(run, dataset, index):
 
 
 def test_examples(run, name, dataset):
-    """Numbers of the examples that a task is evaluated on: all, or for retrieval and captions one of each picture of
-    --pool, and of a hundred pictures on val."""
+    """Which examples a task is evaluated on: all; for retrieval and captions, one of each picture of --pool (val: of 100)."""
     limit = TASKS[name].one_per_picture
     if not limit:
         return np.arange(len(dataset))
@@ -236,7 +233,7 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
 
     Captions: the first one of each of at most `most` pictures; of an objective that answers questions, as many questions.
     Accuracies are over masked words, masked regions or pairs. mlm_content masks one word of every caption of these
-    pictures, of the words that only the picture tells (`content_words` of the data set: colours, shapes, numbers).
+    pictures, of the words that only the picture tells (the data set's `content_words`, such as colours).
     Chance: always the most frequent label.
     """
     kinds = np.array(dataset.kind)
@@ -626,15 +623,13 @@ def refer_batch(run, dataset, index, rng):
 def target_overlaps(dataset, index, batch):
     """(B, N) overlap (IoU) of each region with the box that is meant; -1 for padding."""
     target = torch.from_numpy(dataset.target[index]).float()[:, None]  # (B, 4) -> (B, 1, 4)
-    return common.iou(batch.boxes, target).masked_fill(~batch.region_mask, -1.0)
+    return iou(batch.boxes, target).masked_fill(~batch.region_mask, -1.0)
 
 
 def evaluate_refer(run, dataset):
     """Accuracy: the region with the highest logit overlaps the box that is meant by more than one half. `reachable`: the
     share of expressions for which some region does. Chance: the share of the regions that would be right."""
-    hits = np.zeros(len(dataset))
-    guess = np.zeros(len(dataset))
-    reachable = np.zeros(len(dataset))
+    hits, guess, reachable = np.zeros((3, len(dataset)))
     for index in evaluation_batches(run, dataset, np.arange(len(dataset))):
         logits = example_logits(run, dataset, index, "refer")  # (B, N)
         clean = data.collate(dataset, index)  # --ablate image takes the boxes away
@@ -642,9 +637,7 @@ def evaluate_refer(run, dataset):
         hits[index] = top_choice_accuracy(logits.masked_fill(~clean.region_mask, -math.inf), right)
         guess[index] = right.sum(1) / clean.region_mask.sum(1)
         reachable[index] = right.any(1)
-    hits = common.all_reduce_sum(hits).numpy()
-    guess = common.all_reduce_sum(guess).numpy()
-    reachable = common.all_reduce_sum(reachable).numpy()
+    hits, guess, reachable = common.all_reduce_sum(np.stack([hits, guess, reachable])).numpy()
     metrics, chance = accuracy_by_kind(hits, guess, dataset.kind)
     metrics["reachable"] = reachable.mean()
     return metrics, chance
@@ -697,7 +690,8 @@ def evaluate_captions(run, dataset):
     references = {}
     for i in examples:
         pieces = dataset.tokens[dataset.offsets[i] + 1 : dataset.offsets[i + 1] - 1]  # without [CLS] and [SEP]
-        references.setdefault(int(dataset.image[i]), []).append(run.tokenizer.decode(pieces.tolist()).split())
+        caption = run.tokenizer.decode(pieces.tolist()).split()
+        references.setdefault(int(dataset.image[i]), []).append(caption)
     pictures = sorted(generated)
     truth = [references[picture] for picture in pictures]
     metrics = {"perplexity": perplexity, "bleu4": bleu([generated[picture] for picture in pictures], truth)}
@@ -770,8 +764,8 @@ def sample_negatives(run, dataset, index, rng):
     pair; then comes one mismatched pair for each of the model's NEGATIVES, with another picture or another text.
 
     In the first half of the steps they are drawn at random. In the second half `--mine` are drawn for each, and the one
-    with the highest logit is kept (UNITER 4.1; ViLBERT mines one of its two texts, from a fixed pool). A text that equals
-    one of the picture's own texts word for word is no mismatch. UserError if no other text is found.
+    with the highest logit is kept (UNITER 4.1). A text that equals one of the picture's own texts word for word is no
+    mismatch. UserError if no other text is found.
     """
     kinds = run.paper.NEGATIVES
     second_half = 2 * run.progress["step"] >= run.args.steps
@@ -867,9 +861,9 @@ def evaluate(run, split):
 def best_score(run, metrics):
     """(number, its name): best.pt holds the weights with the largest number so far, of the metrics of `evaluate`.
 
-    A task: the first of its `best` metrics that was measured; for one that is better if lower, 1 / metric. (1 / perplexity
-    is in 0..1, as the others: the geometric mean of the probabilities of the pieces.)   Pretraining: the mean accuracy of
-    its objectives; where none has an accuracy, minus the sum of their losses.   Several tasks: the mean of their numbers.
+    A task: the first of its `best` metrics that was measured, or 1 / metric if lower is better.
+    Pretraining: the mean accuracy of its objectives. If none has an accuracy: minus the sum of their losses.
+    Several tasks: the mean of their numbers. 1 / perplexity is in 0..1 as the other metrics are.
     """
     values = []
     names = []

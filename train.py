@@ -6,16 +6,12 @@
     python train.py --model uniter --task vqa,refer,nlvr2             several tasks at once: one trunk, a head each
     python train.py --model all --task vqa --seeds 3                  compare the models, with the spread over seeds
     torchrun --nproc_per_node=2 train.py --model uniter               several processes, the same gradients
-    python train.py --model uniter --objectives mlm,mrfr,mrc_kl,itm,itc --rerank 20    retrieval in two stages
-    python train.py --model uniter --config layers=1 --teacher out/uniter-pretrain/best.pt --out out/student    a smaller one
+docs/usage.md has more of them. Read top to bottom: the run and its loop, then what they call: data, batches, model,
+optimizer, evaluation and saving. options.py has the command line, machine.py devices and processes, log.py the log.
 
-Read top to bottom: the run and its loop; then what they call: optimizer, data, batches, model, evaluation and saving.
-Beside it: options.py has the command line, machine.py devices and processes, log.py what is printed and logged.
-
-Every mean in a loss is a mean over the whole step, however the step is split: `--accumulate 2` in one process and
-`--accumulate 1` in two processes give the same gradients, see `backward`. One exception: the objective itc contrasts
-each pair with the other pairs of the same forward pass in all processes. Two processes equal one process with the double
-batch, but `--accumulate 2` has half as many negatives.
+Every mean in a loss is a mean over the whole step, however the step is split (see `backward`). So `--accumulate 2` in one
+process and `--accumulate 1` in two processes give the same gradients. One exception: the objective itc contrasts each
+pair with the other pairs of the same forward pass in all processes, so `--accumulate 2` has half as many negatives.
 """
 
 import argparse
@@ -37,6 +33,7 @@ import torch.distributed as dist
 
 import checkpoints
 import common
+import contrast
 import data
 import distill
 import evaluation
@@ -55,7 +52,7 @@ class Run:
     """State of one training run. `train` fills it in from top to bottom."""
 
     args: argparse.Namespace
-    paper: object  # the model's module: HEADS, OBJECTIVES, PRETRAINING
+    paper: object  # the model's module, see the table of models in checkpoints.py
     device: torch.device
     dtype: torch.dtype
     rank: int  # of this process
@@ -126,7 +123,8 @@ def train(args):
 
 
 def training_loop(run, log):
-    """The steps: batches, gradients, clipping, update; a line every --log-every, an evaluation every --eval-every."""
+    """The steps: batches, gradients, clipping, update; a line every --log-every, an evaluation every --eval-every, with a
+    line and a checkpoint."""
     args = run.args
     model = run.model
     progress = run.progress
@@ -152,18 +150,19 @@ def training_loop(run, log):
             progress["step"] = step
             trained = tasks.heads_for(run.paper, names)
             progress["random_heads"] = [head for head in progress["random_heads"] if head not in trained]
-            last = step == args.steps
-            due = last or step % args.log_every == 0
+            saved = step == args.steps or step % args.eval_every == 0
+            due = saved or step % args.log_every == 0  # a resumed run does not know the losses before its checkpoint
             if due and run.device.type != "cpu":
                 float(grad_norm)  # waits for the GPU: its remaining work belongs to the time of these steps
             log.add(losses, grad_norm, rate, batches, waited, time.perf_counter() - start)
             if due:
                 log.line()
-            if last or step % args.eval_every == 0:
+            if saved:
                 validate(run, log)
             # all processes stop after the same step: one that went on would wait for the others for ever
             if common.all_reduce_sum([interrupted()])[0]:
-                log.check()
+                if not due:
+                    log.line()
                 checkpoints.save_checkpoint(run, "checkpoint.pt")
                 raise UserError(f"interrupted after step {step}, which is saved; go on with --resume")
     log.data_time()
@@ -248,8 +247,8 @@ def load_data(run, checkpoint, teacher):
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)
     if args.max_words is None:
         args.max_words = 60
-        if checkpoint and checkpoint["config"].get("max_positions", 60) < 60:
-            args.max_words = checkpoint["config"]["max_positions"]
+        if checkpoint:
+            args.max_words = min(60, checkpoint["config"].get("max_positions", 60))
     for splits in run.sets.values():
         for split in splits.values():
             split.encode(run.tokenizer, max_length=args.max_words)
@@ -281,8 +280,7 @@ def has_open_answers(paper, names):
 
 
 def load_splits(args, task, path, description):
-    """{name of a split: Dataset} of a task: train, val and test, and the data set's extra test splits, if they have
-    examples."""
+    """{name of a split: Dataset} of a task: train, val, test and the data set's extra test splits that have examples."""
     names = ["train", "val", "test"]
     if not tasks.is_pretraining(args.task):
         names += description["extra_splits"]
@@ -299,8 +297,7 @@ def load_splits(args, task, path, description):
 
 
 def drop_unsupported(paper, objectives, dataset):
-    """The objectives that the data have labels for: region classes need a detector, qa needs answers, and the false
-    pairs of matching need a second picture."""
+    """The objectives that the data have labels for. Those with mismatched pairs need a second picture."""
     missing = {}
     one_picture = (dataset.image == dataset.image[0]).all()
     for name in objectives:
@@ -370,12 +367,14 @@ def prepare_step(run, streams, step):
         names = sample_objectives(run.paper, run.objectives, rng, (step - 1) / args.steps)
     else:
         names = tasks.task_objectives(args, task)
+    dataset = run.sets[task]["train"]
     index = next(streams[task])
+    parts = run.world * args.accumulate  # forward passes of the step
     batches = []
     for i in range(args.accumulate):
-        part = run.rank * args.accumulate + i  # of all forward passes of the step
+        part = run.rank * args.accumulate + i
         rng = data.random_stream("batch", args.seed, step, part)
-        batch = tasks.make_batch(run, run.sets[task]["train"], index[part :: run.world * args.accumulate], names, rng)
+        batch = tasks.make_batch(run, dataset, index[part::parts], names, rng)
         if run.device.type == "cuda":
             batch = batch.pin()
         batches.append(batch)
@@ -419,8 +418,8 @@ def index_streams(run):
 def index_stream(args, dataset, parts, skip):
     """Yields, without end, the numbers of the examples of one step: (at most parts * batch_size,) int64.
 
-    The order depends on seed and epoch alone. Examples of a step have similar lengths; forward pass p of `parts` takes
-    index[p::parts], so that no process waits for another one's longer texts. skip: steps to leave out at the start.
+    The order depends on seed and epoch alone. Examples of a step have similar lengths, and forward pass p of `parts` takes
+    index[p::parts]. So no process waits for another one's longer texts. skip: steps to leave out at the start.
     UserError if there are fewer examples than parts.
     """
     if len(dataset) < parts:
@@ -552,11 +551,11 @@ def learning_rate(step, peak, warmup, steps):
 
 
 def set_learning_rate(optimizer, step, rate):
-    """The learning rate of step 1, 2, ... for every group, so that torch's AdamW takes the step of the official code.
+    """Sets learning rate, weight decay and eps of step 1, 2, ... so that torch's AdamW equals the official code's.
 
-    The official code adds eps before it corrects the second moment's bias, torch after: eps is divided by that
-    correction. The official code decays after the step, p <- (p - r u)(1 - r d), torch before, p <- p (1 - r' d') - r' u:
-    the same for r' = r (1 - r d) and d' = d / (1 - r d).
+    Official: eps is added before the second moment's bias is corrected. Torch adds it after: eps is divided by that
+    correction. Official: p <- (p - r u)(1 - r d), for an update u, rate r and decay d. Torch: p <- p (1 - r' d') - r' u.
+    The two are equal for r' = r (1 - r d) and d' = d / (1 - r d).
     """
     for group in optimizer.param_groups:
         decay = group["decay"]
@@ -572,7 +571,7 @@ def set_temperature(run, part):
         return
     first, last = ends
     log_scale = run.model.heads["itc"].log_scale.requires_grad_(False)
-    log_scale.fill_(-math.log(common.scheduled_temperature(first, last, part)))
+    log_scale.fill_(-math.log(contrast.scheduled_temperature(first, last, part)))
 
 
 def restore_optimizer(run, checkpoint):
@@ -580,26 +579,24 @@ def restore_optimizer(run, checkpoint):
     checkpoints.check_fingerprint(checkpoint.get("fingerprint", {}), run.fingerprint)
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
+        run.progress.update(checkpoint["progress"])
+        generators = checkpoint["generators"].get(run.device.type, [])  # the state of each process
+        machine.seed_dropout(run, generators)
     except ValueError:
         raise UserError(
             f"--resume: {run.args.init} is of a run with other heads; give the options that it had"
         ) from None
-    run.progress.update(checkpoint["progress"])
-    machine.seed_dropout(run, checkpoint.get("generators", {}).get(run.device.type, []))
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"--resume: {run.args.init} is damaged ({type(error).__name__}: {error})") from None
 
 
 # ---- evaluate and save -----------------------------------------------------------------------------------------
 
 
-def has_split(run, name):
-    """True if a task has examples of this split."""
-    return any(name in splits for splits in run.sets.values())
-
-
 def validate(run, log):
     """Evaluates the val split, keeps the best weights, and saves the checkpoint to go on from."""
     log.check()
-    if has_split(run, "val"):
+    if "val" in split_names(run):
         start = time.perf_counter()
         metrics, chance = tasks.evaluate(run, "val")
         log.metrics(metrics, chance, time.perf_counter() - start)
@@ -643,7 +640,8 @@ def run_test(run):
         for name, value in chance.items():
             result["chance"][prefix + name] = round(float(value), 5)
     if "itc" in run.model.heads:
-        result["temperature"] = round(math.exp(-run.model.heads["itc"].log_scale.item()), 5)
+        log_scale = run.model.heads["itc"].log_scale.item()
+        result["temperature"] = round(math.exp(-log_scale), 5)
     for task, splits in run.sets.items():
         head = tasks.TASKS[task].ranks
         if args.rerank and head and "test" in splits:

@@ -11,8 +11,8 @@ Known deviations: sequences are padded, not packed, which changes no valid posit
 embedding, zeroed there at each use, does not exist here. Widths and heights of boxes are computed; official files hold
 them in float16. A model from scratch has a rescaled box projection and, if narrow, wider initial weights
 (`common.init_box_projection`, `common.init_weights`). docs/details.md lists the errors of the official code.
-Letters: B batch, T text positions, N regions, S = T + N, C width, F region-feature width, V vocabulary, K classes,
-A answers, M masked.
+Letters: B batch, T text positions, N regions, S = T + N positions of both. C width, F region-feature width, V vocabulary,
+K classes, A answers, M masked words or regions.
 """
 
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import contrast
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -66,11 +67,11 @@ PRESETS = {
 
 
 class RegionEmbedding(nn.Module):
-    """norm( norm(W_f f) + norm(W_b box) + type ), then dropout (section 3.1, figure 1).
+    """norm( norm(W_f f) + norm(W_b b) + type ), then dropout (section 3.1, figure 1), b = [x1, y1, x2, y2, w, h, w h].
 
-    features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1, which become the paper's seven numbers
-    [x1, y1, x2, y2, w, h, w h]; type_emb (B, N, C), rows of the text's table of types; masked (B, N) bool, True = the
-    feature was zeroed and is to be predicted: a learned vector is added to it before W_f. Returns (B, N, C).
+    features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1; type_emb (B, N, C), rows of the text's table of types.
+    masked (B, N) bool, True = the feature was zeroed and is to be predicted. A learned vector is added to such a feature
+    before W_f. Returns (B, N, C).
     """
 
     def __init__(self, config):
@@ -227,7 +228,7 @@ def masked_language_modelling(model, encoding, batch):
 
 
 def masked_region_features(model, encoding, batch):
-    """Masked region feature regression, MRFR (section 3.2, "masked region modeling", eq. 3):
+    """Masked region feature regression, MRFR (section 3.2, "masked region modeling"):
 
         L = || h(v_m) - f_m ||^2,  mean over masked regions and over F
 
@@ -266,7 +267,7 @@ def masked_region_class_kl(model, encoding, batch):
 
 
 def image_text_matching(model, encoding, batch):
-    """Image-text matching, ITM (section 3.2, eq. 4): do words and picture belong together?
+    """Image-text matching, ITM (section 3.2): do words and picture belong together?
 
         L = -[ y log s(w, v) + (1 - y) log(1 - s(w, v)) ],  mean over rows
 
@@ -278,7 +279,7 @@ def image_text_matching(model, encoding, batch):
 
 
 def word_region_alignment(model, encoding, batch):
-    """Word-region alignment, WRA (section 3.2, eq. 5), on the pairs of image-text matching:
+    """Word-region alignment, WRA (section 3.2), on the pairs of image-text matching:
 
         L = ( sum over true pairs of D - sum over false pairs of D ) / B
 
@@ -308,9 +309,10 @@ class FeatureRegressionHead(nn.Module):
 class PairedAttentionHead(nn.Module):
     """NLVR2: two encodings, one for each picture, attend to each other (section 4.1, "pair-biattn").
 
-        left' = dropout(relu(W [attention(left, right), left])), right' likewise with its own attention and the same W;
-        each is pooled by weights softmax(relu(w x)) over its positions; the two vectors are joined and classified.
+        left' = dropout(relu(W [attention(left, right), left]))
+        vector = sum over positions of softmax(relu(w left')) left'
 
+    The right side has an attention of its own and the same W and w. The two vectors are concatenated and classified.
     x (2B, S, C), mask (2B, S): rows 2i and 2i+1 are the two pictures of statement i. Returns (B, 2).
     """
 
@@ -326,17 +328,21 @@ class PairedAttentionHead(nn.Module):
 
     def pool(self, attended, states, mask):
         """One side: attended and states (B, S, C), mask (B, S) -> (B, C)."""
-        x = self.dropout(F.relu(self.join(torch.cat([attended, states], -1))))  # (B, S, 2C) -> (B, S, C)
+        x = self.join(torch.cat([attended, states], -1))  # (B, S, 2C) -> (B, S, C)
+        x = self.dropout(F.relu(x))
         logits = F.relu(self.score(x)).masked_fill(~mask[:, :, None], -10000.0)  # (B, S, 1)
         return (logits.softmax(1) * x).sum(1)  # (B, S, C) -> (B, C)
 
     def forward(self, x, mask):
         left = x[0::2]  # (B, S, C)
         right = x[1::2]
-        bias = common.attention_bias(mask, x.dtype)  # (2B, 1, 1, S)
-        pooled_left = self.pool(self.left(left, right, bias[1::2]), left, mask[0::2])
-        pooled_right = self.pool(self.right(right, left, bias[0::2]), right, mask[1::2])
-        return self.output(torch.cat([pooled_left, pooled_right], -1))  # (B, 2C) -> (B, 2)
+        left_mask = mask[0::2]  # (B, S)
+        right_mask = mask[1::2]
+        left_attended = self.left(left, right, common.attention_bias(right_mask, x.dtype))  # (B, S, C)
+        right_attended = self.right(right, left, common.attention_bias(left_mask, x.dtype))
+        left_vector = self.pool(left_attended, left, left_mask)  # (B, S, C) -> (B, C)
+        right_vector = self.pool(right_attended, right, right_mask)
+        return self.output(torch.cat([left_vector, right_vector], -1))  # (B, 2C) -> (B, 2)
 
 
 def nlvr2_head(config):
@@ -363,7 +369,8 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
     """
     if model.config.nlvr2 == "paired-attention":
         x = torch.cat([encoding.text, encoding.regions], 1)  # (2B, S, C)
-        logits = model.heads["nlvr2"](x, torch.cat([batch.text_mask, batch.region_mask], 1))
+        mask = torch.cat([batch.text_mask, batch.region_mask], 1)  # (2B, S)
+        logits = model.heads["nlvr2"](x, mask)
     else:
         rows = len(batch.target)
         logits = model.heads["nlvr2"](encoding.pooled.reshape(rows, -1))  # (2B, C) -> (B, 2C), or (B, C) as it is
@@ -377,7 +384,7 @@ HEADS = {
     "mrfr": FeatureRegressionHead,
     "mrc": lambda c: common.mlp_head(c.hidden, c.hidden, c.classes),
     "itm": lambda c: common.Float32Linear(c.hidden, 2),
-    "itc": lambda c: common.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
+    "itc": lambda c: contrast.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
     "hidden": lambda c: common.teacher_projections(c.hidden, c.hidden, c.teacher_widths),
     "vqa": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, c.answers),
     "ve": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, 3),
@@ -419,6 +426,7 @@ REGION_CLASSES = common.Objective(
 )
 
 OBJECTIVES = common.SHARED_OBJECTIVES | {
+    "itc": contrast.CONTRAST,
     "mlm": MASKED_WORDS,
     "mrfr": REGION_FEATURES,
     "mrc": REGION_CLASSES,

@@ -1,19 +1,19 @@
-"""ViLBERT: task-agnostic visiolinguistic representations (Lu et al., NeurIPS 2019, arXiv 1908.02265), and 12-in-1
-(Lu et al., CVPR 2020, arXiv 1912.02315), the same model trained on twelve tasks.
+"""ViLBERT: task-agnostic visiolinguistic representations (Lu et al., NeurIPS 2019, arXiv 1908.02265).
+
+12-in-1 (Lu et al., CVPR 2020) is the same model trained on twelve tasks: twelve_in_one.py has what it adds.
 
 What the model does, in five lines:
 1. Each word becomes a vector (word + position + type), each region too (feature + box), in two widths of their own.
 2. Two BERTs, one per modality, are joined by co-attention layers: words attend to regions, regions to words.
 3. Pretraining masks words AND regions of the same pair and adds up all objectives in every step.
-4. A region in front stands for the whole image, as [CLS] does for the text; the product of the two is the pair's vector.
+4. A first region stands for the whole image, as [CLS] does for the text. The pair's vector is the product of the two.
 5. A small head on that vector, or on each region, answers every downstream task.
 
 Known deviations from the official code:
-- The whole-image region is made here, from the batch's regions, and left out of what `encode` returns, so that
-  batches are the same for all models.
+- The whole-image region is made here and left out of what `encode` returns. Batches are the same for all models.
 - Class 1 of the matching head means "match", officially class 0. Its rows are swapped when official weights are read
   or written.
-- In pretraining nothing is predicted in mismatched pairs, as 12-in-1 has it; ViLBERT's own code predicts there too.
+- Pretraining skips the masked-prediction losses on mismatched pairs, as 12-in-1 does. ViLBERT's code has them there too.
 docs/details.md lists the errors of the official code.
 Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
 M masked positions, A answers.
@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import contrast
+import twelve_in_one
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -86,11 +88,12 @@ PRESETS = {
 
 
 class RegionEmbedding(nn.Module):
-    """norm(W_f f + W_b box), then dropout (section 2.2). The whole image comes first, as a region of its own: its
-    feature is the mean of the region features, masked (zeroed) ones included, its box is the picture's.
+    """norm(W_f f + W_b box), then dropout (section 2.2), with b = [x1, y1, x2, y2, area].
 
-    features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1, which become the paper's five numbers
-    [x1, y1, x2, y2, area]; mask (B, N) bool, True = a region, not padding. Returns (B, 1+N, C).
+    The whole image comes first, as a region of its own. Its feature is the mean of the region features, masked (zeroed)
+    ones included. Its box is the picture's.
+    features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1; mask (B, N) bool, True = a region, not padding.
+    Returns (B, 1+N, C).
     """
 
     def __init__(self, config):
@@ -115,11 +118,11 @@ class RegionEmbedding(nn.Module):
 
 
 class CoAttentionLayer(nn.Module):
-    """Co-attention (section 2.1, figure 2b): queries come from one stream, keys and values from the other; both
-    directions are computed from the same inputs. Then each stream has its feed-forward. Residual and norm as in BERT.
+    """Co-attention (section 2.1, figure 2b): queries come from one stream, keys and values from the other.
 
-    text (B, T, C), regions (B, 1+N, C'); their biases (B, 1, 1, T) and (B, 1, 1, 1+N) hide padded keys. To the list
-    `maps`, if given, two attention maps are appended: text-to-regions (B, H, T, 1+N), regions-to-text (B, H, 1+N, T).
+    Both directions are computed from the same inputs. Then each stream has its feed-forward. Residual and norm as in BERT.
+    text (B, T, C), regions (B, 1+N, C'); their biases (B, 1, 1, T) and (B, 1, 1, 1+N) hide padded keys.
+    maps: a list, to which two attention maps are appended: text-to-regions (B, H, T, 1+N), regions-to-text (B, H, 1+N, T).
     """
 
     def __init__(self, config):
@@ -130,8 +133,7 @@ class CoAttentionLayer(nn.Module):
         self.regions_read = common.AttentionBlock(visual, heads, dropout, context_width=text, inner=inner)
         self.text_feed_forward = common.FeedForward(text, config.intermediate, dropout)
         self.region_feed_forward = common.FeedForward(visual, config.visual_intermediate, dropout)
-        # Official q_dense1 and q_dense2: every released checkpoint has them and the paper's size counts them, but no
-        # output depends on them. They are kept so that checkpoints can be read and written whole.
+        # Official q_dense1 and q_dense2. No output depends on them, but every released checkpoint has them.
         self.unused1 = nn.Linear(inner, visual).requires_grad_(False)
         self.unused2 = nn.Linear(inner, text).requires_grad_(False)
 
@@ -139,27 +141,6 @@ class CoAttentionLayer(nn.Module):
         new_text = self.text_reads(text, regions, region_bias, maps)
         new_regions = self.regions_read(regions, text, text_bias, maps)
         return self.text_feed_forward(new_text), self.region_feed_forward(new_regions)
-
-
-class DynamicLayer(common.TransformerLayer):
-    """A visual layer whose queries and keys are multiplied by 1 + sigmoid(W t + b) (an option of 12-in-1's code).
-
-    x (B, 1+N, C); t (B, 1, C') the mean of the text's hidden states, None for a plain layer.
-    """
-
-    def __init__(self, text_width, width, heads, inner, dropout=0.0):
-        super().__init__(width, heads, inner, dropout)
-        self.gate_query = nn.Linear(text_width, width)
-        self.gate_key = nn.Linear(text_width, width)
-
-    def forward(self, x, bias=None, maps=None, text=None):
-        if text is None:
-            return super().forward(x, bias, maps)
-        block = self.attention
-        query = block.query(x) * (1.0 + self.gate_query(text).sigmoid())  # (B, 1+N, C) * (B, 1, C)
-        key = block.key(x) * (1.0 + self.gate_key(text).sigmoid())  # (B, 1+N, C) * (B, 1, C)
-        context = block.attend_heads(query, key, block.value(x), bias, maps)  # (B, 1+N, C)
-        return self.feed_forward(block.norm(x + block.hidden_dropout(context)))
 
 
 def schedule(config):
@@ -214,7 +195,7 @@ class ViLBERT(nn.Module):
         self.region_layers = nn.ModuleList()
         for _ in range(config.visual_layers):
             if config.dynamic_attention:
-                self.region_layers.append(DynamicLayer(config.hidden, *sizes))
+                self.region_layers.append(twelve_in_one.DynamicLayer(config.hidden, *sizes))
             else:
                 self.region_layers.append(common.TransformerLayer(*sizes))
         self.connections = nn.ModuleList(CoAttentionLayer(config) for _ in config.connections)
@@ -239,9 +220,10 @@ class ViLBERT(nn.Module):
         return self.region_embedding(batch.features, batch.boxes, batch.region_mask)
 
     def encode(self, batch, text=True, regions=True, record=False, given=None):
-        """Encoding of words and regions together. text=False or regions=False: of the other modality alone, by its own
-        layers, without the co-attention layers. pooled is (B, shared) in all cases. given: what `unimodal` returned for
-        this batch, so that it is not computed again."""
+        """Encodes words and regions together, or one of the two alone (text=False or regions=False), without co-attention.
+
+        pooled is (B, shared) in all cases. given: the result of `unimodal`, which is then not computed again.
+        """
         steps = self.schedule
         text_states = None
         region_states = None
@@ -262,8 +244,8 @@ class ViLBERT(nn.Module):
         return common.Encoding(text_states, region_states, pooled, states, maps)
 
     def run_steps(self, batch, steps, text, regions, record=False):
-        """Both streams through some steps of the schedule: text (B, T, C), regions (B, 1+N, C). None for a stream that
-        is left out: then the other runs through its own layers only. Returns both, and the recorded states and maps."""
+        """Runs some steps of the schedule on text (B, T, C) and regions (B, 1+N, C). Either may be None: the other then
+        runs through its own layers only. Returns both, and the recorded states and maps."""
         states = {}
         maps = {}
         if text is not None:
@@ -304,8 +286,8 @@ class ViLBERT(nn.Module):
         return text, regions, states, maps
 
     def fuse(self, text, regions):
-        """The pair's vector (section 2.2): product or sum of the pooled first positions, then dropout. Of one modality
-        alone: its pooled first position. text (B, T, C), regions (B, 1+N, C), or None -> (B, shared)."""
+        """The pair's vector (section 2.2): product or sum of the pooled first positions, then dropout. If one is None: the
+        other's pooled first position. text (B, T, C), regions (B, 1+N, C) -> (B, shared)."""
         if regions is None:
             return self.dropout(self.text_pooler(text))
         if text is None:
@@ -317,8 +299,8 @@ class ViLBERT(nn.Module):
         return self.dropout(pooled_text * pooled_regions)
 
     def unimodal(self, batch):
-        """What each modality computes alone, for `encode(given=)`: its layers before the first co-attention; with
-        dynamic attention the text's only, since the text steers every visual layer. (B, T, C), (B, 1+N, C)"""
+        """What each modality computes alone, for `encode(given=)`: its layers before the first co-attention. Dynamic
+        attention needs the text in every visual layer: then no visual layer is among them. (B, T, C), (B, 1+N, C)"""
         steps = self.schedule[: self.steps_alone]
         text = self.run_steps(batch, steps, self.embed_text(batch), None)[0]
         regions = self.run_steps(batch, steps, None, self.embed_regions(batch))[1]
@@ -327,8 +309,8 @@ class ViLBERT(nn.Module):
     def decode(self, batch, cache=None):
         """The text read from left to right, for captions (see `common.next_words`). Returns (B, T, C).
 
-        Regions must not see words, or they would pass later words on to earlier ones: in a co-attention layer they
-        have their feed-forward alone. So dynamic attention does not act here; nor do task tokens.
+        Regions must not see words, or they would pass later words on to earlier ones. So their half of a co-attention
+        layer is its feed-forward alone. Dynamic attention and task tokens do not act here.
         """
         if cache is None:
             cache = {}
@@ -373,7 +355,7 @@ PRETRAINING = {
     "joined": {},
     "rate": 2.0,  # learning rate relative to fine-tuning: 1e-4 at base size
     "weights": {},  # factors of the losses; 1 where none is named
-    # of the masked regions: feature zeroed, the rest keeps it; force_one False: maybe none in a picture
+    # share of the masked regions whose feature becomes zero; the others keep it. A picture may have no masked region
     "region_masking": {"zero": 0.9, "random": 0.0, "force_one": False},
     "false_pairs": 0.5,  # share of mismatched pairs
     "mismatch": "text",  # a mismatched pair keeps its picture and gets another sentence
@@ -381,93 +363,47 @@ PRETRAINING = {
 
 
 def masked_language_modelling(model, encoding, batch):
-    """Masked language modelling (section 2.2, masked multi-modal modelling): -log P(w_m | other words, regions), mean
-    over masked words.
+    """Masked language modelling (section 2.2, "masked multi-modal modelling"):
 
-    batch.word_index (M,) flat positions of the masked words in B*T, word_labels (M,) their ids. Logits (M, V).
+        L = -log P(w_m | w_\\m, v),  mean over masked words
+
+    batch.word_index (M,): flat positions of the masked words; word_labels (M,): what they were. Logits (M, V).
     """
-    states = common.gather_positions(encoding.text, batch.word_index)  # (B, T, C) -> (M, C)
-    logits = common.at_least_float32(model.word_logits(states))
+    logits = model.word_logits(common.gather_positions(encoding.text, batch.word_index))  # (M, C) -> (M, V)
     return common.cross_entropy(logits, batch.word_labels), logits
 
 
 def masked_region_class_kl(model, encoding, batch):
-    """Masked regions (section 2.2): KL(c || g) = sum_k c_k (log c_k - log g_k), c the detector's distribution over
-    classes, g the predicted one; summed over classes, mean over masked regions.
+    """Masked regions (section 2.2, "masked multi-modal modelling"):
 
-    batch.region_index (M,) flat positions of the masked regions in B*N, object_probs (B, N, K). Logits (M, K).
+        L = KL(c || g(v_m)) = sum_k c_k (log c_k - log g_k),  mean over masked regions
+
+    c: the detector's distribution batch.object_probs (B, N, K). batch.region_index (M,): flat positions of the masked
+    regions. Logits (M, K).
     """
-    states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
-    logits = common.at_least_float32(model.heads["mrc"](states))  # (M, C) -> (M, K)
-    target = common.gather_positions(batch.object_probs, batch.region_index).to(logits.dtype)  # (M, K)
-    return F.kl_div(logits.log_softmax(-1), target, reduction="sum") / max(1, len(target)), logits
+    logits = model.heads["mrc"](common.gather_positions(encoding.regions, batch.region_index))  # (M, C) -> (M, K)
+    targets = common.gather_positions(batch.object_probs, batch.region_index)  # (M, K)
+    return common.kl_divergence(logits, targets) / max(1, len(targets)), logits
 
 
 def masked_region_class(model, encoding, batch):
-    """Hard labels in their place (UNITER 3.2; no objective of ViLBERT's paper): cross-entropy with the detector's most
-    likely class, background left out, mean over masked regions.
+    """The same with hard labels (UNITER 3.2; not in ViLBERT's paper): L = CE(c, g(v_m)),  mean over masked regions
 
-    batch.region_index (M,), object_probs (B, N, K), class 0 = background. Logits (M, K).
+    c: the detector's most likely class, never background. batch.region_index (M,); object_probs (B, N, K), class 0 =
+    background. Logits (M, K).
     """
-    states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
-    logits = common.at_least_float32(model.heads["mrc"](states))  # (M, C) -> (M, K)
+    logits = model.heads["mrc"](common.gather_positions(encoding.regions, batch.region_index))  # (M, C) -> (M, K)
     return common.cross_entropy(logits, common.most_likely_class(batch, logits)), logits
 
 
 def masked_region_features(model, encoding, batch):
-    """Masked region feature regression (an option of the code): ||h(v_m) - f_m||^2, mean over masked regions and F.
+    """Masked region feature regression (an option of the official code): L = || h(v_m) - f_m ||^2,  mean over M and F
 
-    batch.region_index (M,), clean_features (B, N, F) the features before masking. Logits: the predictions (M, F).
+    batch.region_index (M,); clean_features (B, N, F): the features f before masking. Logits: the predictions (M, F).
     """
-    states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
-    predicted = common.at_least_float32(model.heads["mrfr"](states))  # (M, C) -> (M, F)
-    target = common.gather_positions(batch.clean_features, batch.region_index).to(predicted.dtype)  # (M, F)
-    return F.mse_loss(predicted, target, reduction="sum") / max(1, target.numel()), predicted
-
-
-def sample_negatives(batch, near, far):
-    """Negatives for each masked region, drawn with replacement from the real regions: `far` from other pictures, then
-    `near` from its own picture, itself left out. Where there are none of one kind, the other kind takes their place.
-
-    Returns flat positions in B*N: (M, far + near). ValueError if the batch has no second region.
-    """
-    regions = batch.region_mask.shape[1]
-    real = batch.region_mask.flatten()  # (B*N,) bool, True = a region
-    picture_of_region = torch.arange(len(real), device=real.device) // regions  # (B*N,)
-    picture_of_masked = batch.region_index // regions  # (M,)
-    same_picture = picture_of_masked[:, None] == picture_of_region  # (M, B*N)
-    far_pool = real & ~same_picture  # (M, B*N) bool, True = may be drawn
-    near_pool = (real & same_picture).scatter(1, batch.region_index[:, None], False)
-    # On a GPU this check would wait for the result; there torch.multinomial fails instead.
-    if real.is_cpu and not (near_pool | far_pool).any(1).all():
-        raise ValueError("the NCE objective needs a second region in the batch")
-    far_pool = torch.where(far_pool.any(1, keepdim=True), far_pool, near_pool)
-    near_pool = torch.where(near_pool.any(1, keepdim=True), near_pool, far_pool)
-    far_index = torch.multinomial(far_pool.float(), far, replacement=True)  # (M, B*N) -> (M, far)
-    near_index = torch.multinomial(near_pool.float(), near, replacement=True)  # (M, B*N) -> (M, near)
-    return torch.cat([far_index, near_index], 1)
-
-
-def noise_contrastive_regions(model, encoding, batch, negatives=None):
-    """NCE on masked regions (12-in-1's code): which of 1 + n features is the masked one's own?
-
-        L = -log exp(h(v_m) f_m) / sum_{j in {m} and negatives} exp(h(v_m) f_j), mean over masked regions
-
-    negatives (M, n): flat positions in B*N; None draws 89 from other pictures and 38 from the same (70% and 30% of 128,
-    rounded down). Head and clean features as in regression. Logits (M, 1 + n), the positive first.
-    """
-    index = batch.region_index  # (M,)
-    states = common.gather_positions(encoding.regions, index)  # (B, N, C) -> (M, C)
-    predicted = common.at_least_float32(model.heads["mrfr"](states))  # (M, C) -> (M, F)
-    if len(index) == 0:
-        return predicted.sum() * 0.0, predicted[:, :1]
-    if negatives is None:
-        negatives = sample_negatives(batch, near=38, far=89)
-    features = batch.clean_features.flatten(0, 1).to(predicted.dtype)  # (B, N, F) -> (B*N, F)
-    with common.full_precision(predicted.device):
-        products = predicted @ features.T  # (M, F) @ (F, B*N) -> (M, B*N)
-    logits = products.gather(1, torch.cat([index[:, None], negatives], 1))  # (M, 1 + n)
-    return common.cross_entropy(logits, torch.zeros_like(index)), logits
+    predictions = model.heads["mrfr"](common.gather_positions(encoding.regions, batch.region_index))  # (M, C) -> (M, F)
+    targets = common.gather_positions(batch.clean_features, batch.region_index)  # (M, F)
+    return common.squared_error(predictions, targets), predictions
 
 
 def multimodal_alignment(model, encoding, batch):
@@ -477,7 +413,7 @@ def multimodal_alignment(model, encoding, batch):
     return common.cross_entropy(logits, batch.matched), logits
 
 
-# ---- task heads: (model, encoding, batch) -> (loss, logits); VQA's loss is `common.question_answering` ------------
+# ---- task heads: (model, encoding, batch) -> (loss, logits); VQA's loss is `common.question_answering` -----------
 
 
 class WeightNormLinear(nn.Module):
@@ -500,28 +436,13 @@ def answer_head(config, answers):
     inner = 2 * config.shared
     if config.twelve_in_one:
         return common.mlp_head(config.shared, inner, answers)
-    layers = WeightNormLinear(config.shared, inner), nn.ReLU(), common.Dropout(0.5), WeightNormLinear(inner, answers)
+    first = WeightNormLinear(config.shared, inner)
+    last = WeightNormLinear(inner, answers)
     head = nn.Sequential()
-    head.add_module("main", nn.Sequential(*layers))  # its name in released checkpoints
+    head.add_module(
+        "main", nn.Sequential(first, nn.ReLU(), common.Dropout(0.5), last)
+    )  # its name in released checkpoints
     return head
-
-
-def visual_entailment(model, encoding, batch):
-    """SNLI-VE (12-in-1): binary cross-entropy over the three answers, mean over them. batch.answers (B, 3). Logits
-    (B, 3)."""
-    logits = common.at_least_float32(model.heads["ve"](encoding.pooled))  # (B, C) -> (B, 3)
-    return F.binary_cross_entropy_with_logits(logits, batch.answers), logits
-
-
-def natural_language_for_visual_reasoning(model, encoding, batch):
-    """NLVR2 (12-in-1): is the statement true of the two pictures? batch.target (B,) int64, 1 = true. Logits (B, 2).
-
-    The batch has 2B rows, the statement with each picture in turn; binary cross-entropy, mean over both logits.
-    """
-    pooled = encoding.pooled.reshape(len(batch.target), -1)  # (2B, C) -> (B, 2C)
-    logits = common.at_least_float32(model.heads["nlvr2"](pooled))  # (B, 2C) -> (B, 2)
-    target = F.one_hot(batch.target, 2).to(logits.dtype)  # (B,) -> (B, 2)
-    return F.binary_cross_entropy_with_logits(logits, target), logits
 
 
 def choice_among_rows(model, head, encoding, labels):
@@ -550,10 +471,10 @@ def refer_logits(model, encoding, batch):
 
 
 def referring_expression(model, encoding, batch):
-    """Referring expressions (section 3.2): binary cross-entropy of every region against its overlap (IoU) with the
-    target, 0 where that is below one half; summed over regions, mean over the batch. Logits (B, N).
+    """Referring expressions (section 3.2): binary cross-entropy of every region, summed over regions, mean over the batch.
 
-    batch.target (B, N) float, the overlaps.
+    The label of a region is its overlap (IoU) with the target, 0 below one half. batch.target (B, N) float, the overlaps.
+    Logits (B, N).
     """
     logits = refer_logits(model, encoding, batch)
     target = batch.target.masked_fill(batch.target < 0.5, 0.0).to(logits.dtype)  # (B, N)
@@ -567,7 +488,7 @@ HEADS = {
     "mrfr": lambda c: common.mlp_head(c.visual_hidden, c.visual_hidden, c.feature_size),
     "mrc": lambda c: common.mlp_head(c.visual_hidden, c.visual_hidden, c.classes),
     "itm": lambda c: common.Float32Linear(c.shared, 2),
-    "itc": lambda c: common.ContrastHead(c.hidden, c.visual_hidden, c.hidden, c.contrast),
+    "itc": lambda c: contrast.ContrastHead(c.hidden, c.visual_hidden, c.hidden, c.contrast),
     "hidden": lambda c: common.teacher_projections(c.hidden, c.visual_hidden, c.teacher_widths),
     "vqa": lambda c: answer_head(c, c.answers),
     "ve": lambda c: nn.Linear(c.shared, 3),
@@ -609,14 +530,15 @@ MATCHING = common.Objective(
 
 # What no paper has (itc, caption) and VQA come from SHARED_OBJECTIVES.
 OBJECTIVES = common.SHARED_OBJECTIVES | {
+    "itc": contrast.CONTRAST,
     "mlm": MASKED_WORDS,
     "mrc_kl": REGION_CLASSES,
     "mrc": replace(REGION_CLASSES, loss=masked_region_class),
     "mrfr": REGION_FEATURES,
-    "nce": replace(REGION_FEATURES, loss=noise_contrastive_regions, logits="nothing"),
+    "nce": replace(REGION_FEATURES, loss=twelve_in_one.noise_contrastive_regions, logits="nothing"),
     "itm": MATCHING,
-    "ve": common.Objective(visual_entailment, head="ve"),
-    "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
+    "ve": common.Objective(twelve_in_one.visual_entailment, head="ve"),
+    "nlvr2": common.Objective(twelve_in_one.natural_language_for_visual_reasoning, head="nlvr2"),
     "vcr": common.Objective(visual_commonsense_reasoning, head="vcr"),
     "rank": common.Objective(retrieval_rank, head="rank"),
     "refer": common.Objective(referring_expression, head="refer"),

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import contrast
+import distill
+import evaluation
 import formats
 import tasks
 
@@ -58,14 +61,14 @@ def test_layer_norm_equals_the_kernel():
     assert (norm(tiny) - F.layer_norm(tiny, (8,), weight, bias, 1e-5)).abs().max() > 0.1
 
 
-def test_explicit_attention_equals_fused_attention():
+def test_explicit_attention_equals_the_kernel():
     query = randn(2, 3, 4, 5)
     key = randn(2, 3, 6, 5)
     value = randn(2, 3, 6, 5)
     bias = common.attention_bias(lengths_mask(6, [6, 2]), torch.float64)
     for mask in (None, bias):
         context, probs = common.attention(query, key, value, mask)
-        close(context, common.fused_attention(query, key, value, mask))
+        close(context, F.scaled_dot_product_attention(query, key, value, mask))
         close(probs.sum(-1), torch.ones(2, 3, 4).double())
     assert (probs[1, :, :, 2:] == 0).all()
     assert (probs[1, :, :, :2] > 0).all()
@@ -80,7 +83,7 @@ def test_a_query_without_visible_keys_attends_to_all_keys():
     bias = common.attention_bias(torch.zeros(2, 6, dtype=torch.bool), torch.float64)
     want = common.attention(query, key, value)[0]
     close(common.attention(query, key, value, bias)[0], want, 1e-10)
-    close(common.fused_attention(query, key, value, bias), want, 1e-10)
+    close(F.scaled_dot_product_attention(query, key, value, bias), want, 1e-10)
 
 
 # ---- parts of the Transformer ----------------------------------------------------------------------------------
@@ -354,7 +357,7 @@ def test_losses_of_nothing_are_zero():
     nothing = randn(0, 7, requires_grad=True)
     labels = torch.zeros(0, dtype=torch.long)
     total = common.cross_entropy(nothing, labels) + common.squared_error(nothing, nothing.detach())
-    total = total + common.kl_divergence(nothing, nothing.detach()) + common.soft_label_loss(nothing, nothing.detach())
+    total = total + common.kl_divergence(nothing, nothing.detach()) + distill.soft_label_loss(nothing, nothing.detach())
     total.backward()
     assert total == 0
     assert nothing.grad.shape == (0, 7)
@@ -385,13 +388,16 @@ def test_squared_error_is_a_mean_over_all_elements():
     close(common.squared_error(a, b), F.mse_loss(a, b))
 
 
-def test_margin_ranking_loss_by_hand():
+def test_retrieval_margin_by_hand():
     logits = torch.tensor([[2.0, -1.0, 3.0], [0.0, 0.1, -9.0], [5.0, -5.0, -5.0]]).double()
     total = 0.0
     for positive, *negatives in logits.sigmoid().tolist():
         for negative in negatives:
             total += max(0, 0.2 + negative - positive)
-    assert common.margin_ranking_loss(logits).item() == pytest.approx(total / 6)
+    model = SimpleNamespace(heads={"rank": nn.Identity()})
+    loss, got = common.retrieval_rank(model, SimpleNamespace(pooled=logits.view(9, 1)), None)
+    assert loss.item() == pytest.approx(total / 6)
+    assert torch.equal(got, logits.flatten())
 
 
 # Every loss as a function of x (6, 5). All that a function does to x before the loss is exact in bfloat16.
@@ -406,7 +412,7 @@ def targets(x, *shape):
 
 
 def attention_losses(x):
-    return common.attention_loss(x.abs().view(1, 1, 6, 5), targets(x, 1, 1, 6, 5), QUERIES, QUERIES[:, :5])
+    return distill.attention_loss(x.abs().view(1, 1, 6, 5), targets(x, 1, 1, 6, 5), QUERIES, QUERIES[:, :5])
 
 
 def transport_distance(x):
@@ -418,17 +424,16 @@ LOSSES = {
     "soft_answer_loss": lambda x: common.soft_answer_loss(x, targets(x, 6, 5)),
     "squared_error": lambda x: common.squared_error(x, targets(x, 6, 5)),
     "kl_divergence": lambda x: common.kl_divergence(x, targets(x, 6, 5)),
-    "margin_ranking_loss": lambda x: common.margin_ranking_loss(4 * x),  # with sigmoids close to 0 and 1
-    "soft_label_loss": lambda x: common.soft_label_loss(x, targets(x, 6, 5)),
-    "soft_label_loss of values without classes": lambda x: common.soft_label_loss(x.flatten(), targets(x, 30)),
+    "soft_label_loss": lambda x: distill.soft_label_loss(x, targets(x, 6, 5)),
+    "soft_label_loss of values without classes": lambda x: distill.soft_label_loss(x.flatten(), targets(x, 30)),
     "attention_loss, kl": lambda x: attention_losses(x)[0],
     "attention_loss, mse": lambda x: attention_losses(x)[1],
-    "hidden_loss": lambda x: common.hidden_loss(x.view(2, 3, 5), targets(x, 2, 3, 5), KEYS),
+    "hidden_loss": lambda x: distill.hidden_loss(x.view(2, 3, 5), targets(x, 2, 3, 5), KEYS),
     "optimal_transport": transport_distance,
-    "info_nce": lambda x: common.info_nce(x, targets(x, 6, 5), 0.07),
-    "hardest_hinge": lambda x: common.hardest_hinge(x, targets(x, 6, 5)),
-    "sigmoid_contrast": lambda x: common.sigmoid_contrast(x, targets(x, 6, 5), 0.1, -10.0),
-    "decoupled_contrast": lambda x: common.decoupled_contrast(x, targets(x, 6, 5), 0.07),
+    "info_nce": lambda x: contrast.info_nce(x, targets(x, 6, 5), 0.07),
+    "hardest_hinge": lambda x: contrast.hardest_hinge(x, targets(x, 6, 5)),
+    "sigmoid_contrast": lambda x: contrast.sigmoid_contrast(x, targets(x, 6, 5), 0.1, -10.0),
+    "decoupled_contrast": lambda x: contrast.decoupled_contrast(x, targets(x, 6, 5), 0.07),
 }
 
 
@@ -455,12 +460,17 @@ def test_logits_that_rank_are_float32_under_autocast():
     mask = torch.ones(5, 3, dtype=torch.bool)
     pooler = common.Pooler(8)
     head = common.mlp_head(8, 8, 2)
-    contrast = common.ContrastHead(8, 8, 4)
+    contrast_head = contrast.ContrastHead(8, 8, 4)
     linear = common.Float32Linear(8, 2)
     results = {}
     for autocast in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            results[autocast] = [linear(states), pooler(states), contrast.text(states), contrast.image(states, mask)]
+            results[autocast] = [
+                linear(states),
+                pooler(states),
+                contrast_head.text(states),
+                contrast_head.image(states, mask),
+            ]
             assert head(states).dtype == torch.float32
     for low, full in zip(results[True], results[False], strict=True):
         assert torch.equal(low, full)
@@ -558,7 +568,7 @@ def pixels(box):
 def test_iou_by_counting_pixels():
     corners = torch.randint(0, 12, (60, 2, 2, 2))
     boxes = torch.cat([corners.amin(2), corners.amax(2) + 1], -1)  # (60, 2, 4), at least one pixel each
-    got = common.iou(boxes[:, 0].double(), boxes[:, 1].double())
+    got = evaluation.iou(boxes[:, 0].double(), boxes[:, 1].double())
     for (a, b), value in zip(boxes.tolist(), got.tolist(), strict=True):
         assert value == pytest.approx(len(pixels(a) & pixels(b)) / len(pixels(a) | pixels(b)), abs=1e-12)
     assert 0 < (got > 0).sum() < 60
@@ -567,7 +577,7 @@ def test_iou_by_counting_pixels():
 def test_iou_of_boxes_that_touch_or_are_empty():
     boxes = torch.tensor([[0.0, 0, 2, 2], [2, 0, 4, 2], [1, 1, 3, 3], [5, 5, 5, 5]])
     want = [[1, 0, 1 / 7, 0], [0, 1, 1 / 7, 0], [1 / 7, 1 / 7, 1, 0], [0, 0, 0, 0]]
-    close(common.iou(boxes[:, None], boxes[None]), torch.tensor(want), 1e-6)  # broadcast: (4, 4)
+    close(evaluation.iou(boxes[:, None], boxes[None]), torch.tensor(want), 1e-6)  # broadcast: (4, 4)
 
 
 def test_recall_at_by_a_loop():
@@ -592,285 +602,6 @@ def test_recall_at_extremes():
 
 def test_rename_applies_the_rules_in_order():
     assert formats.rename("a.b.c", [("a.b", "x"), ("x.c", "y"), ("a", "z")]) == "y"
-
-
-# ---- contrast --------------------------------------------------------------------------------------------------
-
-CONTRASTS = {
-    "infonce": lambda image, text, temperature, bias, same: common.info_nce(image, text, temperature, same),
-    "hinge": lambda image, text, temperature, bias, same: common.hardest_hinge(image, text, same=same),
-    "sigmoid": common.sigmoid_contrast,
-    "dcl": lambda image, text, temperature, bias, same: common.decoupled_contrast(image, text, temperature, same),
-}
-
-
-def contrast_of_a_row(name, positive, negatives, temperature):
-    """One term of infonce, dcl or hinge in Python floats: one picture among texts, or one text among pictures."""
-    total = sum(math.exp(c / temperature) for c in negatives)
-    if name == "infonce":
-        return (math.log(total + math.exp(positive / temperature)) - positive / temperature) / 2
-    if name == "hinge":
-        return max([0.0] + [0.2 + c - positive for c in negatives])
-    if negatives:
-        return (math.log(total) - positive / temperature) / 2
-    return 0.0
-
-
-def contrast_by_loops(name, image, text, temperature, bias, same):
-    """Every contrast from its definition, one pair of rows after the other."""
-    n = len(image)
-    cosine = (image[:, None] * text[None]).sum(-1).tolist()
-    total = 0.0
-    for i in range(n):
-        others = [j for j in range(n) if j != i and (same is None or not same[i, j])]
-        if name == "sigmoid":
-            total -= math.log(1 / (1 + math.exp(-cosine[i][i] / temperature - bias)))
-            for j in others:
-                total -= math.log(1 / (1 + math.exp(cosine[i][j] / temperature + bias)))
-        else:
-            total += contrast_of_a_row(name, cosine[i][i], [cosine[i][j] for j in others], temperature)
-            total += contrast_of_a_row(name, cosine[i][i], [cosine[j][i] for j in others], temperature)
-    return total / n
-
-
-@pytest.mark.parametrize("name", CONTRASTS)
-@pytest.mark.parametrize("pictures", [None, [0, 1, 2, 3, 4, 5], [0, 1, 0, 2, 1, 0], [3, 3, 3, 3, 3, 3]])
-def test_contrasts_by_loops_and_finite_differences(name, pictures):
-    image = unit_vectors(6, 4)
-    text = unit_vectors(6, 4)
-    same = None
-    if pictures is not None:
-        same = torch.tensor(pictures)[:, None] == torch.tensor(pictures)
-    got = CONTRASTS[name](image, text, 0.3, -1.5, same)
-    assert got.item() == pytest.approx(contrast_by_loops(name, image, text, 0.3, -1.5, same), abs=1e-10)
-    inputs = [image, text, torch.tensor(0.3).double(), torch.tensor(-1.5).double()]
-    for x in inputs:
-        x.requires_grad_()
-
-    def loss(image, text, temperature, bias):
-        return CONTRASTS[name](image, text, temperature, bias, same) + 0 * (temperature + bias)  # some ignore them
-
-    assert torch.autograd.gradcheck(loss, inputs)
-
-
-def test_contrasts_in_closed_form():
-    alike = torch.ones(5, 1).double()
-    apart = torch.eye(5).double()
-    assert common.info_nce(alike, alike, 0.07).item() == pytest.approx(math.log(5))
-    assert common.info_nce(apart, apart, 0.5).item() == pytest.approx(math.log(1 + 4 * math.exp(-2)))
-    assert common.decoupled_contrast(apart, apart, 0.5).item() == pytest.approx(math.log(4) - 2)
-    assert common.hardest_hinge(alike, alike).item() == pytest.approx(0.4)  # the margin, both ways
-    assert common.hardest_hinge(apart, apart).item() == 0
-    image = unit_vectors(5, 3)
-    text = unit_vectors(5, 3)
-    logits = image @ text.T / 0.1
-    labels = torch.arange(5)
-    both = F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)
-    close(common.info_nce(image, text, 0.1), both / 2)
-    bce = F.binary_cross_entropy_with_logits(logits - 3.0, apart, reduction="sum") / 5
-    close(common.sigmoid_contrast(image, text, 0.1, -3.0), bce)
-
-
-@pytest.mark.parametrize("name", CONTRASTS)
-@pytest.mark.parametrize("rows", [0, 1])
-def test_contrasts_without_negatives_are_finite(name, rows):
-    image = unit_vectors(rows, 4).requires_grad_()
-    text = unit_vectors(rows, 4).requires_grad_()
-    loss = CONTRASTS[name](image, text, 0.1, -10.0, None)
-    loss.backward()
-    want = contrast_by_loops(name, image, text, 0.1, -10.0, None) if rows else 0.0
-    assert loss.item() == pytest.approx(want)
-    assert image.grad.isfinite().all()
-    assert text.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("name", CONTRASTS)
-def test_contrasts_refuse_unequal_batches(name):
-    with pytest.raises(ValueError, match=r"\(3, 4\) and texts \(2, 4\)"):
-        CONTRASTS[name](randn(3, 4), randn(2, 4), 0.1, 0.0, None)
-
-
-@pytest.mark.parametrize(("start", "bound"), [(9.0, math.log(100)), (-3.0, 0.0)])
-def test_contrast_head_keeps_its_temperature_within_bounds(start, bound):
-    head = common.ContrastHead(4, 4, 4)
-    assert math.exp(-head.log_scale.item()) == pytest.approx(0.07)
-    image = unit_vectors(5, 4)
-    text = unit_vectors(5, 4)
-    head.log_scale.data.fill_(start)
-    head.eval()(image, text, torch.arange(5))
-    assert head.log_scale.item() == pytest.approx(start)  # evaluation leaves it
-    loss, logits = head.train()(image, text, torch.arange(5))
-    loss.backward()
-    assert head.log_scale.item() == pytest.approx(bound)
-    assert head.log_scale.grad.abs() > 1e-6  # at the bound it can still learn
-    close(logits.double(), image @ text.T * math.exp(bound), 1e-4)
-
-
-@pytest.mark.parametrize("kind", CONTRASTS)
-def test_contrast_head_computes_the_loss_of_its_kind(kind):
-    head = common.ContrastHead(4, 4, 4, kind).double()
-    image = unit_vectors(5, 4).requires_grad_()
-    text = unit_vectors(5, 4)
-    pictures = torch.tensor([0, 1, 0, 2, 3])
-    loss, logits = head(image, text, pictures)
-    loss.backward()
-    same = pictures[:, None] == pictures
-    assert loss.item() == pytest.approx(contrast_by_loops(kind, image, text, 0.07, -10.0, same))
-    close(logits, image @ text.T / 0.07, 1e-6)
-    assert (head.bias is not None) == (kind == "sigmoid")
-    if kind == "sigmoid":  # SigLIP's bias starts at -10 and learns
-        assert head.bias.item() == -10
-        assert head.bias.grad.abs() > 1e-3
-
-
-def test_contrast_vectors_are_the_mean_region_and_the_first_word():
-    head = common.ContrastHead(4, 3, 5).double()
-    states = randn(2, 4, 3)
-    means = torch.stack([states[0].mean(0), states[1, :2].mean(0)])
-    want = means @ head.project_image.weight.T
-    close(head.image(states, lengths_mask(4, [4, 2])), want / want.norm(dim=1, keepdim=True))
-    words = randn(2, 3, 4)
-    want = words[:, 0] @ head.project_text.weight.T
-    close(head.text(words), want / want.norm(dim=1, keepdim=True))
-
-
-def test_scheduled_temperature():
-    values = [common.scheduled_temperature(0.2, 0.05, part / 10) for part in range(11)]
-    assert values == sorted(values, reverse=True)
-    assert [values[0], values[5], values[10]] == pytest.approx([0.2, 0.125, 0.05])
-
-
-def contrast_gradients(rows, kind, share):
-    """Loss and gradients of one process that has these rows and weights its loss by `share`, as one vector."""
-    torch.manual_seed(1)
-    head = common.ContrastHead(3, 3, 3, kind).double()
-    projection = nn.Linear(4, 3).double()
-    data = torch.randn(5, 8, dtype=torch.float64)[rows]
-    image = F.normalize(projection(data[:, :4]), dim=-1)
-    text = F.normalize(projection(data[:, 4:]), dim=-1)
-    loss = head(image, text, torch.tensor([0, 1, 0, 2, 3])[rows])[0] * share
-    loss.backward()
-    parts = [loss.detach().flatten()]
-    for parameter in [*projection.parameters(), *head.parameters()]:
-        if parameter.grad is not None:
-            parts.append(parameter.grad.flatten())
-    return torch.cat(parts)
-
-
-def one_of_two(rank, folder):
-    """One of two processes, with 3 and 2 of the rows. Writes the sum over both processes."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    rows = [[0, 2, 4], [1, 3]][rank]
-    for kind in CONTRASTS:
-        found = contrast_gradients(rows, kind, len(rows) / 5)
-        torch.distributed.all_reduce(found)
-        torch.save(found, f"{folder}/{kind}.{rank}.pt")
-    with torch.no_grad():  # a teacher's rows are gathered too
-        assert common.gather_with_gradient(torch.full((rank + 1, 2), rank)).tolist() == [[0, 0], [1, 1], [1, 1]]
-    with torch.inference_mode():
-        assert len(common.gather_with_gradient(torch.zeros(rank + 1, 2))) == rank + 1
-    assert common.all_reduce_sum([rank + 1.0, 10.0]).tolist() == [3.0, 20.0]
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_contrast_as_one(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
-    for kind in CONTRASTS:
-        want = contrast_gradients([0, 1, 2, 3, 4], kind, 1.0)
-        assert want.abs().max() > 1e-3
-        for rank in (0, 1):
-            close(torch.load(tmp_path / f"{kind}.{rank}.pt"), want, 1e-10)
-
-
-# ---- distillation ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 7.0])
-def test_soft_label_loss_equals_torch(temperature):
-    student = randn(4, 5, requires_grad=True)
-    teacher = randn(4, 5) * 3
-    log_probs = F.log_softmax(student / temperature, 1)
-    want = F.kl_div(log_probs, F.softmax(teacher / temperature, 1), reduction="batchmean") * temperature**2
-    close(common.soft_label_loss(student, teacher, temperature), want)
-    assert torch.autograd.gradcheck(lambda s: common.soft_label_loss(s, teacher, temperature), student)
-
-
-def test_soft_label_loss_of_special_cases():
-    student = randn(4, 5)
-    teacher = randn(4, 5)
-    close(common.soft_label_loss(teacher + 5.0, teacher), torch.zeros(()).double())  # a softmax ignores a constant
-    close(common.soft_label_loss(student[0], teacher[0]), F.mse_loss(student[0], teacher[0]))
-    with pytest.raises(ValueError, match=r"\(4, 5\) of the student, \(4, 3\)"):
-        common.soft_label_loss(student, teacher[:, :3])
-
-
-def test_soft_labels_keep_their_gradient_at_high_temperature():
-    """Hinton's section 2.1: for T large and logits of mean 0, the gradient is (student - teacher) / K, whatever T."""
-    student = randn(1, 5)
-    student = (student - student.mean()).requires_grad_()
-    teacher = randn(1, 5)
-    teacher = teacher - teacher.mean()
-    common.soft_label_loss(student, teacher, 1e4).backward()
-    close(student.grad, (student - teacher).detach() / 5, 1e-3)
-
-
-def test_layer_map():
-    assert common.layer_map(2, 6) == [2, 5]
-    assert common.layer_map(1, 3) == [2]
-    assert common.layer_map(4, 4) == [0, 1, 2, 3]
-    assert common.layer_map(4, 2) == [0, 0, 0, 1]
-
-
-def test_average_heads():
-    maps = randn(2, 4, 3, 3)
-    close(common.average_heads(maps, 2)[:, 1], (maps[:, 2] + maps[:, 3]) / 2)
-    close(common.average_heads(maps, 4), maps)
-    with pytest.raises(ValueError, match="4 attention heads of the teacher cannot be shared by 3"):
-        common.average_heads(maps, 3)
-
-
-@pytest.mark.parametrize("heads", [2, 4])
-def test_attention_losses_by_loops(heads):
-    """Against torch's kl_div on maps and the squared difference of the logits themselves, visible keys only."""
-    queries = lengths_mask(3, [3, 2])
-    keys = lengths_mask(5, [5, 3])
-    bias = common.attention_bias(keys, torch.float64)
-    a = randn(2, 2, 3, 5, requires_grad=True)
-    b = randn(2, heads, 3, 5)
-    teacher = (b + bias).softmax(-1)
-    got = common.attention_loss((a + bias).softmax(-1), teacher, queries, keys)
-    shared = teacher
-    if heads == 4:
-        shared = torch.stack([teacher[:, :2].mean(1), teacher[:, 2:].mean(1)], 1)
-    kl = 0.0
-    mse = 0.0
-    for row, (words, visible) in enumerate([(3, 5), (2, 3)]):
-        for head in range(2):
-            for query in range(words):
-                ours = a[row, head, query, :visible]
-                theirs = shared[row, head, query, :visible]
-                kl += F.kl_div(ours.log_softmax(0), theirs, reduction="sum") / (2 * words * 2)
-                logits = b[row, head, query, :visible] if heads == 2 else theirs.log()
-                mse += F.mse_loss(ours - ours.mean(), logits - logits.mean()) / (2 * words * 2)
-    close(got[0], kl)
-    close(got[1], mse, 1e-10)
-    for part in (0, 1):
-        loss = lambda a, part=part: common.attention_loss((a + bias).softmax(-1), teacher, queries, keys)[part]
-        assert torch.autograd.gradcheck(loss, a)
-    nothing = common.attention_loss(teacher, teacher, queries, torch.zeros(2, 5, dtype=torch.bool))
-    assert nothing[0] == 0
-    assert nothing[1] == 0
-
-
-def test_hidden_loss_by_hand():
-    student = randn(2, 4, 3, requires_grad=True)
-    teacher = randn(2, 4, 3)
-    mask = lengths_mask(4, [4, 1])
-    want = (F.mse_loss(student[0], teacher[0]) + F.mse_loss(student[1, :1], teacher[1, :1])) / 2
-    close(common.hidden_loss(student, teacher, mask), want)
-    assert torch.autograd.gradcheck(lambda s: common.hidden_loss(s, teacher, mask), student)
-    assert common.hidden_loss(student, teacher, torch.zeros(2, 4, dtype=torch.bool)) == 0
 
 
 # ---- messages --------------------------------------------------------------------------------------------------

@@ -391,11 +391,7 @@ def test_batches_cover_everything_once(shuffled):
     assert waste < (1.1 if shuffled else 1.05)
     shards = [cut(rank=r, world=3) for r in range(3)]
     seen = np.concatenate([example for shard in shards for example in shard]).tolist()
-    assert len(set(seen)) == len(seen)
-    if shuffled:
-        assert len({len(shard) for shard in shards}) == 1 and len(seen) > 1003 - 3 * max(map(len, whole))
-    else:
-        assert sorted(seen) == list(range(1003))
+    assert sorted(seen) == list(range(1003))
 
 
 # ---- own data ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import checkpoints
 import common
@@ -16,6 +17,19 @@ import train
 from prepare import scenes
 
 SMALL = ["--batch-size", "4", "--log-every", "1", "--dtype", "f32", "--device", "cpu", "--patch", "4"]
+
+
+def randn(*shape, **options):
+    return torch.randn(*shape, dtype=torch.float64, **options)
+
+
+def lengths_mask(width, lengths):
+    """(B, width) bool, True = within the row's length."""
+    return torch.arange(width) < torch.tensor(lengths)[:, None]
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
 def masked_batch(rows, seed):
@@ -259,7 +273,7 @@ def test_the_teacher_computes_without_dropout_and_does_not_learn(name):
     same.load_state_dict(checkpoint["state"])
     with torch.no_grad():
         logits = same(batch, ["mlm"])["mlm"][1]
-    expected = common.soft_label_loss(run.model(batch, ["mlm"])["mlm"][1], logits)
+    expected = distill.soft_label_loss(run.model(batch, ["mlm"])["mlm"][1], logits)
     assert soft[0].item() == soft[1].item() == pytest.approx(expected.item())
     assert not any(parameter.requires_grad for parameter in run.teacher.parameters())
 
@@ -303,3 +317,93 @@ def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsy
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3 and "--teacher was uniter.pt, now None" in errors[0] and "not trained for it" in errors[1]
     assert "4 attention heads of the teacher cannot be shared by 3" in errors[2]
+
+
+# ---- distillation ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 7.0])
+def test_soft_label_loss_equals_torch(temperature):
+    student = randn(4, 5, requires_grad=True)
+    teacher = randn(4, 5) * 3
+    log_probs = F.log_softmax(student / temperature, 1)
+    want = F.kl_div(log_probs, F.softmax(teacher / temperature, 1), reduction="batchmean") * temperature**2
+    close(distill.soft_label_loss(student, teacher, temperature), want)
+    assert torch.autograd.gradcheck(lambda s: distill.soft_label_loss(s, teacher, temperature), student)
+
+
+def test_soft_label_loss_of_special_cases():
+    student = randn(4, 5)
+    teacher = randn(4, 5)
+    close(distill.soft_label_loss(teacher + 5.0, teacher), torch.zeros(()).double())  # a softmax ignores a constant
+    close(distill.soft_label_loss(student[0], teacher[0]), F.mse_loss(student[0], teacher[0]))
+    with pytest.raises(ValueError, match=r"\(4, 5\) of the student, \(4, 3\)"):
+        distill.soft_label_loss(student, teacher[:, :3])
+
+
+def test_soft_labels_keep_their_gradient_at_high_temperature():
+    """Hinton's section 2.1: for T large and logits of mean 0, the gradient is (student - teacher) / K, whatever T."""
+    student = randn(1, 5)
+    student = (student - student.mean()).requires_grad_()
+    teacher = randn(1, 5)
+    teacher = teacher - teacher.mean()
+    distill.soft_label_loss(student, teacher, 1e4).backward()
+    close(student.grad, (student - teacher).detach() / 5, 1e-3)
+
+
+def test_layer_map():
+    assert distill.layer_map(2, 6) == [2, 5]
+    assert distill.layer_map(1, 3) == [2]
+    assert distill.layer_map(4, 4) == [0, 1, 2, 3]
+    assert distill.layer_map(4, 2) == [0, 0, 0, 1]
+
+
+def test_average_heads():
+    maps = randn(2, 4, 3, 3)
+    close(distill.average_heads(maps, 2)[:, 1], (maps[:, 2] + maps[:, 3]) / 2)
+    close(distill.average_heads(maps, 4), maps)
+    with pytest.raises(ValueError, match="4 attention heads of the teacher cannot be shared by 3"):
+        distill.average_heads(maps, 3)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_attention_losses_by_loops(heads):
+    """Against torch's kl_div on maps and the squared difference of the logits themselves, visible keys only."""
+    queries = lengths_mask(3, [3, 2])
+    keys = lengths_mask(5, [5, 3])
+    bias = common.attention_bias(keys, torch.float64)
+    a = randn(2, 2, 3, 5, requires_grad=True)
+    b = randn(2, heads, 3, 5)
+    teacher = (b + bias).softmax(-1)
+    got = distill.attention_loss((a + bias).softmax(-1), teacher, queries, keys)
+    shared = teacher
+    if heads == 4:
+        shared = torch.stack([teacher[:, :2].mean(1), teacher[:, 2:].mean(1)], 1)
+    kl = 0.0
+    mse = 0.0
+    for row, (words, visible) in enumerate([(3, 5), (2, 3)]):
+        for head in range(2):
+            for query in range(words):
+                ours = a[row, head, query, :visible]
+                theirs = shared[row, head, query, :visible]
+                kl += F.kl_div(ours.log_softmax(0), theirs, reduction="sum") / (2 * words * 2)
+                logits = b[row, head, query, :visible] if heads == 2 else theirs.log()
+                mse += F.mse_loss(ours - ours.mean(), logits - logits.mean()) / (2 * words * 2)
+    close(got[0], kl)
+    close(got[1], mse, 1e-10)
+    for part in (0, 1):
+        loss = lambda a, part=part: distill.attention_loss((a + bias).softmax(-1), teacher, queries, keys)[part]
+        assert torch.autograd.gradcheck(loss, a)
+    nothing = distill.attention_loss(teacher, teacher, queries, torch.zeros(2, 5, dtype=torch.bool))
+    assert nothing[0] == 0
+    assert nothing[1] == 0
+
+
+def test_hidden_loss_by_hand():
+    student = randn(2, 4, 3, requires_grad=True)
+    teacher = randn(2, 4, 3)
+    mask = lengths_mask(4, [4, 1])
+    want = (F.mse_loss(student[0], teacher[0]) + F.mse_loss(student[1, :1], teacher[1, :1])) / 2
+    close(distill.hidden_loss(student, teacher, mask), want)
+    assert torch.autograd.gradcheck(lambda s: distill.hidden_loss(s, teacher, mask), student)
+    assert distill.hidden_loss(student, teacher, torch.zeros(2, 4, dtype=torch.bool)) == 0

@@ -27,17 +27,17 @@ import torch.nn.functional as F
 import checkpoints
 import formats
 import lxmert
+import twelve_in_one
 import uniter
 import vilbert
 from common import (
     AttentionBlock,
     attention_bias,
-    iou,
     optimal_transport,
     question_answering,
     soft_answer_loss,
 )
-from evaluation import recall_at
+from evaluation import iou, recall_at
 
 # ---- frame -----------------------------------------------------------------------------------------------------
 
@@ -507,9 +507,15 @@ def uniter_transfer(fixture, task, dtype, rubbish):
     table = fixture.weights("pretrain")["uniter.embeddings.token_type_embeddings.weight"]
     official = fixture.weights("itm")
     weight, bias = official["itm_output.weight"][1:], official["itm_output.bias"][1:]  # the "match" row: ours differs
+    name = "text_embedding.types.weight"
+    tables = {}
+    for objective, rows in (("nlvr2", 3), ("vcr", 4)):
+        wanted = {name: table.new_zeros(rows, table.shape[1])}
+        starts = uniter.text_types([objective])
+        tables[objective] = checkpoints.widen_text_types({name: table}, wanted, starts, checkpoints.Report(""))[name]
     return {
-        "nlvr2_type_embedding": checkpoints.widen_types(table, 3, copy=1),
-        "vcr_type_embedding": checkpoints.widen_types(table, 4, copy=0),
+        "nlvr2_type_embedding": tables["nlvr2"],
+        "vcr_type_embedding": tables["vcr"],
         "itm_init_output_weight": weight,
         "itm_init_output_bias": bias,
     }
@@ -806,7 +812,7 @@ def vilbert_losses(model, encoding, batch, x, negatives=None):
         image = vilbert.masked_region_features(model, encoding, batch)[0]
     else:
         negatives = negatives.flatten(0, 1)[batch.region_index]
-        image = vilbert.noise_contrastive_regions(model, encoding, batch, negatives)[0]
+        image = twelve_in_one.noise_contrastive_regions(model, encoding, batch, negatives)[0]
     mlm, itm = (vilbert.OBJECTIVES[name].loss(model, encoding, batch)[0] for name in ("mlm", "itm"))
     losses = mlm, image, itm
     names = "masked_lm_loss", "masked_img_loss", "next_sentence_loss", "total_loss"

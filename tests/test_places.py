@@ -77,7 +77,7 @@ def write_pictures(folder, keys):
 
 
 OPTIONS = ["--steps", "2", "--batch-size", "4", "--log-every", "1", "--patch", "4", "--grid", "2"]
-OPTIONS += ["--device", "cpu", "--dtype", "f32"]
+OPTIONS += ["--eval-every", "2", "--device", "cpu", "--dtype", "f32"]
 
 
 def train(folder, *arguments):

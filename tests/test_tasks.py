@@ -20,6 +20,7 @@ from test_scenes import COLORS, SHAPES
 import checkpoints
 import common
 import data
+import distill
 import evaluation
 import log
 import lxmert
@@ -438,11 +439,11 @@ def test_a_teacher_s_answers_count_as_the_mean_whatever_the_parts():
     parts = []
     for rows in (slice(0, 9), slice(9, 13)):
         batch = SimpleNamespace(text=torch.zeros(13, 3)[rows], answer_labels=labels[rows], matched=matched[rows])
-        loss = common.soft_label_loss(student[rows], teacher[rows])
+        loss = distill.soft_label_loss(student[rows], teacher[rows])
         parts.append((tasks.items_of(lxmert, "qa_soft", batch), loss))
     items = sum(n for n, _ in parts)
     together = sum(n * loss for n, loss in parts) / items
-    torch.testing.assert_close(together, common.soft_label_loss(student, teacher))
+    torch.testing.assert_close(together, distill.soft_label_loss(student, teacher))
 
 
 def test_questions_of_mismatched_pairs_do_not_count():
@@ -619,7 +620,7 @@ def test_regions_are_right_above_one_half(drawn, tokenizer, monkeypatch):
     best, chance, overlaps = [], [], []
     for i in range(len(dataset)):
         boxes = dataset.store.gather(dataset.image[i : i + 1])["boxes"][0]
-        overlap = [float(common.iou(box, torch.tensor(dataset.target[i]).float())) for box in boxes]
+        overlap = [float(evaluation.iou(box, torch.tensor(dataset.target[i]).float())) for box in boxes]
         best.append(int(np.argmax(overlap)))
         overlaps.append(overlap)
         chance.append(np.mean([o > 0.5 for o in overlap]))
@@ -704,11 +705,12 @@ def test_a_task_s_batch_can_be_pinned_and_names_its_examples(drawn, task, tokeni
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_no_step_waits_for_a_value(drawn, name, tokenizer):
+def test_no_step_waits_for_a_value(drawn, small_scenes, name, tokenizer):
     """A GPU that is asked for a value must first do all that it was given. On the device "meta" tensors have no values:
     whoever asks for one fails. All objectives that train.py trains, forward and backward."""
     paper = checkpoints.MODELS[name]
-    args = options.resolve_options(options.parse(["--model", name]), name, 0)
+    args = options.parse(["--model", name, "--data", str(small_scenes(20))])
+    args = options.resolve_options(args, name, 0)
     pretraining = [name for name, row in paper.OBJECTIVES.items() if row.pretraining]
     trained = dict.fromkeys(pretraining, "vqa")  # on the scenes of questions, whose texts have answers
     trained |= {tasks.TASKS[task].objective: task for task in tasks.TASKS if task != "pretrain"}

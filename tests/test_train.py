@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
 import common
+import contrast
 import data
 import evaluation
 import log
@@ -87,10 +88,12 @@ def test_default_rates_at_base_size_are_the_papers():
         assert options.default_learning_rate(paper, 768, "vqa") == 5e-5
 
 
-def test_default_steps_of_pretraining():
+def test_default_steps_of_pretraining(tmp_path):
     """UNITER alone takes more, as each of its steps trains one objective; side by side all take equally many."""
+    scenes.make(tmp_path, {"train": 2})
     for model, choice, steps in (("uniter", "uniter", 3600), ("lxmert", "lxmert", 2400), ("uniter", "all", 2400)):
-        assert options.resolve_options(options.parse(["--model", choice]), model, 0).steps == steps
+        args = options.parse(["--model", choice, "--data", str(tmp_path)])
+        assert options.resolve_options(args, model, 0).steps == steps
 
 
 def test_only_matrices_decay():
@@ -601,7 +604,7 @@ def test_two_processes_contrast_as_one_with_the_double_batch(pictures, tmp_path,
     name = "heads.itc.project_text.weight"
     assert (one[name] - parts[name]).abs().max() > 1e-4  # fewer negatives: another gradient, as the docstring says
     assert one["heads.itc.log_scale"] != -math.log(0.07)  # learned
-    last = common.scheduled_temperature(0.2, 0.1, 2 / 3)  # of step 3
+    last = contrast.scheduled_temperature(0.2, 0.1, 2 / 3)  # of step 3
     assert math.exp(-parts["heads.itc.log_scale"].item()) == pytest.approx(last)
     results = [json.loads((tmp_path / out / "result.json").read_text()) for out in ("one", "two")]
     for name in results[0]["chance"]:
@@ -705,6 +708,13 @@ def test_an_impossible_number_is_refused_by_name(arguments):
     option = arguments.split()[0]
     with pytest.raises(common.UserError, match=option):
         options.parse(arguments.split())
+
+
+@pytest.mark.parametrize("model", ["vilbert", "lxmert"])
+def test_a_size_that_the_model_lacks_is_one_line(model, pictures):
+    args = options.parse(["--model", model, "--size", "large", "--data", str(pictures)])
+    with pytest.raises(common.UserError, match=f"--size large: {model} has only tiny, base"):
+        options.resolve_options(args, model, 0)
 
 
 def test_zero_means_zero(pictures):

@@ -136,9 +136,12 @@ def test_official_names_in_other_spellings(spell):
 
 
 def test_transfer():
+    name = "text_embedding.types.weight"
     table = torch.randn(2, 3)
-    assert torch.equal(checkpoints.widen_types(table, 3, copy=1), table[[0, 1, 1]])
-    assert torch.equal(checkpoints.widen_types(table, 4, copy=0), table[[0, 1, 0, 0]])
+    for task, rows in (("nlvr2", [0, 1, 1]), ("vcr", [0, 1, 0, 0])):
+        wanted = {name: torch.zeros(len(rows), 3)}
+        got = checkpoints.widen_text_types({name: table}, wanted, uniter.text_types([task]), checkpoints.Report(""))
+        assert torch.equal(got[name], table[rows])
 
 
 # ---- encoder ---------------------------------------------------------------------------------------------------

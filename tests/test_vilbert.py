@@ -14,6 +14,7 @@ from PIL import Image
 import common
 import formats
 import train
+import twelve_in_one
 import uniter
 import vilbert
 
@@ -279,9 +280,10 @@ def test_dropout_acts_where_the_official_code_has_it(dynamic, monkeypatch):
     assert dropout_places(monkeypatch, lambda: model.eval().encode(batch)) == {}
 
 
-def test_dropout_acts_on_the_vector_of_one_modality_alone(monkeypatch):
-    model, batch = tiny(dropout=0.25).train(), make_batch()
-    for parts in ({"text": False}, {"regions": False}):
+@pytest.mark.parametrize("fusion", ["mul", "sum"])
+def test_dropout_acts_on_the_vector_of_a_pair_and_of_one_modality_alone(fusion, monkeypatch):
+    model, batch = tiny(dropout=0.25, fusion=fusion).train(), make_batch()
+    for parts in ({}, {"text": False}, {"regions": False}):
         places = dropout_places(monkeypatch, lambda parts=parts: model.encode(batch, **parts))
         assert places[0.25, (4, 128)] == 1
 
@@ -331,7 +333,7 @@ def test_nce_draws_89_negatives_of_other_pictures_and_38_of_the_same(monkeypatch
     """70% and 30% of 128, rounded down: the official defaults."""
     model, batch = tiny(heads=("mrfr",)).eval(), make_batch()
     drawn = []
-    sample = vilbert.sample_negatives
+    sample = twelve_in_one.sample_negatives
 
     def record(batch, near, far):
         drawn.append(sample(batch, near, far))
@@ -404,13 +406,13 @@ def test_region_losses_by_loops():
         nce += (products.exp().sum().log() - products[0]) / 8
     torch.testing.assert_close(vilbert.masked_region_class_kl(model, encoding, batch)[0], kl)
     torch.testing.assert_close(vilbert.masked_region_features(model, encoding, batch)[0], regression)
-    torch.testing.assert_close(vilbert.noise_contrastive_regions(model, encoding, batch, negatives)[0], nce)
+    torch.testing.assert_close(twelve_in_one.noise_contrastive_regions(model, encoding, batch, negatives)[0], nce)
 
 
 def test_negatives_are_real_regions():
     batch, position = make_batch(), torch.arange(20).view(4, 5)
     torch.manual_seed(0)
-    drawn = vilbert.sample_negatives(batch, near=200, far=300)
+    drawn = twelve_in_one.sample_negatives(batch, near=200, far=300)
     assert drawn.shape == (8, 500) and batch.region_mask.flatten()[drawn].all()
     row = batch.region_index[:, None] // 5
     assert (drawn[:, :300] // 5 != row).all() and (drawn[:, 300:] // 5 == row).all()
@@ -419,10 +421,10 @@ def test_negatives_are_real_regions():
         allowed = set(position[batch.region_mask].tolist()) - {masked}
         assert set(drawn[m].tolist()) == allowed
     alone = make_batch(rows=1)
-    assert (vilbert.sample_negatives(alone, near=5, far=5) < 5).all()
+    assert (twelve_in_one.sample_negatives(alone, near=5, far=5) < 5).all()
     alone.region_mask[:, 1:], alone.region_index = False, torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match="second region"):
-        vilbert.sample_negatives(alone, near=5, far=5)
+        twelve_in_one.sample_negatives(alone, near=5, far=5)
 
 
 def test_task_losses_by_closed_forms():

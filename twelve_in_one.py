@@ -1,0 +1,96 @@
+"""twelve_in_one.py: what 12-in-1 (Lu et al., CVPR 2020, arXiv 1912.02315) adds to ViLBERT, which it trains on twelve tasks.
+
+vilbert.py uses all of it: a visual layer that the text steers, an objective on masked regions, and the losses of two tasks
+that ViLBERT's paper lacks. Task tokens stand in vilbert.py, in `embed_text`.
+Letters: B batch, T text positions, N regions, C width, F region-feature width, M masked positions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+
+class DynamicLayer(common.TransformerLayer):
+    """A visual layer whose queries and keys are multiplied by 1 + sigmoid(W t + b) (an option of 12-in-1's code).
+
+    x (B, 1+N, C); t (B, 1, C') the mean of the text's hidden states, None for a plain layer.
+    """
+
+    def __init__(self, text_width, width, heads, inner, dropout=0.0):
+        super().__init__(width, heads, inner, dropout)
+        self.gate_query = nn.Linear(text_width, width)
+        self.gate_key = nn.Linear(text_width, width)
+
+    def forward(self, x, bias=None, maps=None, text=None):
+        if text is None:
+            return super().forward(x, bias, maps)
+        block = self.attention
+        query = block.query(x) * (1.0 + self.gate_query(text).sigmoid())  # (B, 1+N, C) * (B, 1, C)
+        key = block.key(x) * (1.0 + self.gate_key(text).sigmoid())  # (B, 1+N, C) * (B, 1, C)
+        context = block.attend_heads(query, key, block.value(x), bias, maps)  # (B, 1+N, C)
+        return self.feed_forward(block.norm(x + block.hidden_dropout(context)))
+
+
+def sample_negatives(batch, near, far):
+    """Negatives for each masked region, drawn with replacement: `far` regions of other pictures, then `near` others of
+    its own picture. Where there are none of one kind, the other kind takes their place.
+
+    Returns flat positions in B*N: (M, far + near). ValueError if the batch has no second region.
+    """
+    regions = batch.region_mask.shape[1]
+    real = batch.region_mask.flatten()  # (B*N,) bool, True = a region
+    picture_of_region = torch.arange(len(real), device=real.device) // regions  # (B*N,)
+    picture_of_masked = batch.region_index // regions  # (M,)
+    same_picture = picture_of_masked[:, None] == picture_of_region  # (M, B*N)
+    far_pool = real & ~same_picture  # (M, B*N) bool, True = may be drawn
+    near_pool = (real & same_picture).scatter(1, batch.region_index[:, None], False)
+    # On a GPU this check would wait for the result; there torch.multinomial fails instead.
+    if real.is_cpu and not (near_pool | far_pool).any(1).all():
+        raise ValueError("the NCE objective needs a second region in the batch")
+    far_pool = torch.where(far_pool.any(1, keepdim=True), far_pool, near_pool)
+    near_pool = torch.where(near_pool.any(1, keepdim=True), near_pool, far_pool)
+    far_index = torch.multinomial(far_pool.float(), far, replacement=True)  # (M, B*N) -> (M, far)
+    near_index = torch.multinomial(near_pool.float(), near, replacement=True)  # (M, B*N) -> (M, near)
+    return torch.cat([far_index, near_index], 1)
+
+
+def noise_contrastive_regions(model, encoding, batch, negatives=None):
+    """NCE on masked regions (12-in-1's code): which of 1 + n features is the masked one's own?
+
+        L = -log exp(h(v_m) f_m) / sum_{j in {m} and negatives} exp(h(v_m) f_j), mean over masked regions
+
+    negatives (M, n): flat positions in B*N. None draws 89 from other pictures and 38 from the same picture: 70% and 30%
+    of 128, rounded down. Head and clean features are those of regression. Logits (M, 1 + n), the positive first.
+    """
+    index = batch.region_index  # (M,)
+    states = common.gather_positions(encoding.regions, index)  # (B, N, C) -> (M, C)
+    predicted = common.at_least_float32(model.heads["mrfr"](states))  # (M, C) -> (M, F)
+    if len(index) == 0:
+        return predicted.sum() * 0.0, predicted[:, :1]
+    if negatives is None:
+        negatives = sample_negatives(batch, near=38, far=89)
+    features = batch.clean_features.flatten(0, 1).to(predicted.dtype)  # (B, N, F) -> (B*N, F)
+    with common.full_precision(predicted.device):
+        products = predicted @ features.T  # (M, F) @ (F, B*N) -> (M, B*N)
+    logits = products.gather(1, torch.cat([index[:, None], negatives], 1))  # (M, 1 + n)
+    return common.cross_entropy(logits, torch.zeros_like(index)), logits
+
+
+def visual_entailment(model, encoding, batch):
+    """SNLI-VE (12-in-1): binary cross-entropy over the three answers, mean over them. batch.answers (B, 3). Logits
+    (B, 3)."""
+    logits = common.at_least_float32(model.heads["ve"](encoding.pooled))  # (B, C) -> (B, 3)
+    return F.binary_cross_entropy_with_logits(logits, batch.answers), logits
+
+
+def natural_language_for_visual_reasoning(model, encoding, batch):
+    """NLVR2 (12-in-1): is the statement true of the two pictures? batch.target (B,) int64, 1 = true. Logits (B, 2).
+
+    The batch has 2B rows, the statement with each picture in turn; binary cross-entropy, mean over both logits.
+    """
+    pooled = encoding.pooled.reshape(len(batch.target), -1)  # (2B, C) -> (B, 2C)
+    logits = common.at_least_float32(model.heads["nlvr2"](pooled))  # (B, 2C) -> (B, 2)
+    target = F.one_hot(batch.target, 2).to(logits.dtype)  # (B,) -> (B, 2)
+    return F.binary_cross_entropy_with_logits(logits, target), logits
