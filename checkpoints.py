@@ -82,10 +82,12 @@ for task in TASKS.values():
 
 NEWEST = "checkpoint.pt"  # what a run goes on from; best.pt holds the weights that were best on the val split
 PREVIOUS = "checkpoint.previous.pt"  # the one before, in case the newest is damaged
+TEST_OPTIONS = ("ablate", "mask", "max_words", "pool", "beams")  # options that change what a test measures
 # what a checkpoint must hold to be used, and what else it may hold
 CHECKPOINT_TYPES = {"model": str, "config": dict, "state": dict, "tokenizer": str, "answers": list}
 OTHER_TYPES = {"task": str, "data": str, "patch": int, "grid": int}
 OTHER_TYPES |= {"optimizer": dict, "progress": dict, "generators": dict, "fingerprint": dict}
+OTHER_TYPES |= {"regions": dict, "objectives": dict, "content_words": list, "usual_answers": dict, "settings": dict}
 
 
 def save(content, path):
@@ -115,6 +117,11 @@ def save_checkpoint(run, name):
         "data": run.args.data,
         "patch": run.args.patch,
         "grid": run.args.grid,
+        "regions": run.regions,
+        "objectives": dict(run.objectives),
+        "content_words": list(run.content_words),
+        "usual_answers": run.usual_answers,
+        "settings": {name: getattr(run.args, name) for name in TEST_OPTIONS},
         "fingerprint": run.fingerprint,
     }
     path = run.args.out / name

@@ -62,6 +62,8 @@ class Run:
     tokenizer: object = None
     content_words: list = ()  # words that only the picture tells, as colours
     answers: list = None  # column -> answer, most frequent first
+    usual_answers: dict = field(default_factory=dict)  # vqa: {kind of question: its most frequent answer}, for chance
+    regions: dict = field(default_factory=dict)  # how the regions were made, of dataset.json
     model: torch.nn.Module = None
     optimizer: torch.optim.Optimizer = None
     teacher: torch.nn.Module = None
@@ -172,14 +174,14 @@ def backward(run, batches, names):
         L = sum_name w_name L_name,    L_name = sum_part (n_part / n) L_part,    n = sum_part n_part
 
     A part is one batch of `batches`, here or in another process. L_part is a mean over n_part items: masked words,
-    masked regions, pairs or rows (`tasks.items_of`). So L_name is the mean over all items of the step. A loss that is
+    masked regions, pairs or rows (`distill.items_of`). So L_name is the mean over all items of the step. A loss that is
     a sum over its part (`Objective.is_sum`) has the weight 1 / n. names: the objectives of the step; the losses of a
     teacher come on top. w_name is the paper's factor, 1 where it names none.
     """
     names_with_teacher = names + distill.distillation_losses(run, names)
     counts = []  # of each part: {name: n_part}
     for batch in batches:
-        counts.append({name: tasks.items_of(run.paper, name, batch) for name in names_with_teacher})
+        counts.append({name: distill.items_of(run.paper, name, batch) for name in names_with_teacher})
     sums_here = [sum(count[name] for count in counts) for name in names_with_teacher]
     totals = dict(zip(names_with_teacher, common.all_reduce_sum(sums_here).tolist(), strict=True))
     losses = {name: torch.zeros((), device=run.device) for name in names_with_teacher}
@@ -226,12 +228,10 @@ def load_data(run, checkpoint, teacher):
     if there is one."""
     args = run.args
     run.objectives = options.objectives_of(args, run.paper)
+    run.regions = args.data_sets[0][1]["regions"]
     run.sets = {}
     for task, (path, description) in zip(args.tasks, args.data_sets, strict=True):
-        row = tasks.TASKS[task]
-        if row.without_answers and not has_open_answers(run.paper, run.objectives):
-            row = tasks.TASKS[row.without_answers]  # questions are only there to be answered
-        run.sets[task] = load_splits(args, row, path, description)
+        run.sets[task] = load_splits(args, task_of_lines(run, task), path, description)
     for number, splits in enumerate(run.sets.values()):
         for split in splits.values():
             split.task_number = number  # which task token ViLBERT reads
@@ -260,8 +260,18 @@ def load_data(run, checkpoint, teacher):
             objectives_of_task = tasks.task_objectives(args, task)
         if not run.answers and has_open_answers(run.paper, objectives_of_task):
             run.answers = data.answer_list(splits["train"])
+            if not tasks.is_pretraining(task):
+                run.usual_answers = tasks.most_frequent_answers(splits["train"])
     if teacher and teacher["answers"] and run.answers:
         run.answers = teacher["answers"]
+
+
+def task_of_lines(run, name):
+    """The row of the task whose lines are read. Pretraining without question answering reads those of another task."""
+    task = tasks.TASKS[name]
+    if task.without_answers and not has_open_answers(run.paper, run.objectives):
+        return tasks.TASKS[task.without_answers]  # questions are only there to be answered
+    return task
 
 
 def has_open_answers(paper, names):

@@ -25,6 +25,7 @@ import checkpoints
 import common
 import contrast
 import data
+import distill
 import evaluation
 import log
 import lxmert
@@ -579,7 +580,7 @@ def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     scores = cosines / 0.07 + hidden
     want = (torch.nn.functional.cross_entropy(scores, target) + torch.nn.functional.cross_entropy(scores.T, target)) / 2
     assert loss.item() == pytest.approx(want.item(), abs=1e-5)
-    assert tasks.items_of(paper, "itc", batch) == 4
+    assert distill.items_of(paper, "itc", batch) == 4
 
 
 def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
