@@ -793,9 +793,9 @@ def test_a_model_without_official_names_works_with_its_own_checkpoints(tmp_path,
     monkeypatch.setitem(checkpoints.MODELS, "fourth", uniter)
     args = options(tmp_path / "own.pt", "fourth")
     vocabulary(tmp_path / "vocab.txt", 20)
-    content = own_checkpoint(tmp_path / "vocab.txt")
-    content["model"] = "fourth"
-    state = content["state"]
+    state = make("uniter")
+    tokenizer = data.read_tokenizer(tmp_path / "vocab.txt").to_str()
+    content = {"model": "fourth", "config": {}, "state": state, "tokenizer": tokenizer, "answers": []}
     checkpoints.save(content, tmp_path / "own.pt")
     loaded = checkpoints.load_weights(args)
     found, report = checkpoints.fit_state_dict(args, make("uniter"), loaded, [])
