@@ -795,7 +795,9 @@ def test_a_model_without_official_names_works_with_its_own_checkpoints(tmp_path,
     vocabulary(tmp_path / "vocab.txt", 20)
     state = make("uniter")
     tokenizer = data.read_tokenizer(tmp_path / "vocab.txt").to_str()
-    content = {"model": "fourth", "config": {}, "state": state, "tokenizer": tokenizer, "answers": []}
+    sizes = {"vocab_size": 20, "feature_size": 6, "classes": 4, "answers": 3, "heads": ["itm"]}
+    config = {**uniter.PRESETS["tiny"], **sizes}
+    content = {"model": "fourth", "config": config, "state": state, "tokenizer": tokenizer, "answers": []}
     checkpoints.save(content, tmp_path / "own.pt")
     loaded = checkpoints.load_weights(args)
     found, report = checkpoints.fit_state_dict(args, make("uniter"), loaded, [])
