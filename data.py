@@ -946,13 +946,16 @@ def parse(argv):
 
 def main(argv=None):
     """check, preview or extract. Exit code 0, or 2 with what is wrong on stderr."""
-    try:
-        options = parse(argv)
-        run = {"check": check, "preview": preview, "extract": extract}[options.pop("command")]
-        return run(**options)
-    except (UserError, OSError, ValueError) as error:  # ValueError: Pillow does not know a suffix
-        print(f"data.py: {UserError(str(error))}", file=sys.stderr)  # on one line
-        return 2
+    from log import safe_output  # here, since log.py imports this file
+
+    with safe_output():
+        try:
+            options = parse(argv)
+            run = {"check": check, "preview": preview, "extract": extract}[options.pop("command")]
+            return run(**options)
+        except (UserError, OSError, ValueError) as error:  # ValueError: Pillow does not know a suffix
+            print(f"data.py: {UserError(str(error))}", file=sys.stderr)  # on one line
+            return 2
 
 
 if __name__ == "__main__":

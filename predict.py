@@ -23,12 +23,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import checkpoints
-import common
 import data
 import formats
 import tasks
 from checkpoints import MODELS
 from common import UserError
+from log import safe_output
 
 
 def parse(argv=None):
@@ -182,16 +182,17 @@ def ranked(chances, names, top):
 
 def main(argv=None):
     """Prints the answers. Exit code 0, or 2 with one line on stderr."""
-    try:
-        args = parse(argv)
-        if args.export:
-            checkpoint = checkpoints.load_checkpoint(args.checkpoint)
-            checkpoints.save(formats.export_official(checkpoint["model"], checkpoint["state"]), Path(args.export))
-        else:
-            print(*answer(args, *load(args)), sep="\n")
-    except common.UserError as error:
-        print(f"predict.py: {error}", file=sys.stderr)
-        return 2
+    with safe_output():
+        try:
+            args = parse(argv)
+            if args.export:
+                checkpoint = checkpoints.load_checkpoint(args.checkpoint)
+                checkpoints.save(formats.export_official(checkpoint["model"], checkpoint["state"]), Path(args.export))
+            else:
+                print(*answer(args, *load(args)), sep="\n")
+        except (UserError, OSError) as error:
+            print(f"predict.py: {UserError(str(error))}", file=sys.stderr)  # on one line
+            return 2
     return 0
 
 
