@@ -5,6 +5,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -490,6 +491,14 @@ def main(own, folder, *arguments):
     return train.main([*small, "--device", "cpu", "--out", str(folder / "out"), *arguments])
 
 
+@pytest.fixture(scope="module")
+def own_checkpoint(own, tmp_path_factory):
+    """A checkpoint of one step on the six pictures."""
+    folder = tmp_path_factory.mktemp("start")
+    assert main(own, folder, "--task", "vqa") == 0
+    return checkpoints.load_checkpoint(folder / "out/checkpoint.pt")
+
+
 @pytest.mark.parametrize("model", checkpoints.MODELS)
 def test_what_is_exported_comes_back(model, own, tmp_path, capsys):
     """A pretrained model under official names, the best weights, not the last; taken up again nothing is left over."""
@@ -620,6 +629,45 @@ def test_a_save_that_fails_leaves_both_checkpoints_and_no_temporary_file(tmp_pat
                 checkpoints.save({"a": torch.zeros(2)}, path)
         assert torch.load(path)["a"].tolist() == [1, 1]
         assert [file.name for file in path.parent.iterdir()] == ["x.pt"]
+
+
+DAMAGED_PARTS = {  # what is done to a checkpoint of six pictures: how
+    "no such model": {"model": "uniterx"},
+    "sizes are no dict": {"config": "x"},
+    "an unknown size": {"config": {"depth": 3}},
+    "another width": {"config": {"hidden": 64}},
+    "weights are no dict": {"state": 0.5},
+    "a weight is missing": {"state": {"pooler.dense.weight": None}},
+    "a weight of another shape": {"state": {"pooler.dense.bias": torch.zeros(3)}},
+    "a weight is NaN": {"state": {"pooler.dense.bias": torch.full((128,), math.nan)}},
+    "more answers than rows": {"answers": ["yes", "no", "red", "blue"]},
+    "answers that are no text": {"answers": [1, 2]},
+    "no tokenizer": {"tokenizer": ""},
+    "no optimizer": {"optimizer": {}},
+    "progress is no dict": {"progress": 3},
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED_PARTS)
+def test_a_checkpoint_with_a_damaged_part_is_one_line(what, own, own_checkpoint, tmp_path, capsys):
+    """Whoever reads it: --init, --resume, --teacher, predict.py."""
+    content = dict(own_checkpoint)
+    for key, change in DAMAGED_PARTS[what].items():
+        content[key] = {**content[key], **change} if isinstance(change, dict) and change else change
+    (tmp_path / "out").mkdir()
+    (tmp_path / "log.jsonl").write_text("")
+    path = tmp_path / "out/checkpoint.pt"
+    torch.save(content, path)
+    readers = [lambda: main(own, tmp_path, "--task", "vqa", "--resume", "--steps", "2")]
+    if what != "no optimizer":
+        readers.append(lambda: main(own, tmp_path / "2", "--task", "vqa", "--init", str(path)))
+        readers.append(lambda: main(own, tmp_path / "2", "--task", "vqa", "--teacher", str(path)))
+        readers.append(lambda: predict.main([str(path), "--image", str(own.parent / "0.png"), "--text", "what?"]))
+    for read in readers:
+        torch.save(content, path)
+        assert read() == 2
+        error = capsys.readouterr().err
+        assert "checkpoint.pt" in error and error.count("\n") == 1, error
 
 
 # ---- surgery -------------------------------------------------------------------------------------------------------
@@ -788,19 +836,15 @@ def test_two_heads_with_one_official_name_are_refused(model, heads):
         formats.export_official(model, state)
 
 
-def test_a_model_without_official_names_works_with_its_own_checkpoints(tmp_path, monkeypatch):
+def test_a_model_without_official_names_works_with_its_own_checkpoints(own_checkpoint, tmp_path, monkeypatch):
     """A fourth model has no row in formats.FORMATS."""
     monkeypatch.setitem(checkpoints.MODELS, "fourth", uniter)
     args = options(tmp_path / "own.pt", "fourth")
-    vocabulary(tmp_path / "vocab.txt", 20)
-    state = make("uniter")
-    tokenizer = data.read_tokenizer(tmp_path / "vocab.txt").to_str()
-    sizes = {"vocab_size": 20, "feature_size": 6, "classes": 4, "answers": 3, "heads": ["itm"]}
-    config = {**uniter.PRESETS["tiny"], **sizes}
-    content = {"model": "fourth", "config": config, "state": state, "tokenizer": tokenizer, "answers": []}
+    content = {**own_checkpoint, "model": "fourth"}
+    state = content["state"]
     checkpoints.save(content, tmp_path / "own.pt")
     loaded = checkpoints.load_weights(args)
-    found, report = checkpoints.fit_state_dict(args, make("uniter"), loaded, [])
+    found, report = checkpoints.fit_state_dict(args, state, loaded, loaded["answers"])
     assert all(torch.equal(found[name], state[name]) for name in state) and report.random_heads == []
     torch.save(bert_state(layers=1), tmp_path / "bert.bin")
     with pytest.raises(UserError, match="fourth has no official names"):

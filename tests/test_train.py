@@ -1135,6 +1135,55 @@ def test_a_head_left_at_random_is_said_on_the_result_line(pictures, tmp_path, he
     assert "WARNING" not in capsys.readouterr().out
 
 
+# ---- killed at any moment ----------------------------------------------------------------------------------------
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+calls = 0
+def killing(function):
+    def call(*arguments):
+        global calls
+        calls += 1
+        if calls == {moment}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return call
+os.fsync = killing(os.fsync)
+os.replace = killing(os.replace)
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_run_that_is_killed_in_its_saves_ends_as_the_undisturbed_one(pictures, tmp_path, here):
+    """SIGKILL before a file is synced or renamed; weights, best weights and log are then equal to the last bit."""
+    options = ["--data", pictures, "--steps", "9", "--eval-every", "2", "--log-every", "3", "--config", "dropout=0.1"]
+    here(*options, "--out", "whole")
+    rng = np.random.default_rng(0)
+    for first, last in ((5, 12), (13, 18)):  # about the first and the second checkpoint, the third and the fourth
+        program = KILLED.format(root=str(ROOT), moment=int(rng.integers(first, last + 1)))
+        out = f"killed{first}"
+        command = [sys.executable, "-c", program, *SMALL, *map(str, options), "--log-every", "3", "--out", out]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        resume = ["--resume"] if checkpoints.has_checkpoint(tmp_path / out) else []
+        here(*options, "--out", out, *resume)
+        for name in ("checkpoint.pt", "best.pt"):
+            whole, killed = (checkpoints.load_checkpoint(tmp_path / folder / name) for folder in ("whole", out))
+            assert all(torch.equal(whole["state"][key], killed["state"][key]) for key in whole["state"])
+            for key in ("step", "best", "examples"):
+                assert whole["progress"][key] == killed["progress"][key], key
+        logs = []
+        for folder in ("whole", out):
+            lines = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+            logs.append([{**line, "examples_per_second": 0} for line in lines])
+        assert logs[0] == logs[1]
+        assert not list((tmp_path / out).glob("*.tmp"))
+
+
 # ---- output ----------------------------------------------------------------------------------------------------
 
 
