@@ -122,6 +122,15 @@ def test_default_steps_of_pretraining(tmp_path):
         assert options.resolve_options(args, model, 0).steps == steps
 
 
+def test_defaults_that_the_documented_results_were_measured_with():
+    args = vars(options.parse([]))
+    expected = {"model": "uniter", "task": "pretrain", "data": "scenes", "size": "tiny", "patch": 12, "grid": 6}
+    expected |= {"accumulate": 1, "lr": None, "warmup": 0.1, "weight_decay": 0.01, "clip": 5.0, "mask": None}
+    expected |= {"mine": 4, "pool": 200, "beams": 1, "temperature": "learned", "distill": "logits", "seed": 0}
+    for name, value in expected.items():
+        assert args[name] == value, name
+
+
 def test_defaults_of_one_run_in_two_processes(tmp_path, monkeypatch):
     """Two processes share the batch, and an example of several rows counts as so many. Five evaluations at most."""
     scenes.make(tmp_path, {"train": 2})
