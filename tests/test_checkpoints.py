@@ -559,6 +559,32 @@ def test_a_run_that_began_with_bert_resumes_from_its_own_checkpoint(own, tmp_pat
 # ---- our own checkpoints ---------------------------------------------------------------------------------------------
 
 
+def test_the_hash_of_a_split_covers_words_pictures_regions_targets_and_answers():
+    def dataset(**changes):
+        store = SimpleNamespace(offsets=changes.pop("regions", np.array([0, 2, 5])))
+        columns = {"image": np.array([0, 1]), "text": ["a", "b"], "answer": [{"yes": 1.0}, {"no": 1.0}]}
+        columns |= {
+            "kind": ["", ""],
+            "ids": ["0", "1"],
+            "target": np.array([[0.0, 0.0, 0.5, 0.5], [0.1, 0.1, 0.2, 0.2]]),
+        }
+        columns |= {"tokens": np.array([2, 7, 3, 2, 8, 3]), "offsets": np.array([0, 3, 6])}
+        return data.Dataset("x", "train", store, **(columns | changes))
+
+    same = checkpoints.hash_data(dataset())
+    assert same == checkpoints.hash_data(dataset(ids=["7", "8"]))
+    changes = {
+        "tokens": np.array([2, 7, 3, 2, 9, 3]),
+        "offsets": np.array([0, 2, 6]),
+        "image": np.array([1, 0]),
+        "regions": np.array([0, 3, 5]),
+        "target": np.array([[0.0, 0.0, 0.5, 0.5], [0.1, 0.1, 0.2, 0.3]]),
+        "answer": [{"yes": 1.0}, {"no": 0.3}],
+    }
+    for name, value in changes.items():
+        assert checkpoints.hash_data(dataset(**{name: value})) != same, name
+
+
 def test_a_resumed_run_names_what_has_changed(own, tmp_path, capsys):
     """Each change stops with its name; steps, intervals and the file's time may change."""
     options = ["--task", "vqa", "--eval-every", "1"]

@@ -676,11 +676,20 @@ def test_a_caption_repeated_word_for_word_has_bleu_1(drawn, tokenizer, monkeypat
     )
     run.model, run.device, run.autocast, run.answers = None, torch.device("cpu"), train.nullcontext, []
     pieces = [dataset.tokens[a + 1 : b - 1].tolist() for a, b in itertools.pairwise(dataset.offsets)]
-    turn = iter(tasks.evaluation_batches(run, dataset, index))
     monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (torch.tensor(0.0), None))
-    monkeypatch.setattr(tasks, "generate", lambda *_: [pieces[i] for i in next(turn)])
-    metrics, chance = tasks.evaluate_captions(run, dataset)
-    assert metrics["bleu4"] == 1.0 > chance["bleu4"]
+    # the first caption of each picture, and its last one: every caption of the picture is a reference
+    last = len(dataset) - 1 - np.unique(dataset.image[::-1], return_index=True)[1]
+    assert (dataset.image[last] == dataset.image[index]).all() and (last > index).all()
+    for repeated in (index, last):
+        caption_of = dict(zip(dataset.image[index].tolist(), repeated.tolist(), strict=True))
+        turn = iter(tasks.evaluation_batches(run, dataset, index))
+
+        def generate(*_, caption_of=caption_of, turn=turn):
+            return [pieces[caption_of[int(dataset.image[i])]] for i in next(turn)]
+
+        monkeypatch.setattr(tasks, "generate", generate)
+        metrics, chance = tasks.evaluate_captions(run, dataset)
+        assert metrics["bleu4"] == 1.0 > chance["bleu4"]
 
 
 @pytest.mark.parametrize("task", [task for task in tasks.TASKS if task not in ("pretrain", "vqa")])
