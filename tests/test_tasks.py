@@ -545,6 +545,82 @@ def test_the_mean_recall_is_the_mean_of_all_six(drawn, tokenizer, monkeypatch):
     assert pools == [15]
 
 
+def many_captions(split, pictures):
+    """A dataset of two captions and one question of each picture, without any text."""
+    image = np.repeat(np.arange(pictures), 3)
+    kind = ["question", "caption", "caption"] * pictures
+    return data.Dataset("", split, None, image, [""] * len(image), [{}] * len(image), kind, [""] * len(image))
+
+
+def test_which_examples_are_evaluated():
+    """Of retrieval and captions the first caption of each picture: of 100 pictures on val, else of --pool; of retrieval
+    1000 at most."""
+    run = SimpleNamespace(args=SimpleNamespace(pool=120))
+    for name, split, pool, expected in (
+        ("vqa", "test", 120, range(3 * 150)),
+        ("retrieval", "test", 120, range(1, 3 * 120, 3)),
+        ("retrieval", "val", 120, range(1, 3 * 100, 3)),
+        ("retrieval", "val", 20, range(1, 3 * 100, 3)),
+        ("retrieval", "test", 9999, range(1, 3 * 150, 3)),
+        ("caption", "test", 120, range(1, 3 * 120, 3)),
+        ("caption", "val", 120, range(1, 3 * 100, 3)),
+    ):
+        run.args.pool = pool
+        assert tasks.test_examples(run, name, many_captions(split, 150)).tolist() == list(expected), (name, split, pool)
+    run.args.pool = 9999
+    assert len(tasks.test_examples(run, "retrieval", many_captions("test", 1100))) == 1000
+    assert len(tasks.test_examples(run, "caption", many_captions("test", 1100))) == 1100
+
+
+@pytest.mark.parametrize(("split", "expected"), [("val", 1), ("test", 5)])
+def test_captions_are_searched_with_beams_in_the_test_alone(split, expected, drawn, tokenizer, monkeypatch):
+    dataset = drawn(split, "caption", 20).encode(tokenizer)
+    run = SimpleNamespace(args=SimpleNamespace(ablate=None, beams=5), tokenizer=tokenizer, model="a model")
+    run.device, run.autocast = torch.device("cpu"), train.nullcontext
+    ends = (tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]"))
+
+    def generate(model, batch, first, last, beams):
+        assert (model, len(batch.text), first, last, beams) == ("a model", 3, *ends, expected)
+        return [dataset.tokens[1:3].tolist()] * 3
+
+    monkeypatch.setattr(tasks, "generate", generate)
+    assert tasks.generate_captions(run, dataset, np.arange(3)) == [tokenizer.decode(dataset.tokens[1:3].tolist())] * 3
+
+
+def test_pretraining_is_evaluated_on_one_caption_a_picture_and_chance_is_the_usual_label(monkeypatch):
+    dataset = many_captions("val", 150)
+    run = SimpleNamespace(objectives={"itm": 1, "mrfr": 1, "qa": 1, "itc": 1}, content_words=[], paper=lxmert)
+    seen = {}
+
+    def sums(run, dataset, index, name):
+        seen[name] = index.tolist()
+        labels = Counter({1: 30, 0: 10}) if name == "itm" else Counter()
+        return tasks.ObjectiveSums(loss=8.0, items=16, hits=25, labels=labels)
+
+    def all_pairs(run, dataset, index, head):
+        seen["all pairs"] = index.tolist()
+        return {"text_to_image_r5": 0.5}
+
+    def dot_products(run, dataset, index, images):
+        assert (images == dataset.image[index]).all()
+        return torch.eye(len(index))
+
+    monkeypatch.setattr(tasks, "objective_sums", sums)
+    monkeypatch.setattr(tasks, "recall_of_all_pairs", all_pairs)
+    monkeypatch.setattr(tasks, "dot_products", dot_products)
+    metrics, chance = tasks.evaluate_pretraining(run, dataset)
+    assert seen["itm"] == seen["mrfr"] == seen["itc"] == list(range(1, 450, 3))
+    assert seen["qa"] == list(range(0, 450, 3))
+    assert seen["all pairs"] == list(range(1, 300, 3))  # a hundred pictures
+    assert metrics["itm_loss"] == metrics["mrfr_loss"] == 0.5 and "mrfr_accuracy" not in metrics
+    assert (metrics["itm_accuracy"], chance["itm_accuracy"]) == (25 / 40, 30 / 40)
+    assert (metrics["text_to_image_r5"], chance["text_to_image_r5"]) == (0.5, 0.05)
+    assert (metrics["itc_image_to_text_r1"], chance["itc_image_to_text_r1"]) == (1.0, 0.01)
+    monkeypatch.setattr(tasks, "recall_of_all_pairs", lambda *_: {})
+    tasks.evaluate_pretraining(run, dataset, most=7)
+    assert seen["itm"] == list(range(1, 21, 3)) and seen["qa"] == list(range(0, 21, 3))
+
+
 def test_evaluation_runs_in_eval_mode_and_without_gradients(monkeypatch):
     model = torch.nn.Dropout(0.5).train()
     seen = []
