@@ -748,19 +748,20 @@ def answer_logits(state, changes, x):
     ("model", "changes"), [("uniter", {}), ("lxmert", {}), ("vilbert", {}), ("vilbert", {"twelve_in_one": True})]
 )
 def test_answers_belong_to_the_checkpoint(model, changes):
-    """On data with other answers each known answer keeps its logit, in all models; a new one starts at 0."""
-    known, wanted = ["red", "blue", "two"], ["blue", "green", "red", "Two."]
-    state = make(model, heads=("vqa",), **changes)
+    """On data with other answers each known answer keeps its logit, in all models, also where another one is dropped;
+    a new one starts at 0."""
+    known, wanted = ["red", "blue", "dropped", "two"], ["blue", "green", "red", "Two."]
+    state = make(model, heads=("vqa",), answers=4, **changes)
     own = make(model, heads=("vqa",), answers=4, **changes)
     found, report = fitted(model, state, own, known=known, wanted=wanted)
     x = torch.randn(5, 128)
     with torch.no_grad():
-        before = answer_logits(state, (model, changes | {"answers": 3}), x)
+        before = answer_logits(state, (model, changes | {"answers": 4}), x)
         after = answer_logits(found, (model, changes | {"answers": 4}), x)
-    torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [1, 0, 2]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [1, 0, 3]], atol=1e-5, rtol=1e-5)
     assert (after[:, 1] == 0).all()
     assert "answers new to it 1: green" in report and "at random 0" in report
-    with pytest.raises(UserError, match="3 rows, the list of answers 2"):
+    with pytest.raises(UserError, match="4 rows, the list of answers 2"):
         fitted(model, state, own, known=["yes", "no"], wanted=["yes"])
 
 
