@@ -258,6 +258,21 @@ def test_pictures_are_joined_row_by_row(drawn, tokenizer):
             assert torch.equal(getattr(one, name)[row][one.region_mask[row]], torch.cat(parts))
 
 
+def test_a_statement_stands_beside_its_left_and_its_right_picture(drawn, tokenizer):
+    dataset = drawn("train", "nlvr2", 40).encode(tokenizer)
+    run = SimpleNamespace(paper=uniter, model=SimpleNamespace(config=uniter.Config()))
+    index = np.array([0, 5, 9])
+    batch = tasks.NLVR2.batch(run, dataset, index, None)
+    assert batch.target.tolist() == dataset.target[index].tolist()
+    for row in range(6):
+        place = 2 * index[row // 2] + row % 2  # of the dataset's rows; the left picture comes first
+        picture = dataset.store.gather(dataset.image[[place]])
+        real = batch.region_mask[row]
+        assert torch.equal(batch.features[row][real], picture["features"][0])
+        assert (batch.region_types[row] == row % 2).all()
+        assert torch.equal(batch.text[row], batch.text[row - row % 2])
+
+
 def test_the_next_word_is_the_label():
     batch = make_batch()
     after = data.next_word_labels(batch)

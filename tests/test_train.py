@@ -176,6 +176,29 @@ def test_only_matrices_decay():
     assert not place
 
 
+def test_a_step_is_that_of_the_official_optimizer():
+    """Adam with eps added before the bias of the second moment is corrected, then decay: p <- (p - r u) (1 - r d)."""
+    rate, decay = 0.1, 0.5
+    model = torch.nn.Linear(3, 2).double()
+    optimizer = train.make_optimizer(model, decay)
+    expected = [p.detach().clone() for p in model.parameters()]
+    first = [torch.zeros_like(p) for p in expected]
+    second = [torch.zeros_like(p) for p in expected]
+    for step in (1, 2, 3, 4):
+        for i, p in enumerate(model.parameters()):
+            p.grad = 1e-3 * torch.randn_like(p)  # small enough for eps to count
+            first[i] = 0.9 * first[i] + 0.1 * p.grad
+            second[i] = 0.98 * second[i] + 0.02 * p.grad.square()
+            correction = math.sqrt(1 - 0.98**step) / (1 - 0.9**step)
+            expected[i] = expected[i] - rate * correction * first[i] / (second[i].sqrt() + 1e-6)
+            if p.ndim > 1:
+                expected[i] = expected[i] * (1 - rate * decay)
+        train.set_learning_rate(optimizer, step, rate)
+        optimizer.step()
+        for p, wanted in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.detach(), wanted, atol=1e-10, rtol=1e-8)
+
+
 def test_steps_draw_one_objective_by_ratio_with_what_is_joined_to_it():
     ratio = {**uniter.PRETRAINING["objectives"], "wra": 0}
     rng = np.random.default_rng(0)
