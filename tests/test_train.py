@@ -412,13 +412,13 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
     monkeypatch.setattr(tasks, "evaluation_batches", lambda run, dataset, index: [index])
     monkeypatch.setattr(tasks, "make_batch", lambda *_, **__: None)
     monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (None, best))
-    asked = [("a", "yes"), ("a", "no"), ("a", "no"), ("b", "yes"), ("b", "maybe"), ("c", "no")]
+    asked = [("a", "yes"), ("a", "yes"), ("a", "no"), ("b", "yes"), ("b", "maybe"), ("c", "no")]
     taught = Questions(kind=[kind for kind, _ in asked], answer=[{answer: 1.0} for _, answer in asked])
     run = SimpleNamespace(answers=["yes", "no"], sets={"vqa": {"train": taught}})
     metrics, chance = tasks.evaluate_vqa(run, dataset)
     assert metrics == pytest.approx({"accuracy": 1.3 / 3, "accuracy_a": 0.65, "accuracy_b": 0.0})
-    # to questions of kind a "no" is taught most often; of kind b two answers are, of which "maybe" comes first
-    assert chance == pytest.approx({"accuracy": 1.3 / 3, "accuracy_a": 0.15, "accuracy_b": 1.0})
+    # to questions of kind a "yes" is taught most often; of kind b two answers are, of which "maybe" comes first
+    assert chance == pytest.approx({"accuracy": 2.6 / 3, "accuracy_a": 0.8, "accuracy_b": 1.0})
 
 
 # ---- the command line ------------------------------------------------------------------------------------------
