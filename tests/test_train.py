@@ -947,7 +947,7 @@ def log_of(tmp_path, world=1):
 def test_a_line_of_the_log_has_means_and_counts_the_examples_of_all_processes(tmp_path):
     lines = log_of(tmp_path, world=3)
     progress = lines.run.progress
-    for step, loss in ((1, 2.0), (2, 5.0), (3, 2.0)):
+    for step, loss in ((1, 2.0), (2, 5.0), (3, 4.0)):
         progress["step"] = step
         losses = {"mlm": torch.tensor(loss)}
         if step == 2:
@@ -958,7 +958,7 @@ def test_a_line_of_the_log_has_means_and_counts_the_examples_of_all_processes(tm
     lines.add({"mlm": torch.tensor(7.0)}, torch.tensor(1.0), 0.1, [SimpleNamespace(ids=["a", "b"])], 0.0, 0.5)
     lines.line()
     first, second = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    expected = {"step": 3, "lr": 0.1, "grad_norm": 1.5, "examples_per_second": 12.0, "mlm": 2.0, "itm": 5.0}
+    expected = {"step": 3, "lr": 0.1, "grad_norm": 1.5, "examples_per_second": 12.0, "mlm": 3.0, "itm": 5.0}
     assert first == expected
     assert second["mlm"] == 7.0  # only since the last line
     assert (progress["examples"], progress["seconds"]) == (4 * 2 * 3, 2.0)
