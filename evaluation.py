@@ -3,7 +3,8 @@
 1. Accuracy of the best choice, by kind of question.
 2. Retrieval: recall; the full matrix of texts and pictures; dot products of vectors; two stages.
 3. Captions: beam search, and BLEU.
-4. Answers and metrics as text: metrics beside chance, and models beside each other with the spread over seeds.
+4. Answers as predict.py shows them.
+5. Metrics as text: metrics beside chance, and models beside each other with the spread over seeds.
 
 Which metrics a task has, and on which examples, is in tasks.py. Accuracies, recalls and BLEU are in 0..1. `run` is
 train.Run, as in tasks.py. Every process computes its share; the sums are then added over all processes.
@@ -121,6 +122,15 @@ def recall_chance(recalls, candidates):
     return chance
 
 
+def pretraining_score(metrics):
+    """`tasks.best_score` of pretraining: the mean accuracy, or minus the sum of the losses where there is none."""
+    accuracies = [float(value) for name, value in metrics.items() if name.endswith("_accuracy")]
+    losses = [float(value) for name, value in metrics.items() if name.endswith("_loss")]
+    if accuracies:
+        return float(np.mean(accuracies)), f"mean of {len(accuracies)} accuracies"
+    return -sum(losses), "minus the sum of the losses"
+
+
 def first_captions(dataset):
     """The first caption of each picture, (pictures,) numbers of examples; where no example is a caption, the first text."""
     kinds = np.array(dataset.kind)
@@ -193,6 +203,51 @@ def score_pairs(run, dataset, texts, pictures, head):
         with run.autocast():
             scores[part] = match_logits(run.model, run.model.encode(batch).pooled, head)
     return common.all_reduce_sum(scores)
+
+
+def sample_negatives(run, dataset, index, rng):
+    """Pairs for retrieval: examples of the texts (B, 1 + K) and store rows of the pictures (B, 1 + K). Column 0 is the true
+    pair; then comes one mismatched pair for each of the model's NEGATIVES, with another picture or another text.
+
+    In the first half of the steps they are drawn at random. In the second half `--mine` are drawn for each, and the one
+    with the highest logit is kept (UNITER 4.1). A text that equals one of the picture's own texts word for word is no
+    mismatch. UserError if no other text is found.
+    """
+    kinds = run.paper.NEGATIVES
+    second_half = 2 * run.progress["step"] >= run.args.steps
+    mine = run.args.mine if second_half else 1
+    true = np.broadcast_to(index[:, None, None], (len(index), len(kinds), mine))  # (B, K, mine) examples
+    other = true.copy()
+    swap_picture = np.array([kind == "image" for kind in kinds])[None, :, None]  # (1, K, 1); False: the text is swapped
+    again = np.ones(true.shape, bool)  # True = not mismatched yet
+    for _ in range(100):
+        other[again] = rng.integers(len(dataset), size=again.sum())
+        texts = np.where(swap_picture, true, other)
+        images = dataset.image[np.where(swap_picture, other, true)]
+        again = is_text_of(dataset, texts, images)
+        if not again.any():
+            break
+    else:
+        raise common.UserError(
+            "retrieval needs pictures with different texts: found no text that is wrong for some picture"
+        )
+    best = np.zeros((*texts.shape[:2], 1), np.int64)  # (B, K, 1)
+    if mine > 1:
+        best = hardest_pairs(run, dataset, texts, images)
+    texts = np.take_along_axis(texts, best, 2)[:, :, 0]  # (B, K, mine) -> (B, K)
+    images = np.take_along_axis(images, best, 2)[:, :, 0]
+    return np.column_stack([index, texts]), np.column_stack([dataset.image[index], images])
+
+
+def hardest_pairs(run, dataset, texts, images):
+    """Which of the `mine` pairs (B, K, mine) has the highest logit, the model in eval mode: (B, K, 1) int64."""
+    batch = data.remove_modality(data.collate(dataset, texts.ravel(), images.ravel()), run.args.ablate)
+    run.model.eval()
+    with torch.no_grad(), run.autocast():
+        pooled = run.model.encode(batch.to(run.device)).pooled  # (B*K*mine, C)
+        logits = match_logits(run.model, pooled, "rank")  # (B*K*mine,)
+    run.model.train()
+    return logits.view(texts.shape).argmax(2, keepdim=True).numpy()
 
 
 def dot_products(run, dataset, texts, pictures):
@@ -380,6 +435,59 @@ def bleu(candidates, references, longest=4):
     return precision * min(1.0, math.exp(1 - reference_length / candidate_length))
 
 
+# ---- answers as a reader sees them -------------------------------------------------------------------------------------
+# `Task.show` returns a dict with some of these keys:
+#   answers   [[answer, probability], ...], the likeliest first; for refer an answer is a box [x1, y1, x2, y2] in pixels
+#   match     probability that text and picture belong together
+#   masked    the text with one word masked, which `answers` fill in
+#   caption   the generated text
+#   truth     the right answer, if the line has one
+
+
+def rank_answers(names, probs, top):
+    """The `top` likeliest names with their probabilities, [[name, probability], ...]. probs (K,), K >= the number of names."""
+    best = probs[: len(names)].topk(min(top, len(names)))
+    ranked = []
+    for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        ranked.append([names[i], round(p, 5)])
+    return ranked
+
+
+def show_answers(names, probs, dataset, i, top):
+    """Of vqa and ve: the likeliest answers, and the one with the highest score in the data."""
+    shown = {"answers": rank_answers(names, probs, top)}
+    truth = dataset.answer[i]
+    if truth:
+        shown["truth"] = max(truth, key=truth.get)
+    return shown
+
+
+def show_choices(names, probs, dataset, i, top):
+    """Of nlvr2 and vcr: the likeliest choices, and the right one."""
+    shown = {"answers": rank_answers(names, probs, top)}
+    if dataset.target is not None and dataset.target[i] >= 0:
+        shown["truth"] = names[int(dataset.target[i])]
+    return shown
+
+
+def show_pretraining(run, dataset, i, logits, top):
+    match, masked, word_logits, label = logits
+    shown = {}
+    if match is not None:
+        shown["match"] = round(match.sigmoid().item(), 5)
+    if masked is not None:
+        pieces = [run.tokenizer.id_to_token(piece) for piece in range(run.tokenizer.get_vocab_size())]
+        shown["masked"] = masked
+        shown["answers"] = rank_answers(pieces, word_logits.softmax(-1), top)
+        shown["truth"] = pieces[label]
+    return shown
+
+
+def show_match(run, dataset, i, logits, top):
+    """Of retrieval: the probability that text and picture belong together."""
+    return {"match": round(logits.sigmoid().item(), 5)}
+
+
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -394,15 +502,6 @@ def percent(share):
 def format_value(name, value):
     """A metric as text: a share in percent, a loss or perplexity as it is."""
     return f"{value:.4f}" if name.endswith(NO_SHARE) else percent(value)
-
-
-def show_ranked(names, probs, top):
-    """The `top` likeliest names with their probabilities: "red 0.981  blue 0.012". probs (K,), K >= the number of names."""
-    best = probs[: len(names)].topk(min(top, len(names)))
-    shown = []
-    for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-        shown.append(f"{names[i]} {p:.3f}")
-    return "  ".join(shown)
 
 
 def format_metrics(title, metrics, chance):

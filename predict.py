@@ -1,196 +1,675 @@
-"""predict.py: asks a checkpoint of train.py about pictures, one line an answer; or writes it under official names.
+"""predict.py: a checkpoint of train.py at work.
 
+    python predict.py out/uniter-vqa/best.pt --scenes 4                   four held-out examples as a picture and as text
     python predict.py out/uniter-vqa/best.pt --image a.png --text "what color is the circle?"
-    python predict.py out/uniter-ve/best.pt --image a.png --text "the circle is red"
     python predict.py out/uniter-nlvr2/best.pt --image a.png --image b.png --text "exactly one picture shows a circle"
-    python predict.py out/uniter-vcr/best.pt --image a.png --text "what color is the circle?" --choices red blue green pink
-    python predict.py out/uniter-retrieval/best.pt --image a.png --image b.png --text "red circle and two crosses"
+    python predict.py out/uniter-vcr/best.pt --image a.png --text "what color is the circle?" --choices red blue green
     python predict.py out/uniter-refer/best.pt --image a.png --text "small red circle" --boxes "[[0,0,40,40],[50,9,80,39]]"
-    python predict.py out/uniter-caption/best.pt --image a.png --beams 3
-    python predict.py out/uniter-vqa/best.pt --export vqa.bin
+    python predict.py out/uniter-vqa/best.pt --data my.jsonl --out predictions.jsonl      every line of a file
+    python predict.py out/uniter-vqa/best.pt --export vqa.bin                             weights for other programs
+    python predict.py out/uniter-vqa/best.pt --serve 8000                                 a page in the browser
 
-Regions are the boxes that are given, --boxes once a picture, or else the whole picture and the cells of a grid. What was trained
-on scenes has seen the boxes of things only: give it those. best.pt has the weights that were best on the val split, checkpoint.pt
-the last ones.
+All modes make a `data.Dataset`, from a data set on disk or from pictures. `predict` then gives one answer for each
+example, a dict, see evaluation.py. No task is named here: what differs is in the rows of tasks.TASKS.
+
+Regions are made as in training: cut out of the picture (the checkpoint's patch and grid), or computed by the network
+that the checkpoint's `regions` names. best.pt has the weights that were best on the val split, checkpoint.pt the last ones.
 """
 
+import argparse
+import dataclasses
+import itertools
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from PIL import Image, ImageDraw, ImageFont
 
 import checkpoints
-import common
 import data
+import evaluation
 import formats
+import machine
+import options
+import records
+import regions
 import tasks
-from checkpoints import MODELS
+import train
 from common import UserError
+from prepare import preview
+
+CHUNK = 1024  # lines of a file that are answered together
+
+# ---- command line ------------------------------------------------------------------------------------------------------
 
 
 def parse(argv=None):
-    """The command line."""
-    parser = data.Parser(prog="predict.py", description="Ask a checkpoint about pictures.", allow_abbrev=False)
-    add = parser.add_argument
-    add("checkpoint", help="checkpoint.pt or best.pt of a run of train.py")
-    add("--image", action="append", metavar="FILE", help="a picture; several: one answer each, or a pair")
-    add("--boxes", action="append", metavar="JSON", help="[[x1,y1,x2,y2],...] in pixels, one list for each --image")
-    add("--text", help="caption, question, statement or expression, as the task wants it")
-    add("--choices", nargs="+", metavar="TEXT", help="vcr: what to choose from")
-    add("--answer", metavar="TEXT", help="vcr: the answer, if the choices are reasons for it")
-    add("--export", metavar="FILE", help="write the weights under the paper's official names, in place of an answer")
+    """The command line. UserError for a mistake in it."""
+    parser = data.Parser(prog="predict.py", description="Use a checkpoint of train.py.", allow_abbrev=False)
+    parser.add_argument("checkpoint", help="checkpoint.pt or best.pt of a run of train.py")
+    modes = parser.add_argument_group("what to do (one of these)")
+    add = modes.add_argument
+    add("--scenes", type=options.COUNT, nargs="?", const=4, metavar="N",
+        help="show N held-out examples of the data set that the checkpoint was trained on (default: 4)")  # fmt: skip
+    add("--image", action="append", metavar="FILE", help="a picture; several: one answer each, or one for each pair")
+    add(
+        "--data",
+        metavar="NAME",
+        help="answer every line of a .jsonl file or data set, and measure where answers are given",
+    )
+    add("--export", metavar="FILE", help="write the weights for other programs, see --to")
+    add("--serve", type=options.COUNT_OR_ZERO, nargs="?", const=8000, metavar="PORT",
+        help="answer in the browser and over HTTP, on 127.0.0.1 (default: 8000)")  # fmt: skip
+    more = parser.add_argument_group("options")
+    add = more.add_argument
     add("--task", help="which task, of a checkpoint that has several (default: its first)")
-    add("--beams", type=int, default=1, help="caption: beam width; 1 is greedy (default: 1)")
-    add("--top", type=int, default=3, help="answers, boxes: how many to print (default: 3)")
+    add("--text", help="with --image: caption, question, statement or expression")
+    add(
+        "--boxes",
+        action="append",
+        metavar="JSON",
+        help="with --image: [[x1,y1,x2,y2],...] in pixels, once for each --image",
+    )
+    add("--choices", nargs="+", metavar="TEXT", help="with --image, vcr: what to choose from")
+    add("--answer", metavar="TEXT", help="with --image, vcr: the answer, if the choices are reasons for it")
+    add("--split", help="with --data or --scenes: which split (default: test; --data without one: all lines)")
+    add("--prompt", metavar="TEXT", help='with --data: the text of each line, as "what color is the {thing}?"')
+    add("--out", metavar="FILE", help="the picture of --scenes (default: predictions.png), the predictions of --data")
+    add("--resume", action="store_true", help="with --data: go on after the last whole line of --out")
+    add("--to", choices=list(EXPORTS), default="official", help="format of --export (default: official)")
+    add("--beams", type=options.COUNT, help="captions: beam width; 1 is greedy (default: as trained)")
+    add("--top", type=options.COUNT, default=3, help="how many answers to show (default: 3)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--dtype", choices=["auto", "f32", "bf16"], default="auto", help="number format of matrix products")
     args = parser.parse_args(argv)
-    if bool(args.image) == bool(args.export):
-        raise UserError("give either --image, to ask about it, or --export")
+    given = [name for name in ("scenes", "image", "data", "export", "serve") if getattr(args, name) is not None]
+    if len(given) != 1:
+        raise UserError("give one of --scenes, --image, --data, --export and --serve")
+    if args.resume and not (args.data and args.out):
+        raise UserError("--resume goes on with the --out of --data; give both")
     return args
 
 
-def load(args):
-    """(model, tokenizer, checkpoint, task), ready to be asked. UserError if the checkpoint does not fit what is asked."""
+# ---- the checkpoint ----------------------------------------------------------------------------------------------------
+
+
+def load_run(args):
+    """The train.Run of a checkpoint, ready to predict, and the row of tasks.TASKS that is asked for."""
     checkpoint = checkpoints.load_checkpoint(args.checkpoint)
-    tasks = checkpoint["task"].split(",")
-    task = args.task or tasks[0]
-    if task not in tasks:
-        raise UserError(f"--task {task}: {args.checkpoint} was trained for {', '.join(tasks)}")
-    paper = MODELS[checkpoint["model"]]
-    model = paper.MODEL(paper.Config(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["state"])
-    patch = checkpoint.get("patch", 12)
-    if model.config.feature_size != 3 * patch * patch:
-        raise UserError(f"{args.checkpoint}: trained on feature files, not on pixels; it cannot look at a picture")
-    if task == "pretrain" and "itm" not in model.heads:
-        raise UserError(f"{args.checkpoint}: pretrained without itm, so it has nothing to say about a pair")
-    if task == "nlvr2" and len(args.image) != 2:
-        raise UserError(f"nlvr2 takes two --image, not {len(args.image)}")
-    if task == "vcr" and len(args.choices or ()) < 2:
-        raise UserError("vcr takes --choices, at least two")
-    if task != "caption" and not (args.text or "").strip():
-        raise UserError(f"{task} takes a --text")
-    if args.boxes and len(args.boxes) != len(args.image):
-        raise UserError(
-            f"{len(args.boxes)} --boxes for {len(args.image)} --image: give one list for each, or none at all"
-        )
-    if min(args.beams, args.top) < 1:
-        raise UserError("--beams and --top must be positive")
-    return model.eval(), data.tokenizer_from_json(checkpoint["tokenizer"]), checkpoint, task
+    names = checkpoint["task"].split(",")
+    name = args.task or names[0]
+    if name not in names:
+        raise UserError(f"--task {name}: {args.checkpoint} was trained for {', '.join(names)}")
+    paper = checkpoints.MODELS[checkpoint["model"]]
+    device = machine.pick_device(args.device)
+    settings = {"ablate": None, "mask": 0.15, "max_words": 60, "pool": 200, "beams": 1}  # of checkpoints without them
+    settings.update(checkpoint.get("settings", {}))
+    run_args = argparse.Namespace(model=checkpoint["model"], task=name, tasks=names, rerank=None, **settings)
+    run_args.data = checkpoint.get("data", "")
+    run_args.patch = checkpoint.get("patch", 12)
+    run_args.grid = checkpoint.get("grid", 6)
+    if args.beams:
+        run_args.beams = args.beams
+    run = train.Run(run_args, paper, device, machine.pick_dtype(args.dtype, device), rank=0, world=1)
+    run.objectives = checkpoint.get("objectives", {})
+    run.content_words = checkpoint.get("content_words", [])
+    run.usual_answers = checkpoint.get("usual_answers", {})
+    run.regions = checkpoint.get("regions", {})
+    run.answers = checkpoint["answers"]
+    run.tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
+    run.model = paper.MODEL(paper.Config(**checkpoint["config"]))
+    run.model.load_state_dict(checkpoint["state"])
+    run.model.to(device).eval()
+    return run, tasks.TASKS[name]
 
 
-def regions(file, boxes, patch, grid):
-    """(features (N, F), boxes (N, 4) in pixels, (width, height)) of a picture, as in training."""
-    if not Path(file).is_file():
-        raise UserError(f"--image {file}: no such file")
-    picture = data.open_picture("--image", file)
-    if boxes is None:
-        boxes = data.grid_boxes(*picture.size, grid)
-    else:
-        try:
-            boxes = json.loads(boxes)
-        except ValueError:
-            boxes = None
-        if not isinstance(boxes, list) or not boxes or not all(map(data.is_box, boxes)):
-            raise UserError("--boxes: write [[x1,y1,x2,y2],...] in pixels")
-        boxes = data.check_boxes(boxes, *picture.size, f"--image {file}", "--boxes")
-    return data.region_features(picture, boxes, patch), boxes, picture.size
-
-
-def make_batch(tokenizer, texts, pictures, task_number=0):
-    """Batch of rows (texts[i], pictures[i]); a text may be a tuple of segments."""
-    rows = len(texts)
-    dataset = data.Dataset("", "", None, np.arange(rows), texts, [{}] * rows, [""] * rows, [""] * rows)
-    dataset.encode(tokenizer, max_length=60)
-    cuts = dataset.offsets[1:-1]
-    text, segments = (
-        pad_sequence([torch.from_numpy(row) for row in np.split(flat, cuts)], batch_first=True)
-        for flat in (dataset.tokens, dataset.segment)
-    )
-    features = pad_sequence([torch.from_numpy(f) for f, _, _ in pictures], batch_first=True)  # (B, N, F)
-    boxes = [torch.from_numpy(b / np.array([*size, *size])).float() for _, b, size in pictures]
-    counts = torch.tensor([len(b) for b in boxes])[:, None]
-    return data.Batch(
-        task=torch.full((rows,), task_number),
-        text=text,
-        text_mask=torch.arange(text.shape[1]) < torch.from_numpy(np.diff(dataset.offsets))[:, None],
-        segments=segments,
-        features=features,
-        boxes=pad_sequence(boxes, batch_first=True),  # (B, N, 4)
-        region_mask=torch.arange(features.shape[1]) < counts,
-    )
+def use_dataset(run, task, dataset):
+    """Encodes a dataset's texts and checks that the model can read its regions. Returns the dataset."""
+    width = run.model.config.feature_size
+    if dataset.store.width != width:
+        how = "use the same --patch as in training"
+        if run.regions.get("kind") == "network":
+            how = f"make them with `python prepare/features.py --network {run.regions['network']} --data ... --out ...`"
+        raise UserError(f"features of {dataset.store.width} numbers, the checkpoint was trained on {width}; {how}")
+    dataset.task_number = run.args.tasks.index(task.name)
+    return dataset.encode(run.tokenizer, max_length=run.args.max_words)
 
 
 @torch.inference_mode()
-def answer(args, model, tokenizer, checkpoint, task):
-    """The lines to print, one for each picture, or for the pair."""
-    paper = MODELS[checkpoint["model"]]
-    number = checkpoint["task"].split(",").index(task)
-    size = checkpoint.get("patch", 12), checkpoint.get("grid", 6)
-    pictures = [regions(file, boxes, *size) for file, boxes in zip(args.image, args.boxes or [None] * len(args.image))]
-    if not args.boxes and "scenes" in checkpoint.get("data", "").split(","):
-        print("predict.py: trained on boxes of things, asked about a grid; give --boxes", file=sys.stderr)
-    if task == "nlvr2":
-        batch = make_batch(tokenizer, [args.text] * 2, pictures, number)
-        batch.region_types = torch.arange(2)[:, None].expand(batch.region_mask.shape)
-        batch.target = torch.zeros(1, dtype=torch.long)  # the objective wants one; the scores do not depend on it
-        if getattr(model.config, "nlvr2", "") == "triplet":
-            batch = data.join_pictures(batch)
-        chance = model(batch, ["nlvr2"])["nlvr2"][1].softmax(-1)[0, 1].item()
-        return [f"{'true' if chance > 0.5 else 'false'}  (probability of true {chance:.3f})"]
-    lines = []
-    for file, picture in zip(args.image, pictures):
-        if task == "caption":
-            batch = make_batch(tokenizer, [""], [picture])
-            ends = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
-            found = tokenizer.decode(tasks.generate(model, batch, *ends, args.beams)[0])
-        elif task == "vcr":
-            begin = (args.text, args.answer) if args.answer else (args.text,)
-            batch = make_batch(
-                tokenizer, [(*begin, choice) for choice in args.choices], [picture] * len(args.choices), number
-            )
-            batch.segments = tasks.vcr_text_types(paper, batch.segments)
-            batch.target, batch.ids = torch.eye(len(args.choices), dtype=torch.long)[0], [args.text]
-            found = ranked(model(batch, ["vcr"])["vcr"][1].softmax(0), args.choices, args.top)
+def predict(run, task, dataset, index, top):
+    """The answers to examples `index`: a list of dicts, see evaluation.py."""
+    run.model.eval()
+    answers = {}
+    for part in tasks.evaluation_batches(run, dataset, index):
+        if task.logits:
+            logits = task.logits(run, dataset, part)
         else:
-            batch = make_batch(tokenizer, [args.text], [picture], number)
-            encoding = model.encode(batch)
-            if task in ("vqa", "ve"):
-                known = checkpoint["answers"] if task == "vqa" else data.ENTAILMENT
-                found = ranked(model.heads[task](encoding.pooled)[0].sigmoid(), known, args.top)
-            elif task == "refer":
-                batch.target = (
-                    batch.region_mask.float()
-                )  # the objective wants overlaps; its logits do not depend on them
-                scores = paper.OBJECTIVES["refer"].loss(model, encoding, batch)[1][0]
-                found = ranked(scores.softmax(0), [np.round(box).astype(int).tolist() for box in picture[1]], args.top)
-            elif task == "retrieval":
-                found = f"match score {model.heads['rank'](encoding.pooled).sigmoid().item():.3f}"
-            else:
-                found = f"probability of a match {model.heads['itm'](encoding.pooled).softmax(-1)[0, 1].item():.3f}"
-        lines.append(f"{file}: {found}" if len(pictures) > 1 else found)
-    return lines
+            logits = tasks.example_logits(run, dataset, part, task.objective)
+        for row, i in enumerate(part.tolist()):
+            answers[i] = task.show(run, dataset, i, logits[row], top)
+    return [answers[i] for i in index.tolist()]
 
 
-def ranked(chances, names, top):
-    """The `top` names with their probabilities, the likeliest first."""
-    best = chances.topk(min(top, len(names)))
-    return "  ".join(f"{names[i]} {p:.3f}" for p, i in zip(best.values.tolist(), best.indices.tolist()))
+def describe(answer):
+    """An answer as one line of text: "red 0.981  blue 0.012"."""
+    parts = []
+    if "match" in answer:
+        parts.append(f"match {answer['match']:.3f}")
+    if "masked" in answer:
+        parts.append(f"{answer['masked']}:")
+    for name, prob in answer.get("answers", []):
+        parts.append(f"{short_name(name)} {prob:.3f}")
+    if "caption" in answer:
+        parts.append(answer["caption"])
+    return "  ".join(parts)
+
+
+# ---- --scenes: held-out examples of the data set that the checkpoint was trained on -----------------------------------
+
+
+def held_out(run, task, split, count):
+    """`count` examples of a split, always the same ones; of test, or without one of val or train."""
+    sources = run.args.data.split(",")
+    source = sources[0]
+    if len(sources) > 1:
+        source = sources[run.args.tasks.index(task.name)]
+    lines = train.task_of_lines(run, task.name)
+    names = [split] if split else ["test", "val", "train"]
+    for name in names:
+        dataset = data.load(source, lines, name, patch=run.args.patch, grid=run.args.grid)
+        if len(dataset):
+            break
+    else:
+        raise UserError(f"{source}: has no examples of split {split}")
+    if name == "train" and not split:
+        data.warn(f"{source} has neither test nor val; these are training examples")
+    dataset = use_dataset(run, task, dataset)
+    files = {}  # row of the store: the picture file that it was made of
+    index = varied_examples(dataset, count)
+    for row in dataset.image[dataset.rows(index)].tolist():
+        files[row] = records.picture_file(dataset, row)
+    return dataset.subset(index), files
+
+
+def varied_examples(dataset, count):
+    """Numbers of `count` examples drawn at random, one of each kind before a second one of any."""
+    order = np.random.default_rng(0).permutation(len(dataset))
+    taken = Counter()
+    turns = []  # of each example in `order`: how many of its kind come before it
+    for i in order.tolist():
+        kind = dataset.kind[i]
+        turns.append(taken[kind])
+        taken[kind] += 1
+    return order[np.argsort(turns, kind="stable")[:count]]
+
+
+def show_scenes(run, task, args):
+    """Prints `--scenes` held-out examples with their answers, and draws them as one picture."""
+    dataset, files = held_out(run, task, args.split, args.scenes)
+    answers = predict(run, task, dataset, np.arange(len(dataset)), args.top)
+    for i, answer in enumerate(answers):
+        print_answer(task, dataset, i, answer)
+    out = Path(args.out or "predictions.png")
+    draw(run, task, dataset, answers, files, out)
+    print(f"{out}: {len(dataset)} examples of {dataset.name}, split {dataset.split}")
+
+
+def text_of(task, dataset, i):
+    """The text of example i as a reader sees it: without the choices, and "" where the model has to write it."""
+    text = dataset.text[dataset.rows([i])[0]]
+    if task.truth == "text":
+        return ""
+    if isinstance(text, tuple):
+        return " ".join(text[:-1])  # the last segment is a choice
+    return text
+
+
+def print_answer(task, dataset, i, answer):
+    """Three lines: the example, the answers, the truth."""
+    print(f"{dataset.ids[i]}: {text_of(task, dataset, i)}")
+    print(f"    {describe(answer)}")
+    if "truth" in answer:
+        print(f"    truth: {short_name(answer['truth'])}")
+
+
+# ---- the sheet of --scenes ---------------------------------------------------------------------------------------------
+
+SIDE = 400  # width of a cell in pixels
+MARGIN = 12
+GREY = (80, 80, 80)
+GREEN = (0, 140, 60)
+RED = (200, 40, 40)
+BLUE = (70, 120, 200)
+
+
+def draw(run, task, dataset, answers, files, out):
+    """Draws examples with their answers as one picture, two side by side. files: {row of the store: picture file}."""
+    cells = []
+    for i, answer in enumerate(answers):
+        cells.append(draw_cell(task, dataset, i, answer, files))
+    columns = min(2, len(cells))
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    heights = [max(cell.height for cell in row) for row in rows]
+    picture = Image.new("RGB", (columns * SIDE, sum(heights)), "white")
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        for column, cell in enumerate(row):
+            picture.paste(cell, (column * SIDE, top))
+        top += height
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        picture.save(out)
+    except ValueError:
+        raise UserError(f"--out {out}: not the name of a picture file; write one that ends in .png") from None
+
+
+def draw_cell(task, dataset, i, answer, files):
+    """One example: its one or two pictures with their boxes, the text, the answers as bars, the truth."""
+    rows = list(dict.fromkeys(dataset.image[dataset.rows([i])].tolist()))
+    cell = Image.new("RGB", (SIDE, 2 * SIDE), "white")
+    pen = ImageDraw.Draw(cell)
+    width = (SIDE - MARGIN * (len(rows) + 1)) // len(rows)
+    bottom = 0
+    for number, row in enumerate(rows):
+        picture = draw_regions(dataset.store, row, files.get(row), answer, width)
+        cell.paste(picture, (MARGIN + number * (width + MARGIN), MARGIN))
+        bottom = max(bottom, MARGIN + picture.height)
+    y = bottom + 8
+    y = write_text(pen, answer.get("masked", text_of(task, dataset, i)), y, 17, "black")
+    y = write_text(pen, answer.get("caption", ""), y, 17, BLUE)
+    if "match" in answer:
+        y = draw_bar(pen, "text and picture match", answer["match"], y, BLUE)
+    for name, prob in answer.get("answers", []):
+        color = BLUE
+        if "truth" in answer:
+            color = GREEN if is_right(name, answer["truth"]) else RED
+        y = draw_bar(pen, short_name(name), prob, y, color)
+    if "truth" in answer:
+        text = f"truth: {short_name(answer['truth'])}"
+        if isinstance(answer["truth"], list):
+            text += " (green frame; blue: the likeliest)"
+        y = write_text(pen, text, y + 2, 14, GREY)
+    return cell.crop((0, 0, SIDE, y + MARGIN))
+
+
+def is_right(name, truth):
+    """Whether an answer is the true one; a box if it overlaps the true one by more than one half."""
+    if isinstance(name, list):
+        return evaluation.iou(torch.tensor([[name]]), torch.tensor([[truth]])).item() > 0.5
+    return name == truth
+
+
+def short_name(name):
+    """An answer as text; of a box its corners in whole pixels."""
+    if isinstance(name, list):
+        return str([round(value) for value in name])
+    return name
+
+
+def draw_regions(store, row, file, answer, width):
+    """A picture, `width` pixels wide, with the boxes of its regions in white. If the answers are boxes, the likeliest one
+    is drawn in blue, the true one in green. Without a file the picture is pasted together from its regions."""
+    image, boxes = preview.paste_regions(store, row, width)
+    if file:
+        image = regions.open_picture("the picture", file)
+        image = image.resize((width, max(1, round(width * image.height / image.width))))
+    pen = ImageDraw.Draw(image)
+    scale = np.tile(image.size, 2)
+    for box in boxes:
+        pen.rectangle((np.array(box) * scale).tolist(), outline="white")
+    to_shown = scale / np.tile(store.sizes[row], 2) if store.sizes is not None else scale
+    marked = []
+    if isinstance(answer.get("truth"), list):
+        marked.append((answer["truth"], GREEN, 6))
+    for name, _ in answer.get("answers", [])[:1]:
+        if isinstance(name, list):
+            marked.append((name, BLUE, 3))
+    for box, color, thickness in marked:
+        pen.rectangle((np.array(box) * to_shown).tolist(), outline=color, width=thickness)
+    return image
+
+
+def write_text(pen, text, y, size, color):
+    """Writes a text into a cell, in lines as wide as the cell. Returns the y below it."""
+    font = ImageFont.load_default(size)
+    line = ""
+    for word in text.split():
+        longer = f"{line} {word}".strip()
+        if line and font.getlength(longer) > SIDE - 2 * MARGIN:
+            pen.text((MARGIN, y), line, color, font)
+            y += size + 5
+            longer = word
+        line = longer
+    if line:
+        pen.text((MARGIN, y), line, color, font)
+        y += size + 5
+    return y
+
+
+def draw_bar(pen, name, prob, y, color):
+    """An answer, a bar as long as its probability, and the number. Returns the y below it."""
+    font = ImageFont.load_default(14)
+    while font.getlength(name) > 190 and len(name) > 4:
+        name = name[:-4] + "..."
+    pen.text((MARGIN, y), name, "black", font)
+    left = MARGIN + 200
+    pen.rectangle((left, y + 3, left + round(130 * prob), y + 14), fill=color)
+    pen.text((left + 138, y), f"{100 * prob:.1f}%", "black", font)
+    return y + 20
+
+
+# ---- --image: pictures and a text from the command line or the server ---------------------------------------------------
+
+
+class MemoryStore(regions.FeatureStore):
+    """A feature store of a few pictures, in memory, with numbers rounded as on disk.
+
+    pictures: a list of {field of regions.STORED: (n,...) array} with boxes in 0..1, and `size`: (width, height).
+    """
+
+    def __init__(self, pictures):
+        self.folder = None
+        self.digests = None
+        self.classes = None
+        self.fields = {}
+        for name, dtype in regions.STORED.items():
+            if all(name in picture for picture in pictures):
+                self.fields[name] = np.concatenate([picture[name] for picture in pictures]).astype(dtype)
+        self.offsets = np.cumsum([0] + [len(picture["features"]) for picture in pictures])
+        self.sizes = np.array([picture["size"] for picture in pictures], np.float64)
+        self.width = self.fields["features"].shape[1]
+
+
+def make_regions(run, where, path, boxes, network=None):
+    """The regions of a picture file, as in training. boxes: a list in pixels, or None.
+
+    network: of prepare.features.region_maker, for a checkpoint whose regions came from one.
+    """
+    if network:
+        image = regions.open_picture(where, path)
+        if boxes is not None:
+            boxes = regions.check_boxes(boxes, *image.size, where, "boxes")
+        return {**network(image, boxes), "size": image.size}
+    found, _, mistake = regions.picture_regions(regions.PictureJob(where, path, boxes, run.args.patch, run.args.grid))
+    if mistake:
+        raise UserError(mistake)
+    return found
+
+
+def load_network(run):
+    """What makes the regions of new pictures where a network made those of training; None where they were cut out."""
+    width = run.model.config.feature_size
+    if run.regions.get("kind") == "network":
+        from prepare.features import region_maker  # here, since few checkpoints need it
+
+        return region_maker(run.regions, run.device)
+    if width != 3 * run.args.patch**2:
+        raise UserError("the checkpoint was trained on feature files, not on pixels; it cannot look at a picture")
+    return None
+
+
+def make_dataset(run, task, questions):
+    """A Dataset of examples that are in no file.
+
+    questions: [(record, its pictures' regions)]. A record has the keys of a line of JSONL that the task needs, without
+    the truth. UserError if one is missing.
+    """
+    examples = []
+    image = []
+    pictures = []
+    for record, found in questions:
+        example = make_example(task, record)
+        for _, picture in example.rows:
+            image.append(len(pictures) + picture)
+        pictures += found
+        examples.append(example)
+    group = len(examples[0].rows)
+    dataset = data.Dataset(
+        name="",
+        split="test",
+        store=MemoryStore(pictures),
+        image=np.array(image),
+        text=[text for example in examples for text, _ in example.rows],
+        answer=[example.answer or {} for example in examples],
+        kind=[example.kind for example in examples],
+        ids=[example.id for example in examples],
+        target=np.array([example.target for example in examples]),
+        group=group,
+    )
+    return use_dataset(run, task, dataset)
+
+
+def make_example(task, record):
+    """The data.Example of a record without its truth."""
+    record = {"id": "", "text": "", **record}
+    if task.truth != "text" and not record["text"].strip():
+        raise UserError(f"{task.name} takes a text; give --text")
+    for key in task.needs:
+        if key != task.truth and len(record.get(key) or ()) < 2:
+            raise UserError(f"{task.name} takes at least two {key}; give --{key}")
+    record["text"] = records.normalize_text(record["text"])
+    answer = record.pop("answer", None)
+    if answer:  # the choices are reasons for it
+        record.update(choices=[answer], label=0, reasons=record["choices"], reason=0)
+        return task.examples(record)[-1]._replace(target=-1)
+    return task.examples(record)[0]
+
+
+def parse_boxes(text):
+    """--boxes as a list. UserError for anything else."""
+    try:
+        boxes = json.loads(text)
+    except ValueError:
+        boxes = None
+    if not records.is_boxes(boxes):
+        raise UserError("--boxes: write [[x1,y1,x2,y2],...] in pixels")
+    return boxes
+
+
+def answer_images(run, task, args):
+    """Prints the answers to `--text` for each picture, or for each pair."""
+    if len(args.image) % task.pictures:
+        raise UserError(f"{task.name} takes two --image for each answer, not {len(args.image)}")
+    boxes = [None] * len(args.image)
+    if args.boxes:
+        boxes = [parse_boxes(text) for text in args.boxes]
+        if len(boxes) != len(args.image):
+            raise UserError(
+                f"{len(boxes)} --boxes for {len(args.image)} --image: give one list for each, or none at all"
+            )
+    network = load_network(run)
+    questions = []
+    files = {}
+    for i in range(0, len(args.image), task.pictures):
+        found = []
+        for file, own_boxes in zip(args.image[i : i + task.pictures], boxes[i : i + task.pictures], strict=True):
+            if not Path(file).is_file():
+                raise UserError(f"--image {file}: no such file")
+            files[len(files)] = Path(file)
+            found.append(make_regions(run, f"--image {file}", Path(file), own_boxes, network))
+        name = " ".join(args.image[i : i + task.pictures])
+        record = {"id": name, "text": args.text or "", "choices": args.choices, "answer": args.answer}
+        questions.append((record, found))
+    dataset = make_dataset(run, task, questions)
+    answers = predict(run, task, dataset, np.arange(len(dataset)), args.top)
+    for i, answer in enumerate(answers):
+        begin = f"{dataset.ids[i]}: " if len(answers) > 1 else ""
+        print(begin + describe(answer))
+    if not args.boxes and run.regions.get("boxes") == "given":
+        data.warn("trained on boxes of things, asked about a grid; give --boxes")
+    if args.out:
+        draw(run, task, dataset, answers, files, Path(args.out))
+
+
+# ---- --data: every line of a file ---------------------------------------------------------------------------------------
+
+
+def answer_file(run, task, args):
+    """Answers every line of `--data`; with truths, prints metrics beside chance. Returns {split: (metrics, chance)}."""
+    datasets = load_lines(run, task, args)
+    if args.out:
+        done = whole_lines(Path(args.out), datasets) if args.resume else 0
+        write_predictions(run, task, datasets, Path(args.out), done, args.top)
+    results = {}
+    for dataset in datasets:
+        known = np.flatnonzero(has_truth(task, dataset))
+        if len(known) == 0:
+            print(f"split {dataset.split}: {len(dataset)} examples without {task.truth}, nothing to measure")
+            continue
+        part = dataset if len(known) == len(dataset) else dataset.subset(known)
+        results[dataset.split] = measure(run, task, part)
+    if args.out:
+        total = sum(map(len, datasets))
+        print(f"{args.out}: {total} predictions")
+        if results:
+            shown = {split: {**metrics, "chance": chance} for split, (metrics, chance) in results.items()}
+            path = Path(args.out).with_suffix(".result.json")
+            data.write_text(path, json.dumps(shown, indent=1, default=float) + "\n")
+    elif not results:
+        print("nothing to measure; give --out FILE.jsonl for the predictions")
+    return results
+
+
+def load_lines(run, task, args):
+    """The Datasets of --data: its --split, by default test; all splits where there is no test."""
+    description = data.read_dataset_json(data.find(args.data))
+    lines = optional_truth(train.task_of_lines(run, task.name), args.prompt or "")
+    known = [*data.SPLITS, *description["extra_splits"]]
+    names = [args.split] if args.split else ["test", *(name for name in known if name != "test")]
+    datasets = []
+    for name in names:
+        dataset = data.load(args.data, lines, name, patch=run.args.patch, grid=run.args.grid)
+        if len(dataset):
+            datasets.append(use_dataset(run, task, dataset))
+        if name == "test" and len(dataset):
+            break
+    if not datasets:
+        raise UserError(f"{args.data}: has no examples of split {args.split}")
+    return datasets
+
+
+def optional_truth(task, prompt=""):
+    """The task for prediction: its lines need not say what is to be predicted, and `prompt` may make their texts."""
+
+    def check(record):
+        return task.check(record) if task.truth in record else None
+
+    needs = tuple(key for key in task.needs if key != task.truth)
+    return dataclasses.replace(task, needs=needs, check=check, prompt=prompt)
+
+
+def has_truth(task, dataset):
+    """(E,) bool, True = the line says what is to be predicted."""
+    if task.truth not in task.needs:
+        return np.ones(len(dataset), bool)
+    if task.truth == "answer":
+        return np.array([len(answers) > 0 for answers in dataset.answer], bool)
+    if dataset.target is None:
+        return np.zeros(len(dataset), bool)
+    if dataset.target.ndim == 2:
+        return (dataset.target > 0).any(1)  # (E, 4): a box
+    return dataset.target >= 0
+
+
+def whole_lines(path, datasets):
+    """How many predictions an interrupted --out holds. Cuts off a last line that is not whole. UserError if the
+    predictions are of other data."""
+    if not path.is_file():
+        return 0
+    content = path.read_bytes()
+    content = content[: content.rfind(b"\n") + 1]
+    lines = content.splitlines()
+    ids = itertools.chain.from_iterable(dataset.ids for dataset in datasets)
+    for number, line in enumerate(lines, 1):
+        try:
+            same = json.loads(line)["id"] == next(ids, None)
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            raise UserError(f"{path}:{number}: not a prediction for this --data; leave out --resume to write it anew")
+    with open(path, "rb+") as file:
+        file.truncate(len(content))
+    return len(lines)
+
+
+def write_predictions(run, task, datasets, path, done, top):
+    """Writes one line of JSON for each example, in order; the first `done` are there already.
+
+    A chunk that is half there is computed as a whole, so that every line is what an uninterrupted run writes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number = 0  # of the line, from 1
+    with open(path, "a" if done else "w", encoding="utf-8") as file:
+        for dataset in datasets:
+            for start in range(0, len(dataset), CHUNK):
+                index = np.arange(start, min(start + CHUNK, len(dataset)))
+                if number + len(index) <= done:
+                    number += len(index)
+                    continue
+                for i, answer in zip(index.tolist(), predict(run, task, dataset, index, top), strict=True):
+                    number += 1
+                    if number > done:
+                        line = {"id": dataset.ids[i], "kind": dataset.kind[i], **answer}
+                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+
+
+def measure(run, task, dataset):
+    """(metrics, chance) of a dataset, by the functions of train.py's own test. Prints them."""
+    run.sets = {task.name: {dataset.split: dataset}}
+    objectives = run.objectives
+    if not task.objective:
+        run.objectives = train.drop_unsupported(run.paper, objectives, dataset)
+    metrics, chance = tasks.evaluate(run, dataset.split)
+    run.objectives = objectives
+    count = len(tasks.test_examples(run, task.name, dataset))
+    title = f"{run.args.model} {task.name}, {dataset.name}, split {dataset.split}, {count} examples"
+    print(evaluation.format_metrics(title, metrics, chance))
+    return metrics, chance
+
+
+# ---- --export -------------------------------------------------------------------------------------------------------------
+
+
+def export_official(checkpoint, path):
+    """The weights under the paper's official names, one file."""
+    checkpoints.save(formats.export_official(checkpoint["model"], checkpoint["state"]), path)
+
+
+def export_transformers(checkpoint, path):
+    """A folder that transformers' from_pretrained loads."""
+    checkpoints.export_hugging_face(checkpoint, path)
+
+
+EXPORTS = {"official": export_official, "transformers": export_transformers}
+
+
+# ---- main -----------------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    """Prints the answers. Exit code 0, or 2 with one line on stderr."""
+    """Exit code 0, or 2 with one line on stderr."""
     try:
         args = parse(argv)
         if args.export:
-            checkpoint = checkpoints.load_checkpoint(args.checkpoint)
-            checkpoints.save(formats.export_official(checkpoint["model"], checkpoint["state"]), Path(args.export))
+            EXPORTS[args.to](checkpoints.load_checkpoint(args.checkpoint), Path(args.export))
+            return 0
+        run, task = load_run(args)
+        if args.scenes:
+            show_scenes(run, task, args)
+        elif args.image:
+            answer_images(run, task, args)
+        elif args.data:
+            answer_file(run, task, args)
         else:
-            print(*answer(args, *load(args)), sep="\n")
-    except common.UserError as error:
-        print(f"predict.py: {error}", file=sys.stderr)
+            import serve  # here, since serve.py imports this file
+
+            serve.serve(run, task, args)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        print(f"predict.py: {machine.explain(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -106,6 +106,7 @@ MEANT = {  # what other data sets call our keys
     "reasons": ("rationales", "rationale_choices"),
     "kind": ("type", "question_type", "answer_type"),
 }
+PROMPT_COLUMN = re.compile(r"\{([^{}]+)\}")
 STORE_ROW = re.compile(r"(.+)#(\d{1,12})")  # regions#17: row 17 of the store in folder regions
 
 
@@ -146,6 +147,8 @@ def read_records(path, task, splits, mistakes):
                 continue
             try:
                 record = parse_line(line)
+                if task.prompt:
+                    fill_prompt(record, task.prompt)
                 check_record(record, task, splits)
                 record.setdefault("id", f"{path.name}:{number}")
                 normalize_record(record)
@@ -178,6 +181,21 @@ def parse_line(line):
     if not isinstance(record, dict):
         raise UserError('not an object; write {"image": ..., "text": ...}')
     return record
+
+
+def fill_prompt(record, prompt):
+    """Makes the text of a record from a prompt, in place: {column} becomes what the line has under that key. Columns
+    that are no keys of ours are then dropped. UserError if the line has no such key."""
+    columns = PROMPT_COLUMN.findall(prompt)
+    text = prompt
+    for column in columns:
+        if column not in record:
+            raise UserError(f"--prompt: the line has no key {column!r}; it has {', '.join(record)}")
+        text = text.replace("{" + column + "}", str(record[column]))
+    for column in columns:
+        if column not in KEYS:
+            record.pop(column, None)
+    record["text"] = text
 
 
 def unique_keys(pairs):
@@ -537,7 +555,7 @@ def read_columns(path, task, splits, patch, grid, mistakes):
 
 def make_columns(path, task, splits, patch, grid, cache):
     """The folder with the columns of a JSONL file, a subfolder for each split, made unless it is in the cache."""
-    key = [*file_stamp(path), task.name, splits, patch, grid]
+    key = [*file_stamp(path), task.name, task.needs, task.prompt, splits, patch, grid]
     folder = Path(cache).resolve() / f"columns-{cache_key(key)}"
 
     def make(aside):
@@ -559,6 +577,18 @@ def make_columns(path, task, splits, patch, grid, cache):
     if folder.exists() and not is_current(folder):
         shutil.rmtree(folder)
     return make_once(folder, make)
+
+
+def picture_file(dataset, row):
+    """The picture file that row `row` of a dataset's store was made of; None for a store of another origin."""
+    if dataset.folder is None:
+        return None
+    paths = []
+    for line in (dataset.folder.parent / "depends.jsonl").read_text().splitlines():
+        paths.append(Path(json.loads(line)[0]))
+    if dataset.store.folder / "features.npy" in paths or paths[row].suffix == ".npz":
+        return None  # a store that the lines name, or feature files
+    return paths[row]
 
 
 def is_current(folder):

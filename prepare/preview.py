@@ -46,19 +46,25 @@ def preview_cell(where, record, pictures, side=336):
     return cell
 
 
+def paste_regions(store, row, side):
+    """(picture, boxes in 0..1) of a store's row: its regions pasted where they were. Dark where there is no region, and where the store has no pixels."""
+    regions = store.gather(np.array([row]))
+    boxes = regions["boxes"][0].tolist()
+    image = Image.new("RGB", (side, side), (50, 50, 50))
+    patch = round((regions["features"].shape[2] / 3) ** 0.5)
+    if regions["features"].shape[2] == 3 * patch * patch:  # pixels: see region_features
+        for features, (left, top, right, bottom) in zip(regions["features"][0].numpy(), boxes, strict=True):
+            pixels = np.clip((features * 0.25 + 0.5) * 255, 0, 255).reshape(patch, patch, 3).astype(np.uint8)
+            size = (max(1, round((right - left) * side)), max(1, round((bottom - top) * side)))
+            image.paste(Image.fromarray(pixels).resize(size), (round(left * side), round(top * side)))
+    return image, boxes
+
+
 def draw_regions(where, record, pictures, store, row, side):
     """A picture with the boxes of its regions, the target's in red. Of a store, which has no pictures, the regions."""
     boxes = []  # 0..1
     if store:
-        regions = pictures.stores[store].gather(np.array([row]))
-        boxes = regions["boxes"][0].tolist()
-        image = Image.new("RGB", (side, side), "grey")
-        patch = round((regions["features"].shape[2] / 3) ** 0.5)
-        if regions["features"].shape[2] == 3 * patch * patch:  # pixels: see region_features
-            for features, (left, top, right, bottom) in zip(regions["features"][0].numpy(), boxes, strict=True):
-                pixels = np.clip((features * 0.25 + 0.5) * 255, 0, 255).reshape(patch, patch, 3).astype(np.uint8)
-                size = (max(1, round((right - left) * side)), max(1, round((bottom - top) * side)))
-                image.paste(Image.fromarray(pixels).resize(size), (round(left * side), round(top * side)))
+        image, boxes = paste_regions(pictures.stores[store], row, side)
     else:
         job = pictures.jobs[row]
         if job.path.suffix == ".npz":

@@ -327,23 +327,29 @@ def test_lines_that_fit_pass():
     assert tasks.VQA.check({"answer": {"maybe": 1.0}}) is None
 
 
-def test_answers_are_shown_with_their_probabilities(drawn, tokenizer):
+def test_answers_are_shown_with_their_probabilities_and_the_truth(cache, tokenizer):
     run = SimpleNamespace(answers=["red", "blue", "two"])
     logits = torch.tensor([-2.0, 3.0, 0.0])
-    assert tasks.VQA.show(run, None, 0, logits, 2) == "blue 0.953  two 0.500"
-    assert tasks.VE.show(run, None, 0, logits, 3) == "entailment 0.953  neutral 0.500  contradiction 0.119"
-    assert tasks.NLVR2.show(run, None, 0, torch.tensor([0.0, 1.0]), 3) == "true 0.731  false 0.269"
-    assert tasks.RETRIEVAL.show(run, None, 0, torch.tensor(1.0), 3) == "match 0.731"
-    assert tasks.CAPTION.show(run, None, 0, "a red disc", 3) == "a red disc"
-    choices = drawn("test", "vcr", 20).encode(tokenizer)
-    best = choices.text[choices.group * 3 + 2][-1]
+    lines = SimpleNamespace(answer=[{"red": 0.3, "two": 1.0}, {}], target=np.array([0, -1]), text=["a blue disc"])
+    shown = tasks.VQA.show(run, lines, 0, logits, 2)
+    assert shown == {"answers": [["blue", 0.95257], ["two", 0.5]], "truth": "two"}
+    assert "truth" not in tasks.VQA.show(run, lines, 1, logits, 2)
+    shown = tasks.VE.show(run, lines, 1, logits, 3)["answers"]
+    assert [name for name, _ in shown] == ["entailment", "neutral", "contradiction"]
+    shown = tasks.NLVR2.show(run, lines, 0, torch.tensor([0.0, 1.0]), 3)
+    assert shown == {"answers": [["true", 0.73106], ["false", 0.26894]], "truth": "false"}
+    assert "truth" not in tasks.NLVR2.show(run, lines, 1, torch.tensor([0.0, 1.0]), 3)
+    assert tasks.RETRIEVAL.show(run, None, 0, torch.tensor(1.0), 3) == {"match": 0.73106}
+    assert tasks.CAPTION.show(run, lines, 0, "a red disc", 3) == {"caption": "a red disc", "truth": "a blue disc"}
+    choices = scenes.scenes("test", "vcr", 20, cache=cache).encode(tokenizer)
+    texts = [choices.text[choices.group * 3 + k][-1] for k in range(choices.group)]
     shown = tasks.VCR.show(run, choices, 3, torch.tensor([0.0, 0.0, 5.0, 0.0]), 1)
-    assert shown == f"{best} 0.980"
-    refer = drawn("test", "refer", 20).encode(tokenizer)
+    assert shown == {"answers": [[texts[2], 0.98017]], "truth": texts[int(choices.target[3])]}
+    refer = scenes.scenes("test", "refer", 20, cache=cache).encode(tokenizer)
     boxes = refer.store.gather(refer.image[[4]])["boxes"][0]
     logits = torch.cat([torch.zeros(len(boxes) - 1), torch.tensor([20.0, 99.0, 99.0])])  # two positions of padding
-    numbers = " ".join(f"{value:.2f}" for value in boxes[-1].tolist())
-    assert tasks.REFER.show(run, refer, 4, logits, 1) == f"[{numbers}] 1.000"
+    (box, prob), *_ = tasks.REFER.show(run, refer, 4, logits, 1)["answers"]
+    assert np.allclose(box, boxes[-1] * scenes.SIDE, atol=0.06) and prob == pytest.approx(1, abs=1e-4)
 
 
 # ---- training --------------------------------------------------------------------------------------------------
@@ -364,7 +370,7 @@ def test_false_partners_are_false_and_mined_ones_are_the_hardest(drawn, tokenize
     words, regions = np.diff(dataset.offsets), np.diff(dataset.store.offsets)
     for step, mined in ((0, False), (5, True)):
         run.progress = {"step": step}
-        texts, images = tasks.sample_negatives(run, dataset, index, np.random.default_rng(0))
+        texts, images = evaluation.sample_negatives(run, dataset, index, np.random.default_rng(0))
         assert texts.shape == images.shape == (10, 4)
         assert (texts[:, 0] == index).all() and (images[:, 0] == dataset.image[index]).all()
         for column, kind in enumerate(("text", "image", "text"), 1):
@@ -390,7 +396,7 @@ def test_a_negative_does_not_repeat_a_caption_of_the_picture():
     index = np.arange(12)
     repeated = 0
     for seed in range(20):
-        texts, images = tasks.sample_negatives(run, dataset, index, np.random.default_rng(seed))
+        texts, images = evaluation.sample_negatives(run, dataset, index, np.random.default_rng(seed))
         for row in range(12):
             for column in (1, 2, 3):
                 own = [text[i] for i in range(12) if image[i] == images[row, column]]
@@ -400,7 +406,7 @@ def test_a_negative_does_not_repeat_a_caption_of_the_picture():
     assert repeated > 100  # draws that had a chance to go wrong
     dataset.text = ["the same"] * 12
     with pytest.raises(common.UserError, match="different texts"):
-        tasks.sample_negatives(run, dataset, index, np.random.default_rng(0))
+        evaluation.sample_negatives(run, dataset, index, np.random.default_rng(0))
 
 
 def test_the_matching_head_becomes_the_rank_head_and_types_are_widened():
@@ -453,7 +459,7 @@ def test_a_teacher_s_answers_count_as_the_mean_whatever_the_parts():
     for rows in (slice(0, 9), slice(9, 13)):
         batch = SimpleNamespace(text=torch.zeros(13, 3)[rows], answer_labels=labels[rows], matched=matched[rows])
         loss = distill.soft_label_loss(student[rows], teacher[rows])
-        parts.append((tasks.items_of(lxmert, "qa_soft", batch), loss))
+        parts.append((distill.items_of(lxmert, "qa_soft", batch), loss))
     items = sum(n for n, _ in parts)
     together = sum(n * loss for n, loss in parts) / items
     torch.testing.assert_close(together, distill.soft_label_loss(student, teacher))
@@ -461,7 +467,7 @@ def test_a_teacher_s_answers_count_as_the_mean_whatever_the_parts():
 
 def test_questions_of_mismatched_pairs_do_not_count():
     batch = SimpleNamespace(answer_labels=torch.tensor([1, -1, 2, 0]), matched=torch.tensor([1, 1, 0, 1]))
-    assert tasks.items_of(lxmert, "qa", batch) == 2
+    assert distill.items_of(lxmert, "qa", batch) == 2
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------
@@ -553,7 +559,7 @@ def test_the_mean_recall_is_the_mean_of_all_six(drawn, tokenizer, monkeypatch):
         pools.append(len(index))
         return dict(recalls)
 
-    monkeypatch.setattr(tasks, "recall_of_all_pairs", all_pairs)
+    monkeypatch.setattr(evaluation, "recall_of_all_pairs", all_pairs)
     metrics, chance = tasks.evaluate_retrieval(run, dataset)
     assert metrics["mean_recall"] == pytest.approx(0.4)
     assert chance["mean_recall"] == pytest.approx(2 * (1 + 5 + 10) / 15 / 6)
@@ -598,7 +604,7 @@ def test_captions_are_searched_with_beams_in_the_test_alone(split, expected, dra
         assert (model, len(batch.text), first, last, beams) == ("a model", 3, *ends, expected)
         return [dataset.tokens[1:3].tolist()] * 3
 
-    monkeypatch.setattr(tasks, "generate", generate)
+    monkeypatch.setattr(evaluation, "generate", generate)
     assert tasks.generate_captions(run, dataset, np.arange(3)) == [tokenizer.decode(dataset.tokens[1:3].tolist())] * 3
 
 
@@ -621,8 +627,8 @@ def test_pretraining_is_evaluated_on_one_caption_a_picture_and_chance_is_the_usu
         return torch.eye(len(index))
 
     monkeypatch.setattr(tasks, "objective_sums", sums)
-    monkeypatch.setattr(tasks, "recall_of_all_pairs", all_pairs)
-    monkeypatch.setattr(tasks, "dot_products", dot_products)
+    monkeypatch.setattr(evaluation, "recall_of_all_pairs", all_pairs)
+    monkeypatch.setattr(evaluation, "dot_products", dot_products)
     metrics, chance = tasks.evaluate_pretraining(run, dataset)
     assert seen["itm"] == seen["mrfr"] == seen["itc"] == list(range(1, 450, 3))
     assert seen["qa"] == list(range(0, 450, 3))
@@ -631,7 +637,7 @@ def test_pretraining_is_evaluated_on_one_caption_a_picture_and_chance_is_the_usu
     assert (metrics["itm_accuracy"], chance["itm_accuracy"]) == (25 / 40, 30 / 40)
     assert (metrics["text_to_image_r5"], chance["text_to_image_r5"]) == (0.5, 0.05)
     assert (metrics["itc_image_to_text_r1"], chance["itc_image_to_text_r1"]) == (1.0, 0.01)
-    monkeypatch.setattr(tasks, "recall_of_all_pairs", lambda *_: {})
+    monkeypatch.setattr(evaluation, "recall_of_all_pairs", lambda *_: {})
     tasks.evaluate_pretraining(run, dataset, most=7)
     assert seen["itm"] == list(range(1, 21, 3)) and seen["qa"] == list(range(0, 21, 3))
 
@@ -778,7 +784,7 @@ def test_a_caption_repeated_word_for_word_has_bleu_1(drawn, tokenizer, monkeypat
         def generate(*_, caption_of=caption_of, turn=turn):
             return [pieces[caption_of[int(dataset.image[i])]] for i in next(turn)]
 
-        monkeypatch.setattr(tasks, "generate", generate)
+        monkeypatch.setattr(evaluation, "generate", generate)
         metrics, chance = tasks.evaluate_captions(run, dataset)
         assert metrics["bleu4"] == 1.0 > chance["bleu4"]
 
@@ -894,10 +900,10 @@ def test_six_tasks_at_once_and_what_their_checkpoint_says(name, folder, monkeypa
     boxes = ["--boxes", "[[0,0,40,40],[30,30,90,90],[50,0,80,30]]"]
     for task, more, pattern in (
         ("ve", [], r"\w+ 0\.\d+  \w+ 0\.\d+  \w+ 0\.\d+"),
-        ("nlvr2", ["--image", "1.png"], r"(true|false)  \(probability of true [01]\.\d+\)"),
+        ("nlvr2", ["--image", "1.png"], r"(true|false) [01]\.\d+  (true|false) [01]\.\d+"),
         ("vcr", ["--choices", "red", "blue"], r"(red|blue) 0\.\d+  (red|blue) 0\.\d+"),
         ("vcr", ["--choices", "x", "y", "z", "--answer", "red", "--top", "1"], r"[xyz] 0\.\d+"),
-        ("retrieval", ["--image", "1.png"], r"0.png: match score 0\.\d+\n1.png: match score 0\.\d+"),
+        ("retrieval", ["--image", "1.png"], r"0.png: match 0\.\d+\n1.png: match 0\.\d+"),
         ("refer", boxes, r"(\[\d+, \d+, \d+, \d+\] [01]\.\d+(  )?){3}"),
         ("caption", ["--beams", "2"], r"[^\n]*"),
     ):

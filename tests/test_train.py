@@ -25,6 +25,7 @@ import checkpoints
 import common
 import contrast
 import data
+import distill
 import evaluation
 import log
 import lxmert
@@ -611,7 +612,7 @@ def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     scores = cosines / 0.07 + hidden
     want = (torch.nn.functional.cross_entropy(scores, target) + torch.nn.functional.cross_entropy(scores.T, target)) / 2
     assert loss.item() == pytest.approx(want.item(), abs=1e-5)
-    assert tasks.items_of(paper, "itc", batch) == 4
+    assert distill.items_of(paper, "itc", batch) == 4
 
 
 def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
@@ -798,7 +799,7 @@ def test_a_run_does_not_write_over_what_it_starts_from(pictures, here, capsys):
 def test_a_tie_counts_as_the_share_that_is_right():
     scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     hit = torch.tensor([[True, True, False], [False, True, True], [True, False, False]])
-    torch.testing.assert_close(tasks.top_choice_accuracy(scores, hit), torch.tensor([0.5, 0.0, 1 / 3]))
+    torch.testing.assert_close(evaluation.top_choice_accuracy(scores, hit), torch.tensor([0.5, 0.0, 1 / 3]))
 
 
 # ---- options ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,364 @@
+"""Tests of predict.py: every mode as a user runs it, on small drawn scenes and own pictures.
+
+Runs of train.py are made once and have a few steps; the numbers that predict.py measures must be those of result.json.
+"""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import predict
+import regions
+import tasks
+import train
+from common import UserError
+from prepare import scenes
+
+TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer,caption"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, small_scenes):
+    """A folder with pictures; the runs are made in it."""
+    folder = tmp_path_factory.mktemp("predict")
+    for i in range(3):
+        scenes.draw_scene(scenes.make_scene(0, "test", i)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def trained(folder, small_scenes, monkeypatch, capsys):
+    """trained(model, task, *options): best.pt of a run of a few steps, made on first use."""
+    monkeypatch.chdir(folder)
+
+    def run(model, task, *options):
+        out = f"{model}-{task}-{len(options)}"
+        if not (folder / out / "result.json").exists():
+            command = ["--model", model, "--task", task, "--data", str(small_scenes(20)), "--out", out]
+            command += ["--steps", "6", "--batch-size", "8", "--device", "cpu", "--dtype", "f32", "--pool", "15"]
+            assert train.main([*command, "--limit", "64", *options]) == 0
+        capsys.readouterr()
+        return f"{out}/best.pt"
+
+    return run
+
+
+def use(*arguments):
+    """predict.py with these arguments, in float32."""
+    return predict.main([*map(str, arguments), "--device", "cpu", "--dtype", "f32"])
+
+
+def result_of(checkpoint):
+    """result.json of the run of a checkpoint."""
+    with open(checkpoint.replace("best.pt", "result.json")) as file:
+        return json.load(file)
+
+
+def rounded(values):
+    return {name: round(float(value), 5) for name, value in values.items()}
+
+
+# ---- --data ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["uniter", "vilbert", "lxmert"])
+@pytest.mark.parametrize("task", [*TASKS.split(","), "pretrain"])
+def test_the_test_split_gives_the_numbers_of_result_json(model, task, trained, small_scenes, capsys, tmp_path):
+    checkpoint = trained(model, task)
+    out = tmp_path / "p.jsonl"
+    assert use(checkpoint, "--data", small_scenes(20), "--out", out) == 0
+    found = json.loads((tmp_path / "p.result.json").read_text())["test"]
+    chance = rounded(found.pop("chance"))
+    expected = result_of(checkpoint)
+    assert found and rounded(found) == {name: expected[name] for name in found}
+    assert chance == {name: expected["chance"][name] for name in chance} and len(chance) > 0
+    measured = {name for name in expected if re.search("accuracy|loss|_r1|perplexity|bleu", name)}
+    assert set(found) >= {name for name in measured if not name.startswith(("compose_", "detected_"))}
+    lines_of = (
+        "caption" if task == "pretrain" and model != "lxmert" else task
+    )  # only LXMERT's pretraining has questions
+    dataset = data.load(small_scenes(20), tasks.TASKS[lines_of], "test")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["id"] for line in lines] == list(dataset.ids)
+
+
+def test_a_split_and_a_task_can_be_chosen(trained, small_scenes, capsys, tmp_path):
+    checkpoint = trained("uniter", "vqa,refer")
+    expected = result_of(checkpoint)
+    out = tmp_path / "p.jsonl"
+    assert use(checkpoint, "--data", small_scenes(20), "--task", "refer", "--split", "detected", "--out", out) == 0
+    found = json.loads((tmp_path / "p.result.json").read_text())["detected"]
+    assert round(found["accuracy"], 5) == expected["detected_refer_accuracy"]
+
+
+def own_file(folder, name, lines):
+    (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / name
+
+
+def test_answers_are_optional_and_the_accuracy_is_that_of_the_lines_with_one(trained, folder, capsys):
+    checkpoint = trained("uniter", "vqa")
+    lines = []
+    for i in range(9):
+        lines.append({"id": f"q{i}", "image": f"{i % 3}.png", "text": "what color is the circle?"})
+        lines[-1]["boxes"] = [[0, 0, 40, 40], [30, 30, 90, 90]]
+    assert use(checkpoint, "--data", own_file(folder, "without.jsonl", lines), "--out", "p.jsonl") == 0
+    assert "nothing to measure" in capsys.readouterr().out
+    found = [json.loads(line) for line in (folder / "p.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in found] == [line["id"] for line in lines]
+    assert not any("truth" in line for line in found)
+    for line, predicted in zip(lines, found, strict=True):
+        line["answer"] = predicted["answers"][0][0]  # what the model says
+    lines[0]["answer"] = "an answer that it does not know"
+    del lines[1]["answer"]
+    assert use(checkpoint, "--data", own_file(folder, "with.jsonl", lines), "--out", "p.jsonl") == 0
+    assert json.loads((folder / "p.result.json").read_text())["train"]["accuracy"] == 7 / 8
+    # training still needs every answer, though the same file was read without
+    with pytest.raises(UserError, match="'answer' is missing"):
+        data.load(folder / "with.jsonl", tasks.TASKS["vqa"], "train")
+
+
+@pytest.mark.parametrize(
+    ("task", "line"),
+    [
+        ("ve", {"image": "0.png"}),
+        ("nlvr2", {"images": ["0.png", "1.png"]}),
+        ("vcr", {"image": "0.png", "choices": ["red", "blue"], "reasons": ["a", "b"]}),
+        ("refer", {"image": "0.png"}),
+        ("retrieval", {"image": "0.png"}),
+        ("caption", {"image": "0.png"}),
+    ],
+)
+def test_lines_without_truth_of_every_task(task, line, trained, folder):
+    lines = [{**line, "text": "a red circle"}, {**line, "text": "two blue stars", "id": 7}]
+    path = own_file(folder, f"{task}-own.jsonl", lines)
+    assert use(trained("uniter", task), "--data", path, "--out", "p.jsonl") == 0
+    found = [json.loads(line) for line in (folder / "p.jsonl").read_text().splitlines()]
+    assert len(found) == 2 and found[1]["id"] == "7"
+    assert all("truth" not in line for line in found) or task == "caption"
+
+
+def test_a_prompt_is_filled_in_with_the_columns_of_each_line(trained, folder, capsys):
+    checkpoint = trained("uniter", "vqa")
+    lines = [{"image": "0.png", "text": f"what color is the {shape}?"} for shape in ("circle", "star", "square")]
+    assert use(checkpoint, "--data", own_file(folder, "full.jsonl", lines), "--out", "full-p.jsonl") == 0
+    lines = [{"image": "0.png", "thing": shape} for shape in ("circle", "star", "square")]
+    path = own_file(folder, "parts.jsonl", lines)
+    prompt = ["--prompt", "what color is the {thing}?"]
+    assert use(checkpoint, "--data", path, *prompt, "--out", "parts-p.jsonl") == 0
+    full = (folder / "full-p.jsonl").read_text()
+    assert full.replace("full.jsonl", "") == (folder / "parts-p.jsonl").read_text().replace("parts.jsonl", "")
+    capsys.readouterr()
+    assert use(checkpoint, "--data", path, "--prompt", "the {size}?", "--out", "parts-p.jsonl") == 2
+    assert "no key 'size'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, 3000, 12_345])
+def test_an_interrupted_file_goes_on_and_ends_alike(cut, trained, small_scenes, monkeypatch, tmp_path):
+    monkeypatch.setattr(predict, "CHUNK", 64)
+    checkpoint = trained("uniter", "vqa")
+    whole = tmp_path / "whole.jsonl"
+    part = tmp_path / "part.jsonl"
+    assert use(checkpoint, "--data", small_scenes(20), "--out", whole) == 0
+    part.write_bytes(whole.read_bytes()[:cut])
+    answered = []
+    before = predict.predict
+
+    def count(run, task, dataset, index, top):
+        answered.extend(index.tolist())
+        return before(run, task, dataset, index, top)
+
+    monkeypatch.setattr(predict, "predict", count)
+    assert use(checkpoint, "--data", small_scenes(20), "--out", part, "--resume") == 0
+    assert part.read_bytes() == whole.read_bytes()
+    assert (tmp_path / "part.result.json").read_text() == (tmp_path / "whole.result.json").read_text()
+    lines = whole.read_bytes()[:cut].count(b"\n")
+    assert min(answered) == lines // 64 * 64  # whole chunks are not computed again
+
+
+def test_a_file_of_other_predictions_is_not_continued(trained, small_scenes, tmp_path, capsys):
+    checkpoint = trained("uniter", "vqa")
+    for content in ('{"id": "other"}\n', "no JSON\n", "[]\n"):
+        (tmp_path / "p.jsonl").write_text(content)
+        assert use(checkpoint, "--data", small_scenes(20), "--out", tmp_path / "p.jsonl", "--resume") == 2
+        assert "p.jsonl:1: not a prediction" in capsys.readouterr().err
+        assert (tmp_path / "p.jsonl").read_text() == content
+
+
+# ---- --image ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_gives_what_a_line_with_it_gives(trained, folder, capsys):
+    """The path over the command line and the path over a file are different code."""
+    boxes = [[0, 0, 40, 40], [30, 30, 90, 90], [50, 0, 80, 30]]
+    line = {"image": "0.png", "boxes": boxes, "text": "a red circle"}
+    for task, record, more in (
+        ("vqa", line, []),
+        ("ve", line, []),
+        ("refer", line, []),
+        ("caption", line, []),
+        ("retrieval", line, []),
+        ("pretrain", line, []),
+        ("vcr", {**line, "choices": ["red", "blue"]}, ["--choices", "red", "blue"]),
+    ):
+        checkpoint = trained("uniter", task)
+        path = own_file(folder, "one.jsonl", [record])
+        assert use(checkpoint, "--data", path, "--out", "one-p.jsonl") == 0
+        found = json.loads((folder / "one-p.jsonl").read_text())
+        capsys.readouterr()
+        given = ["--image", "0.png", "--boxes", json.dumps(boxes), "--text", "a red circle", *more]
+        assert use(checkpoint, *given, "--out", "one.png") == 0
+        printed = capsys.readouterr()
+        assert printed.out == predict.describe(found) + "\n", task
+        assert Image.open(folder / "one.png").width == predict.SIDE
+        assert printed.err == ""
+
+
+def test_two_pictures_and_one_answer(trained, folder, capsys):
+    checkpoint = trained("uniter", "nlvr2")
+    pair = ["--image", "0.png", "--image", "1.png"]
+    assert use(checkpoint, *pair, "--text", "exactly one picture shows a circle") == 0
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"(true|false) 0\.\d+  (true|false) 0\.\d+\n", printed.out)
+    assert "give --boxes" in printed.err
+    assert use(checkpoint, *pair, "--image", "2.png", "--text", "x") == 2
+    assert "two --image" in capsys.readouterr().err
+
+
+def test_the_reason_is_chosen_given_the_answer(trained, folder, capsys):
+    checkpoint = trained("uniter", "vcr")
+    given = ["--image", "0.png", "--text", "what color is it?", "--choices", "x", "y", "z", "--answer", "red"]
+    assert use(checkpoint, *given) == 0
+    assert re.fullmatch(r"([xyz] 0\.\d+(  )?){3}\n", capsys.readouterr().out)
+    example = predict.make_example(tasks.VCR, {"text": "what?", "choices": ["x", "y"], "answer": "red"})
+    assert example.rows == [(("what?", "red", "x"), 0), (("what?", "red", "y"), 0)] and example.target == -1
+    example = predict.make_example(tasks.VCR, {"text": "what?", "choices": ["x", "y"], "answer": None})
+    assert example.rows == [(("what?", "x"), 0), (("what?", "y"), 0)] and example.target == -1
+
+
+def test_regions_of_a_picture_are_those_of_the_network_of_training(trained, folder, monkeypatch, capsys):
+    """A checkpoint whose regions a network made asks that network."""
+    from prepare import features
+
+    asked = []
+
+    def region_maker(described, device):
+        asked.append(described)
+
+        def make(image, boxes=None):
+            values = np.linspace(-1, 1, 2 * 432, dtype=np.float32).reshape(2, 432)
+            return {"features": values, "boxes": np.array([[0, 0, 0.5, 0.5], [0, 0, 1, 1]], np.float32)}
+
+        return make
+
+    monkeypatch.setattr(features, "region_maker", region_maker)
+    content = torch.load(trained("uniter", "refer"))
+    assert content["regions"] == scenes.DATASET_JSON["regions"]
+    content["regions"] = {"kind": "network", "network": "resnet50"}
+    torch.save(content, folder / "network.pt")
+    assert use("network.pt", "--image", "0.png", "--text", "red circle") == 0
+    assert asked == [content["regions"]]
+    half = scenes.SIDE / 2
+    assert f"[0, 0, {half:.0f}, {half:.0f}]" in capsys.readouterr().out
+
+
+def test_a_store_in_memory_gives_the_batches_of_one_on_disk(tmp_path, folder):
+    pictures = []
+    for i in range(3):
+        job = regions.PictureJob("here", folder / f"{i}.png", None, 4, i + 1)
+        pictures.append(regions.picture_regions(job)[0])
+    regions.write_store(tmp_path / "store", pictures)
+    on_disk = regions.FeatureStore(tmp_path / "store").gather([2, 0, 1])
+    in_memory = predict.MemoryStore(pictures).gather([2, 0, 1])
+    assert set(on_disk) == set(in_memory)
+    for name in on_disk:
+        assert torch.equal(on_disk[name], in_memory[name]), name
+
+
+# ---- --scenes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [*TASKS.split(","), "pretrain"])
+def test_a_sheet_of_held_out_examples(task, trained, folder, capsys):
+    assert use(trained("uniter", task), "--scenes", "--out", "sheet.png") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("truth: ") == 4 or task == "retrieval"
+    assert printed.endswith("sheet.png: 4 examples of scenes, split test\n")
+    picture = Image.open(folder / "sheet.png")
+    assert picture.width == 2 * predict.SIDE and len(picture.getcolors(10**6)) > 100
+
+
+def test_the_sheet_shows_the_picture_files_of_own_data(trained, folder, monkeypatch):
+    """Of own data the cells show the pictures themselves, not their regions."""
+    lines = []
+    for i in range(3):
+        split = ("train", "val", "test")[i]
+        lines.append({"image": f"{i}.png", "text": f"a picture {i}?", "answer": "yes", "split": split})
+    path = own_file(folder, "mine.jsonl", lines)
+    command = ["--data", str(path), "--task", "vqa", "--model", "uniter", "--steps", "1", "--out", "mine"]
+    assert train.main([*command, "--device", "cpu", "--dtype", "f32"]) == 0
+    opened = []
+    before = regions.open_picture
+    monkeypatch.setattr(regions, "open_picture", lambda where, file: opened.append(file) or before(where, file))
+    assert use("mine/checkpoint.pt", "--scenes", "--out", "sheet.png") == 0
+    assert opened == [folder / "2.png"]
+
+
+def test_the_masked_word_is_one_that_only_the_picture_tells(trained, folder, capsys):
+    assert use(trained("uniter", "pretrain"), "--scenes", 8, "--out", "sheet.png") == 0
+    truths = re.findall(r"truth: (\w+)", capsys.readouterr().out)
+    assert len(truths) == 8 and set(truths) <= set(scenes.CONTENT_WORDS)
+
+
+# ---- --export --------------------------------------------------------------------------------------------------------
+
+
+def test_official_names(trained, folder):
+    checkpoint = trained("uniter", "vqa")
+    assert use(checkpoint, "--export", "vqa.bin") == 0
+    assert "uniter.embeddings.word_embeddings.weight" in torch.load("vqa.bin")
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.pt", "--scenes"], "none.pt"),
+        (["CKPT"], "give one of --scenes"),
+        (["CKPT", "--scenes", "--image", "0.png"], "give one of --scenes"),
+        (["CKPT", "--scenes", "0"], "at least 1"),
+        (["CKPT", "--scenes", "--split", "none"], "none"),
+        (["CKPT", "--scenes", "--out", "sheet.nothing"], "--out sheet.nothing"),
+        (["CKPT", "--scenes", "--task", "ve"], "trained for vqa"),
+        (["CKPT", "--image", "none.png", "--text", "x"], "no such file"),
+        (["CKPT", "--image", "0.png"], "--text"),
+        (["CKPT", "--image", "0.png", "--text", " "], "--text"),
+        (["CKPT", "--image", "vqa.jsonl", "--text", "x"], "cannot read picture"),
+        (["CKPT", "--image", "0.png", "--text", "x", "--boxes", "[[1,2]]"], "--boxes"),
+        (["CKPT", "--image", "0.png", "--text", "x", "--boxes", "[[1,2,3,999]]"], "outside"),
+        (["CKPT", "--image", "0.png", "--text", "x", "--boxes", "[[1,2,3,4]]", "--boxes", "[[1,2,3,4]]"], "2 --boxes"),
+        (["CKPT", "--data", "none.jsonl"], "no such file"),
+        (["CKPT", "--data", "vqa.jsonl", "--split", "val"], "no examples of split val"),
+        (["CKPT", "--data", "vqa.jsonl", "--resume"], "--out"),
+        (["CKPT", "--data", "bad.jsonl"], "bad.jsonl:1"),
+        (["CKPT", "--data", "wide.jsonl"], "features of 5 numbers"),
+        (["CKPT", "--export", "x.bin", "--to", "nothing"], "--to"),
+        (["CKPT", "--export", "x.bin", "--to", "transformers"], "transformers has no uniter"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, message, trained, folder, capsys):
+    checkpoint = trained("uniter", "vqa")
+    own_file(folder, "vqa.jsonl", [{"image": "0.png", "text": "is it?", "answer": "yes"}])
+    own_file(folder, "bad.jsonl", [{"image": "0.png", "text": 3}])
+    np.savez(folder / "wide.npz", features=np.eye(5), boxes=np.eye(5, 4) + [0, 0, 4, 4], size=np.array([9, 9]))
+    own_file(folder, "wide.jsonl", [{"features": "wide.npz", "text": "is it?"}])
+    assert use(*[checkpoint if argument == "CKPT" else argument for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error, error
