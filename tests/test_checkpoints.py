@@ -568,6 +568,32 @@ def test_a_run_that_began_with_bert_resumes_from_its_own_checkpoint(own, tmp_pat
 # ---- our own checkpoints ---------------------------------------------------------------------------------------------
 
 
+def test_the_hash_of_a_split_covers_words_pictures_regions_targets_and_answers():
+    def dataset(**changes):
+        store = SimpleNamespace(offsets=changes.pop("regions", np.array([0, 2, 5])))
+        columns = {"image": np.array([0, 1]), "text": ["a", "b"], "answer": [{"yes": 1.0}, {"no": 1.0}]}
+        columns |= {
+            "kind": ["", ""],
+            "ids": ["0", "1"],
+            "target": np.array([[0.0, 0.0, 0.5, 0.5], [0.1, 0.1, 0.2, 0.2]]),
+        }
+        columns |= {"tokens": np.array([2, 7, 3, 2, 8, 3]), "offsets": np.array([0, 3, 6])}
+        return data.Dataset("x", "train", store, **(columns | changes))
+
+    same = checkpoints.hash_data(dataset())
+    assert same == checkpoints.hash_data(dataset(ids=["7", "8"]))
+    changes = {
+        "tokens": np.array([2, 7, 3, 2, 9, 3]),
+        "offsets": np.array([0, 2, 6]),
+        "image": np.array([1, 0]),
+        "regions": np.array([0, 3, 5]),
+        "target": np.array([[0.0, 0.0, 0.5, 0.5], [0.1, 0.1, 0.2, 0.3]]),
+        "answer": [{"yes": 1.0}, {"no": 0.3}],
+    }
+    for name, value in changes.items():
+        assert checkpoints.hash_data(dataset(**{name: value})) != same, name
+
+
 def test_a_resumed_run_names_what_has_changed(own, tmp_path, capsys):
     """Each change stops with its name; steps, intervals and the file's time may change."""
     options = ["--task", "vqa", "--eval-every", "1"]
@@ -770,19 +796,20 @@ def answer_logits(state, changes, x):
     ("model", "changes"), [("uniter", {}), ("lxmert", {}), ("vilbert", {}), ("vilbert", {"twelve_in_one": True})]
 )
 def test_answers_belong_to_the_checkpoint(model, changes):
-    """On data with other answers each known answer keeps its logit, in all models; a new one starts at 0."""
-    known, wanted = ["red", "blue", "two"], ["blue", "green", "red", "Two."]
-    state = make(model, heads=("vqa",), **changes)
+    """On data with other answers each known answer keeps its logit, in all models, also where another one is dropped;
+    a new one starts at 0."""
+    known, wanted = ["red", "blue", "dropped", "two"], ["blue", "green", "red", "Two."]
+    state = make(model, heads=("vqa",), answers=4, **changes)
     own = make(model, heads=("vqa",), answers=4, **changes)
     found, report = fitted(model, state, own, known=known, wanted=wanted)
     x = torch.randn(5, 128)
     with torch.no_grad():
-        before = answer_logits(state, (model, changes | {"answers": 3}), x)
+        before = answer_logits(state, (model, changes | {"answers": 4}), x)
         after = answer_logits(found, (model, changes | {"answers": 4}), x)
-    torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [1, 0, 2]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [1, 0, 3]], atol=1e-5, rtol=1e-5)
     assert (after[:, 1] == 0).all()
     assert "answers new to it 1: green" in report and "at random 0" in report
-    with pytest.raises(UserError, match="3 rows, the list of answers 2"):
+    with pytest.raises(UserError, match="4 rows, the list of answers 2"):
         fitted(model, state, own, known=["yes", "no"], wanted=["yes"])
 
 
