@@ -66,7 +66,11 @@ from tasks import TASKS
 #   mask_false_pairs  False: nothing is predicted in mismatched pairs
 #   second_half       objectives that are trained in the second half of the steps only
 # Official names and sizes are optional: they stand in formats.FORMATS, not in the model's file.
-MODELS = {"uniter": uniter, "vilbert": vilbert, "lxmert": lxmert}
+MODELS = {
+    "uniter": uniter,
+    "vilbert": vilbert,
+    "lxmert": lxmert,
+}
 
 for task in TASKS.values():
     if task.loss:  # the task brings its objective along: every model has it
@@ -523,30 +527,6 @@ def component_of(name):
 
 ANSWER_HEADS = ("vqa", "qa")  # the heads with a row for each answer; LXMERT's pretraining has the second
 
-SPELLINGS = {
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
-    "grey": "gray",
-}
-
-
-def normalize_lxmert_answer(answer):
-    """An answer as the 9500-answer table spells it: lower case, no final full stop, no article, digits to ten."""
-    answer = answer.lower()
-    if answer.endswith("."):
-        answer = answer[:-1].strip()
-    for article in ("a ", "an ", "the "):  # each once, in this order: "a the dog" is "dog", "the a dog" is "a dog"
-        answer = answer.removeprefix(article)
-    return SPELLINGS.get(answer, answer)
-
 
 def match_answers(known, wanted):
     """For each wanted answer its place in the list `known`, -1 where it is unknown.
@@ -557,12 +537,12 @@ def match_answers(known, wanted):
     normalized = {}
     for place, answer in enumerate(known):
         written.setdefault(answer, place)
-        normalized.setdefault(normalize_lxmert_answer(answer), place)
+        normalized.setdefault(formats.normalize_lxmert_answer(answer), place)
     places = []
     for answer in wanted:
         place = written.get(answer)
         if place is None:
-            place = normalized.get(normalize_lxmert_answer(answer), -1)
+            place = normalized.get(formats.normalize_lxmert_answer(answer), -1)
         places.append(place)
     return places
 

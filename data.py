@@ -894,16 +894,6 @@ def preview(source, task, out, split, count, patch, grid):
     return 0
 
 
-def extract(image, out, patch, grid):
-    """Writes the features of a picture's grid of regions as an .npz that own data can name."""
-    picture = open_picture("extract", image)
-    boxes = grid_boxes(*picture.size, grid)
-    features = region_features(picture, boxes, patch)
-    np.savez(out, features=features, boxes=boxes, size=np.array(picture.size))
-    print(f"{out}: features {features.shape}, boxes {boxes.shape}")
-    return 0
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is a UserError, one line: what is wrong, without the whole usage."""
 
@@ -915,41 +905,36 @@ def parse(argv):
     """The command line."""
     import tasks  # here, since tasks.py imports this file
 
-    parser = Parser(prog="data.py", description="Check a data set, look at it, extract region features.")
+    parser = Parser(prog="data.py", description="Check a data set, or look at it.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("check", "list what is wrong with a data set, else count what is in it"),
-                       ("preview", "draw a sheet of examples: pictures with boxes, text, answer")):  # fmt: skip
-        command = commands.add_parser(name, help=text)
+    check_command = commands.add_parser("check", help="list what is wrong with a data set, else count what is in it")
+    preview_command = commands.add_parser("preview", help="draw a sheet of examples: pictures with boxes, text, answer")
+    for command in (check_command, preview_command):
         command.add_argument("source", help="a .jsonl file, a folder with dataset.json, or scenes")
         command.add_argument("--task", choices=list(tasks.TASKS), default="pretrain")
-        if name == "check":
-            command.add_argument("--vocab", help="a BERT vocab.txt or tokenizer.json (default: trained on the texts)")
-            command.add_argument("--max-words", type=int, default=60, help="longest text, in word pieces")
-        else:
-            command.add_argument("--out", default="preview.png")
-            command.add_argument("--split", default="train")
-            command.add_argument("--count", type=int, default=6, help="examples on the sheet")
-    command = commands.add_parser("extract", help="features of a picture's grid as .npz")
-    command.add_argument("image")
-    command.add_argument("--out", required=True)
-    for command in commands.choices.values():
         command.add_argument("--patch", type=int, default=12, help="a region becomes patch x patch pixels")
         command.add_argument("--grid", type=int, default=6, help="regions: the picture and grid x grid parts of it")
+    check_command.add_argument("--vocab", help="a BERT vocab.txt or tokenizer.json (default: trained on the texts)")
+    check_command.add_argument("--max-words", type=int, default=60, help="longest text, in word pieces")
+    preview_command.add_argument("--out", default="preview.png")
+    preview_command.add_argument("--split", default="train")
+    preview_command.add_argument("--count", type=int, default=6, help="examples on the sheet")
     args = parser.parse_args(argv)
-    for name in ("patch", "grid", "count", "max_words"):
-        if getattr(args, name, 2) < 1 + (name == "max_words"):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it is too small")
-    if args.command != "extract":
-        args.task = tasks.TASKS[args.task]
+    for name, least in {"patch": 1, "grid": 1, "count": 1, "max_words": 2}.items():
+        value = getattr(args, name, least)
+        if value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it is too small")
+    args.task = tasks.TASKS[args.task]
     return vars(args)
 
 
 def main(argv=None):
-    """check, preview or extract. Exit code 0, or 2 with what is wrong on stderr."""
+    """check or preview. Exit code 0, or 2 with what is wrong on stderr."""
     try:
         options = parse(argv)
-        run = {"check": check, "preview": preview, "extract": extract}[options.pop("command")]
-        return run(**options)
+        if options.pop("command") == "check":
+            return check(**options)
+        return preview(**options)
     except (UserError, OSError, ValueError) as error:  # ValueError: Pillow does not know a suffix
         print(f"data.py: {UserError(str(error))}", file=sys.stderr)  # on one line
         return 2

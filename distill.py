@@ -178,6 +178,18 @@ def output_width(head):
     return [module for module in head.modules() if isinstance(module, nn.Linear)][-1].out_features
 
 
+def items_of(paper, name, batch):
+    """How many items the mean of an objective's loss runs over; of NAME_soft, the loss of its teacher's logits."""
+    objective = paper.OBJECTIVES.get(name.removesuffix("_soft"))
+    mean_over = "rows"  # losses of a teacher's attention and states have no row in OBJECTIVES
+    if objective:
+        mean_over = objective.mean_over
+    if name.endswith("_soft"):
+        # the mean runs over all rows of logits, those of masked regions, or of texts with and without an answer
+        mean_over = {"all regions": "regions", "answers": "rows"}.get(mean_over, mean_over)
+    return common.count_items(mean_over, batch)
+
+
 def distillation_losses(run, names):
     """The losses that the teacher adds to these objectives': NAME_soft for logits, and those of DISTILLATION."""
     if run.teacher is None:

@@ -122,6 +122,15 @@ def recall_chance(recalls, candidates):
     return chance
 
 
+def pretraining_score(metrics):
+    """`tasks.best_score` of pretraining: the mean accuracy, or minus the sum of the losses where there is none."""
+    accuracies = [float(value) for name, value in metrics.items() if name.endswith("_accuracy")]
+    losses = [float(value) for name, value in metrics.items() if name.endswith("_loss")]
+    if accuracies:
+        return float(np.mean(accuracies)), f"mean of {len(accuracies)} accuracies"
+    return -sum(losses), "minus the sum of the losses"
+
+
 def first_captions(dataset):
     """The first caption of each picture, (pictures,) numbers of examples; where no example is a caption, the first text."""
     kinds = np.array(dataset.kind)
@@ -194,6 +203,51 @@ def score_pairs(run, dataset, texts, pictures, head):
         with run.autocast():
             scores[part] = match_logits(run.model, run.model.encode(batch).pooled, head)
     return common.all_reduce_sum(scores)
+
+
+def sample_negatives(run, dataset, index, rng):
+    """Pairs for retrieval: examples of the texts (B, 1 + K) and store rows of the pictures (B, 1 + K). Column 0 is the true
+    pair; then comes one mismatched pair for each of the model's NEGATIVES, with another picture or another text.
+
+    In the first half of the steps they are drawn at random. In the second half `--mine` are drawn for each, and the one
+    with the highest logit is kept (UNITER 4.1). A text that equals one of the picture's own texts word for word is no
+    mismatch. UserError if no other text is found.
+    """
+    kinds = run.paper.NEGATIVES
+    second_half = 2 * run.progress["step"] >= run.args.steps
+    mine = run.args.mine if second_half else 1
+    true = np.broadcast_to(index[:, None, None], (len(index), len(kinds), mine))  # (B, K, mine) examples
+    other = true.copy()
+    swap_picture = np.array([kind == "image" for kind in kinds])[None, :, None]  # (1, K, 1); False: the text is swapped
+    again = np.ones(true.shape, bool)  # True = not mismatched yet
+    for _ in range(100):
+        other[again] = rng.integers(len(dataset), size=again.sum())
+        texts = np.where(swap_picture, true, other)
+        images = dataset.image[np.where(swap_picture, other, true)]
+        again = is_text_of(dataset, texts, images)
+        if not again.any():
+            break
+    else:
+        raise common.UserError(
+            "retrieval needs pictures with different texts: found no text that is wrong for some picture"
+        )
+    best = np.zeros((*texts.shape[:2], 1), np.int64)  # (B, K, 1)
+    if mine > 1:
+        best = hardest_pairs(run, dataset, texts, images)
+    texts = np.take_along_axis(texts, best, 2)[:, :, 0]  # (B, K, mine) -> (B, K)
+    images = np.take_along_axis(images, best, 2)[:, :, 0]
+    return np.column_stack([index, texts]), np.column_stack([dataset.image[index], images])
+
+
+def hardest_pairs(run, dataset, texts, images):
+    """Which of the `mine` pairs (B, K, mine) has the highest logit, the model in eval mode: (B, K, 1) int64."""
+    batch = data.remove_modality(data.collate(dataset, texts.ravel(), images.ravel()), run.args.ablate)
+    run.model.eval()
+    with torch.no_grad(), run.autocast():
+        pooled = run.model.encode(batch.to(run.device)).pooled  # (B*K*mine, C)
+        logits = match_logits(run.model, pooled, "rank")  # (B*K*mine,)
+    run.model.train()
+    return logits.view(texts.shape).argmax(2, keepdim=True).numpy()
 
 
 def dot_products(run, dataset, texts, pictures):
@@ -413,6 +467,19 @@ def show_choices(names, probs, dataset, i, top):
     shown = {"answers": rank_answers(names, probs, top)}
     if dataset.target is not None and dataset.target[i] >= 0:
         shown["truth"] = names[int(dataset.target[i])]
+    return shown
+
+
+def show_pretraining(run, dataset, i, logits, top):
+    match, masked, word_logits, label = logits
+    shown = {}
+    if match is not None:
+        shown["match"] = round(match.sigmoid().item(), 5)
+    if masked is not None:
+        pieces = [run.tokenizer.id_to_token(piece) for piece in range(run.tokenizer.get_vocab_size())]
+        shown["masked"] = masked
+        shown["answers"] = rank_answers(pieces, word_logits.softmax(-1), top)
+        shown["truth"] = pieces[label]
     return shown
 
 

@@ -314,6 +314,26 @@ def objectives_of(args, paper):
     return {name: known[name] for name in names}
 
 
+def drop_unsupported(paper, objectives, dataset):
+    """The objectives that the data have labels for. Those with mismatched pairs need a second picture."""
+    missing = {}
+    one_picture = (dataset.image == dataset.image[0]).all()
+    for name in objectives:
+        if one_picture and paper.OBJECTIVES[name].mismatch:
+            missing[name] = "there is only one picture"
+        for field_name in paper.OBJECTIVES[name].fields:
+            if field_name == "answers":
+                if not any(dataset.answer):
+                    missing[name] = "no text has an answer"
+            elif field_name not in dataset.store.fields or dataset.store.classes is None:
+                missing[name] = "the regions have no classes"
+    for name, reason in missing.items():
+        common.print0(f"data     objective {name} is left out: {reason}")
+    if len(missing) == len(objectives):
+        raise UserError("the data have nothing for any of the objectives; see the table of objectives in docs/usage.md")
+    return {name: ratio for name, ratio in objectives.items() if name not in missing}
+
+
 def parse_config_options(args, paper):
     """--config as {name: value}. UserError for a name that the model's Config lacks or that the data decide, or for a value
     of another type."""

@@ -29,7 +29,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import checkpoints
-import common
 import data
 import evaluation
 import formats
@@ -299,7 +298,7 @@ def draw_cell(task, dataset, i, answer, files):
 def is_right(name, truth):
     """Whether an answer is the true one; a box if it overlaps the true one by more than one half."""
     if isinstance(name, list):
-        return common.iou(torch.tensor([[name]]), torch.tensor([[truth]])).item() > 0.5
+        return evaluation.iou(torch.tensor([[name]]), torch.tensor([[truth]])).item() > 0.5
     return name == truth
 
 

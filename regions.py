@@ -31,7 +31,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from common import UserError
 
-VERSION = 12  # raise it whenever region features or columns change: it is part of every cache key
+VERSION = 13  # raise it whenever region features or columns change: it is part of every cache key
 
 # ---- files ------------------------------------------------------------------------------------------------------------
 
@@ -155,14 +155,20 @@ def to_rgb(image):
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image).astype(np.float64)
         values = np.where(np.isfinite(values), values, 0.0)
-        low = values.min()
-        span = max(values.max() - low, 1e-12)
-        grey = np.rint((values - low) / span * 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
+        opaque = values != image.info.get("transparency")  # a PNG may name one grey value that is transparent
+        if not opaque.any():
+            return Image.new("RGB", image.size, "white")
+        low = values[opaque].min()
+        span = max(values[opaque].max() - low, 1e-12)
+        grey = np.rint((values - low).clip(0, span) / span * 255)
+        return Image.fromarray(np.where(opaque, grey, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         lab, srgb = (ImageCms.createProfile(name) for name in ("LAB", "sRGB"))
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     if image.has_transparency_data:
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, tuple) and max(transparent) > 255:  # of a PNG with 16 bits, which Pillow reads as 8
+            image.info["transparency"] = tuple(value >> 8 for value in transparent)
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")

@@ -22,27 +22,7 @@ import torch
 
 import common
 import data
-from common import UserError
-from evaluation import (
-    accuracy_by_kind,
-    bleu,
-    dot_products,
-    first_captions,
-    gather_objects,
-    generate,
-    iou,
-    is_text_of,
-    match_logits,
-    rank_answers,
-    recall_at,
-    recall_chance,
-    recall_of_all_pairs,
-    score_pairs,
-    show_answers,
-    show_choices,
-    show_match,
-    top_choice_accuracy,
-)
+import evaluation
 
 
 @dataclass(frozen=True)
@@ -122,18 +102,6 @@ def pretraining_batch(run, dataset, index, names, rng, false_pairs, word_masking
     return batch
 
 
-def items_of(paper, name, batch):
-    """How many items the mean of an objective's loss runs over; of NAME_soft, the loss of its teacher's logits."""
-    objective = paper.OBJECTIVES.get(name.removesuffix("_soft"))
-    mean_over = "rows"  # losses of a teacher's attention and states have no row in OBJECTIVES
-    if objective:
-        mean_over = objective.mean_over
-    if name.endswith("_soft"):
-        # the mean runs over all rows of logits, those of masked regions, or of texts with and without an answer
-        mean_over = {"all regions": "regions", "answers": "rows"}.get(mean_over, mean_over)
-    return common.count_items(mean_over, batch)
-
-
 def heads_for(paper, objectives):
     """Names of the heads that these objectives use, each once."""
     heads = []
@@ -187,7 +155,7 @@ def test_examples(run, name, dataset):
     if not limit:
         return np.arange(len(dataset))
     pool = 100 if dataset.split == "val" else run.args.pool
-    return first_captions(dataset)[: min(pool, limit)]
+    return evaluation.first_captions(dataset)[: min(pool, limit)]
 
 
 def targets(dataset, index):
@@ -237,7 +205,7 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
     Chance: always the most frequent label.
     """
     kinds = np.array(dataset.kind)
-    captions = first_captions(dataset)[:most]
+    captions = evaluation.first_captions(dataset)[:most]
     questions = np.flatnonzero(kinds != "caption")[:most]
     sums = {}
     one_picture = (dataset.image == dataset.image[0]).all()
@@ -263,12 +231,12 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
     index = captions[:candidates]
     recalls = {}
     if "itm" in run.objectives:
-        recalls |= recall_of_all_pairs(run, dataset, index, "itm")
+        recalls |= evaluation.recall_of_all_pairs(run, dataset, index, "itm")
     if "itc" in run.objectives:
-        dots = dot_products(run, dataset, index, dataset.image[index])
-        for name, value in recall_at(dots, torch.arange(len(index))).items():
+        dots = evaluation.dot_products(run, dataset, index, dataset.image[index])
+        for name, value in evaluation.recall_at(dots, torch.arange(len(index))).items():
             recalls[f"itc_{name}"] = value
-    return metrics | recalls, chance | recall_chance(recalls, len(index))
+    return metrics | recalls, chance | evaluation.recall_chance(recalls, len(index))
 
 
 def content_pieces(run):
@@ -291,7 +259,7 @@ def objective_sums(run, dataset, index, name, word_masking=None):
         loss, logits = loss_and_logits(run, batch, name)
         add_batch(own, run.paper.OBJECTIVES[name], batch, float(loss), logits)
     total = ObjectiveSums()
-    for part in gather_objects(run, own):
+    for part in evaluation.gather_objects(run, own):
         total.add(part.loss, part.items, part.hits, part.labels)
     return total
 
@@ -317,7 +285,7 @@ def pretraining_logits(run, dataset, index):
     """
     found = [[None, None, None, None] for _ in index]
     if "itm" in run.model.heads:
-        for row, logit in enumerate(score_pairs(run, dataset, index, dataset.image[index], "itm")):
+        for row, logit in enumerate(evaluation.score_pairs(run, dataset, index, dataset.image[index], "itm")):
             found[row][0] = logit
     if "mlm" in run.model.heads:
         masking = {"only": content_pieces(run) if run.content_words else None, "one": True}
@@ -333,19 +301,6 @@ def pretraining_logits(run, dataset, index):
     return found
 
 
-def show_pretraining(run, dataset, i, logits, top):
-    match, masked, word_logits, label = logits
-    shown = {}
-    if match is not None:
-        shown["match"] = round(match.sigmoid().item(), 5)
-    if masked is not None:
-        pieces = [run.tokenizer.id_to_token(piece) for piece in range(run.tokenizer.get_vocab_size())]
-        shown["masked"] = masked
-        shown["answers"] = rank_answers(pieces, word_logits.softmax(-1), top)
-        shown["truth"] = pieces[label]
-    return shown
-
-
 PRETRAIN = Task(
     "pretrain",
     objective="",
@@ -353,7 +308,7 @@ PRETRAIN = Task(
     batch=None,  # `pretraining_batch`, which needs the names of the objectives
     evaluate=evaluate_pretraining,
     logits=pretraining_logits,
-    show=show_pretraining,
+    show=evaluation.show_pretraining,
     best=(),  # see `best_score`
     ranks="itm",
     without_answers="caption",
@@ -383,7 +338,7 @@ def evaluate_vqa(run, dataset):
     guess = np.zeros(len(dataset))
     for i, kind in enumerate(dataset.kind):
         guess[i] = dataset.answer[i].get(usual.get(kind), 0.0)
-    return accuracy_by_kind(scores, guess, dataset.kind)
+    return evaluation.accuracy_by_kind(scores, guess, dataset.kind)
 
 
 def most_frequent_answers(dataset):
@@ -406,7 +361,7 @@ VQA = Task(
     examples=lambda record: [simple_example(record, "vqa", record.get("answer"))],
     batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=run.columns()),
     evaluate=evaluate_vqa,
-    show=lambda run, dataset, i, logits, top: show_answers(run.answers, logits.sigmoid(), dataset, i, top),
+    show=lambda run, dataset, i, logits, top: evaluation.show_answers(run.answers, logits.sigmoid(), dataset, i, top),
 )
 
 
@@ -427,7 +382,7 @@ def evaluate_ve(run, dataset):
         always = np.array([truth.get(answer, 0.0) for truth in dataset.answer])
         if always.sum() > guess.sum():
             guess = always
-    return accuracy_by_kind(scores, guess, dataset.kind)
+    return evaluation.accuracy_by_kind(scores, guess, dataset.kind)
 
 
 VE = Task(
@@ -441,7 +396,9 @@ VE = Task(
         dataset, index, answers={answer: i for i, answer in enumerate(data.ENTAILMENT)}
     ),
     evaluate=evaluate_ve,
-    show=lambda run, dataset, i, logits, top: show_answers(data.ENTAILMENT, logits.sigmoid(), dataset, i, top),
+    show=lambda run, dataset, i, logits, top: evaluation.show_answers(
+        data.ENTAILMENT, logits.sigmoid(), dataset, i, top
+    ),
 )
 
 
@@ -485,7 +442,7 @@ def choice_hits(run, dataset, name):
         logits = example_logits(run, dataset, index, name)  # (B, K)
         truth = torch.from_numpy(dataset.target[index]).long()
         right = torch.nn.functional.one_hot(truth, logits.shape[1]).bool()  # (B,) -> (B, K)
-        hits[index] = top_choice_accuracy(logits, right)
+        hits[index] = evaluation.top_choice_accuracy(logits, right)
     return common.all_reduce_sum(hits).numpy()
 
 
@@ -497,7 +454,7 @@ def evaluate_nlvr2(run, dataset):
     for kind in set(dataset.kind):
         true = dataset.target[kinds == kind].mean()
         guess[kinds == kind] = max(true, 1 - true)
-    return accuracy_by_kind(hits, guess, kinds)
+    return evaluation.accuracy_by_kind(hits, guess, kinds)
 
 
 NLVR2 = Task(
@@ -511,7 +468,9 @@ NLVR2 = Task(
     examples=nlvr2_examples,
     batch=nlvr2_batch,
     evaluate=evaluate_nlvr2,
-    show=lambda run, dataset, i, logits, top: show_choices(("false", "true"), logits.softmax(-1), dataset, i, top),
+    show=lambda run, dataset, i, logits, top: evaluation.show_choices(
+        ("false", "true"), logits.softmax(-1), dataset, i, top
+    ),
     layout=nlvr2_is_joined,
 )
 
@@ -588,7 +547,7 @@ def evaluate_vcr(run, dataset):
 
 def show_vcr(run, dataset, i, logits, top):
     texts = [dataset.text[row][-1] for row in dataset.rows([i])]  # the last segment is the choice
-    return show_choices(texts, logits.softmax(-1), dataset, i, top)
+    return evaluation.show_choices(texts, logits.softmax(-1), dataset, i, top)
 
 
 VCR = Task(
@@ -623,7 +582,7 @@ def refer_batch(run, dataset, index, rng):
 def target_overlaps(dataset, index, batch):
     """(B, N) overlap (IoU) of each region with the box that is meant; -1 for padding."""
     target = torch.from_numpy(dataset.target[index]).float()[:, None]  # (B, 4) -> (B, 1, 4)
-    return iou(batch.boxes, target).masked_fill(~batch.region_mask, -1.0)
+    return evaluation.iou(batch.boxes, target).masked_fill(~batch.region_mask, -1.0)
 
 
 def evaluate_refer(run, dataset):
@@ -634,11 +593,11 @@ def evaluate_refer(run, dataset):
         logits = example_logits(run, dataset, index, "refer")  # (B, N)
         clean = data.collate(dataset, index)  # --ablate image takes the boxes away
         right = target_overlaps(dataset, index, clean) > 0.5  # (B, N)
-        hits[index] = top_choice_accuracy(logits.masked_fill(~clean.region_mask, -math.inf), right)
+        hits[index] = evaluation.top_choice_accuracy(logits.masked_fill(~clean.region_mask, -math.inf), right)
         guess[index] = right.sum(1) / clean.region_mask.sum(1)
         reachable[index] = right.any(1)
     hits, guess, reachable = common.all_reduce_sum(np.stack([hits, guess, reachable])).numpy()
-    metrics, chance = accuracy_by_kind(hits, guess, dataset.kind)
+    metrics, chance = evaluation.accuracy_by_kind(hits, guess, dataset.kind)
     metrics["reachable"] = reachable.mean()
     return metrics, chance
 
@@ -653,7 +612,7 @@ def show_regions(run, dataset, i, logits, top):
         scale = np.tile(dataset.store.sizes[row], 2)  # width, height, width, height
         digits = 1
     names = (boxes * scale).round(digits).tolist()
-    shown = {"answers": rank_answers(names, logits[: len(names)].softmax(-1), top)}
+    shown = {"answers": evaluation.rank_answers(names, logits[: len(names)].softmax(-1), top)}
     if (dataset.target[i] > 0).any():
         shown["truth"] = (dataset.target[i] * scale).round(digits).tolist()
     return shown
@@ -685,7 +644,7 @@ def evaluate_captions(run, dataset):
         for i, text in zip(part, generate_captions(run, dataset, part), strict=True):
             own[int(dataset.image[i])] = text.split()
     generated = {}
-    for captions in gather_objects(run, own):
+    for captions in evaluation.gather_objects(run, own):
         generated |= captions
     references = {}
     for i in examples:
@@ -694,11 +653,11 @@ def evaluate_captions(run, dataset):
         references.setdefault(int(dataset.image[i]), []).append(caption)
     pictures = sorted(generated)
     truth = [references[picture] for picture in pictures]
-    metrics = {"perplexity": perplexity, "bleu4": bleu([generated[picture] for picture in pictures], truth)}
+    metrics = {"perplexity": perplexity, "bleu4": evaluation.bleu([generated[picture] for picture in pictures], truth)}
     chance = {}
     if len(pictures) > 1:
         neighbours = [*pictures[1:], pictures[0]]
-        chance["bleu4"] = bleu([references[picture][0] for picture in neighbours], truth)
+        chance["bleu4"] = evaluation.bleu([references[picture][0] for picture in neighbours], truth)
     return metrics, chance
 
 
@@ -722,7 +681,7 @@ def generate_captions(run, dataset, index):
     last = run.tokenizer.token_to_id("[SEP]")
     beams = 1 if dataset.split == "val" else run.args.beams
     with run.autocast():
-        captions = generate(run.model, batch, first, last, beams)
+        captions = evaluation.generate(run.model, batch, first, last, beams)
     return [run.tokenizer.decode(pieces) for pieces in captions]
 
 
@@ -754,59 +713,16 @@ CAPTION = Task(
 
 def retrieval_batch(run, dataset, index, rng):
     """Rows B * (1 + negatives): each true pair, followed by its mismatched ones. ids are those of the B examples."""
-    texts, images = sample_negatives(run, dataset, index, rng)
+    texts, images = evaluation.sample_negatives(run, dataset, index, rng)
     batch = data.collate(dataset, texts.ravel(), images.ravel())  # (B, 1 + negatives) -> rows
     return replace(batch, ids=[dataset.ids[i] for i in index])
-
-
-def sample_negatives(run, dataset, index, rng):
-    """Pairs for retrieval: examples of the texts (B, 1 + K) and store rows of the pictures (B, 1 + K). Column 0 is the true
-    pair; then comes one mismatched pair for each of the model's NEGATIVES, with another picture or another text.
-
-    In the first half of the steps they are drawn at random. In the second half `--mine` are drawn for each, and the one
-    with the highest logit is kept (UNITER 4.1). A text that equals one of the picture's own texts word for word is no
-    mismatch. UserError if no other text is found.
-    """
-    kinds = run.paper.NEGATIVES
-    second_half = 2 * run.progress["step"] >= run.args.steps
-    mine = run.args.mine if second_half else 1
-    true = np.broadcast_to(index[:, None, None], (len(index), len(kinds), mine))  # (B, K, mine) examples
-    other = true.copy()
-    swap_picture = np.array([kind == "image" for kind in kinds])[None, :, None]  # (1, K, 1); False: the text is swapped
-    again = np.ones(true.shape, bool)  # True = not mismatched yet
-    for _ in range(100):
-        other[again] = rng.integers(len(dataset), size=again.sum())
-        texts = np.where(swap_picture, true, other)
-        images = dataset.image[np.where(swap_picture, other, true)]
-        again = is_text_of(dataset, texts, images)
-        if not again.any():
-            break
-    else:
-        raise UserError("retrieval needs pictures with different texts: found no text that is wrong for some picture")
-    best = np.zeros((*texts.shape[:2], 1), np.int64)  # (B, K, 1)
-    if mine > 1:
-        best = hardest_pairs(run, dataset, texts, images)
-    texts = np.take_along_axis(texts, best, 2)[:, :, 0]  # (B, K, mine) -> (B, K)
-    images = np.take_along_axis(images, best, 2)[:, :, 0]
-    return np.column_stack([index, texts]), np.column_stack([dataset.image[index], images])
-
-
-def hardest_pairs(run, dataset, texts, images):
-    """Which of the `mine` pairs (B, K, mine) has the highest logit, the model in eval mode: (B, K, 1) int64."""
-    batch = data.remove_modality(data.collate(dataset, texts.ravel(), images.ravel()), run.args.ablate)
-    run.model.eval()
-    with torch.no_grad(), run.autocast():
-        pooled = run.model.encode(batch.to(run.device)).pooled  # (B*K*mine, C)
-        logits = match_logits(run.model, pooled, "rank")  # (B*K*mine,)
-    run.model.train()
-    return logits.view(texts.shape).argmax(2, keepdim=True).numpy()
 
 
 def evaluate_retrieval(run, dataset):
     """Recall at 1, 5 and 10, both ways, and their mean: the full matrix of texts and pictures of `test_examples`."""
     index = test_examples(run, "retrieval", dataset)
-    metrics = recall_of_all_pairs(run, dataset, index, "rank")
-    chance = recall_chance(metrics, len(index))
+    metrics = evaluation.recall_of_all_pairs(run, dataset, index, "rank")
+    chance = evaluation.recall_chance(metrics, len(index))
     metrics["mean_recall"] = float(np.mean(list(metrics.values())))
     chance["mean_recall"] = float(np.mean(list(chance.values())))
     return metrics, chance
@@ -819,8 +735,8 @@ RETRIEVAL = Task(
     examples=lambda record: [simple_example(record, "caption")],
     batch=retrieval_batch,
     evaluate=evaluate_retrieval,
-    logits=lambda run, dataset, index: score_pairs(run, dataset, index, dataset.image[index], "rank"),
-    show=show_match,
+    logits=lambda run, dataset, index: evaluation.score_pairs(run, dataset, index, dataset.image[index], "rank"),
+    show=evaluation.show_match,
     best=("mean_recall",),
     first_stage="itc",
     ranks="rank",
@@ -872,7 +788,7 @@ def best_score(run, metrics):
         prefix = f"{name}_" if len(run.sets) > 1 else ""
         measured = [prefix + metric for metric in task.best if prefix + metric in metrics]
         if not task.best:
-            return pretraining_score(metrics)
+            return evaluation.pretraining_score(metrics)
         if not measured:
             continue  # the task has no val split
         metric = measured[0]
@@ -884,12 +800,3 @@ def best_score(run, metrics):
         names.append(metric)
     name = names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
     return float(np.mean(values)), name
-
-
-def pretraining_score(metrics):
-    """`best_score` of pretraining."""
-    accuracies = [float(value) for name, value in metrics.items() if name.endswith("_accuracy")]
-    losses = [float(value) for name, value in metrics.items() if name.endswith("_loss")]
-    if accuracies:
-        return float(np.mean(accuracies)), f"mean of {len(accuracies)} accuracies"
-    return -sum(losses), "minus the sum of the losses"

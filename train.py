@@ -174,14 +174,14 @@ def backward(run, batches, names):
         L = sum_name w_name L_name,    L_name = sum_part (n_part / n) L_part,    n = sum_part n_part
 
     A part is one batch of `batches`, here or in another process. L_part is a mean over n_part items: masked words,
-    masked regions, pairs or rows (`tasks.items_of`). So L_name is the mean over all items of the step. A loss that is
+    masked regions, pairs or rows (`distill.items_of`). So L_name is the mean over all items of the step. A loss that is
     a sum over its part (`Objective.is_sum`) has the weight 1 / n. names: the objectives of the step; the losses of a
     teacher come on top. w_name is the paper's factor, 1 where it names none.
     """
     names_with_teacher = names + distill.distillation_losses(run, names)
     counts = []  # of each part: {name: n_part}
     for batch in batches:
-        counts.append({name: tasks.items_of(run.paper, name, batch) for name in names_with_teacher})
+        counts.append({name: distill.items_of(run.paper, name, batch) for name in names_with_teacher})
     sums_here = [sum(count[name] for count in counts) for name in names_with_teacher]
     totals = dict(zip(names_with_teacher, common.all_reduce_sum(sums_here).tolist(), strict=True))
     losses = {name: torch.zeros((), device=run.device) for name in names_with_teacher}
@@ -241,7 +241,7 @@ def load_data(run, checkpoint, teacher):
             f"--data: features of {' and '.join(map(str, widths))} numbers; tasks trained together need one --patch"
         )
     if tasks.is_pretraining(args.task):
-        run.objectives = drop_unsupported(run.paper, run.objectives, run.splits["train"])
+        run.objectives = options.drop_unsupported(run.paper, run.objectives, run.splits["train"])
     if options.one_source(args):
         run.content_words = args.data_sets[0][1]["content_words"]
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)
@@ -294,26 +294,6 @@ def load_splits(args, task, path, description):
     if "train" not in splits:
         raise UserError(f"{path}: no example of split train for --task {args.task}")
     return splits
-
-
-def drop_unsupported(paper, objectives, dataset):
-    """The objectives that the data have labels for. Those with mismatched pairs need a second picture."""
-    missing = {}
-    one_picture = (dataset.image == dataset.image[0]).all()
-    for name in objectives:
-        if one_picture and paper.OBJECTIVES[name].mismatch:
-            missing[name] = "there is only one picture"
-        for field_name in paper.OBJECTIVES[name].fields:
-            if field_name == "answers":
-                if not any(dataset.answer):
-                    missing[name] = "no text has an answer"
-            elif field_name not in dataset.store.fields or dataset.store.classes is None:
-                missing[name] = "the regions have no classes"
-    for name, reason in missing.items():
-        common.print0(f"data     objective {name} is left out: {reason}")
-    if len(missing) == len(objectives):
-        raise UserError("the data have nothing for any of the objectives; see the table of objectives in docs/usage.md")
-    return {name: ratio for name, ratio in objectives.items() if name not in missing}
 
 
 def make_tokenizer(run, start):

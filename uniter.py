@@ -339,8 +339,8 @@ class PairedAttentionHead(nn.Module):
         left_mask = mask[0::2]  # (B, S)
         right_mask = mask[1::2]
         left_attended = self.left(left, right, common.attention_bias(right_mask, x.dtype))  # (B, S, C)
-        right_attended = self.right(right, left, common.attention_bias(left_mask, x.dtype))
         left_vector = self.pool(left_attended, left, left_mask)  # (B, S, C) -> (B, C)
+        right_attended = self.right(right, left, common.attention_bias(left_mask, x.dtype))
         right_vector = self.pool(right_attended, right, right_mask)
         return self.output(torch.cat([left_vector, right_vector], -1))  # (B, 2C) -> (B, 2)
 

@@ -788,11 +788,14 @@ def test_two_heads_with_one_official_name_are_refused(model, heads):
         formats.export_official(model, state)
 
 
-def test_a_model_without_official_names_works_with_its_own_checkpoints(tmp_path):
+def test_a_model_without_official_names_works_with_its_own_checkpoints(tmp_path, monkeypatch):
     """A fourth model has no row in formats.FORMATS."""
-    state = make("uniter")
+    monkeypatch.setitem(checkpoints.MODELS, "fourth", uniter)
     args = options(tmp_path / "own.pt", "fourth")
-    content = {"model": "fourth", "config": {}, "state": state, "tokenizer": "", "answers": []}
+    vocabulary(tmp_path / "vocab.txt", 20)
+    content = own_checkpoint(tmp_path / "vocab.txt")
+    content["model"] = "fourth"
+    state = content["state"]
     checkpoints.save(content, tmp_path / "own.pt")
     loaded = checkpoints.load_weights(args)
     found, report = checkpoints.fit_state_dict(args, make("uniter"), loaded, [])

@@ -14,7 +14,6 @@ import contrast
 import distill
 import evaluation
 import formats
-import tasks
 
 
 @pytest.fixture(autouse=True)
@@ -582,7 +581,7 @@ def test_iou_of_boxes_that_touch_or_are_empty():
 
 def test_recall_at_by_a_loop():
     scores, truth = randn(30, 12), torch.randint(0, 11, (30,))  # picture 11 has no text
-    got = tasks.recall_at(scores, truth, ks=(1, 3, 10))
+    got = evaluation.recall_at(scores, truth, ks=(1, 3, 10))
     for k in (1, 3, 10):
         to_image = [i in sorted(range(12), key=lambda j: -scores[t, j])[:k] for t, i in enumerate(truth.tolist())]
         assert got[f"text_to_image_r{k}"] == pytest.approx(sum(to_image) / 30)
@@ -595,9 +594,9 @@ def test_recall_at_by_a_loop():
 
 def test_recall_at_extremes():
     truth = torch.arange(4)
-    assert set(tasks.recall_at(torch.eye(4), truth, ks=(1,)).values()) == {1.0}
+    assert set(evaluation.recall_at(torch.eye(4), truth, ks=(1,)).values()) == {1.0}
     for useless, chance in ((torch.zeros(4, 4), 0.25), (torch.full((4, 4), torch.nan), 0.25), (-torch.eye(4), 0.0)):
-        assert set(tasks.recall_at(useless, truth, ks=(1,)).values()) == {chance}
+        assert set(evaluation.recall_at(useless, truth, ks=(1,)).values()) == {chance}
 
 
 def test_rename_applies_the_rules_in_order():

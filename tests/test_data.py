@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -108,6 +109,11 @@ def test_region_features_equal_cropping_first():
         inner = slice(None) if i == 0 else slice(2, -2)  # at a crop's edge the filter cannot see the picture around it
         assert np.abs(features[i] - plain)[inner, inner].max() < 0.02  # one grey level
     assert data.grid_boxes(60, 30, 3)[[0, 1, 9]].tolist() == [[0, 0, 60, 30], [0, 0, 20, 10], [40, 20, 60, 30]]
+
+
+def test_a_grid_is_the_whole_picture_and_its_cells_row_by_row():
+    cells = [[0, 0, 20, 15], [20, 0, 40, 15], [0, 15, 20, 30], [20, 15, 40, 30]]
+    assert data.grid_boxes(40, 30, 2).tolist() == [[0, 0, 40, 30], *cells]
 
 
 def test_store_gathers_what_a_plain_loop_reads(dataset):
@@ -374,6 +380,20 @@ def test_masked_regions(dataset, tokenizer):
     assert (one.masked_regions.sum(1) == 1).all() and not (one.masked_regions & ~batch.region_mask).any()
     assert len(set(one.masked_regions.int().argmax(1).tolist())) > 4  # any region, not always the first
     assert (one.features[one.masked_regions] == 0).all()
+    kept = data.mask_regions(batch, np.random.default_rng(0), p=1.0, zero=0.0)  # no row lacks one, so none is forced
+    assert torch.equal(kept.masked_regions, batch.region_mask) and torch.equal(kept.features, before)
+
+
+def test_a_swapped_region_gets_the_feature_of_a_region_as_it_was(dataset, tokenizer):
+    """Not of one that was zeroed a line before, nor of padding."""
+    batch = data.collate(dataset, np.arange(len(dataset)))
+    out = data.mask_regions(batch, np.random.default_rng(0), p=1.0, zero=0.5, random=0.5)
+    new = out.features[batch.region_mask]
+    zeroed = (new == 0).all(1)
+    assert abs(zeroed.float().mean() - 0.5) < 4 * (0.25 / len(new)) ** 0.5
+    known = {tuple(row) for row in batch.features[batch.region_mask].tolist()}
+    swapped = [tuple(row) for row in new[~zeroed].tolist()]
+    assert set(swapped) <= known and len(set(swapped)) > 0.5 * len(known) * (1 - math.exp(-0.5))
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -392,6 +412,22 @@ def test_batches_cover_everything_once(shuffled):
     shards = [cut(rank=r, world=3) for r in range(3)]
     seen = np.concatenate([example for shard in shards for example in shard]).tolist()
     assert sorted(seen) == list(range(1003))
+
+
+def test_batches_are_sorted_by_the_first_length_then_by_the_next():
+    lengths = np.array([[7, 1], [5, 9], [7, 0], [5, 2], [6, 4]])
+    assert np.concatenate(data.batches(lengths, size=2)).tolist() == [3, 1, 4, 2, 0]
+
+
+def test_shuffled_batches_hold_random_examples_and_come_in_random_order():
+    alike = np.full(120, 7)
+    batches = data.batches(alike, np.random.default_rng(0), size=60)
+    assert sorted(batches[0].tolist()) not in (list(range(60)), list(range(60, 120)))
+    unlike = np.arange(120)  # fewer than 50 batches: sorted all together
+    batches = data.batches(unlike, np.random.default_rng(0), size=4)
+    assert all(batch.tolist() == list(range(batch[0], batch[0] + 4)) for batch in batches)
+    first = [batch[0] for batch in batches]
+    assert first != sorted(first) and sorted(first) == list(range(0, 120, 4))
 
 
 # ---- own data ----------------------------------------------------------------------------------------------------------
@@ -484,6 +520,25 @@ def test_own_data_becomes_a_dataset(own, cache, capsys):
         load("nowhere.jsonl", "vqa", "train", cache=cache)
 
 
+def test_classes_of_feature_files_leave_background_out(own, tmp_path):
+    """With probabilities alone the likeliest class but background; with labels those, and their probabilities."""
+    box = [[0, 0, 20, 30], [5, 5, 39, 29]]
+    given = {"features": np.eye(2), "boxes": box, "size": [40, 30]}
+    probs = np.array([[0.6, 0.1, 0.3], [0.2, 0.5, 0.3]])  # background, class 0, class 1
+    np.savez(tmp_path / "probs.npz", **given, probs=probs)
+    np.savez(tmp_path / "both.npz", **given, probs=probs, labels=np.array([0, 1]))
+    np.savez(tmp_path / "labels.npz", **given, labels=np.array([4, 7]))
+    for name, objects, confidence in (
+        ("probs", [1, 0], [0.3, 0.5]),
+        ("both", [0, 1], [0.1, 0.3]),
+        ("labels", [4, 7], [1.0, 1.0]),
+    ):
+        dataset = load(own({**F, "features": f"{name}.npz"}), "vqa", "train", cache=tmp_path / "c")
+        fields = dataset.store.gather(np.array([0]))
+        assert fields["objects"][0].tolist() == objects, name
+        assert fields["object_conf"][0].tolist() == pytest.approx(confidence, abs=1e-3), name
+
+
 def run_command(capsys, *arguments):
     """(exit code, stdout, stderr) of `python data.py arguments`."""
     code = data.main([str(argument) for argument in arguments])
@@ -505,12 +560,9 @@ def test_command_line_in_a_process(tmp_path, own):
 
 def test_command_line(own, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert "(37, 432)" in run_command(capsys, "extract", "a.png", "--out", "grid.npz")[1]
-    assert np.load("grid.npz")["features"].shape == (37, 432)
-    grid = {"features": "grid.npz", "text": "a"}
-    path = own({**grid, "answer": "b"}, {**grid, "split": "val"})
+    path = own({**GOOD, "answer": "b"}, {**GOOD, "split": "val"})
     assert "2 examples (1 train, 1 val), 1 pictures" in run_command(capsys, "check", path)[1]
-    for arguments in (("frobnicate",), ("extract", "a.png"), ("check", path, "--x"), ("check", path, "--patch", "0")):
+    for arguments in (("frobnicate",), ("check", path, "--x"), ("check", path, "--patch", "0")):
         code, _, error = run_command(capsys, *arguments)
         assert code == 2 and error.startswith("data.py: ") and error.count("\n") == 1
 
@@ -718,10 +770,11 @@ def test_targets_that_no_region_overlaps_are_not_trained_on(own, tmp_path, capsy
     for split in ("train", "val"):
         lines.append({**line, "target": [5, 5, 12, 12], "split": split})
         lines.append({**line, "target": [10, 10, 19, 19], "split": split})  # between the two regions
+        lines.append({**line, "target": [2, 20, 7, 29], "split": split})  # below the first, to the left of the second
     path = own(*lines)
     train = load(path, "refer", "train", cache=tmp_path / "c")
-    assert list(train.ids) == ["my.jsonl:1"] and "1 of 2 training examples are left out" in capsys.readouterr().err
-    assert len(load(path, "refer", "val", cache=tmp_path / "c")) == 2  # counted as wrong
+    assert list(train.ids) == ["my.jsonl:1"] and "2 of 3 training examples are left out" in capsys.readouterr().err
+    assert len(load(path, "refer", "val", cache=tmp_path / "c")) == 3  # counted as wrong
 
 
 def test_pictures_outside_the_folder_are_read_and_said(own, tmp_path, capsys):
@@ -931,7 +984,8 @@ def test_preview_draws_stores_pairs_and_targets(folder, own, tmp_path, monkeypat
         {"features": "f.npz", "text": "y", "target": [0, 0, 9, 9]},
     )
     assert run_command(capsys, "preview", "my.jsonl", "--task", "refer", "--out", "r.png")[0] == 0
-    assert (255, 0, 0) in set(Image.open("r.png").convert("RGB").get_flattened_data())
+    pixels = np.asarray(Image.open("r.png").convert("RGB"))  # (H, W, 3)
+    assert (pixels == (255, 0, 0)).all(-1).any()  # the red frame of the target
     assert run_command(capsys, "preview", folder / "pretrain.jsonl", "--count", "4")[0] == 0
     assert run_command(capsys, "preview", "my.jsonl", "--split", "val", "--task", "refer")[0] == 2
 

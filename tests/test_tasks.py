@@ -342,7 +342,10 @@ def test_answers_are_shown_with_their_probabilities_and_the_truth(drawn, tokeniz
 
 def test_false_partners_are_false_and_mined_ones_are_the_hardest(drawn, tokenizer):
     dataset = drawn("train", "retrieval", 40).encode(tokenizer)
-    model = SimpleNamespace(train=lambda: 0, eval=lambda: 0, heads={"rank": lambda pooled: pooled})
+    modes = []  # in which mode the model is, and when it is used
+    model = SimpleNamespace(heads={"rank": lambda pooled: modes.append("use") or pooled})
+    model.train = lambda: modes.append("train")
+    model.eval = lambda: modes.append("eval")
     # the more a picture's number and a text's length say, the better the "match"
     model.encode = lambda batch: SimpleNamespace(
         pooled=batch.text_mask.sum(1, keepdim=True) + batch.region_mask.sum(1)[:, None]
@@ -352,7 +355,7 @@ def test_false_partners_are_false_and_mined_ones_are_the_hardest(drawn, tokenize
     words, regions = np.diff(dataset.offsets), np.diff(dataset.store.offsets)
     for step, mined in ((0, False), (5, True)):
         run.progress = {"step": step}
-        texts, images = tasks.sample_negatives(run, dataset, index, np.random.default_rng(0))
+        texts, images = evaluation.sample_negatives(run, dataset, index, np.random.default_rng(0))
         assert texts.shape == images.shape == (10, 4)
         assert (texts[:, 0] == index).all() and (images[:, 0] == dataset.image[index]).all()
         for column, kind in enumerate(("text", "image", "text"), 1):
@@ -363,6 +366,7 @@ def test_false_partners_are_false_and_mined_ones_are_the_hardest(drawn, tokenize
             size = words[other[:, column]] if kind == "text" else regions[other[:, column]]
             most = words.max() if kind == "text" else regions[np.unique(dataset.image)].max()
             assert ((size >= most - 1).mean() > 0.8) == mined
+    assert modes == ["eval", "use", "train"]
 
 
 def test_a_negative_does_not_repeat_a_caption_of_the_picture():
@@ -377,7 +381,7 @@ def test_a_negative_does_not_repeat_a_caption_of_the_picture():
     index = np.arange(12)
     repeated = 0
     for seed in range(20):
-        texts, images = tasks.sample_negatives(run, dataset, index, np.random.default_rng(seed))
+        texts, images = evaluation.sample_negatives(run, dataset, index, np.random.default_rng(seed))
         for row in range(12):
             for column in (1, 2, 3):
                 own = [text[i] for i in range(12) if image[i] == images[row, column]]
@@ -387,7 +391,7 @@ def test_a_negative_does_not_repeat_a_caption_of_the_picture():
     assert repeated > 100  # draws that had a chance to go wrong
     dataset.text = ["the same"] * 12
     with pytest.raises(common.UserError, match="different texts"):
-        tasks.sample_negatives(run, dataset, index, np.random.default_rng(0))
+        evaluation.sample_negatives(run, dataset, index, np.random.default_rng(0))
 
 
 def test_the_matching_head_becomes_the_rank_head_and_types_are_widened():
@@ -440,7 +444,7 @@ def test_a_teacher_s_answers_count_as_the_mean_whatever_the_parts():
     for rows in (slice(0, 9), slice(9, 13)):
         batch = SimpleNamespace(text=torch.zeros(13, 3)[rows], answer_labels=labels[rows], matched=matched[rows])
         loss = distill.soft_label_loss(student[rows], teacher[rows])
-        parts.append((tasks.items_of(lxmert, "qa_soft", batch), loss))
+        parts.append((distill.items_of(lxmert, "qa_soft", batch), loss))
     items = sum(n for n, _ in parts)
     together = sum(n * loss for n, loss in parts) / items
     torch.testing.assert_close(together, distill.soft_label_loss(student, teacher))
@@ -448,7 +452,7 @@ def test_a_teacher_s_answers_count_as_the_mean_whatever_the_parts():
 
 def test_questions_of_mismatched_pairs_do_not_count():
     batch = SimpleNamespace(answer_labels=torch.tensor([1, -1, 2, 0]), matched=torch.tensor([1, 1, 0, 1]))
-    assert tasks.items_of(lxmert, "qa", batch) == 2
+    assert distill.items_of(lxmert, "qa", batch) == 2
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------
@@ -540,7 +544,7 @@ def test_the_mean_recall_is_the_mean_of_all_six(drawn, tokenizer, monkeypatch):
         pools.append(len(index))
         return dict(recalls)
 
-    monkeypatch.setattr(tasks, "recall_of_all_pairs", all_pairs)
+    monkeypatch.setattr(evaluation, "recall_of_all_pairs", all_pairs)
     metrics, chance = tasks.evaluate_retrieval(run, dataset)
     assert metrics["mean_recall"] == pytest.approx(0.4)
     assert chance["mean_recall"] == pytest.approx(2 * (1 + 5 + 10) / 15 / 6)
@@ -680,7 +684,7 @@ def test_a_caption_repeated_word_for_word_has_bleu_1(drawn, tokenizer, monkeypat
     pieces = [dataset.tokens[a + 1 : b - 1].tolist() for a, b in itertools.pairwise(dataset.offsets)]
     turn = iter(tasks.evaluation_batches(run, dataset, index))
     monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (torch.tensor(0.0), None))
-    monkeypatch.setattr(tasks, "generate", lambda *_: [pieces[i] for i in next(turn)])
+    monkeypatch.setattr(evaluation, "generate", lambda *_: [pieces[i] for i in next(turn)])
     metrics, chance = tasks.evaluate_captions(run, dataset)
     assert metrics["bleu4"] == 1.0 > chance["bleu4"]
 

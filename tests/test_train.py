@@ -6,8 +6,10 @@ import dataclasses
 import io
 import json
 import math
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ import checkpoints
 import common
 import contrast
 import data
+import distill
 import evaluation
 import log
 import lxmert
@@ -68,6 +71,30 @@ def run(*arguments, cwd, processes=1, check=True):
     return done
 
 
+def in_two_processes(*arguments):
+    """train.py in two processes that are given what torchrun would give them. Where they can be forked, the seconds in
+    which Python loads torch are saved."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    processes = []
+    for rank in ("0", "1"):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        process = context.Process(target=start_one_process, args=(environment, [*SMALL, *map(str, arguments)]))
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+
+
+def start_one_process(environment, arguments):
+    os.environ.update(environment)
+    sys.exit(train.main(arguments))
+
+
 def state_of(folder):
     return checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")["state"]
 
@@ -94,6 +121,39 @@ def test_default_steps_of_pretraining(tmp_path):
     for model, choice, steps in (("uniter", "uniter", 3600), ("lxmert", "lxmert", 2400), ("uniter", "all", 2400)):
         args = options.parse(["--model", choice, "--data", str(tmp_path)])
         assert options.resolve_options(args, model, 0).steps == steps
+
+
+def test_defaults_of_one_run_in_two_processes(tmp_path, monkeypatch):
+    """Two processes share the batch, and an example of several rows counts as so many. Five evaluations at most."""
+    scenes.make(tmp_path, {"train": 2})
+    sizes = {}
+    for world in (1, 2):
+        monkeypatch.setattr(common, "rank_and_world", lambda world=world: (0, world))
+        for task in ("pretrain", "nlvr2", "vqa,vcr"):
+            args = options.parse(["--data", str(tmp_path), "--task", task, "--steps", "12"])
+            args = options.resolve_options(args, "uniter", 0)
+            sizes[task, world] = args.batch_size
+            assert args.eval_every == 3  # after steps 3, 6, 9, 12; every second step would be six times
+    assert sizes == {
+        ("pretrain", 1): 256, ("nlvr2", 1): 128, ("vqa,vcr", 1): 64,
+        ("pretrain", 2): 128, ("nlvr2", 2): 64, ("vqa,vcr", 2): 32,
+    }  # fmt: skip
+
+
+def test_objectives_and_their_ratios_are_the_papers_or_those_asked_for():
+    asked = SimpleNamespace(task="pretrain", tasks=["pretrain"], objectives=None, rerank=None, model="uniter")
+    assert options.objectives_of(asked, uniter) == {"mlm": 4, "mrfr": 1, "mrc_kl": 1, "itm": 2, "wra": 0}
+    asked.objectives = "itc,itm,mrc"
+    assert options.objectives_of(asked, uniter) == {"itc": 2, "itm": 2, "mrc": 1}
+    asked.objectives = None
+    assert options.objectives_of(asked, lxmert) == dict.fromkeys(("mlm", "mrfr", "mrc", "attr", "itm", "qa"), 1)
+
+
+def test_default_rates_follow_the_width():
+    rates = []
+    for width in (128, 256, 257, 768, 1023, 1024):
+        rates.append(options.default_learning_rate(uniter, width, "vqa"))
+    assert rates == [1e-3, 1e-3, 5e-5, 5e-5, 5e-5, 3e-5]
 
 
 def test_only_matrices_decay():
@@ -195,8 +255,23 @@ def test_parts_of_unlike_size_give_the_gradients_of_the_whole(names):
 def test_comparison_says_tie_where_the_spread_covers_the_lead():
     close = {"a": {"mean": 0.91, "spread": 0.02}, "b": {"mean": 0.90, "spread": 0.01}}
     clear = {"a": {"mean": 0.95, "spread": 0.01}, "b": {"mean": 0.90, "spread": 0.01}}
-    assert evaluation.best_model(close) == "tie"
+    both = {"a": {"mean": 0.91, "spread": 0.006}, "b": {"mean": 0.90, "spread": 0.006}}  # neither alone covers it
+    assert evaluation.best_model(close) == evaluation.best_model(both) == "tie"
     assert evaluation.best_model(clear) == "a"
+
+
+def test_comparison_has_the_mean_and_the_standard_deviation_of_a_sample(tmp_path):
+    results = []
+    for model, accuracies in (("uniter", (0.5, 0.7)), ("lxmert", (0.6,))):
+        for accuracy in accuracies:
+            result = {"model": model, "parameters": 10, "examples_per_second": 20.0, "chance": {"accuracy": 0.25}}
+            results.append(result | {"accuracy": accuracy, "accuracy_color": 0.1, "mlm_loss": 3.0})
+    evaluation.compare_models(results, tmp_path)
+    table = json.loads((tmp_path / "comparison.json").read_text())["table"]
+    assert list(table) == ["parameters", "examples_per_second", "accuracy"]
+    assert table["accuracy"]["uniter"] == pytest.approx({"mean": 0.6, "spread": 0.1 * math.sqrt(2)})
+    assert table["accuracy"]["lxmert"] == {"mean": 0.6, "spread": 0.0}
+    assert "| accuracy | 60.0 ± 14.1 | 60.0 ± 0.0 | tie | 25.0% |" in (tmp_path / "comparison.md").read_text()
 
 
 @pytest.mark.parametrize("model", ["uniter", "vilbert", "lxmert"])
@@ -319,14 +394,15 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
 
 
 @pytest.mark.parametrize("model", checkpoints.MODELS)
-def test_pretrain_then_vqa(model, pictures, tmp_path):
-    done = run("--model", model, "--data", pictures, "--steps", 3, cwd=tmp_path)
-    assert "chance" in done.stdout
+def test_pretrain_then_vqa(model, pictures, tmp_path, here, capsys):
+    here("--model", model, "--data", pictures, "--steps", 3)
+    assert "chance" in capsys.readouterr().out
     result = json.loads((tmp_path / f"out/{model}-pretrain/result.json").read_text())
     assert {"model", "task", "split", "data", "steps", "seed", "parameters", "seconds", "chance"} <= set(result)
     start = tmp_path / f"out/{model}-pretrain/checkpoint.pt"
-    done = run("--model", model, "--task", "vqa", "--data", pictures, "--steps", 3, "--init", start, cwd=tmp_path)
-    assert "heads.vqa" in done.stdout and "at random" in done.stdout
+    here("--model", model, "--task", "vqa", "--data", pictures, "--steps", 3, "--init", start)
+    printed = capsys.readouterr().out
+    assert "heads.vqa" in printed and "at random" in printed
     result = json.loads((tmp_path / f"out/{model}-vqa/result.json").read_text())
     assert 0 <= result["accuracy"] <= 1 and "accuracy" in result["chance"]
     assert checkpoints.load_checkpoint(tmp_path / f"out/{model}-vqa/checkpoint.pt")["answers"] == ["no", "yes"]
@@ -334,9 +410,9 @@ def test_pretrain_then_vqa(model, pictures, tmp_path):
     assert [s["step"] for s in steps if "lr" in s] == [1, 2, 3]
 
 
-def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path):
+def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path, here):
     options = ["--data", pictures, "--steps", 12, "--eval-every", 6, "--config", "dropout=0.1"]
-    run(*options, "--out", "whole", cwd=tmp_path)
+    here(*options, "--out", "whole")
     command = [sys.executable, str(ROOT / "train.py"), *map(str, options), "--out", "parts", *SMALL]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -349,7 +425,7 @@ def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path):
     assert process.wait(60) == 2 and "--resume" in error and "Traceback" not in error
     stopped = checkpoints.load_checkpoint(tmp_path / "parts/checkpoint.pt")["progress"]["step"]
     assert 4 <= stopped < 12
-    run(*options, "--out", "parts", "--resume", cwd=tmp_path)
+    here(*options, "--out", "parts", "--resume")
     whole = state_of(tmp_path / "whole")
     parts = state_of(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -359,10 +435,10 @@ def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["uniter", "lxmert"])
-def test_two_processes_equal_one(model, pictures, tmp_path):
+def test_two_processes_equal_one(model, pictures, tmp_path, here):
     options = ["--model", model, "--data", pictures, "--steps", 4]
-    run(*options, "--accumulate", 2, "--out", "one", cwd=tmp_path)
-    run(*options, "--out", "two", cwd=tmp_path, processes=2)
+    here(*options, "--accumulate", 2, "--out", "one")
+    in_two_processes(*options, "--out", "two")
     one = state_of(tmp_path / "one")
     two = state_of(tmp_path / "two")
     for name in one:
@@ -372,11 +448,11 @@ def test_two_processes_equal_one(model, pictures, tmp_path):
         assert results[0][name] == pytest.approx(results[1][name], abs=1e-4), name
 
 
-def test_all_models_and_seeds_end_in_one_table(pictures, tmp_path):
+def test_all_models_and_seeds_end_in_one_table(pictures, tmp_path, here, capsys):
     options = ["--model", "all", "--task", "vqa", "--data", pictures, "--steps", 1, "--seeds", 2, "--out", "cmp"]
-    done = run(*options, cwd=tmp_path)
+    here(*options)
     table = (tmp_path / "cmp/comparison.md").read_text()
-    assert table in done.stdout and all(model in table for model in checkpoints.MODELS)
+    assert table in capsys.readouterr().out and all(model in table for model in checkpoints.MODELS)
     runs = json.loads((tmp_path / "cmp/comparison.json").read_text())["runs"]
     assert len(runs) == 2 * len(checkpoints.MODELS)
     mean = json.loads((tmp_path / "cmp/comparison.json").read_text())["table"]["accuracy"]["lxmert"]["mean"]
@@ -394,10 +470,11 @@ def test_ablation_removes_a_modality():
     assert batch.text.tolist() == torch.stack([first, last], 1).tolist() and batch.text_mask.all()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
-    done = run("--data", pictures, "--steps", 60, "--lr", "1e30", "--clip", "1e30", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "is not finite" in done.stderr and "own.jsonl:" in done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+def test_a_loss_that_is_not_finite_stops_the_run(pictures, here, capsys):
+    here("--data", pictures, "--steps", 60, "--lr", "1e30", "--clip", "1e30", code=2)
+    error = capsys.readouterr().err
+    assert "is not finite" in error and "own.jsonl:" in error
+    assert error.count("\n") == 1, error
 
 
 @pytest.mark.parametrize(
@@ -503,7 +580,7 @@ def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     scores = cosines / 0.07 + hidden
     want = (torch.nn.functional.cross_entropy(scores, target) + torch.nn.functional.cross_entropy(scores.T, target)) / 2
     assert loss.item() == pytest.approx(want.item(), abs=1e-5)
-    assert tasks.items_of(paper, "itc", batch) == 4
+    assert distill.items_of(paper, "itc", batch) == 4
 
 
 def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
@@ -596,7 +673,7 @@ def test_two_processes_contrast_as_one_with_the_double_batch(pictures, tmp_path,
     # with seed 0 one weight of 16,384 has a gradient near zero, whose rounding AdamW blows up to 2.2e-6
     options = ["--objectives", "itc", "--data", pictures, "--steps", 3, "--seed", 1]
     here(*options, "--batch-size", 8, "--out", "one")
-    run(*options, "--out", "two", cwd=tmp_path, processes=2)
+    in_two_processes(*options, "--out", "two")
     here(*options, "--accumulate", 2, "--out", "parts", "--temperature", "0.2:0.1")
     one, two, parts = (state_of(tmp_path / out) for out in ("one", "two", "parts"))
     for name in one:
@@ -658,8 +735,9 @@ def test_each_process_drops_other_values_and_goes_on_with_its_own():
     assert torch.equal(torch.rand(5), torch.rand(5, generator=torch.Generator().manual_seed(6)))
 
 
-def test_a_checkpoint_has_the_random_numbers_of_every_process(pictures, tmp_path):
-    run("--data", pictures, "--steps", 1, "--config", "dropout=0.1", "--out", "two", cwd=tmp_path, processes=2)
+def test_a_checkpoint_has_the_random_numbers_of_every_process(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    in_two_processes("--data", pictures, "--steps", 1, "--config", "dropout=0.1", "--out", "two")
     states = checkpoints.load_checkpoint(tmp_path / "two/checkpoint.pt")["generators"]["cpu"]
     assert len(states) == 2 and not torch.equal(*states)
 
@@ -689,7 +767,7 @@ def test_a_run_does_not_write_over_what_it_starts_from(pictures, here, capsys):
 def test_a_tie_counts_as_the_share_that_is_right():
     scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     hit = torch.tensor([[True, True, False], [False, True, True], [True, False, False]])
-    torch.testing.assert_close(tasks.top_choice_accuracy(scores, hit), torch.tensor([0.5, 0.0, 1 / 3]))
+    torch.testing.assert_close(evaluation.top_choice_accuracy(scores, hit), torch.tensor([0.5, 0.0, 1 / 3]))
 
 
 # ---- options ---------------------------------------------------------------------------------------------------
@@ -803,6 +881,74 @@ def test_each_loss_counts_with_the_factor_of_its_paper():
             torch.testing.assert_close(found[name], parameter.grad, atol=1e-12, rtol=1e-9)
 
 
+def test_steps_run_in_training_mode_and_begin_with_the_first_temperature(pictures, here, monkeypatch):
+    seen = []
+    real = train.backward
+
+    def record(run, batches, names):
+        temperature = math.exp(-run.model.heads["itc"].log_scale.item())
+        seen.append((run.model.training, pytest.approx(temperature)))
+        return real(run, batches, names)
+
+    monkeypatch.setattr(train, "backward", record)
+    given = ["--data", pictures, "--objectives", "itc", "--steps", 2, "--eval-every", 1, "--temperature", "0.2:0.1"]
+    here(*given)
+    assert seen == [(True, 0.2), (True, common.scheduled_temperature(0.2, 0.1, 0.5))]
+
+
+def test_limit_is_of_the_training_split_alone(pictures, here, monkeypatch):
+    counts = []
+    monkeypatch.setattr(train, "training_loop", lambda run, log: counts.append([*map(len, run.splits.values())]))
+    here("--data", pictures, "--task", "vqa", "--steps", 0, "--limit", 3)
+    assert counts == [[3, 4, 4]]
+
+
+# ---- the log --------------------------------------------------------------------------------------------------
+
+
+def log_of(tmp_path, world=1):
+    """A Log of a run of 10 steps of 2 examples a process."""
+    args = SimpleNamespace(out=tmp_path, resume=False, steps=10, batch_size=2, accumulate=1)
+    progress = {"step": 0, "seconds": 0.0, "examples": 0}
+    return log.Log(SimpleNamespace(args=args, rank=0, world=world, progress=progress))
+
+
+def test_a_line_of_the_log_has_means_and_counts_the_examples_of_all_processes(tmp_path):
+    lines = log_of(tmp_path, world=3)
+    progress = lines.run.progress
+    for step, loss in ((1, 2.0), (2, 5.0), (3, 2.0)):
+        progress["step"] = step
+        losses = {"mlm": torch.tensor(loss)}
+        if step == 2:
+            losses = {"itm": torch.tensor(loss)}
+        lines.add(losses, torch.tensor(0.5 * step), 0.1, [SimpleNamespace(ids=["a", "b"])], waited=0.0, worked=0.5)
+    progress["step"] = 3
+    lines.line()
+    lines.add({"mlm": torch.tensor(7.0)}, torch.tensor(1.0), 0.1, [SimpleNamespace(ids=["a", "b"])], 0.0, 0.5)
+    lines.line()
+    first, second = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    expected = {"step": 3, "lr": 0.1, "grad_norm": 1.5, "examples_per_second": 12.0, "mlm": 2.0, "itm": 5.0}
+    assert first == expected
+    assert second["mlm"] == 7.0  # only since the last line
+    assert (progress["examples"], progress["seconds"]) == (4 * 2 * 3, 2.0)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_loss_or_a_gradient_that_is_no_number_is_named_with_its_step(wrong, tmp_path):
+    fine = torch.tensor(1.0)
+    for losses, grad_norm, message in (
+        ({"mlm": fine, "itm": torch.tensor(wrong)}, fine, "step 4: the loss of itm"),
+        ({"mlm": fine, "itm": fine}, torch.tensor(wrong), "step 4: the gradient of mlm, itm"),
+    ):
+        lines = log_of(tmp_path)
+        lines.run.progress["step"] = 4
+        lines.add({"mlm": fine}, fine, 0.1, [SimpleNamespace(ids=["a"])], 0.0, 0.5)
+        lines.check()
+        lines.add(losses, grad_norm, 0.1, [SimpleNamespace(ids=["b", "c"])], 0.0, 0.5)
+        with pytest.raises(common.UserError, match=f"{message} is not finite.* b, c"):
+            lines.check()
+
+
 # ---- the order of examples and random numbers ------------------------------------------------------------------
 
 
@@ -908,12 +1054,12 @@ def test_the_test_has_the_best_weights_not_the_last(pictures, tmp_path, here, mo
         values.append((split, value))
         return {"accuracy": value}, {"accuracy": 0.5}
 
-    scores = iter([1.0, 3.0, 2.0])  # after steps 0, 1, 2
+    scores = iter([1.0, 3.0, 3.0, 2.0])  # after steps 0 to 3: of equal ones the first is kept
     monkeypatch.setattr(tasks, "evaluate", evaluate)
     monkeypatch.setattr(tasks, "best_score", lambda run, metrics: (next(scores), "a number"))
-    here("--data", pictures, "--task", "vqa", "--steps", 2, "--eval-every", 1)
-    assert len({value for _, value in values[:3]}) == 3
-    assert values[3] == ("test", values[1][1])
+    here("--data", pictures, "--task", "vqa", "--steps", 3, "--eval-every", 1)
+    assert len({value for _, value in values[:4]}) == 4
+    assert values[4] == ("test", values[1][1])
 
 
 def test_a_loss_without_accuracy_chooses_the_best_weights(pictures, tmp_path, here, capsys):

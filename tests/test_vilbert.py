@@ -339,7 +339,7 @@ def test_nce_draws_89_negatives_of_other_pictures_and_38_of_the_same(monkeypatch
         drawn.append(sample(batch, near, far))
         return drawn[-1]
 
-    monkeypatch.setattr(vilbert, "sample_negatives", record)
+    monkeypatch.setattr(twelve_in_one, "sample_negatives", record)
     logits = model(batch, ("nce",))["nce"][1]
     assert logits.shape == (8, 1 + 89 + 38)
     same_picture = drawn[0] // 5 == batch.region_index[:, None] // 5
