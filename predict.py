@@ -635,17 +635,73 @@ def measure(run, task, dataset):
 # ---- --export -------------------------------------------------------------------------------------------------------------
 
 
-def export_official(checkpoint, path):
-    """The weights under the paper's official names, one file."""
-    checkpoints.save(formats.export_official(checkpoint["model"], checkpoint["state"]), path)
+def export_official(args):
+    """Writes --export under the paper's official names, one file."""
+    checkpoint = checkpoints.load_checkpoint(args.checkpoint)
+    checkpoints.save(formats.export_official(checkpoint["model"], checkpoint["state"]), Path(args.export))
 
 
-def export_transformers(checkpoint, path):
-    """A folder that transformers' from_pretrained loads."""
-    checkpoints.export_hugging_face(checkpoint, path)
+def export_transformers(args):
+    """Writes --export as a folder that transformers' from_pretrained loads."""
+    checkpoints.export_hugging_face(checkpoints.load_checkpoint(args.checkpoint), Path(args.export))
 
 
-EXPORTS = {"official": export_official, "transformers": export_transformers}
+class Program(torch.nn.Module):
+    """What --to program exports: a function of six tensors, those of a data.Batch under the same names.
+
+    Returns the last states of words (B, T, C) and regions (B, N, C) and the pooled vector (B, C); and the logits of the
+    head that reads the pooled vector, for tasks that have one.
+    """
+
+    inputs = ("text", "text_mask", "segments", "features", "boxes", "region_mask")
+
+    def __init__(self, model, head, task_number):
+        super().__init__()
+        self.model = model
+        self.head = head
+        self.task_number = task_number
+
+    def forward(self, *tensors):
+        batch = data.Batch(*tensors)
+        batch.task = torch.full_like(batch.text[:, 0], self.task_number)
+        encoding = self.model.encode(batch)
+        outputs = {"text": encoding.text, "regions": encoding.regions, "pooled": encoding.pooled}
+        if self.head:
+            outputs["logits"] = self.model.heads[self.head](encoding.pooled)
+        return outputs
+
+
+def make_program(run, task, batch):
+    """A torch.export program for any number of rows, words and regions. batch: an example, of at least two rows."""
+    head = task.ranks
+    if task.truth == "answer":
+        head = run.paper.OBJECTIVES[task.objective].head
+    module = Program(run.model, head, run.args.tasks.index(task.name)).eval()
+    rows = torch.export.Dim("rows", min=1, max=65536)
+    words = torch.export.Dim("words", min=2, max=run.model.config.max_positions)
+    cells = torch.export.Dim("regions", min=1, max=65536)
+    shapes = [{0: rows, 1: words}] * 3 + [{0: rows, 1: cells}] * 3
+    tensors = tuple(getattr(batch, name) for name in Program.inputs)
+    with torch.no_grad():
+        return torch.export.export(module, tensors, dynamic_shapes={"tensors": tuple(shapes)})
+
+
+def export_program(args):
+    """Writes --export as a program of torch.export, which runs without this repository: torch.export.load(FILE)."""
+    args.device = "cpu"
+    args.dtype = "f32"
+    run, task = load_run(args)
+    dataset, _ = held_out(run, task, None, 4)
+    program = make_program(run, task, data.collate(dataset, np.arange(len(dataset))))
+    data.write_whole(args.export, lambda file: save_program(program, file))
+
+
+def save_program(program, path):
+    with open(path, "wb") as file:  # under its own name torch.export wants the ending .pt2
+        torch.export.save(program, file)
+
+
+EXPORTS = {"official": export_official, "transformers": export_transformers, "program": export_program}
 
 
 # ---- main -----------------------------------------------------------------------------------------------------------------
@@ -666,7 +722,7 @@ def main(argv=None):
 def answer(args):
     """What the command line asks for."""
     if args.export:
-        EXPORTS[args.to](checkpoints.load_checkpoint(args.checkpoint), Path(args.export))
+        EXPORTS[args.to](args)
         return
     run, task = load_run(args)
     if args.scenes:

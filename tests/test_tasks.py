@@ -327,7 +327,7 @@ def test_lines_that_fit_pass():
     assert tasks.VQA.check({"answer": {"maybe": 1.0}}) is None
 
 
-def test_answers_are_shown_with_their_probabilities_and_the_truth(cache, tokenizer):
+def test_answers_are_shown_with_their_probabilities_and_the_truth(drawn, tokenizer):
     run = SimpleNamespace(answers=["red", "blue", "two"])
     logits = torch.tensor([-2.0, 3.0, 0.0])
     lines = SimpleNamespace(answer=[{"red": 0.3, "two": 1.0}, {}], target=np.array([0, -1]), text=["a blue disc"])
@@ -341,11 +341,11 @@ def test_answers_are_shown_with_their_probabilities_and_the_truth(cache, tokeniz
     assert "truth" not in tasks.NLVR2.show(run, lines, 1, torch.tensor([0.0, 1.0]), 3)
     assert tasks.RETRIEVAL.show(run, None, 0, torch.tensor(1.0), 3) == {"match": 0.73106}
     assert tasks.CAPTION.show(run, lines, 0, "a red disc", 3) == {"caption": "a red disc", "truth": "a blue disc"}
-    choices = scenes.scenes("test", "vcr", 20, cache=cache).encode(tokenizer)
+    choices = drawn("test", "vcr", 20).encode(tokenizer)
     texts = [choices.text[choices.group * 3 + k][-1] for k in range(choices.group)]
     shown = tasks.VCR.show(run, choices, 3, torch.tensor([0.0, 0.0, 5.0, 0.0]), 1)
     assert shown == {"answers": [[texts[2], 0.98017]], "truth": texts[int(choices.target[3])]}
-    refer = scenes.scenes("test", "refer", 20, cache=cache).encode(tokenizer)
+    refer = drawn("test", "refer", 20).encode(tokenizer)
     boxes = refer.store.gather(refer.image[[4]])["boxes"][0]
     logits = torch.cat([torch.zeros(len(boxes) - 1), torch.tensor([20.0, 99.0, 99.0])])  # two positions of padding
     (box, prob), *_ = tasks.REFER.show(run, refer, 4, logits, 1)["answers"]
