@@ -84,9 +84,16 @@ NEWEST = "checkpoint.pt"  # what a run goes on from; best.pt holds the weights t
 PREVIOUS = "checkpoint.previous.pt"  # the one before, in case the newest is damaged
 TEST_OPTIONS = ("ablate", "mask", "max_words", "pool", "beams")  # options that change what a test measures
 # what a checkpoint must hold to be used, and what else it may hold
-CHECKPOINT_TYPES = {"model": str, "config": dict, "state": dict, "tokenizer": str, "answers": list}
-OTHER_TYPES = {"task": str, "data": str, "patch": int, "grid": int}
-OTHER_TYPES |= {"optimizer": dict, "progress": dict, "generators": dict, "fingerprint": dict}
+CHECKPOINT_TYPES = {"model": str, "task": str, "config": dict, "state": dict, "tokenizer": str, "answers": list}
+OTHER_TYPES = {
+    "data": str,
+    "patch": int,
+    "grid": int,
+    "optimizer": dict,
+    "progress": dict,
+    "generators": dict,
+    "fingerprint": dict,
+}
 OTHER_TYPES |= {"regions": dict, "objectives": dict, "content_words": list, "usual_answers": dict, "settings": dict}
 
 
@@ -210,7 +217,7 @@ def load_latest(folder):
 
 # Options that change what a run computes. The others, as --steps, --device and --log-every, may change on --resume.
 RESULT_OPTIONS = ("seed", "batch_size", "lr", "warmup", "weight_decay", "clip", "mask", "temperature", "ablate")
-RESULT_OPTIONS += ("limit", "mine", "patch", "grid", "teacher", "distill")
+RESULT_OPTIONS += ("size", "limit", "mine", "patch", "grid", "teacher", "distill")
 
 
 def fingerprint(run):
@@ -240,7 +247,7 @@ def check_fingerprint(saved, now):
     for name, value in now.items():
         if name in saved and saved[name] != value:
             raise UserError(
-                f"--resume: {name} was {saved[name]:.60}, now {value:.60}; give the data and options of the stopped run, "
+                f"--resume: {name} was {saved[name]!s:.60}, now {value:.60}; give the data and options of the stopped run, "
                 "or another --out for a new one"
             )
 
@@ -251,12 +258,18 @@ def hash_text(text):
 
 
 def hash_data(dataset):
-    """A short hash of a split: its word pieces, pictures, regions, targets, and ten thousand of its answers."""
+    """A short hash of a split: its word pieces, pictures, targets, and ten thousand of its regions and answers."""
     found = hashlib.sha256()
-    for column in (dataset.tokens, dataset.offsets, dataset.image, dataset.lengths(), dataset.target):
+    store = dataset.store
+    step = max(1, len(dataset) // 10_000)
+    regions = store.offsets[dataset.image[::step]]  # the first one of every step-th picture
+    columns = [dataset.tokens, dataset.offsets, dataset.image, dataset.lengths(), dataset.target]
+    columns += [store.fields["features"][regions], store.fields["boxes"][regions]]
+    if store.digests is not None:
+        columns.append(store.digests[dataset.image])
+    for column in columns:
         if column is not None:
             found.update(np.ascontiguousarray(column))
-    step = max(1, len(dataset) // 10_000)
     for i in range(0, len(dataset), step):
         found.update(json.dumps(dataset.answer[i]).encode())
     return found.hexdigest()[:12]

@@ -44,13 +44,12 @@ class Log:
         if not (self.run.args.resume and self.file.is_file()):
             return ""
         kept = ""
-        for line in self.file.read_text().splitlines():
+        for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                step = json.loads(line)["step"]
-            except ValueError:  # cut off when the run was killed
+                if json.loads(line)["step"] <= self.run.progress["step"]:
+                    kept += line + "\n"
+            except (ValueError, TypeError, KeyError):  # cut off when the run was killed
                 continue
-            if step <= self.run.progress["step"]:
-                kept += line + "\n"
         return kept
 
     def add(self, losses, grad_norm, rate, batches, waited, worked):

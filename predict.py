@@ -102,7 +102,7 @@ def load_run(args):
     checkpoint = checkpoints.load_checkpoint(args.checkpoint)
     names = checkpoint["task"].split(",")
     name = args.task or names[0]
-    if name not in names:
+    if name not in names or name not in tasks.TASKS:
         raise UserError(f"--task {name}: {args.checkpoint} was trained for {', '.join(names)}")
     paper = checkpoints.MODELS[checkpoint["model"]]
     device = machine.pick_device(args.device)

@@ -182,9 +182,11 @@ def picture_size(where, path):
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             width, height = image.size
+            if (
+                image.format == "TIFF"
+            ):  # which Pillow turns by itself, some while they are opened, some while they are read
+                return open_picture(where, path).size
             orientation = image.getexif().get(0x0112, 1)
-            if image.format == "TIFF":  # Pillow has turned it already
-                orientation = 1
     except Exception:  # noqa: BLE001
         width, height = open_picture(where, path).size  # which says what is wrong
         orientation = 1

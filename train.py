@@ -300,7 +300,12 @@ def make_tokenizer(run, start):
     """The tokenizer: of the checkpoint `start`, of --vocab, of the data set, or trained on the training texts."""
     args = run.args
     if start and start["tokenizer"]:
-        return data.tokenizer_from_json(start["tokenizer"])
+        tokenizer = data.tokenizer_from_json(start["tokenizer"])
+        if args.vocab and data.read_tokenizer(args.vocab).get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"--vocab {args.vocab}: {args.init or args.teacher} has other word pieces; leave --vocab out"
+            )
+        return tokenizer
     if args.vocab:
         return data.read_tokenizer(args.vocab)
     if start:

@@ -617,6 +617,17 @@ def test_a_resumed_run_names_what_has_changed(own, tmp_path, capsys):
         error = capsys.readouterr().err
         assert f"--resume: {option} was" in error and error.count("\n") == 1, error
     assert main(own, tmp_path, "--task", "ve", "--resume") == 2
+    capsys.readouterr()
+    data.train_tokenizer(["other words"]).save(str(tmp_path / "tokenizer.json"))
+    for name, value in {"--size": "base", "--vocab": str(tmp_path / "tokenizer.json"), "--grid": "3"}.items():
+        assert main(own, tmp_path, *options, "--resume", "--steps", "2", name, value) == 2
+        assert name in capsys.readouterr().err
+    picture = own.parent / "0.png"
+    content = picture.read_bytes()
+    Image.fromarray(255 - np.asarray(Image.open(picture))).save(picture)
+    assert main(own, tmp_path, *options, "--resume", "--steps", "2") == 2
+    assert "--resume: --data (vqa, split train) was" in capsys.readouterr().err
+    picture.write_bytes(content)
     os.utime(own)
     assert main(own, tmp_path, *options[:2], "--resume", "--steps", "2", "--log-every", "1") == 0
 

@@ -1121,6 +1121,10 @@ def test_resume_drops_log_lines_after_the_checkpoint_and_a_torn_one(tmp_path):
     args = SimpleNamespace(out=tmp_path, resume=True)
     log.Log(SimpleNamespace(args=args, rank=0, progress={"step": 3}))
     assert (tmp_path / "log.jsonl").read_text().splitlines() == lines[:4]
+    damaged = b'\xff\xfe{"step": 1}\n[]\n3\n{"lr": 1}\n{"step": "x"}\n{"step": 2}\n\n{"st'
+    (tmp_path / "log.jsonl").write_bytes(damaged)
+    log.Log(SimpleNamespace(args=args, rank=0, progress={"step": 3}))
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 2}\n'
 
 
 def test_a_used_folder_is_said_and_a_folder_in_use_is_refused(pictures, tmp_path, here, capsys):
