@@ -760,6 +760,180 @@ def test_only_the_arrays_that_are_needed_are_read_and_no_header_is_believed(tmp_
         regions.read_features("here", tmp_path / "b.npz")
 
 
+# ---- damaged at random -------------------------------------------------------------------------------------------------
+
+PIECES = [
+    b"\0",
+    b"\xff\xfe",
+    b"\xe2\x80\xa8",
+    b"\xc2\x85",
+    b"\n",
+    b'"',
+    b"{",
+    b"]",
+    b"NaN",
+    b"1e400",
+    b"9" * 400,
+    b"\\ud800",
+    b"\xe9",
+]
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    3.5,
+    1e400,
+    "",
+    " ",
+    "a\0b",
+    "\u2028",
+    "f.npz",
+    ".",
+    [],
+    {},
+    [[0, 0, 42, 31]],
+    [-1, 0, 9, 9],
+]
+VALUES += [[[0, 0, 41, 31]], [39.9, 0, 40.9, 9], {"a": 2}, {"A": 0.9, "a.": 0.9}, "test", 10**30, ["a.png"], "\ud83d"]
+
+
+def damage_bytes(rng, content):
+    """Bytes changed, put in, taken out or cut off, at one to four random places."""
+    content = bytearray(content)
+    for _ in range(int(rng.integers(1, 5))):
+        i = int(rng.integers(len(content) + 1))
+        end = i + int(rng.integers(1, 40))
+        how = rng.integers(5)
+        if how == 0:
+            content[i : i + 1] = rng.bytes(1)
+        elif how == 1:
+            content[i:i] = PIECES[rng.integers(len(PIECES))]
+        elif how == 2:
+            del content[i:end]
+        elif how == 3:
+            content[i:i] = content[i:end]
+        elif len(content) > 1:
+            content = content[: i + 1]
+    return bytes(content)
+
+
+def damage_json(rng, record):
+    """A JSON object with one value changed, taken out, or under another key, at any depth; as bytes."""
+    record = json.loads(json.dumps(record))
+    place = record
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key = keys[rng.integers(len(keys))]
+        if not isinstance(place[key], dict | list) or len(place[key]) == 0 or rng.random() < 0.5:
+            break
+        place = place[key]
+    how = rng.random()
+    if how < 0.6:
+        place[key] = VALUES[rng.integers(len(VALUES))]
+    elif how < 0.8:
+        del place[key]
+    elif isinstance(place, dict):
+        place[f"{key}s"] = place.pop(key)
+    return json.dumps(record).encode()
+
+
+def damaged_lines(rng, folder):
+    good = {
+        "image": "a.png",
+        "text": "caf\u00e9?",
+        "boxes": [[0, 0, 20, 30]],
+        "target": [1, 1, 9, 9],
+        "answer": {"a": 0.5},
+    }
+    line = json.dumps(good, ensure_ascii=False).encode()
+    line = damage_json(rng, good) if rng.random() < 0.6 else damage_bytes(rng, line)
+    (folder / "m.jsonl").write_bytes(line)
+
+
+def damaged_features(rng, folder):
+    arrays = {
+        "features": rng.random((2, 7)),
+        "boxes": np.array([[0, 0, 20, 30], [5, 5, 39, 29.5]]),
+        "size": np.array([40, 30]),
+    }
+    values = arrays[list(arrays)[rng.integers(3)]].astype(float)
+    values.flat[rng.integers(values.size)] = [np.nan, np.inf, -3, 70000, 0, 41.5, 1e300][rng.integers(7)]
+    if rng.random() < 0.6:
+        arrays[{14: "features", 8: "boxes", 2: "size"}[values.size]] = values
+    np.savez(folder / "m.npz", **arrays)
+    if rng.random() < 0.5:
+        (folder / "m.npz").write_bytes(damage_bytes(rng, (folder / "m.npz").read_bytes()))
+    write_jsonl(folder / "m.jsonl", [{"features": "m.npz", "text": "x", "target": [1, 1, 9, 9]}])
+
+
+def damaged_picture(rng, folder):
+    name = "m." + ["png", "jpg", "gif", "bmp", "tif", "webp", "ppm", "ico", "tga", "jp2"][rng.integers(10)]
+    pixels = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / name)
+    (folder / name).write_bytes(damage_bytes(rng, (folder / name).read_bytes()))
+    write_jsonl(folder / "m.jsonl", [{"image": name, "text": "x", "target": [0, 0, 9, 9]}])
+
+
+@pytest.mark.parametrize("damaged", [damaged_lines, damaged_features, damaged_picture])
+def test_what_is_damaged_at_random_is_read_right_or_refused_in_one_line(own, tmp_path, damaged):
+    """Nothing is taken silently that is no UTF-8, not finite, or outside its picture."""
+    own()
+    rng = np.random.default_rng(5)
+    refused = 0
+    for number in range(40):
+        damaged(rng, tmp_path)
+        try:
+            dataset = load(tmp_path / "m.jsonl", "refer", "train", cache=tmp_path / f"c{number}", grid=2, patch=3)
+        except common.UserError as error:
+            refused += 1
+            assert "m." in str(error) and "\n" not in str(error)
+            continue
+        if len(dataset) == 0:
+            continue  # of another split
+        found = dataset.store.gather(dataset.image)
+        width, height = dataset.store.sizes[dataset.image[0]]
+        assert torch.isfinite(found["features"]).all()
+        assert ((found["boxes"] >= 0) & (found["boxes"] <= 1)).all()
+        assert (found["boxes"][..., :2] < found["boxes"][..., 2:]).all()
+        record = json.loads((tmp_path / "m.jsonl").read_bytes().decode("utf-8"))
+        target = np.array(record["target"]).clip(0, [width, height, width, height])
+        assert np.allclose(dataset.target[0], target / [width, height, width, height])
+        assert list(dataset.text) == [record["text"]]
+    assert 5 < refused < 40
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json"])
+def test_a_vocabulary_that_is_damaged_at_random_is_read_right_or_refused(tmp_path, name):
+    rng = np.random.default_rng(1)
+    pieces = [*data.SPECIALS, *"abcdef", *(f"##{letter}" for letter in "abcdef"), "caf\u00e9", "\u7530"]
+    good = "\n".join(pieces).encode()
+    if name == "tokenizer.json":
+        good = data.tokenizer_from_vocab("\n".join(pieces)).to_str().encode()
+    refused = 0
+    for _ in range(40):
+        content = damage_bytes(rng, good)
+        if name == "tokenizer.json" and rng.random() < 0.5:
+            content = damage_json(rng, json.loads(good))
+        (tmp_path / name).write_bytes(content)
+        try:
+            tokenizer = data.read_tokenizer(tmp_path / name)
+        except common.UserError as error:
+            refused += 1
+            assert name in str(error) and "\n" not in str(error)
+            continue
+        tokens, _, offsets, _ = data.encode_texts(tokenizer, ["a caf\u00e9", "\u7530 ?"], 9)
+        assert tokens.max() < tokenizer.get_vocab_size() and np.diff(offsets).min() > 2
+        if name == "vocab.txt":
+            lines = content.decode().removesuffix("\n").split("\n")
+            assert tokenizer.get_vocab_size() == len(lines)
+            for number, line in enumerate(lines):
+                piece = line.removesuffix("\r")
+                if piece and piece not in [other.removesuffix("\r") for other in lines[number + 1 :]]:
+                    assert tokenizer.token_to_id(piece) == number
+    assert 3 < refused < 40
+
+
 # ---- lines that are wrong ----------------------------------------------------------------------------------------------
 
 DEEP = b'{"image": "a.png", "text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
