@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import unicodedata
@@ -285,6 +286,11 @@ def normalize_answer(text):
     return text.rstrip(".").rstrip() or text
 
 
+def leaves_folder(name):
+    """True if a file name leads out of the folder that it is relative to."""
+    return Path(name).is_absolute() or ".." in Path(name).parts
+
+
 class Pictures:
     """The pictures that the lines of a file name, each once: rows of stores that exist, and jobs for one to be made."""
 
@@ -296,7 +302,7 @@ class Pictures:
         self.rows = {}  # (name, boxes as JSON) -> row of the store to be made
         self.sizes = {}  # name -> (width, height)
         self.stores = {}  # name -> FeatureStore
-        self.outside = 0  # pictures outside of the file's folder
+        self.outside = 0  # pictures and stores outside of the file's folder
 
     def find(self, where, record):
         """(name of the store, rows in it, one for each picture); the store to be made has the name "". UserError if a
@@ -316,6 +322,7 @@ class Pictures:
     def find_row(self, name, row):
         if name not in self.stores:
             self.stores[name] = FeatureStore(self.folder / name)
+            self.outside += leaves_folder(name)
         if row >= len(self.stores[name]):
             raise UserError(f"'features': {name} has rows 0 to {len(self.stores[name]) - 1}, not {row}")
         return row
@@ -324,10 +331,9 @@ class Pictures:
         key = (name, json.dumps(boxes))
         if key not in self.rows:
             path = self.folder / name
-            if not path.is_file():
+            if not os.path.isfile(path):  # False also for a name that is too long, where Path.is_file raises
                 raise UserError(f"'image' or 'features': no file {path}; paths are relative to the .jsonl file")
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                self.outside += 1
+            self.outside += leaves_folder(name)
             self.rows[key] = len(self.jobs)
             self.jobs.append(PictureJob(where, path, boxes, self.patch, self.grid))
         return self.rows[key]
@@ -568,7 +574,7 @@ def make_columns(path, task, splits, patch, grid, cache):
             folders[""] = pictures.extract(path, Path(cache).resolve(), mistakes).folder
             depends.append(folders[""] / "offsets.npy")
         if pictures.outside:
-            warn(f"{path}: {pictures.outside} pictures lie outside of its folder")
+            warn(f"{path}: {pictures.outside} pictures or stores lie outside of its folder")
         for split, part in columns.items():
             part.save(aside / split, folders[part.store])
         stamps = [json.dumps(file_stamp(file)) for file in depends]

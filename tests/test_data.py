@@ -1029,7 +1029,21 @@ def test_pictures_outside_the_folder_are_read_and_said(own, tmp_path, capsys):
         tmp_path / "in/x.jsonl", [{"image": "../a.png", "text": "x"}, {"image": str(tmp_path / "a.png"), "text": "x"}]
     )
     assert len(load(path, "caption", "train", cache=tmp_path / "c")) == 2
-    assert "2 pictures lie outside of its folder" in capsys.readouterr().err
+    assert "2 pictures or stores lie outside of its folder" in capsys.readouterr().err
+    picture = {"features": np.ones((1, 3)), "boxes": np.array([[0, 0, 1, 1]])}
+    data.write_store(tmp_path / "store", [picture])
+    load(write_jsonl(path, [{"features": "../store#0", "text": "x"}]), "caption", "train", cache=tmp_path / "c")
+    assert "1 pictures or stores lie outside of its folder" in capsys.readouterr().err
+    (tmp_path / "in/a.png").write_bytes((tmp_path / "a.png").read_bytes())
+    load(write_jsonl(path, [{"image": "./a.png", "text": "x"}]), "caption", "train", cache=tmp_path / "c")
+    assert "lie outside" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "/dev/zero", ".", "a.png/b.png", "a.png\n"])
+def test_a_name_that_is_no_file_is_said_with_its_line(own, tmp_path, name):
+    path = own({**GOOD, "image": name})
+    with pytest.raises(common.UserError, match=r"my.jsonl:1: .*no file"):
+        load(path, "caption", "train", cache=tmp_path / "c")
 
 
 def test_check_names_pictures_that_training_shares_with_the_test(own, tmp_path, monkeypatch, capsys):
