@@ -930,14 +930,17 @@ def parse(argv):
 
 def main(argv=None):
     """check or preview. Exit code 0, or 2 with what is wrong on stderr."""
-    try:
-        options = parse(argv)
-        if options.pop("command") == "check":
-            return check(**options)
-        return preview(**options)
-    except (UserError, OSError, ValueError) as error:  # ValueError: Pillow does not know a suffix
-        print(f"data.py: {UserError(str(error))}", file=sys.stderr)  # on one line
-        return 2
+    from log import safe_output  # here, since log.py imports this file
+
+    with safe_output():
+        try:
+            options = parse(argv)
+            if options.pop("command") == "check":
+                return check(**options)
+            return preview(**options)
+        except (UserError, OSError, ValueError) as error:  # ValueError: Pillow does not know a suffix
+            print(f"data.py: {UserError(str(error))}", file=sys.stderr)  # on one line
+            return 2
 
 
 if __name__ == "__main__":

@@ -241,10 +241,11 @@ class SafeOutput:
 def safe_output():
     """Inside the block stdout and stderr are a `SafeOutput`."""
     with ExitStack() as stack:
-        if sys.stdout is not None:
-            stack.enter_context(redirect_stdout(SafeOutput(sys.stdout)))
-        if sys.stderr is not None:
-            stack.enter_context(redirect_stderr(SafeOutput(sys.stderr)))
+        for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
+            if stream is not None:
+                output = SafeOutput(stream)
+                stack.callback(output.flush)  # what is still in a buffer would fail when Python ends
+                stack.enter_context(redirect(output))
         yield
 
 

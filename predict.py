@@ -39,6 +39,7 @@ import regions
 import tasks
 import train
 from common import UserError
+from log import safe_output
 from prepare import preview
 
 CHUNK = 1024  # lines of a file that are answered together
@@ -674,26 +675,32 @@ EXPORTS = {"official": export_official, "transformers": export_transformers, "pr
 
 def main(argv=None):
     """Exit code 0, or 2 with one line on stderr."""
-    try:
-        args = parse(argv)
-        if args.export:
-            EXPORTS[args.to](args)
-            return 0
-        run, task = load_run(args)
-        if args.scenes:
-            show_scenes(run, task, args)
-        elif args.image:
-            answer_images(run, task, args)
-        elif args.data:
-            answer_file(run, task, args)
-        else:
-            import serve  # here, since serve.py imports this file
-
-            serve.serve(run, task, args)
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        print(f"predict.py: {machine.explain(error)}", file=sys.stderr)
-        return 2
+    with safe_output():
+        try:
+            args = parse(argv)
+            answer(args)
+        except (UserError, OSError, KeyboardInterrupt) as error:
+            print(f"predict.py: {machine.explain(error)}", file=sys.stderr)
+            return 2
     return 0
+
+
+def answer(args):
+    """What the command line asks for."""
+    if args.export:
+        EXPORTS[args.to](args)
+        return
+    run, task = load_run(args)
+    if args.scenes:
+        show_scenes(run, task, args)
+    elif args.image:
+        answer_images(run, task, args)
+    elif args.data:
+        answer_file(run, task, args)
+    else:
+        import serve  # here, since serve.py imports this file
+
+        serve.serve(run, task, args)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -490,6 +491,14 @@ def main(own, folder, *arguments):
     return train.main([*small, "--device", "cpu", "--out", str(folder / "out"), *arguments])
 
 
+@pytest.fixture(scope="module")
+def own_checkpoint(own, tmp_path_factory):
+    """A checkpoint of one step on the six pictures."""
+    folder = tmp_path_factory.mktemp("start")
+    assert main(own, folder, "--task", "vqa") == 0
+    return checkpoints.load_checkpoint(folder / "out/checkpoint.pt")
+
+
 @pytest.mark.parametrize("model", checkpoints.MODELS)
 def test_what_is_exported_comes_back(model, own, tmp_path, capsys):
     """A pretrained model under official names, the best weights, not the last; taken up again nothing is left over."""
@@ -559,6 +568,32 @@ def test_a_run_that_began_with_bert_resumes_from_its_own_checkpoint(own, tmp_pat
 # ---- our own checkpoints ---------------------------------------------------------------------------------------------
 
 
+def test_the_hash_of_a_split_covers_words_pictures_regions_targets_and_answers():
+    def dataset(**changes):
+        store = SimpleNamespace(offsets=changes.pop("regions", np.array([0, 2, 5])))
+        columns = {"image": np.array([0, 1]), "text": ["a", "b"], "answer": [{"yes": 1.0}, {"no": 1.0}]}
+        columns |= {
+            "kind": ["", ""],
+            "ids": ["0", "1"],
+            "target": np.array([[0.0, 0.0, 0.5, 0.5], [0.1, 0.1, 0.2, 0.2]]),
+        }
+        columns |= {"tokens": np.array([2, 7, 3, 2, 8, 3]), "offsets": np.array([0, 3, 6])}
+        return data.Dataset("x", "train", store, **(columns | changes))
+
+    same = checkpoints.hash_data(dataset())
+    assert same == checkpoints.hash_data(dataset(ids=["7", "8"]))
+    changes = {
+        "tokens": np.array([2, 7, 3, 2, 9, 3]),
+        "offsets": np.array([0, 2, 6]),
+        "image": np.array([1, 0]),
+        "regions": np.array([0, 3, 5]),
+        "target": np.array([[0.0, 0.0, 0.5, 0.5], [0.1, 0.1, 0.2, 0.3]]),
+        "answer": [{"yes": 1.0}, {"no": 0.3}],
+    }
+    for name, value in changes.items():
+        assert checkpoints.hash_data(dataset(**{name: value})) != same, name
+
+
 def test_a_resumed_run_names_what_has_changed(own, tmp_path, capsys):
     """Each change stops with its name; steps, intervals and the file's time may change."""
     options = ["--task", "vqa", "--eval-every", "1"]
@@ -620,6 +655,45 @@ def test_a_save_that_fails_leaves_both_checkpoints_and_no_temporary_file(tmp_pat
                 checkpoints.save({"a": torch.zeros(2)}, path)
         assert torch.load(path)["a"].tolist() == [1, 1]
         assert [file.name for file in path.parent.iterdir()] == ["x.pt"]
+
+
+DAMAGED_PARTS = {  # what is done to a checkpoint of six pictures: how
+    "no such model": {"model": "uniterx"},
+    "sizes are no dict": {"config": "x"},
+    "an unknown size": {"config": {"depth": 3}},
+    "another width": {"config": {"hidden": 64}},
+    "weights are no dict": {"state": 0.5},
+    "a weight is missing": {"state": {"pooler.dense.weight": None}},
+    "a weight of another shape": {"state": {"pooler.dense.bias": torch.zeros(3)}},
+    "a weight is NaN": {"state": {"pooler.dense.bias": torch.full((128,), math.nan)}},
+    "more answers than rows": {"answers": ["yes", "no", "red", "blue"]},
+    "answers that are no text": {"answers": [1, 2]},
+    "no tokenizer": {"tokenizer": ""},
+    "no optimizer": {"optimizer": {}},
+    "progress is no dict": {"progress": 3},
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED_PARTS)
+def test_a_checkpoint_with_a_damaged_part_is_one_line(what, own, own_checkpoint, tmp_path, capsys):
+    """Whoever reads it: --init, --resume, --teacher, predict.py."""
+    content = dict(own_checkpoint)
+    for key, change in DAMAGED_PARTS[what].items():
+        content[key] = {**content[key], **change} if isinstance(change, dict) and change else change
+    (tmp_path / "out").mkdir()
+    (tmp_path / "log.jsonl").write_text("")
+    path = tmp_path / "out/checkpoint.pt"
+    torch.save(content, path)
+    readers = [lambda: main(own, tmp_path, "--task", "vqa", "--resume", "--steps", "2")]
+    if what != "no optimizer":
+        readers.append(lambda: main(own, tmp_path / "2", "--task", "vqa", "--init", str(path)))
+        readers.append(lambda: main(own, tmp_path / "2", "--task", "vqa", "--teacher", str(path)))
+        readers.append(lambda: predict.main([str(path), "--image", str(own.parent / "0.png"), "--text", "what?"]))
+    for read in readers:
+        torch.save(content, path)
+        assert read() == 2
+        error = capsys.readouterr().err
+        assert "checkpoint.pt" in error and error.count("\n") == 1, error
 
 
 # ---- surgery -------------------------------------------------------------------------------------------------------
@@ -722,19 +796,20 @@ def answer_logits(state, changes, x):
     ("model", "changes"), [("uniter", {}), ("lxmert", {}), ("vilbert", {}), ("vilbert", {"twelve_in_one": True})]
 )
 def test_answers_belong_to_the_checkpoint(model, changes):
-    """On data with other answers each known answer keeps its logit, in all models; a new one starts at 0."""
-    known, wanted = ["red", "blue", "two"], ["blue", "green", "red", "Two."]
-    state = make(model, heads=("vqa",), **changes)
+    """On data with other answers each known answer keeps its logit, in all models, also where another one is dropped;
+    a new one starts at 0."""
+    known, wanted = ["red", "blue", "dropped", "two"], ["blue", "green", "red", "Two."]
+    state = make(model, heads=("vqa",), answers=4, **changes)
     own = make(model, heads=("vqa",), answers=4, **changes)
     found, report = fitted(model, state, own, known=known, wanted=wanted)
     x = torch.randn(5, 128)
     with torch.no_grad():
-        before = answer_logits(state, (model, changes | {"answers": 3}), x)
+        before = answer_logits(state, (model, changes | {"answers": 4}), x)
         after = answer_logits(found, (model, changes | {"answers": 4}), x)
-    torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [1, 0, 2]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after[:, [0, 2, 3]], before[:, [1, 0, 3]], atol=1e-5, rtol=1e-5)
     assert (after[:, 1] == 0).all()
     assert "answers new to it 1: green" in report and "at random 0" in report
-    with pytest.raises(UserError, match="3 rows, the list of answers 2"):
+    with pytest.raises(UserError, match="4 rows, the list of answers 2"):
         fitted(model, state, own, known=["yes", "no"], wanted=["yes"])
 
 
@@ -788,17 +863,15 @@ def test_two_heads_with_one_official_name_are_refused(model, heads):
         formats.export_official(model, state)
 
 
-def test_a_model_without_official_names_works_with_its_own_checkpoints(tmp_path, monkeypatch):
+def test_a_model_without_official_names_works_with_its_own_checkpoints(own_checkpoint, tmp_path, monkeypatch):
     """A fourth model has no row in formats.FORMATS."""
     monkeypatch.setitem(checkpoints.MODELS, "fourth", uniter)
     args = options(tmp_path / "own.pt", "fourth")
-    vocabulary(tmp_path / "vocab.txt", 20)
-    content = own_checkpoint(tmp_path / "vocab.txt")
-    content["model"] = "fourth"
+    content = {**own_checkpoint, "model": "fourth"}
     state = content["state"]
     checkpoints.save(content, tmp_path / "own.pt")
     loaded = checkpoints.load_weights(args)
-    found, report = checkpoints.fit_state_dict(args, make("uniter"), loaded, [])
+    found, report = checkpoints.fit_state_dict(args, state, loaded, loaded["answers"])
     assert all(torch.equal(found[name], state[name]) for name in state) and report.random_heads == []
     torch.save(bert_state(layers=1), tmp_path / "bert.bin")
     with pytest.raises(UserError, match="fourth has no official names"):

@@ -6,11 +6,13 @@ import math
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
 import tracemalloc
 import zipfile
+import zlib
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -567,6 +569,22 @@ def test_command_line(own, tmp_path, monkeypatch, capsys):
         assert code == 2 and error.startswith("data.py: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_names_that_the_output_cannot_encode_end_no_command(own, tmp_path, encoding):
+    path = own(GOOD, GOOD).rename(tmp_path / "\u7530.jsonl")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, data.__file__, "check", path]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0 and b"\\u7530.jsonl: 2 examples" in done.stdout, done
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_the_output_ends_no_command(own, tmp_path):
+    command = [sys.executable, data.__file__, "check", own(GOOD, GOOD)]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, cwd=tmp_path, stdout=full, stderr=full, check=False).returncode == 0
+
+
 # ---- pictures of every kind --------------------------------------------------------------------------------------------
 
 
@@ -619,6 +637,60 @@ def test_whatever_is_transparent_is_white(tmp_path):
     assert (pixels == 255).all()
     half = open_saved(tmp_path, Image.new("RGBA", (4, 4), (0, 0, 0, 128)))
     assert abs(half - 127).max() <= 1
+
+
+def png_of_16_bits(values, transparent):
+    """The bytes of a PNG: values (H,W) grey or (H,W,3) RGB, one of which is transparent. Pillow cannot write it."""
+    height, width = values.shape[:2]
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", width, height, 16, 0 if values.ndim == 2 else 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = {
+        b"IHDR": header,
+        b"tRNS": np.array(transparent, ">u2").tobytes(),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    for name, part in chunks.items():
+        content += struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
+    return content
+
+
+@pytest.mark.parametrize("transparent", [0, 900, 65535])
+def test_the_transparent_grey_of_16_bits_is_white_and_no_part_of_the_range(tmp_path, transparent):
+    grey = np.array([[100, 355, 610], [transparent] * 3])
+    (tmp_path / "p.png").write_bytes(png_of_16_bits(grey, transparent))
+    pixels = np.asarray(data.open_picture("here", tmp_path / "p.png"))
+    assert pixels[:, :, 0].tolist() == [[0, 128, 255], [255, 255, 255]]
+    (tmp_path / "p.png").write_bytes(png_of_16_bits(np.full((2, 2), transparent), transparent))
+    assert (np.asarray(data.open_picture("here", tmp_path / "p.png")) == 255).all()
+    color = (1000, 2000, transparent)
+    (tmp_path / "p.png").write_bytes(png_of_16_bits(np.array([[color, (1000, 2000, 5000)]]), color))
+    pixels = np.asarray(data.open_picture("here", tmp_path / "p.png"))
+    assert pixels.tolist() == [[[255, 255, 255], [3, 7, 19]]]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", [3, 5, 6, 8])
+def test_targets_and_boxes_are_those_of_the_picture_as_it_is_shown(tmp_path, suffix, orientation):
+    """TIFF's is another matter: Pillow turns it by itself."""
+    stored = Image.new("RGB", (40, 20), (0, 200, 0))
+    stored.paste((255, 0, 0), (0, 0, 8, 8))
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    options = {"tiffinfo": {0x0112: orientation}} if suffix == "tif" else {"exif": tag}
+    stored.save(tmp_path / f"p.{suffix}", **options)
+    width, height = (40, 20) if orientation == 3 else (20, 40)
+    left = {3: 32, 5: 0, 6: 12, 8: 0}[orientation]
+    top = {3: 12, 5: 0, 6: 0, 8: 32}[orientation]
+    box = [left, top, left + 8, top + 8]
+    line = {"image": f"p.{suffix}", "text": "red", "boxes": [[0, 0, width, height], box], "target": box}
+    dataset = load(write_jsonl(tmp_path / "p.jsonl", [line]), "refer", "train", cache=tmp_path / "c")
+    expected = np.array(box) / [width, height, width, height]
+    found = dataset.store.gather(np.array([0]))
+    assert np.allclose(dataset.target[0], expected) and np.allclose(found["boxes"][0, 1], expected)
+    color = found["features"][0, 1].view(-1, 3).mean(0)
+    assert color[0] > 1.5 and color[1] < -1.5 and color[2] < -1.5
 
 
 def test_lab_cmyk_and_black_and_white_pictures_are_read(tmp_path):
@@ -912,6 +984,16 @@ def test_vocabularies_with_odd_lines_keep_their_ids(tmp_path):
     assert [tokenizer.token_to_id(piece) for piece in ("a", "b", "\u2028", "\u0085", "c")] == [9, 7, 8, 10, 11]
 
 
+@pytest.mark.parametrize("change", [{"unk_token": "[nothing]"}, {"unk_token": ""}, {"vocab": {}}, {"type": "Unigram"}])
+def test_a_tokenizer_that_cannot_encode_is_refused_where_it_is_read(tmp_path, change):
+    content = json.loads(data.train_tokenizer(["a cat"]).to_str())
+    content["model"].update(change)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(common.UserError, match="tokenizer.json") as error:
+        data.read_tokenizer(tmp_path / "tokenizer.json")
+    assert "\n" not in str(error.value)
+
+
 def test_lost_text_is_counted(own, tmp_path):
     texts = ["red " * 20, "zebra", "red red"]
     dataset = load(own(*[{"image": "a.png", "text": text} for text in texts]), "caption", "train", cache=tmp_path / "c")
@@ -968,6 +1050,10 @@ def test_a_folder_names_its_files_and_splits(own, tmp_path):
         ('{"file": 3}', "'file' is '3'"),
         ('{"fiel": "x"}', "unknown key 'fiel'"),
         ("{}", "no 'file'"),
+        ('{"files": {"vqa": 3}}', "'files' is"),
+        ('{"file": "my.jsonl", "extra_splits": [["a"]]}', "'extra_splits' is"),
+        ('{"file": "my.jsonl", "content_words": [1]}', "'content_words' is"),
+        ('{"file": "my.jsonl", "file": "my.jsonl"}', "'file' stands twice"),
         ("[" * 9999, "not JSON"),
     ):
         (tmp_path / "dataset.json").write_text(content)

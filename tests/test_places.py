@@ -117,6 +117,8 @@ def test_a_task_touches_tasks_and_one_line_of_each_model(copy_with):
         assert all(np.isfinite(line["memes"]) for line in steps)
         assert 0 <= result["accuracy"] <= 1
         assert result["chance"]["accuracy"] == 0.5
+    answer = call([sys.executable, "predict.py", "run/uniter/best.pt", "--image", "0.png", "--text", "a joke"], folder)
+    assert "hateful" in answer and "harmless" in answer
 
 
 def test_a_data_set_is_one_script(copy_with):

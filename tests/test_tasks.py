@@ -258,6 +258,21 @@ def test_pictures_are_joined_row_by_row(drawn, tokenizer):
             assert torch.equal(getattr(one, name)[row][one.region_mask[row]], torch.cat(parts))
 
 
+def test_a_statement_stands_beside_its_left_and_its_right_picture(drawn, tokenizer):
+    dataset = drawn("train", "nlvr2", 40).encode(tokenizer)
+    run = SimpleNamespace(paper=uniter, model=SimpleNamespace(config=uniter.Config()))
+    index = np.array([0, 5, 9])
+    batch = tasks.NLVR2.batch(run, dataset, index, None)
+    assert batch.target.tolist() == dataset.target[index].tolist()
+    for row in range(6):
+        place = 2 * index[row // 2] + row % 2  # of the dataset's rows; the left picture comes first
+        picture = dataset.store.gather(dataset.image[[place]])
+        real = batch.region_mask[row]
+        assert torch.equal(batch.features[row][real], picture["features"][0])
+        assert (batch.region_types[row] == row % 2).all()
+        assert torch.equal(batch.text[row], batch.text[row - row % 2])
+
+
 def test_the_next_word_is_the_label():
     batch = make_batch()
     after = data.next_word_labels(batch)
@@ -551,6 +566,82 @@ def test_the_mean_recall_is_the_mean_of_all_six(drawn, tokenizer, monkeypatch):
     assert pools == [15]
 
 
+def many_captions(split, pictures):
+    """A dataset of two captions and one question of each picture, without any text."""
+    image = np.repeat(np.arange(pictures), 3)
+    kind = ["question", "caption", "caption"] * pictures
+    return data.Dataset("", split, None, image, [""] * len(image), [{}] * len(image), kind, [""] * len(image))
+
+
+def test_which_examples_are_evaluated():
+    """Of retrieval and captions the first caption of each picture: of 100 pictures on val, else of --pool; of retrieval
+    1000 at most."""
+    run = SimpleNamespace(args=SimpleNamespace(pool=120))
+    for name, split, pool, expected in (
+        ("vqa", "test", 120, range(3 * 150)),
+        ("retrieval", "test", 120, range(1, 3 * 120, 3)),
+        ("retrieval", "val", 120, range(1, 3 * 100, 3)),
+        ("retrieval", "val", 20, range(1, 3 * 100, 3)),
+        ("retrieval", "test", 9999, range(1, 3 * 150, 3)),
+        ("caption", "test", 120, range(1, 3 * 120, 3)),
+        ("caption", "val", 120, range(1, 3 * 100, 3)),
+    ):
+        run.args.pool = pool
+        assert tasks.test_examples(run, name, many_captions(split, 150)).tolist() == list(expected), (name, split, pool)
+    run.args.pool = 9999
+    assert len(tasks.test_examples(run, "retrieval", many_captions("test", 1100))) == 1000
+    assert len(tasks.test_examples(run, "caption", many_captions("test", 1100))) == 1100
+
+
+@pytest.mark.parametrize(("split", "expected"), [("val", 1), ("test", 5)])
+def test_captions_are_searched_with_beams_in_the_test_alone(split, expected, drawn, tokenizer, monkeypatch):
+    dataset = drawn(split, "caption", 20).encode(tokenizer)
+    run = SimpleNamespace(args=SimpleNamespace(ablate=None, beams=5), tokenizer=tokenizer, model="a model")
+    run.device, run.autocast = torch.device("cpu"), train.nullcontext
+    ends = (tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]"))
+
+    def generate(model, batch, first, last, beams):
+        assert (model, len(batch.text), first, last, beams) == ("a model", 3, *ends, expected)
+        return [dataset.tokens[1:3].tolist()] * 3
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    assert tasks.generate_captions(run, dataset, np.arange(3)) == [tokenizer.decode(dataset.tokens[1:3].tolist())] * 3
+
+
+def test_pretraining_is_evaluated_on_one_caption_a_picture_and_chance_is_the_usual_label(monkeypatch):
+    dataset = many_captions("val", 150)
+    run = SimpleNamespace(objectives={"itm": 1, "mrfr": 1, "qa": 1, "itc": 1}, content_words=[], paper=lxmert)
+    seen = {}
+
+    def sums(run, dataset, index, name):
+        seen[name] = index.tolist()
+        labels = Counter({1: 30, 0: 10}) if name == "itm" else Counter()
+        return tasks.ObjectiveSums(loss=8.0, items=16, hits=25, labels=labels)
+
+    def all_pairs(run, dataset, index, head):
+        seen["all pairs"] = index.tolist()
+        return {"text_to_image_r5": 0.5}
+
+    def dot_products(run, dataset, index, images):
+        assert (images == dataset.image[index]).all()
+        return torch.eye(len(index))
+
+    monkeypatch.setattr(tasks, "objective_sums", sums)
+    monkeypatch.setattr(evaluation, "recall_of_all_pairs", all_pairs)
+    monkeypatch.setattr(evaluation, "dot_products", dot_products)
+    metrics, chance = tasks.evaluate_pretraining(run, dataset)
+    assert seen["itm"] == seen["mrfr"] == seen["itc"] == list(range(1, 450, 3))
+    assert seen["qa"] == list(range(0, 450, 3))
+    assert seen["all pairs"] == list(range(1, 300, 3))  # a hundred pictures
+    assert metrics["itm_loss"] == metrics["mrfr_loss"] == 0.5 and "mrfr_accuracy" not in metrics
+    assert (metrics["itm_accuracy"], chance["itm_accuracy"]) == (25 / 40, 30 / 40)
+    assert (metrics["text_to_image_r5"], chance["text_to_image_r5"]) == (0.5, 0.05)
+    assert (metrics["itc_image_to_text_r1"], chance["itc_image_to_text_r1"]) == (1.0, 0.01)
+    monkeypatch.setattr(evaluation, "recall_of_all_pairs", lambda *_: {})
+    tasks.evaluate_pretraining(run, dataset, most=7)
+    assert seen["itm"] == list(range(1, 21, 3)) and seen["qa"] == list(range(0, 21, 3))
+
+
 def test_evaluation_runs_in_eval_mode_and_without_gradients(monkeypatch):
     model = torch.nn.Dropout(0.5).train()
     seen = []
@@ -682,11 +773,20 @@ def test_a_caption_repeated_word_for_word_has_bleu_1(drawn, tokenizer, monkeypat
     )
     run.model, run.device, run.autocast, run.answers = None, torch.device("cpu"), train.nullcontext, []
     pieces = [dataset.tokens[a + 1 : b - 1].tolist() for a, b in itertools.pairwise(dataset.offsets)]
-    turn = iter(tasks.evaluation_batches(run, dataset, index))
     monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (torch.tensor(0.0), None))
-    monkeypatch.setattr(evaluation, "generate", lambda *_: [pieces[i] for i in next(turn)])
-    metrics, chance = tasks.evaluate_captions(run, dataset)
-    assert metrics["bleu4"] == 1.0 > chance["bleu4"]
+    # the first caption of each picture, and its last one: every caption of the picture is a reference
+    last = len(dataset) - 1 - np.unique(dataset.image[::-1], return_index=True)[1]
+    assert (dataset.image[last] == dataset.image[index]).all() and (last > index).all()
+    for repeated in (index, last):
+        caption_of = dict(zip(dataset.image[index].tolist(), repeated.tolist(), strict=True))
+        turn = iter(tasks.evaluation_batches(run, dataset, index))
+
+        def generate(*_, caption_of=caption_of, turn=turn):
+            return [pieces[caption_of[int(dataset.image[i])]] for i in next(turn)]
+
+        monkeypatch.setattr(evaluation, "generate", generate)
+        metrics, chance = tasks.evaluate_captions(run, dataset)
+        assert metrics["bleu4"] == 1.0 > chance["bleu4"]
 
 
 @pytest.mark.parametrize("task", [task for task in tasks.TASKS if task not in ("pretrain", "vqa")])

@@ -178,6 +178,28 @@ def test_task_tokens_and_dynamic_attention():
     assert model.encode(batch, text=False).regions.shape == (4, 5, 128)
 
 
+def test_the_text_steers_a_visual_layer_by_the_mean_of_its_words_so_far(monkeypatch):
+    """Queries and keys, not values, are multiplied by 1 + sigmoid of a linear map of that mean; padding takes no part."""
+    model, batch = tiny(dynamic_attention=True).eval(), make_batch()
+    layer = model.region_layers[1]
+    calls = []
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *arguments: calls.append(arguments) or forward(*arguments))
+    encoding = model.encode(batch, record=True)
+    ((x, bias, _, mean),) = calls
+    before = list(encoding.states)[list(encoding.states).index("regions.1") - 1]  # the last text states before it
+    text = encoding.states[before if "text" in before else before.replace("regions", "text")]
+    for row in range(4):
+        torch.testing.assert_close(mean[row, 0], text[row][batch.text_mask[row]].mean(0))
+    block = layer.attention
+    query = block.query(x) * (1 + layer.gate_query(mean).sigmoid())
+    key = block.key(x) * (1 + layer.gate_key(mean).sigmoid())
+    query, key, value = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in (query, key, block.value(x)))
+    context = F.scaled_dot_product_attention(query, key, value, bias).transpose(1, 2).flatten(2)
+    attended = block.norm(x + block.output(context))
+    torch.testing.assert_close(encoding.states["regions.1"], layer.feed_forward(attended), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("connections", [((0, 2), (1, 3)), ((1, 2), (2, 3)), ((2, 4),), ()])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_unimodal_part_computed_before_changes_nothing(dynamic, connections):
