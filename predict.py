@@ -2,8 +2,6 @@
 
     python predict.py out/uniter-vqa/best.pt --scenes 4                   four held-out examples as a picture and as text
     python predict.py out/uniter-vqa/best.pt --image a.png --text "what color is the circle?"
-    python predict.py out/uniter-nlvr2/best.pt --image a.png --image b.png --text "exactly one picture shows a circle"
-    python predict.py out/uniter-refer/best.pt --image a.png --text "small red circle" --boxes "[[0,0,40,40],[50,9,80,39]]"
     python predict.py out/uniter-vqa/best.pt --data my.jsonl --out predictions.jsonl      every line of a file
     python predict.py out/uniter-vqa/best.pt --export vqa.bin                             weights for other programs
     python predict.py out/uniter-vqa/best.pt --serve 8000                                 a page in the browser
@@ -479,7 +477,7 @@ def answer_images(run, task, args):
 
 
 def answer_file(run, task, args):
-    """Answers every line of `--data`; with truths, prints metrics beside chance. Returns {split: (metrics, chance)}."""
+    """Answers every line of `--data`; with truths, prints metrics beside chance."""
     datasets = load_lines(run, task, args)
     if args.out:
         done = whole_lines(Path(args.out), datasets) if args.resume else 0
@@ -493,15 +491,11 @@ def answer_file(run, task, args):
         part = dataset if len(known) == len(dataset) else dataset.subset(known)
         results[dataset.split] = measure(run, task, part)
     if args.out:
-        total = sum(map(len, datasets))
-        print(f"{args.out}: {total} predictions")
+        print(f"{args.out}: {sum(map(len, datasets))} predictions")
         if results:
             shown = {split: {**metrics, "chance": chance} for split, (metrics, chance) in results.items()}
             path = Path(args.out).with_suffix(".result.json")
             data.write_text(path, json.dumps(shown, indent=1, default=float) + "\n")
-    elif not results:
-        print("give --out FILE.jsonl for the predictions")
-    return results
 
 
 def load_lines(run, task, args):
@@ -593,7 +587,7 @@ def measure(run, task, dataset):
     run.sets = {task.name: {dataset.split: dataset}}
     objectives = run.objectives
     if not task.objective:
-        run.objectives = train.drop_unsupported(run.paper, objectives, dataset)
+        run.objectives = options.drop_unsupported(run.paper, objectives, dataset)
     metrics, chance = tasks.evaluate(run, dataset.split)
     run.objectives = objectives
     count = len(tasks.test_examples(run, task.name, dataset))
