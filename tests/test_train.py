@@ -557,8 +557,9 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_scenes_by_default(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(scenes, "COUNTS", {"train": 40, "val": 20, "test": 130, "compose": 20})
-    here("--limit", "40", "--steps", 1, "--patch", 12)
+    monkeypatch.setattr(scenes, "COUNTS", {"train": 20, "val": 20, "test": 130, "compose": 5})
+    narrow = ["layers=1", "hidden=32", "attention_heads=2", "intermediate=64"]
+    here("--limit", "40", "--steps", 1, "--eval-every", 1, "--patch", 12, "--config", *narrow)
     result = json.loads((tmp_path / "out/uniter-pretrain/result.json").read_text())
     assert result["data"] == "scenes" and result["chance"]["text_to_image_r1"] == 0.01
 
