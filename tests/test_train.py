@@ -926,7 +926,7 @@ def test_steps_run_in_training_mode_and_begin_with_the_first_temperature(picture
     monkeypatch.setattr(train, "backward", record)
     given = ["--data", pictures, "--objectives", "itc", "--steps", 2, "--eval-every", 1, "--temperature", "0.2:0.1"]
     here(*given)
-    assert seen == [(True, 0.2), (True, common.scheduled_temperature(0.2, 0.1, 0.5))]
+    assert seen == [(True, 0.2), (True, contrast.scheduled_temperature(0.2, 0.1, 0.5))]
 
 
 def test_limit_is_of_the_training_split_alone(pictures, here, monkeypatch):
