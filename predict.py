@@ -2,9 +2,6 @@
 
     python predict.py out/uniter-vqa/best.pt --scenes 4                   four held-out examples as a picture and as text
     python predict.py out/uniter-vqa/best.pt --image a.png --text "what color is the circle?"
-    python predict.py out/uniter-nlvr2/best.pt --image a.png --image b.png --text "exactly one picture shows a circle"
-    python predict.py out/uniter-vcr/best.pt --image a.png --text "what color is the circle?" --choices red blue green
-    python predict.py out/uniter-refer/best.pt --image a.png --text "small red circle" --boxes "[[0,0,40,40],[50,9,80,39]]"
     python predict.py out/uniter-vqa/best.pt --data my.jsonl --out predictions.jsonl      every line of a file
     python predict.py out/uniter-vqa/best.pt --export vqa.bin                             weights for other programs
     python predict.py out/uniter-vqa/best.pt --serve 8000                                 a page in the browser
@@ -18,6 +15,7 @@ that the checkpoint's `regions` names. best.pt has the weights that were best on
 
 import argparse
 import dataclasses
+import io
 import itertools
 import json
 import sys
@@ -56,11 +54,7 @@ def parse(argv=None):
     add("--scenes", type=options.COUNT, nargs="?", const=4, metavar="N",
         help="show N held-out examples of the data set that the checkpoint was trained on (default: 4)")  # fmt: skip
     add("--image", action="append", metavar="FILE", help="a picture; several: one answer each, or one for each pair")
-    add(
-        "--data",
-        metavar="NAME",
-        help="answer every line of a .jsonl file or data set, and measure where answers are given",
-    )
+    add("--data", metavar="NAME", help="answer every line of a .jsonl file or data set; measure where it has answers")
     add("--export", metavar="FILE", help="write the weights for other programs, see --to")
     add("--serve", type=options.COUNT_OR_ZERO, nargs="?", const=8000, metavar="PORT",
         help="answer in the browser and over HTTP, on 127.0.0.1 (default: 8000)")  # fmt: skip
@@ -68,12 +62,7 @@ def parse(argv=None):
     add = more.add_argument
     add("--task", help="which task, of a checkpoint that has several (default: its first)")
     add("--text", help="with --image: caption, question, statement or expression")
-    add(
-        "--boxes",
-        action="append",
-        metavar="JSON",
-        help="with --image: [[x1,y1,x2,y2],...] in pixels, once for each --image",
-    )
+    add("--boxes", action="append", metavar="JSON", help="[[x1,y1,x2,y2],...] in pixels, once for each --image")
     add("--choices", nargs="+", metavar="TEXT", help="with --image, vcr: what to choose from")
     add("--answer", metavar="TEXT", help="with --image, vcr: the answer, if the choices are reasons for it")
     add("--split", help="with --data or --scenes: which split (default: test; --data without one: all lines)")
@@ -365,25 +354,6 @@ def draw_bar(pen, name, prob, y, color):
 # ---- --image: pictures and a text from the command line or the server ---------------------------------------------------
 
 
-class MemoryStore(regions.FeatureStore):
-    """A feature store of a few pictures, in memory, with numbers rounded as on disk.
-
-    pictures: a list of {field of regions.STORED: (n,...) array} with boxes in 0..1, and `size`: (width, height).
-    """
-
-    def __init__(self, pictures):
-        self.folder = None
-        self.digests = None
-        self.classes = None
-        self.fields = {}
-        for name, dtype in regions.STORED.items():
-            if all(name in picture for picture in pictures):
-                self.fields[name] = np.concatenate([picture[name] for picture in pictures]).astype(dtype)
-        self.offsets = np.cumsum([0] + [len(picture["features"]) for picture in pictures])
-        self.sizes = np.array([picture["size"] for picture in pictures], np.float64)
-        self.width = self.fields["features"].shape[1]
-
-
 def make_regions(run, where, path, boxes, network=None):
     """The regions of a picture file, as in training. boxes: a list in pixels, or None.
 
@@ -431,7 +401,7 @@ def make_dataset(run, task, questions):
     dataset = data.Dataset(
         name="",
         split="test",
-        store=MemoryStore(pictures),
+        store=regions.MemoryStore(pictures),
         image=np.array(image),
         text=[text for example in examples for text, _ in example.rows],
         answer=[example.answer or {} for example in examples],
@@ -478,9 +448,7 @@ def answer_images(run, task, args):
     if args.boxes:
         boxes = [parse_boxes(text) for text in args.boxes]
         if len(boxes) != len(args.image):
-            raise UserError(
-                f"{len(boxes)} --boxes for {len(args.image)} --image: give one list for each, or none at all"
-            )
+            raise UserError(f"{len(boxes)} --boxes for {len(args.image)} --image: give one for each, or none")
     network = load_network(run)
     questions = []
     files = {}
@@ -509,7 +477,7 @@ def answer_images(run, task, args):
 
 
 def answer_file(run, task, args):
-    """Answers every line of `--data`; with truths, prints metrics beside chance. Returns {split: (metrics, chance)}."""
+    """Answers every line of `--data`; with truths, prints metrics beside chance."""
     datasets = load_lines(run, task, args)
     if args.out:
         done = whole_lines(Path(args.out), datasets) if args.resume else 0
@@ -523,15 +491,11 @@ def answer_file(run, task, args):
         part = dataset if len(known) == len(dataset) else dataset.subset(known)
         results[dataset.split] = measure(run, task, part)
     if args.out:
-        total = sum(map(len, datasets))
-        print(f"{args.out}: {total} predictions")
+        print(f"{args.out}: {sum(map(len, datasets))} predictions")
         if results:
             shown = {split: {**metrics, "chance": chance} for split, (metrics, chance) in results.items()}
             path = Path(args.out).with_suffix(".result.json")
             data.write_text(path, json.dumps(shown, indent=1, default=float) + "\n")
-    elif not results:
-        print("nothing to measure; give --out FILE.jsonl for the predictions")
-    return results
 
 
 def load_lines(run, task, args):
@@ -623,7 +587,7 @@ def measure(run, task, dataset):
     run.sets = {task.name: {dataset.split: dataset}}
     objectives = run.objectives
     if not task.objective:
-        run.objectives = train.drop_unsupported(run.paper, objectives, dataset)
+        run.objectives = options.drop_unsupported(run.paper, objectives, dataset)
     metrics, chance = tasks.evaluate(run, dataset.split)
     run.objectives = objectives
     count = len(tasks.test_examples(run, task.name, dataset))
@@ -671,34 +635,30 @@ class Program(torch.nn.Module):
         return outputs
 
 
-def make_program(run, task, batch):
-    """A torch.export program for any number of rows, words and regions. batch: an example, of at least two rows."""
+def export_program(args):
+    """Writes --export as a program of torch.export, which runs without this repository: torch.export.load(FILE).
+
+    It takes any number of rows, words and regions.
+    """
+    args.device = "cpu"
+    args.dtype = "f32"
+    run, task = load_run(args)
     head = task.ranks
     if task.truth == "answer":
         head = run.paper.OBJECTIVES[task.objective].head
     module = Program(run.model, head, run.args.tasks.index(task.name)).eval()
+    dataset, _ = held_out(run, task, None, 4)  # an example of the tensors
+    batch = data.collate(dataset, np.arange(len(dataset)))
+    tensors = tuple(getattr(batch, name) for name in Program.inputs)
     rows = torch.export.Dim("rows", min=1, max=65536)
     words = torch.export.Dim("words", min=2, max=run.model.config.max_positions)
     cells = torch.export.Dim("regions", min=1, max=65536)
-    shapes = [{0: rows, 1: words}] * 3 + [{0: rows, 1: cells}] * 3
-    tensors = tuple(getattr(batch, name) for name in Program.inputs)
+    shapes = ({0: rows, 1: words},) * 3 + ({0: rows, 1: cells},) * 3
     with torch.no_grad():
-        return torch.export.export(module, tensors, dynamic_shapes={"tensors": tuple(shapes)})
-
-
-def export_program(args):
-    """Writes --export as a program of torch.export, which runs without this repository: torch.export.load(FILE)."""
-    args.device = "cpu"
-    args.dtype = "f32"
-    run, task = load_run(args)
-    dataset, _ = held_out(run, task, None, 4)
-    program = make_program(run, task, data.collate(dataset, np.arange(len(dataset))))
-    data.write_whole(args.export, lambda file: save_program(program, file))
-
-
-def save_program(program, path):
-    with open(path, "wb") as file:  # under its own name torch.export wants the ending .pt2
-        torch.export.save(program, file)
+        program = torch.export.export(module, tensors, dynamic_shapes={"tensors": shapes})
+    content = io.BytesIO()  # a file's name would have to end in .pt2
+    torch.export.save(program, content)
+    data.write_whole(args.export, lambda file: file.write_bytes(content.getvalue()))
 
 
 EXPORTS = {"official": export_official, "transformers": export_transformers, "program": export_program}

@@ -444,6 +444,25 @@ class FeatureStore:
         return out
 
 
+class MemoryStore(FeatureStore):
+    """A feature store of a few pictures, in memory, with numbers rounded as on disk.
+
+    pictures: a list of {field of STORED: (n,...) array} with boxes in 0..1, and `size`: (width, height).
+    """
+
+    def __init__(self, pictures):
+        self.folder = None
+        self.digests = None
+        self.classes = None
+        self.fields = {}
+        for name, dtype in STORED.items():
+            if all(name in picture for picture in pictures):
+                self.fields[name] = np.concatenate([picture[name] for picture in pictures]).astype(dtype)
+        self.offsets = np.cumsum([0] + [len(picture["features"]) for picture in pictures])
+        self.sizes = np.array([picture["size"] for picture in pictures], np.float64)
+        self.width = self.fields["features"].shape[1]
+
+
 class ArrayFile:
     """A .npy file that grows by rows and may be larger than memory."""
 

@@ -107,7 +107,7 @@ class RegionEmbedding(nn.Module):
         mean = common.masked_mean(features, mask)[:, None]  # (B, N, F) -> (B, 1, F)
         features = torch.cat([mean, features], 1)  # (B, 1+N, F)
         whole = (torch.arange(4, device=boxes.device) > 1).to(boxes.dtype)  # 0, 0, 1, 1
-        boxes = torch.cat([whole.expand(len(boxes), 1, 4), boxes], 1)  # (B, 1+N, 4)
+        boxes = torch.cat([whole.expand(boxes.shape[0], 1, 4), boxes], 1)  # (B, 1+N, 4)
         area = (boxes[..., 2:] - boxes[..., :2]).prod(-1, keepdim=True)  # (B, 1+N, 1)
         feature_emb = self.features(features)  # (B, 1+N, F) -> (B, 1+N, C)
         box_emb = self.boxes(torch.cat([boxes, area], -1))  # (B, 1+N, 5) -> (B, 1+N, C)

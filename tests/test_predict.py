@@ -274,7 +274,7 @@ def test_a_store_in_memory_gives_the_batches_of_one_on_disk(tmp_path, folder):
         pictures.append(regions.picture_regions(job)[0])
     regions.write_store(tmp_path / "store", pictures)
     on_disk = regions.FeatureStore(tmp_path / "store").gather([2, 0, 1])
-    in_memory = predict.MemoryStore(pictures).gather([2, 0, 1])
+    in_memory = regions.MemoryStore(pictures).gather([2, 0, 1])
     assert set(on_disk) == set(in_memory)
     for name in on_disk:
         assert torch.equal(on_disk[name], in_memory[name]), name

@@ -166,6 +166,7 @@ def bomb():
     """A PNG of a few bytes that says it has 65535 x 65535 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 65535, 65535, 1, 0, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    content += struct.pack(">I", 9) + b"IDAT" + bytes(9 + 4)
     return base64.b64encode(content).decode()
 
 

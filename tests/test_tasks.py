@@ -344,7 +344,7 @@ def test_answers_are_shown_with_their_probabilities_and_the_truth(drawn, tokeniz
     choices = drawn("test", "vcr", 20).encode(tokenizer)
     texts = [choices.text[choices.group * 3 + k][-1] for k in range(choices.group)]
     shown = tasks.VCR.show(run, choices, 3, torch.tensor([0.0, 0.0, 5.0, 0.0]), 1)
-    assert shown == {"answers": [[texts[2], 0.98017]], "truth": texts[int(choices.target[3])]}
+    assert shown == {"answers": [[texts[2], 0.98019]], "truth": texts[int(choices.target[3])]}
     refer = drawn("test", "refer", 20).encode(tokenizer)
     boxes = refer.store.gather(refer.image[[4]])["boxes"][0]
     logits = torch.cat([torch.zeros(len(boxes) - 1), torch.tensor([20.0, 99.0, 99.0])])  # two positions of padding
