@@ -551,9 +551,8 @@ def run_command(capsys, *arguments):
 def test_command_line_in_a_process(tmp_path, own):
     command = [sys.executable, data.__file__]
     path = own({**GOOD, "boxes": [[1, 2, 21, 22]]}, {**GOOD, "split": "val"})
-    for options, expected in ((["check", path, "--task", "vqa"], "2 examples"), (["preview", path], "preview.png: ")):
-        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert expected in done.stdout, done
+    done = subprocess.run([*command, "preview", path], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "preview.png: " in done.stdout, done
     assert Image.open(tmp_path / "preview.png").size > (300, 300)
     done = subprocess.run([*command, "check", "x.jsonl"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("data.py: x.jsonl: no such file")

@@ -166,6 +166,29 @@ def test_distillation_matches_layers_and_leaves_padding_out():
     assert parts["attention_kl"][0].item() == pytest.approx(total.item())
 
 
+@pytest.mark.parametrize("whole_image", ["student", "teacher"])
+def test_maps_of_a_model_with_the_whole_image_in_front_begin_with_it(whole_image):
+    """The attention loss compares the last positions, whichever of the two models has one more."""
+    batch = SimpleNamespace(text_mask=torch.ones(2, 3, dtype=torch.bool), region_mask=torch.tensor([[True] * 4] * 2))
+    batch.region_mask[1, 3] = False
+    longer = torch.randn(2, 1, 3, 5).softmax(-1)
+    shorter = torch.randn(2, 1, 3, 4).softmax(-1)
+    longer_keys = torch.randn(2, 1, 5, 3).softmax(-1)
+    shorter_keys = torch.randn(2, 1, 4, 3).softmax(-1)
+    long = SimpleNamespace(maps={"cross.0.text_to_regions": longer, "cross.0.regions_to_text": longer_keys})
+    short = SimpleNamespace(maps={"cross.0.text_to_regions": shorter, "cross.0.regions_to_text": shorter_keys})
+    cut = SimpleNamespace(
+        maps={"cross.0.text_to_regions": longer[..., 1:], "cross.0.regions_to_text": longer_keys[:, :, 1:]}
+    )
+    if whole_image == "student":
+        found = distill.attention_losses(None, long, short, batch)
+        expected = distill.attention_losses(None, cut, short, batch)
+    else:
+        found = distill.attention_losses(None, short, long, batch)
+        expected = distill.attention_losses(None, short, cut, batch)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_whole_image_that_one_model_lacks_is_left_out():
     """LXMERT learns from ViLBERT, whose regions have the whole image in front: by hand, map by map, state by state."""
     run = taught("lxmert", "vilbert", "attention,hidden", heads=("itm", "hidden"), teacher_widths=(16, 8))

@@ -161,6 +161,14 @@ def torch_layer(layer, x, mask):
     return F.layer_norm(x + inner, x.shape[-1:], f.norm.weight, f.norm.bias, 1e-12)
 
 
+def test_a_region_is_the_mean_of_its_normed_feature_and_its_normed_box():
+    model, batch = make(), make_batch()
+    embedding = model.region_embedding
+    feature_emb = F.layer_norm(embedding.features(batch.features), (32,), eps=1e-12)
+    box_emb = F.layer_norm(embedding.boxes(batch.boxes), (32,), eps=1e-12)
+    torch.testing.assert_close(model.embed_regions(batch), (feature_emb + box_emb) / 2)
+
+
 def test_cross_layers_read_the_original_inputs_through_one_shared_block():
     """Both directions start from the layer's inputs: an update in sequence would give other regions."""
     model, batch = make(), make_batch()

@@ -375,6 +375,10 @@ def test_choices_and_reasons_by_brute_force(drawn):
         for number, choice in enumerate(line["choices"]):
             pair = (choice, shape) if kind == "color" else (color, choice)
             assert number == line["label"] or pair not in HELD_OUT
+        # wrong choices are words of the picture, as far as it has some that may be named
+        shown = {getattr(thing, kind) for thing in things} - {line["choices"][line["label"]]}
+        allowed = {word for word in shown if ((word, shape) if kind == "color" else (color, word)) not in HELD_OUT}
+        assert len(allowed & set(line["choices"])) == min(3, len(allowed))
         others = [re.fullmatch(rf"it is with {A_THING}", reason).groups() for reason in line["reasons"]]
         right = [len(matching(things, *other)) > 0 for other in others]
         assert right.index(True) == line["reason"] and sum(right) == 1

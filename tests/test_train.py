@@ -557,8 +557,9 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_scenes_by_default(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(scenes, "COUNTS", {"train": 40, "val": 20, "test": 130, "compose": 20})
-    here("--limit", "40", "--steps", 1, "--patch", 12)
+    monkeypatch.setattr(scenes, "COUNTS", {"train": 20, "val": 20, "test": 130, "compose": 5})
+    narrow = ["layers=1", "hidden=32", "attention_heads=2", "intermediate=64"]
+    here("--limit", "40", "--steps", 1, "--eval-every", 1, "--patch", 12, "--config", *narrow)
     result = json.loads((tmp_path / "out/uniter-pretrain/result.json").read_text())
     assert result["data"] == "scenes" and result["chance"]["text_to_image_r1"] == 0.01
 
@@ -925,7 +926,7 @@ def test_steps_run_in_training_mode_and_begin_with_the_first_temperature(picture
     monkeypatch.setattr(train, "backward", record)
     given = ["--data", pictures, "--objectives", "itc", "--steps", 2, "--eval-every", 1, "--temperature", "0.2:0.1"]
     here(*given)
-    assert seen == [(True, 0.2), (True, common.scheduled_temperature(0.2, 0.1, 0.5))]
+    assert seen == [(True, 0.2), (True, contrast.scheduled_temperature(0.2, 0.1, 0.5))]
 
 
 def test_limit_is_of_the_training_split_alone(pictures, here, monkeypatch):

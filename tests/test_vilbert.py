@@ -156,6 +156,40 @@ def test_the_whole_image_is_the_mean_of_its_regions():
     torch.testing.assert_close(seen[1][:, 1:, 4], (x2 - x1) * (y2 - y1))
 
 
+def test_both_streams_of_a_co_attention_layer_read_the_original_inputs():
+    model, batch = tiny().eval(), make_batch()
+    layer = model.connections[0]
+    text, regions = torch.randn(4, 6, 128), torch.randn(4, 5, 128)
+    text_bias = common.attention_bias(batch.text_mask, text.dtype)
+    region_bias = common.attention_bias(batch.region_mask, text.dtype)
+    maps = []
+    new_text, new_regions = layer(text, regions, text_bias, region_bias, maps)
+    for new, block, forward, query, context, bias in (
+        (new_text, layer.text_reads, layer.text_feed_forward, text, regions, region_bias),
+        (new_regions, layer.regions_read, layer.region_feed_forward, regions, text, text_bias),
+    ):
+        heads = [
+            m.unflatten(-1, (4, -1)).transpose(1, 2)
+            for m in (block.query(query), block.key(context), block.value(context))
+        ]
+        read = F.scaled_dot_product_attention(*heads, bias).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(new, forward(block.norm(query + block.output(read))), atol=1e-5, rtol=1e-5)
+    assert [tuple(x.shape) for x in maps] == [(4, 4, 6, 5), (4, 4, 5, 6)]  # text to regions, regions to text
+
+
+@pytest.mark.parametrize("fusion", ["mul", "sum"])
+def test_the_vector_of_a_pair_is_the_product_or_the_sum_of_two_pooled_vectors(fusion):
+    model, batch = tiny(fusion=fusion).eval(), make_batch()
+    encoding = model.encode(batch, record=True)
+    states = {}
+    for name, state in encoding.states.items():
+        states["regions" if "regions" in name else "text"] = state  # the last of each is kept
+    text = torch.relu(model.text_pooler.dense(states["text"][:, 0]))
+    regions = torch.relu(model.region_pooler.dense(states["regions"][:, 0]))
+    expected = text * regions if fusion == "mul" else text + regions
+    torch.testing.assert_close(encoding.pooled, expected)
+
+
 def test_one_stream_alone():
     model, batch = tiny().eval(), make_batch()
     text, regions = model.encode(batch, regions=False, record=True), model.encode(batch, text=False)
