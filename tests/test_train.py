@@ -415,7 +415,7 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
     monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (None, best))
     asked = [("a", "yes"), ("a", "yes"), ("a", "no"), ("b", "yes"), ("b", "maybe"), ("c", "no")]
     taught = Questions(kind=[kind for kind, _ in asked], answer=[{answer: 1.0} for _, answer in asked])
-    run = SimpleNamespace(answers=["yes", "no"], sets={"vqa": {"train": taught}})
+    run = SimpleNamespace(answers=["yes", "no"], usual_answers=tasks.most_frequent_answers(taught))
     metrics, chance = tasks.evaluate_vqa(run, dataset)
     assert metrics == pytest.approx({"accuracy": 1.3 / 3, "accuracy_a": 0.65, "accuracy_b": 0.0})
     # to questions of kind a "yes" is taught most often; of kind b two answers are, of which "maybe" comes first
