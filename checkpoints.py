@@ -277,8 +277,6 @@ def hash_data(dataset):
 
 # ---- other people's files ----------------------------------------------------------------------------------------
 
-CONFIG_VALUES = {"model_type": ("bert", "lxmert"), "hidden_act": ("gelu",)}  # what a config.json may say, if it does
-
 
 def load_weights(args):
     """The file or folder of --init as a checkpoint.
@@ -302,7 +300,7 @@ def load_weights(args):
         raise UserError(f"{path}: holds weights of {kind}, which do not fit --model {args.model}")
     if args.model not in formats.FORMATS:
         raise UserError(f"{path}: --model {args.model} has no official names; give a checkpoint of train.py")
-    config = read_config(path.with_name("config.json"))
+    config = weights.read_config(path.with_name("config.json"))
     try:
         if kind == "BERT":
             state = formats.normalize_bert_names(state)
@@ -313,8 +311,8 @@ def load_weights(args):
         raise UserError(f"{path}: {error}") from None
     tokenizer = None
     if not args.vocab:
-        tokenizer = tokenizer_beside(path)
-    answers = answers_beside(path)
+        tokenizer = weights.tokenizer_beside(path)
+    answers = weights.answers_beside(path)
     return {
         "kind": kind,
         "model": args.model,
@@ -348,34 +346,6 @@ def kind_of(state):
         if any(known.mark in name for name in state):
             return model
     return "BERT"
-
-
-def read_config(path):
-    """A config.json, {} where there is none. UserError if it is another architecture's."""
-    config = weights.read_json(path, dict) or {}
-    for key, known in CONFIG_VALUES.items():
-        if key in config and config[key] not in known:
-            raise UserError(f"{path}: {key} is {config[key]!r}, must be {' or '.join(known)}")
-    return config
-
-
-def tokenizer_beside(path):
-    """The tokenizer in tokenizer.json or vocab.txt beside a weights file, as text; None without one."""
-    for name in ("tokenizer.json", "vocab.txt"):
-        if path.with_name(name).is_file():
-            return data.read_tokenizer(path.with_name(name)).to_str()
-    return None
-
-
-def answers_beside(path):
-    """The answers of LXMERT's answer list beside a weights file, [] without one."""
-    for name in ("all_ans.json", "trainval_label2ans.json"):
-        if path.with_name(name).is_file():
-            answers = []
-            for entry in weights.read_json(path.with_name(name), list):
-                answers.append(entry["ans"] if isinstance(entry, dict) else entry)
-            return answers
-    return []
 
 
 # ---- fit a state dict to a model ---------------------------------------------------------------------------------

@@ -4,9 +4,7 @@ Each of the seven tasks is one block that ends with the task's row, a `Task`. Th
 hold, how its examples become a batch, what is measured, and how an answer is shown. The table TASKS at the end of the
 file lists the rows; train.py and predict.py reach every task through it.
 
-Accuracies and recalls are in 0..1. Chance is what guessing without the model gets. Every process evaluates its share of
-the batches; the sums are then added over all processes.
-
+Accuracies and recalls are in 0..1. Chance is what guessing without the model gets. Every process evaluates its share.
 `run` is train.Run, or anything with the same attributes: args, paper (the model's module), model, tokenizer, answers,
 content_words, device, autocast(), rank, world, sets, objectives, progress, columns().
 Letters: B rows or examples of a batch, E examples, T text positions, N regions, C width, K choices, V vocabulary.

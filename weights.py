@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import data
 from common import UserError
 
 # keys under which codes put the state dict, the plain weights before their moving average
@@ -146,3 +147,36 @@ def read_json(path, kind):
     if not isinstance(content, kind):
         raise UserError(f"{path}: holds no {kind.__name__}")
     return content
+
+
+# ---- what lies beside a weights file -----------------------------------------------------------------------------
+
+CONFIG_VALUES = {"model_type": ("bert", "lxmert"), "hidden_act": ("gelu",)}  # what a config.json may say, if it does
+
+
+def read_config(path):
+    """A config.json, {} where there is none. UserError if it is another architecture's."""
+    config = read_json(path, dict) or {}
+    for key, known in CONFIG_VALUES.items():
+        if key in config and config[key] not in known:
+            raise UserError(f"{path}: {key} is {config[key]!r}, must be {' or '.join(known)}")
+    return config
+
+
+def tokenizer_beside(path):
+    """The tokenizer in tokenizer.json or vocab.txt beside a weights file, as text; None without one."""
+    for name in ("tokenizer.json", "vocab.txt"):
+        if path.with_name(name).is_file():
+            return data.read_tokenizer(path.with_name(name)).to_str()
+    return None
+
+
+def answers_beside(path):
+    """The answers of LXMERT's answer list beside a weights file, [] without one."""
+    for name in ("all_ans.json", "trainval_label2ans.json"):
+        if path.with_name(name).is_file():
+            answers = []
+            for entry in read_json(path.with_name(name), list):
+                answers.append(entry["ans"] if isinstance(entry, dict) else entry)
+            return answers
+    return []
