@@ -6,8 +6,7 @@
     python predict.py out/uniter-vqa/best.pt --export vqa.bin                             weights for other programs
     python predict.py out/uniter-vqa/best.pt --serve 8000                                 a page in the browser
 
-All modes make a `data.Dataset`, from a data set on disk or from pictures. `predict` then gives one answer for each
-example, a dict, see evaluation.py. No task is named here: what differs is in the rows of tasks.TASKS.
+All modes make a `data.Dataset` and give one dict for each example, see evaluation.py. No task is named: see tasks.TASKS.
 
 Regions are made as in training: cut out of the picture (the checkpoint's patch and grid), or computed by the network
 that the checkpoint's `regions` names. best.pt has the weights that were best on the val split, checkpoint.pt the last ones.
