@@ -1,7 +1,9 @@
 """A contact sheet of a data set, to look at before training: `python data.py preview FILE`."""
 
+import textwrap
+
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common import UserError
 from records import Mistakes, Pictures, read_records
@@ -30,24 +32,36 @@ def draw_sheet(path, task, splits, split, count, patch, grid):
     return sheet
 
 
-def preview_cell(where, record, pictures, side=336):
-    """One example as a picture: its one or two pictures, at most `side` pixels wide and high, over its text."""
+def preview_cell(where, record, pictures, side=336, gap=12):
+    """One example as a picture: its one or two pictures, `side` pixels wide or high, over its text."""
     store, rows = pictures.find(where, record)
     shown = [draw_regions(where, record, pictures, store, row, side) for row in rows]
     lines = []
     for key in ("kind", "text", "choices", "answer", "label", "reasons", "reason"):
         if key in record:
-            text = f"{key}: {record[key]}"
-            lines += [text[i : i + 52 * len(shown)] for i in range(0, min(len(text), 312), 52 * len(shown))]
-    cell = Image.new("RGB", (len(shown) * (side + 8), side + 16 + 16 * len(lines)), "white")
+            text = f"{key}: {value_as_text(record[key])}"
+            lines += textwrap.wrap(text, 50 * len(shown), subsequent_indent="    ", max_lines=6)
+    height = max(picture.height for picture in shown)
+    cell = Image.new("RGB", (len(shown) * (side + gap) + gap, gap + height + 12 + 16 * len(lines)), "white")
     for i, picture in enumerate(shown):
-        cell.paste(picture, (i * (side + 8), 0))
-    ImageDraw.Draw(cell).multiline_text((2, side + 4), "\n".join(lines), "black", ImageFont.load_default(12))
+        cell.paste(picture, (gap + i * (side + gap), gap))
+    font = ImageFont.load_default(12)
+    ImageDraw.Draw(cell).multiline_text((gap, gap + height + 4), "\n".join(lines), "black", font)
     return cell
 
 
+def value_as_text(value):
+    """A value of a line for a reader: soft answers as "red 1, blue 0.3", lists with commas."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {score:g}" for name, score in value.items())
+    if isinstance(value, list):
+        return ", ".join(str(entry) for entry in value)
+    return str(value)
+
+
 def paste_regions(store, row, side):
-    """(picture, boxes in 0..1) of a store's row: its regions pasted where they were. Dark where there is no region, and where the store has no pixels."""
+    """(picture, boxes in 0..1) of a store's row: its regions pasted where they were. Dark where there is no region, and
+    where the store has no pixels."""
     regions = store.gather(np.array([row]))
     boxes = regions["boxes"][0].tolist()
     image = Image.new("RGB", (side, side), (50, 50, 50))
@@ -74,7 +88,7 @@ def draw_regions(where, record, pictures, store, row, side):
         else:
             image = open_picture(where, job.path)
             boxes = (np.array(job.boxes or np.zeros((0, 4))) / [*image.size, *image.size]).tolist()
-            image.thumbnail((side, side))
+            image = ImageOps.contain(image, (side, side))
     pen = ImageDraw.Draw(image)
     scale = np.array([*image.size, *image.size])
     for box in boxes:
