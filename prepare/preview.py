@@ -51,7 +51,9 @@ def preview_cell(where, record, pictures, side=336, gap=12):
 
 
 def value_as_text(value):
-    """A value of a line for a reader: soft answers as "red 1, blue 0.3", lists with commas."""
+    """A value of a line for a reader: an answer, soft answers as "red 1, blue 0.3", lists with commas."""
+    if isinstance(value, dict) and len(value) == 1:
+        return next(iter(value))
     if isinstance(value, dict):
         return ", ".join(f"{name} {score:g}" for name, score in value.items())
     if isinstance(value, list):
