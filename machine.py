@@ -131,9 +131,8 @@ def print_once(text):
 
 
 # ---- CPU tuning and compilation --------------------------------------------------------------------------------
-# torch's threads wait as torch has it. OMP_WAIT_POLICY=active, which lets them wait without sleeping, gains a tenth on an
-# idle machine with two cores (3,300 and 3,600 examples/s against 3,000), but beside one other busy process it leaves
-# 350 of 2,950. `tests/benchmark.py --busy N` measures it.
+# torch's threads wait as torch has it. OMP_WAIT_POLICY=active, which keeps them from sleeping, gains a tenth on an idle
+# machine, but beside one other busy process it costs most of the speed: see docs/speed.md.
 
 
 def keep_freed_memory():
