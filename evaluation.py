@@ -471,6 +471,7 @@ def show_choices(names, probs, dataset, i, top):
 
 
 def show_pretraining(run, dataset, i, logits, top):
+    """The match probability, the text with its masked word, the likeliest words for it, and the true one."""
     match, masked, word_logits, label = logits
     shown = {}
     if match is not None:

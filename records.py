@@ -62,6 +62,7 @@ def is_box(value):
 
 
 def is_boxes(value):
+    """At least one box."""
     return isinstance(value, list) and len(value) > 0 and all(map(is_box, value))
 
 
@@ -74,6 +75,7 @@ def is_answer(value):
 
 
 def is_file_or_two(value):
+    """A file name, or a list of two."""
     return is_text(value) or (is_texts(value) and len(value) == 2)
 
 
