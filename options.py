@@ -86,6 +86,7 @@ OPTIONS = {
     "retrieval and captions": [
         ("--mine", COUNT, 4, "candidates of which the hardest is the negative, in the second half of the steps"),
         ("--pool", COUNT, 200, "pictures in the test of retrieval and captions"),
+        ("--captions", ["all", "first"], None, "captions of a picture in retrieval's test (default: of the data set, or all)"),
         ("--beams", COUNT, 1, "beam width of the captions in the test; 1 is greedy search"),
         ("--temperature", str, "learned", "of itc: learned, a number, or FIRST:LAST for half a cosine over the run"),
         ("--rerank", COUNT, None, "also test retrieval in two stages: itc's best N are ranked by the matching head"),
@@ -251,6 +252,8 @@ def set_data_defaults(args, all_models):
         args.steps = defaults.get("steps_one_objective" if one_objective else "steps", 1000)
     if args.mask is None:
         args.mask = defaults.get("mask", 0.15)
+    if args.captions is None:
+        args.captions = defaults.get("captions", "all")
     if args.batch_size is None:
         rows = max(tasks.TASKS[task].rows for task in args.tasks)
         args.batch_size = max(1, defaults.get("batch_size", 64) // rows // world)
@@ -258,7 +261,20 @@ def set_data_defaults(args, all_models):
         args.eval_every = max(1, math.ceil(args.steps / 5))
 
 
-DATA_DEFAULTS = {"steps": COUNT_OR_ZERO, "steps_one_objective": COUNT_OR_ZERO, "batch_size": COUNT, "mask": SHARE}
+def caption_choice(text):
+    """--captions, in dataset.json."""
+    if text not in ("all", "first"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be all or first")
+    return text
+
+
+DATA_DEFAULTS = {
+    "steps": COUNT_OR_ZERO,
+    "steps_one_objective": COUNT_OR_ZERO,
+    "batch_size": COUNT,
+    "mask": SHARE,
+    "captions": caption_choice,
+}
 
 
 def read_defaults(path, description):

@@ -94,8 +94,8 @@ def load_run(args):
         raise UserError(f"--task {name}: {args.checkpoint} was trained for {', '.join(names)}")
     paper = checkpoints.MODELS[checkpoint["model"]]
     device = machine.pick_device(args.device)
-    settings = {"ablate": None, "mask": 0.15, "max_words": 60, "pool": 200, "beams": 1}  # of checkpoints without them
-    settings.update(checkpoint.get("settings", {}))
+    settings = {"ablate": None, "mask": 0.15, "max_words": 60, "pool": 200, "captions": "first", "beams": 1}
+    settings.update(checkpoint.get("settings", {}))  # an old checkpoint lacks some
     run_args = argparse.Namespace(model=checkpoint["model"], task=name, tasks=names, rerank=None, **settings)
     run_args.data = checkpoint.get("data", "")
     run_args.patch = checkpoint.get("patch", 12)
