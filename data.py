@@ -609,12 +609,12 @@ def batches(lengths, rng=None, *, size, rank=0, world=1):
     return groups[rank::world]
 
 
-def collate(dataset, index, images=None, answers=None):
+def collate(dataset, index, images=None, answers=None, fields=()):
     """Batch of the texts of examples `index` (B,) beside the pictures in store rows `images` (B,) (None: their own).
     Where an example has several rows (`dataset.group`), so has the batch: B below is then their number.
 
     answers: {answer: column} for the soft targets (B,A); answers that it lacks are left out, so a row may be all zero.
-    Encode the dataset first.
+    fields: what to read of the regions besides features and boxes. Encode the dataset first.
     """
     rows = dataset.rows(index)
     own_images = dataset.image[rows]
@@ -643,7 +643,7 @@ def collate(dataset, index, images=None, answers=None):
         pictures=torch.from_numpy(np.array(images)),
         pair_index=torch.from_numpy(np.flatnonzero(matched)),
         ids=[dataset.ids[i] for i in index],
-        **dataset.store.gather(images),
+        **dataset.store.gather(images, fields),
     )
 
 

@@ -433,12 +433,14 @@ class FeatureStore:
     def __len__(self):
         return len(self.offsets) - 1
 
-    def gather(self, images):
+    def gather(self, images, fields=STORED):
         """images: (B,) int64. Returns Batch's region fields as a dict of (B,N,...) tensors; float16 becomes float32,
-        and where region_mask is False all is zero."""
+        and where region_mask is False all is zero. fields: those to read besides features and boxes."""
         mask, rows = ragged(self.offsets, images)  # (B,N)
         out = {"region_mask": torch.from_numpy(mask)}
         for name, values in self.fields.items():
+            if name not in ("features", "boxes", *fields):
+                continue
             dtype = np.int64 if values.dtype == np.int64 else np.float32
             padded = np.zeros(mask.shape + values.shape[1:], dtype)  # (B,N,...)
             padded[mask] = values[rows]

@@ -84,7 +84,8 @@ def pretraining_batch(run, dataset, index, names, rng, false_pairs, word_masking
             false_pairs = settings["false_pairs"]
         index, images, matched = data.sample_mismatches(dataset, index, rng, false_pairs, settings["mismatch"])
     columns = run.columns() if run.answers else None
-    batch = data.collate(dataset, index, images, answers=columns)
+    fields = [name for objective in objectives for name in objective.fields]
+    batch = data.collate(dataset, index, images, columns, fields)
     if mismatch:
         batch.matched = matched
     if any(objective.mean_over == "answers" for objective in objectives):

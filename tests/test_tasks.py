@@ -248,7 +248,7 @@ def test_long_texts_lose_the_question_not_the_choice(tokenizer):
 
 def test_pictures_are_joined_row_by_row(drawn, tokenizer):
     dataset = drawn("train", "nlvr2", 40).encode(tokenizer)
-    two = data.collate(dataset, np.array([0, 5, 9]))
+    two = data.collate(dataset, np.array([0, 5, 9]), fields=["object_probs"])
     two.region_types = (torch.arange(6) % 2)[:, None].expand(two.region_mask.shape)
     one = data.join_pictures(dataclasses.replace(two, target=torch.arange(3)))
     assert one.target.tolist() == [0, 1, 2] and len(one.ids) == 3 and torch.equal(one.text, two.text[::2])
@@ -256,6 +256,35 @@ def test_pictures_are_joined_row_by_row(drawn, tokenizer):
         for name in ("features", "boxes", "region_types", "object_probs"):
             parts = [getattr(two, name)[2 * row + i][two.region_mask[2 * row + i]] for i in (0, 1)]
             assert torch.equal(getattr(one, name)[row][one.region_mask[row]], torch.cat(parts))
+
+
+LABELS = {"object_probs", "objects", "object_conf", "attributes", "attribute_conf"}  # what a store may have of a region
+
+
+@pytest.mark.parametrize(
+    ("name", "objectives", "read"),
+    [
+        ("uniter", ["mlm"], set()),
+        ("uniter", ["itm", "wra"], set()),
+        ("uniter", ["mrc_kl"], {"object_probs"}),
+        ("vilbert", ["mlm", "mrc_kl", "itm"], {"object_probs"}),
+        ("lxmert", ["mrc"], {"object_probs", "objects", "object_conf"}),
+        ("lxmert", ["mlm", "attr"], {"attributes", "attribute_conf"}),
+    ],
+)
+def test_a_batch_has_the_labels_of_regions_that_its_objectives_need(name, objectives, read, drawn, tokenizer):
+    """And all else is as if every field had been read."""
+    dataset = drawn("train", "pretrain", 40).encode(tokenizer)
+    args = SimpleNamespace(ablate=None, mask=0.3)
+    run = SimpleNamespace(args=args, paper=checkpoints.MODELS[name], tokenizer=tokenizer, answers=[])
+    index = np.arange(9)
+    batch = tasks.make_batch(run, dataset, index, objectives, np.random.default_rng(0))
+    assert {field for field in LABELS if getattr(batch, field) is not None} == read
+    every = dataset.store.gather(batch.pictures.numpy())
+    for field in {"boxes", "region_mask"} | read:
+        assert torch.equal(getattr(batch, field), every[field])
+    features = batch.features if batch.clean_features is None else batch.clean_features
+    assert torch.equal(features, every["features"])
 
 
 def test_a_statement_stands_beside_its_left_and_its_right_picture(drawn, tokenizer):
