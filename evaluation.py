@@ -330,17 +330,29 @@ def two_stage(run, dataset, texts, pictures, k, head):
     return recalls
 
 
-def compare_stages(run, dataset, head, most=1_000_000, measured=200):
+LARGE_MATRIX = 1_000_000  # pairs; to score more of them takes too long
+
+
+def test_recalls(run, dataset, texts, head):
+    """Recalls of the examples `texts` and their pictures: by the full matrix, or with --rerank in two stages if the matrix
+    is large."""
+    pictures = np.unique(dataset.image[texts])
+    if run.args.rerank and len(texts) * len(pictures) > LARGE_MATRIX:
+        return two_stage(run, dataset, texts, pictures, run.args.rerank, head)
+    return recall_of_all_pairs(run, dataset, texts, head)
+
+
+def compare_stages(run, dataset, head, measured=200):
     """--rerank: recalls and seconds of the full matrix, of dot products alone, and of two stages. Returns them as
     result.json has them, and a text to print.
 
-    Of the captions of at most --pool pictures, see `retrieval_captions`. Above `most` pairs the full matrix is not
-    computed: its time is extrapolated from `measured` x `measured` pairs, and the result says so.
+    Of the captions of at most --pool pictures, see `retrieval_captions`. A full matrix of more than LARGE_MATRIX pairs
+    is not computed: its time is extrapolated from `measured` x `measured` pairs, and the result says so.
     """
     texts = retrieval_captions(run, dataset, run.args.pool)
     pictures, truth = np.unique(dataset.image[texts], return_inverse=True)
     pairs = len(texts) * len(pictures)
-    extrapolated = pairs > most
+    extrapolated = pairs > LARGE_MATRIX
     run.model.eval()
     with torch.inference_mode():
         dot_products(run, dataset, texts[:64], pictures[:64])  # the first pass of a process is slower

@@ -713,9 +713,9 @@ def retrieval_batch(run, dataset, index, rng):
 
 
 def evaluate_retrieval(run, dataset):
-    """Recall at 1, 5 and 10, both ways, and their mean: the full matrix of texts and pictures of `test_examples`."""
+    """Recall at 1, 5 and 10, both ways, and their mean, of the texts and pictures of `test_examples`."""
     texts = test_examples(run, "retrieval", dataset)
-    metrics = evaluation.recall_of_all_pairs(run, dataset, texts, "rank")
+    metrics = evaluation.test_recalls(run, dataset, texts, "rank")
     chance = evaluation.recall_chance(metrics, dataset.image[texts])
     metrics["mean_recall"] = float(np.mean(list(metrics.values())))
     chance["mean_recall"] = float(np.mean(list(chance.values())))

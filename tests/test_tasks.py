@@ -640,7 +640,7 @@ def test_words_of_a_caption():
 
 def test_the_mean_recall_is_the_mean_of_all_six(drawn, tokenizer, monkeypatch):
     dataset = drawn("test", "retrieval", 20).encode(tokenizer)
-    run = SimpleNamespace(args=SimpleNamespace(pool=15, captions="first"))
+    run = SimpleNamespace(args=SimpleNamespace(pool=15, captions="first", rerank=None))
     recalls = {"text_to_image_r1": 0.1, "image_to_text_r1": 0.2, "text_to_image_r5": 0.3}
     recalls |= {"image_to_text_r5": 0.4, "text_to_image_r10": 0.5, "image_to_text_r10": 0.9}
     pools = []
@@ -654,6 +654,12 @@ def test_the_mean_recall_is_the_mean_of_all_six(drawn, tokenizer, monkeypatch):
     assert metrics["mean_recall"] == pytest.approx(0.4)
     assert chance["mean_recall"] == pytest.approx(2 * (1 + 5 + 10) / 15 / 6)
     assert pools == [15]
+    # a large matrix is not filled where two stages are asked for
+    monkeypatch.setattr(evaluation, "LARGE_MATRIX", 15 * 15 - 1)
+    monkeypatch.setattr(evaluation, "two_stage", lambda *_: dict.fromkeys(recalls, 0.7))
+    assert tasks.evaluate_retrieval(run, dataset)[0]["mean_recall"] == pytest.approx(0.4)
+    run.args.rerank = 5
+    assert tasks.evaluate_retrieval(run, dataset)[0]["mean_recall"] == pytest.approx(0.7)
 
 
 def many_captions(split, pictures):
