@@ -17,7 +17,6 @@ Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a store and in a Batch. Every rando
 import argparse
 import dataclasses
 import functools
-import hashlib
 import importlib
 import itertools
 import json
@@ -58,6 +57,7 @@ from regions import (  # noqa: F401 (some are for other files, which take all th
     cache_key,
     check_boxes,
     grid_boxes,
+    is_network,
     make_once,
     open_picture,
     parallel,
@@ -415,16 +415,20 @@ def task_file(dataset, task_name):
     return path
 
 
-def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE):
+def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE, network=None):
     """Dataset of a split. A split that the file lacks is an empty Dataset.
 
     source: see `find`.   task: a row of tasks.TASKS.   limit: at most that many examples, drawn at random.
-    patch, grid: for pictures without features. UserError for whatever is wrong with the request or the files.
+    patch, grid: for pictures without features; or network: `regions` of another data set, if they are to be made as
+    there. UserError for whatever is wrong with the request or the files.
     """
     description = read_dataset_json(find(source, cache))
     path = task_file(description, task.name)
     splits = [*SPLITS, *description["extra_splits"]]
-    dataset = open_columns(make_columns(path, task, splits, patch, grid, cache), description["name"], split)
+    if description["regions"] or not is_network(network):
+        network = None
+    columns = make_columns(path, task, splits, patch, grid, cache, network)
+    dataset = open_columns(columns, description["name"], split)
     if split == "train" and len(dataset):
         notes = dataset.store.folder / "warnings.json"
         lines = json.loads(notes.read_text()) if notes.exists() else []
@@ -868,19 +872,13 @@ def print_shared_pictures(sets):
     for split, dataset in sets.items():
         rows = np.unique(dataset.image)
         if dataset.store.digests is None:
-            digests[split] = {store_digest(dataset.store, row) for row in rows}
+            digests[split] = {dataset.store.digest(row) for row in rows}
         else:
             digests[split] = set(dataset.store.digests[rows].tolist())
     for split, own in digests.items():
         shared = own & digests.get("train", set())
         if split != "train" and shared:
             print(f"warning: {len(shared)} of the {len(own)} pictures of {split} are in train too")
-
-
-def store_digest(store, row):
-    """A number that is equal for pictures with equal features."""
-    content = store.fields["features"][store.offsets[row] : store.offsets[row + 1]].tobytes()
-    return int.from_bytes(hashlib.sha256(content).digest()[:7])
 
 
 def preview(source, task, out, split, count, patch, grid):

@@ -115,7 +115,7 @@ def parallel(work, jobs, label):
 
 
 def show_progress(results, total, label):
-    """Yields `results` and prints their share of `total`, on a terminal five times a second on one line."""
+    """Yields `results` and prints how many of `total` are done, on a terminal five times a second on one line."""
     terminal = sys.stderr.isatty()
     pause = 0.2 if terminal else 10.0
     start = time.monotonic()
@@ -127,7 +127,9 @@ def show_progress(results, total, label):
         if seconds > 1 and (seconds - shown > pause or last):
             shown = seconds
             end = "\r" if terminal and not last else "\n"
-            print(f"{label}: {100 * done // total}%, {seconds:.0f} s", end=end, file=sys.stderr, flush=True)
+            rate = done / seconds
+            text = f"{label}: {done} of {total}, {rate:.1f} a second, {(total - done) / rate:.0f} s left"
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 # ---- pictures and their regions ---------------------------------------------------------------------------------------
@@ -372,6 +374,12 @@ def picture_regions(job):
 
 # ---- the feature store ------------------------------------------------------------------------------------------------
 
+
+def is_network(regions):
+    """Whether a network made the regions. regions: `regions` of a dataset.json or a checkpoint, or None."""
+    return bool(regions) and regions.get("kind") == "network"
+
+
 STORED = {  # field of a region: its type on disk
     "features": np.float16,
     "boxes": np.float32,
@@ -432,6 +440,11 @@ class FeatureStore:
 
     def __len__(self):
         return len(self.offsets) - 1
+
+    def digest(self, row):
+        """A number that is equal for pictures with equal features."""
+        content = self.fields["features"][self.offsets[row] : self.offsets[row + 1]].tobytes()
+        return int.from_bytes(hashlib.sha256(content).digest()[:7])
 
     def gather(self, images, fields=STORED):
         """images: (B,) int64. Returns Batch's region fields as a dict of (B,N,...) tensors; float16 becomes float32,

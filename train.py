@@ -228,7 +228,7 @@ def load_data(run, checkpoint, teacher):
     if there is one."""
     args = run.args
     run.objectives = options.objectives_of(args, run.paper)
-    run.regions = args.data_sets[0][1]["regions"]
+    run.regions = options.choose_regions(args, checkpoint or teacher)
     run.sets = {}
     for task, (path, description) in zip(args.tasks, args.data_sets, strict=True):
         run.sets[task] = load_splits(args, task_of_lines(run, task), path, description)
@@ -238,7 +238,7 @@ def load_data(run, checkpoint, teacher):
     widths = sorted({splits["train"].store.width for splits in run.sets.values()})
     if len(widths) > 1:
         raise UserError(
-            f"--data: features of {' and '.join(map(str, widths))} numbers; tasks trained together need one --patch"
+            f"--data: features of {' and '.join(map(str, widths))} numbers; tasks trained together need one --features"
         )
     if tasks.is_pretraining(args.task):
         run.objectives = options.drop_unsupported(run.paper, run.objectives, run.splits["train"])
@@ -288,7 +288,7 @@ def load_splits(args, task, path, description):
     with machine.first_process_first():
         for name in names:
             limit = args.limit if name == "train" else None
-            split = data.load(path, task, name, limit, args.patch, args.grid)
+            split = data.load(path, task, name, limit, args.patch, args.grid, network=description["regions"])
             if len(split):
                 splits[name] = split
     if "train" not in splits:

