@@ -635,8 +635,3 @@ def is_current(folder):
         except OSError:
             return False
     return True
-
-
-def map_array(path):
-    """A .npy file, memory-mapped, as a plain array: numpy's memmap class is slow where single numbers are read."""
-    return np.asarray(np.load(path, mmap_mode="r"))

@@ -403,6 +403,11 @@ def ragged(offsets, index):
     return mask, (start[:, None] + steps)[mask]
 
 
+def map_array(path):
+    """A .npy file, memory-mapped, as a plain array: numpy's memmap class is slow where single numbers are read."""
+    return np.asarray(np.load(path, mmap_mode="r"))
+
+
 class FeatureStore:
     """Regions of I pictures in a folder, memory-mapped, so that any number of processes share one copy.
 
@@ -449,16 +454,26 @@ class FeatureStore:
     def gather(self, images, fields=STORED):
         """images: (B,) int64. Returns Batch's region fields as a dict of (B,N,...) tensors; float16 becomes float32,
         and where region_mask is False all is zero. fields: those to read besides features and boxes."""
-        mask, rows = ragged(self.offsets, images)  # (B,N)
+        images = np.asarray(images)
+        starts = self.offsets[images]  # (B,)
+        lengths = self.offsets[images + 1] - starts
+        mask = np.arange(lengths.max(initial=0)) < lengths[:, None]  # (B,N)
         out = {"region_mask": torch.from_numpy(mask)}
-        for name, values in self.fields.items():
+        for name in self.fields:
             if name not in ("features", "boxes", *fields):
                 continue
+            values = self.open_field(name)
             dtype = np.int64 if values.dtype == np.int64 else np.float32
             padded = np.zeros(mask.shape + values.shape[1:], dtype)  # (B,N,...)
-            padded[mask] = values[rows]
+            for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+                padded[row, :length] = values[start : start + length]
             out[name] = torch.from_numpy(padded)
         return out
+
+    def open_field(self, name):
+        """All regions of a field, mapped anew: what was read through a map counts as memory of this process until it is
+        closed, and a run reads all of a large store."""
+        return map_array(self.folder / f"{name}.npy")
 
 
 class MemoryStore(FeatureStore):
@@ -478,6 +493,9 @@ class MemoryStore(FeatureStore):
         self.offsets = np.cumsum([0] + [len(picture["features"]) for picture in pictures])
         self.sizes = np.array([picture["size"] for picture in pictures], np.float64)
         self.width = self.fields["features"].shape[1]
+
+    def open_field(self, name):
+        return self.fields[name]
 
 
 class ArrayFile:
