@@ -593,6 +593,14 @@ def some_captions(seed, pictures):
     return candidates, references
 
 
+def test_captions_have_the_numbers_of_the_published_code():
+    """What pycocoevalcap 1.2 gives for these captions; the next test computes them where it is installed."""
+    candidates, references = some_captions(0, pictures=40)
+    metrics, _ = evaluation.caption_metrics(dict(enumerate(candidates)), dict(enumerate(references)))
+    expected = {"bleu1": 0.8165051182, "bleu2": 0.7371268940, "bleu3": 0.6617167500, "bleu4": 0.5997470517}
+    assert metrics == pytest.approx({**expected, "cider": 1.2316584891}, abs=1e-7)
+
+
 def test_captions_are_measured_as_the_published_code_measures_them():
     bleu_scorer = pytest.importorskip("pycocoevalcap.bleu.bleu_scorer")
     cider_scorer = pytest.importorskip("pycocoevalcap.cider.cider_scorer")
