@@ -509,9 +509,12 @@ def train_tokenizer(texts, vocab_size=8000):
     return wordpiece(tokenizer.get_vocab(), lowercase=True)
 
 
-def own_tokenizer(datasets, cache=CACHE):
-    """train_tokenizer on all texts of training splits, kept on disk where they are."""
+def own_tokenizer(datasets, cache=CACHE, most=300_000):
+    """train_tokenizer on the texts of training splits, kept on disk where they are; on every k-th if there are many times
+    `most`."""
     texts = itertools.chain.from_iterable(dataset.parts() for dataset in datasets)
+    rows = sum(len(dataset.text) for dataset in datasets)
+    texts = itertools.islice(texts, 0, None, max(1, rows // most))
     if any(dataset.folder is None for dataset in datasets):
         return train_tokenizer(texts)
 
