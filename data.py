@@ -510,8 +510,7 @@ def train_tokenizer(texts, vocab_size=8000):
 
 
 def own_tokenizer(datasets, cache=CACHE, most=300_000):
-    """train_tokenizer on the texts of training splits, kept on disk where they are; on every k-th if there are many times
-    `most`."""
+    """train_tokenizer on texts of training splits, kept on disk where they are; on every k-th of k times `most`."""
     texts = itertools.chain.from_iterable(dataset.parts() for dataset in datasets)
     rows = sum(len(dataset.text) for dataset in datasets)
     texts = itertools.islice(texts, 0, None, max(1, rows // most))
