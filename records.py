@@ -627,11 +627,13 @@ def picture_file(dataset, row):
 
 def is_current(folder):
     """True if the pictures and stores that columns were made of have not changed since."""
-    for line in (folder / "depends.jsonl").read_text().splitlines():
-        path, *state = json.loads(line)
-        try:
-            if file_stamp(Path(path))[1:] != state:
+    with open(folder / "depends.jsonl", encoding="utf-8") as stamps:
+        for line in stamps:
+            path, *known = json.loads(line)
+            try:
+                state = os.stat(path)  # not file_stamp, which also resolves the path: that is slow for millions
+            except OSError:
                 return False
-        except OSError:
-            return False
+            if [state.st_size, state.st_mtime_ns] != known:
+                return False
     return True
