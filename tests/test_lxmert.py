@@ -4,18 +4,17 @@ weights, the official parameter names and counts, closed forms. Equality with th
 import json
 import math
 import os
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import dropout_places
 from PIL import Image
 from torch import nn
 
 import checkpoints
-import common
 import formats
 import lxmert
 import train
@@ -237,20 +236,6 @@ def test_row_0_of_every_text_table_learns_nothing_from_being_read():
 
 
 # ---- dropout and recipe ------------------------------------------------------------------------------------------
-
-
-def dropout_places(monkeypatch, function):
-    """How often dropout acts while `function` runs, as {(rate, shape of what it acts on): times}."""
-    places = Counter()
-
-    def record(x, p):
-        if p > 0:
-            places[p, tuple(x.shape)] += 1
-        return x
-
-    monkeypatch.setattr(common, "apply_dropout", record)
-    function()
-    return places
 
 
 def test_dropout_acts_where_the_official_code_has_it(monkeypatch):
