@@ -183,9 +183,7 @@ def picture_size(where, path):
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             width, height = image.size
-            if (
-                image.format == "TIFF"
-            ):  # which Pillow turns by itself, some while they are opened, some while they are read
+            if image.format == "TIFF":  # Pillow turns these by itself, some only when they are read
                 return open_picture(where, path).size
             orientation = image.getexif().get(0x0112, 1)
     except Exception:  # noqa: BLE001

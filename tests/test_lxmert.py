@@ -19,6 +19,7 @@ import formats
 import lxmert
 import train
 from common import attention_bias
+from prepare import lxmert_json
 
 REFERENCE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[2] / "shared" / "reference")
 SMALL = {
@@ -126,7 +127,7 @@ def test_answers_are_normalised_as_the_official_table_is():
     if path.exists():
         probes |= {raw: normal for raw, normal, _ in json.loads(path.read_text())["convert"]}
     for raw, normal in probes.items():
-        assert formats.normalize_lxmert_answer(raw) == normal, raw
+        assert lxmert_json.normalize_answer(raw) == normal, raw
 
 
 def test_answer_rows_move_with_their_answers_and_unknown_ones_are_zero():
