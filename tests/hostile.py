@@ -129,7 +129,7 @@ def form(*parts, boundary="XX", end=True):
 
 def broken_form(rng):
     whole = form(('form-data; name="image"; filename="a.png"', small_picture()), ('form-data; name="text"', b"what?"))
-    head, _, body = whole.partition(b"\r\n\r\n")
+    _, _, body = whole.partition(b"\r\n\r\n")
     kind = ["Content-Type: multipart/form-data; boundary=XX"]
     choices = [
         lambda: request(body[: rng.integers(len(body))], headers=kind),
