@@ -10,19 +10,22 @@ import io
 import json
 import tempfile
 import warnings
+from concurrent.futures import Future
 from email.parser import BytesHeaderParser
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+import drawing
 import predict
 import records
 import regions
 from common import UserError
 from prepare import preview
 
-MAX_PIXELS = 20_000_000  # of one picture
+MAX_PIXELS = 12_500_000  # of one picture; a telephone's has 12.2 million
 SMALL_PICTURE = 1_000_000  # pixels; of larger pictures only one is in memory
 MAX_TEXT = 2000  # characters of a text
 MAX_LIST = 100  # boxes of a picture, choices, fields of a form
@@ -31,6 +34,15 @@ WAIT_SECONDS = 10  # for large requests before this one
 SAMPLES = 6
 SAMPLE_SIDE = 480  # pixels of a sample's longer side
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")  # for some others Pillow starts other programs
+
+
+class Job(NamedTuple):
+    """A question that waits for the model."""
+
+    record: dict  # as predict.make_dataset takes it
+    pictures: list  # their regions
+    attention: bool  # whether to say how much the answer has read of each region
+    future: Future  # of the answer
 
 
 class HttpError(Exception):
@@ -83,7 +95,7 @@ def parse_form(body, boundary):
             continue
         try:
             value = content.decode()
-            if name in ("boxes", "sample"):
+            if name in ("boxes", "sample", "attention"):
                 value = parse_json(b'{"value": %b}' % content)["value"]
         except (UnicodeDecodeError, HttpError):
             raise HttpError(400, f"the field {name!r} is no text, or no JSON") from None
@@ -92,6 +104,15 @@ def parse_form(body, boundary):
         elif isinstance(name, str):
             request[name] = value
     return request
+
+
+def make_job(server, request):
+    """The Job of a request. HttpError where a key has a wrong value."""
+    record = check_question(request, server.task)
+    attention = request.get("attention", False)
+    if not isinstance(attention, bool):
+        raise HttpError(400, "'attention' must be true or false")
+    return Job(record, find_regions(server, request), attention, Future())
 
 
 def check_question(request, task):
@@ -136,7 +157,11 @@ def count_pixels(content):
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
-            weight = 4 if image.mode.startswith(("I", "F")) else 1  # 16 or 32 bits a pixel are read as numbers of 64
+            weight = 1
+            if image.has_transparency_data:
+                weight = 2  # it is laid on white
+            if image.mode.startswith(("I", "F")):
+                weight = 4  # 16 or 32 bits a pixel become 64
     except Image.DecompressionBombError:
         raise HttpError(413, f"too large a picture; send one of at most {MAX_PIXELS:,} pixels") from None
     except Exception:  # noqa: BLE001 (damaged pictures end in nearly every kind of error)
@@ -197,7 +222,7 @@ def make_samples(run, task):
     samples = []
     found = []
     for i, answer in enumerate(answers):
-        sample = {"text": predict.text_of(task, dataset, i), "truth": answer.get("truth")}
+        sample = {"text": drawing.text_of(task, dataset, i), "truth": answer.get("truth")}
         rows = dataset.rows([i])
         texts = [dataset.text[row] for row in rows]
         if isinstance(texts[0], tuple):  # (question, choice) or (question, answer, reason), a row for each choice

@@ -11,6 +11,7 @@ A question is JSON or a form (multipart/form-data), with these keys:
     boxes       for each picture its regions, a list of [x1,y1,x2,y2] in pixels; without them they are cut as in training
     text, choices, answer       as the options of predict.py
     sample      the number of a sample, in place of `images`
+    attention   true: `regions` of the answer say how much it has read of each region, see attention.py
 
 Every request has a thread of its own, which reads the picture. One thread runs the model: requests that came while it
 worked are answered together in its next forward pass. Whatever is wrong with a request is a 4xx or 5xx status and
@@ -25,14 +26,13 @@ import queue
 import socket
 import threading
 import time
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+import attention
 import machine
 import predict
 import questions
@@ -41,7 +41,7 @@ from questions import HttpError
 
 MAX_BODY = 8 * 2**20  # bytes of a request
 SMALL_BODY = 2**18  # bytes; of larger bodies only LARGE_BODIES are in memory at the same time
-LARGE_BODIES = 4
+LARGE_BODIES = 2
 MAX_CONNECTIONS = 128  # open at the same time
 MAX_QUEUE = 256  # requests that wait for the model
 MAX_BATCH = 64  # requests in one forward pass
@@ -63,14 +63,6 @@ HEADERS = {  # of every answer: the page uses nothing from elsewhere, and no oth
 # ---- the model's thread ------------------------------------------------------------------------------------------------
 
 
-class Job(NamedTuple):
-    """A question that waits for the model."""
-
-    record: dict  # see questions.check_question
-    pictures: list  # their regions
-    future: Future  # of the answer
-
-
 class Batcher:
     """Answers questions, those that wait together in one forward pass."""
 
@@ -79,13 +71,12 @@ class Batcher:
         self.task = task
         self.top = top
         self.batches = 0
-        self.waiting = queue.Queue(MAX_QUEUE)  # of Jobs; None ends the thread
+        self.waiting = queue.Queue(MAX_QUEUE)  # of questions.Job; None ends the thread
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
 
-    def ask(self, record, pictures):
+    def ask(self, job):
         """The answer to one question. HttpError if there is none in time."""
-        job = Job(record, pictures, Future())
         try:
             self.waiting.put_nowait(job)
         except queue.Full:
@@ -125,8 +116,25 @@ class Batcher:
             for job in jobs:
                 self.answer([job])
             return
-        for job, answer in zip(jobs, answers, strict=True):
+        for i, (job, answer) in enumerate(zip(jobs, answers, strict=True)):
+            if job.attention:
+                answer |= self.weigh_regions(dataset, i, job)
             job.future.set_result(answer)
+
+    def weigh_regions(self, dataset, i, job):
+        """{"regions": [{"picture": 0, "box": [x1, y1, x2, y2], "weight": share}]}: where the answer to example i has looked;
+        or {"note": why this is not known}."""
+        try:
+            weights = attention.region_weights(self.run, self.task, dataset, i)
+        except UserError as error:
+            return {"note": str(error)}
+        regions = []
+        for number, picture in enumerate(job.pictures):
+            for box in questions.pixel_boxes(picture):
+                regions.append({"picture": number, "box": box})
+        for region, weight in zip(regions, weights, strict=True):
+            region["weight"] = round(weight, 5)
+        return {"regions": regions}
 
     def close(self):
         self.waiting.put(None)
@@ -214,21 +222,18 @@ class Handler(BaseHTTPRequestHandler):
             raise HttpError(411, "send the header Content-Length, and the body in one piece")
         if len(length) > 12 or int(length) > MAX_BODY:
             raise HttpError(413, f"a body of {length[:12]} bytes; send at most {MAX_BODY:,}")
-        record, pictures = self.read_question(int(length))
-        answer = self.server.batcher.ask(record, pictures)
+        answer = self.server.batcher.ask(self.read_question(int(length)))
         self.server.requests += 1
         return as_json(answer)
 
     def read_question(self, length):
-        """(record, its pictures' regions) of the body."""
+        """The questions.Job of the body."""
         slot = contextlib.nullcontext()
         if length > SMALL_BODY:
             slot = questions.wait_for(self.server.large_bodies)
         with slot:
             self.reader.deadline = time.monotonic() + self.timeout
-            request = self.read_request(length)
-            record = questions.check_question(request, self.server.task)
-            return record, questions.find_regions(self.server, request)
+            return questions.make_job(self.server, self.read_request(length))
 
     def read_request(self, length):
         """The object of the body. HttpError if it is too slow, cut off or something else."""
@@ -335,6 +340,7 @@ class Server(ThreadingHTTPServer):
 
 def serve(run, task, args):
     """Serves until SIGTERM or Ctrl-C."""
+    machine.give_back_freed_memory()
     samples = questions.make_samples(run, task)
     try:
         server = Server(args.serve, run, task, args.top, samples)
