@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+import attention
 import drawing
 import predict
 import records
@@ -109,10 +110,10 @@ def parse_form(body, boundary):
 def make_job(server, request):
     """The Job of a request. HttpError where a key has a wrong value."""
     record = check_question(request, server.task)
-    attention = request.get("attention", False)
-    if not isinstance(attention, bool):
+    wanted = request.get("attention", False)
+    if not isinstance(wanted, bool):
         raise HttpError(400, "'attention' must be true or false")
-    return Job(record, find_regions(server, request), attention, Future())
+    return Job(record, find_regions(server, request), wanted, Future())
 
 
 def check_question(request, task):
@@ -209,6 +210,27 @@ def find_regions(server, request):
     return [make_regions(server, content, own) for content, own in zip(contents, boxes, strict=True)]
 
 
+def pixel_boxes(picture):
+    """[[x1, y1, x2, y2], ...] of a picture's regions, in pixels."""
+    return (picture["boxes"] * np.tile(picture["size"], 2)).round(3).tolist()  # (N, 4)
+
+
+def weigh_regions(run, task, dataset, i, pictures):
+    """{"regions": [{"picture": 0, "box": [x1, y1, x2, y2], "weight": share}]}: how much the answer to example i, about
+    these pictures' regions, has read of each; or {"note": why this is not known}."""
+    try:
+        weights = attention.region_weights(run, task, dataset, i)
+    except UserError as error:
+        return {"note": str(error)}
+    found = []
+    for number, picture in enumerate(pictures):
+        for box in pixel_boxes(picture):
+            found.append({"picture": number, "box": box})
+    for region, weight in zip(found, weights, strict=True):
+        region["weight"] = round(weight, 5)
+    return {"regions": found}
+
+
 # ---- samples -----------------------------------------------------------------------------------------------------------
 
 
@@ -245,11 +267,6 @@ def stored_regions(store, row):
     fields = {name: values[0].numpy() for name, values in store.gather([row]).items()}
     fields["size"] = (1.0, 1.0) if store.sizes is None else tuple(store.sizes[row].tolist())
     return fields
-
-
-def pixel_boxes(picture):
-    """[[x1, y1, x2, y2], ...] of a picture's regions, in pixels."""
-    return (picture["boxes"] * np.tile(picture["size"], 2)).round(3).tolist()  # (N, 4)
 
 
 def sample_picture(store, row, file):

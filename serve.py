@@ -27,19 +27,20 @@ import socket
 import threading
 import time
 from concurrent.futures import TimeoutError as FutureTimeout
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 
-import attention
 import machine
 import predict
 import questions
 from common import UserError
 from questions import HttpError
 
-MAX_BODY = 8 * 2**20  # bytes of a request
+MAX_HEAD = 2**17  # bytes of the first line and the headers of a request
+MAX_BODY = 8 * 2**20  # bytes of its body
 SMALL_BODY = 2**18  # bytes; of larger bodies only LARGE_BODIES are in memory at the same time
 LARGE_BODIES = 2
 MAX_CONNECTIONS = 128  # open at the same time
@@ -108,7 +109,9 @@ class Batcher:
         try:
             dataset = predict.make_dataset(self.run, self.task, [(job.record, job.pictures) for job in jobs])
             answers = predict.predict(self.run, self.task, dataset, np.arange(len(jobs)), self.top)
-            assert len(answers) == len(jobs)
+            for i, job in enumerate(jobs):
+                if job.attention:
+                    answers[i] |= questions.weigh_regions(self.run, self.task, dataset, i, job.pictures)
         except Exception as error:  # noqa: BLE001 (the thread must go on, whatever happened)
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)
@@ -116,25 +119,8 @@ class Batcher:
             for job in jobs:
                 self.answer([job])
             return
-        for i, (job, answer) in enumerate(zip(jobs, answers, strict=True)):
-            if job.attention:
-                answer |= self.weigh_regions(dataset, i, job)
+        for job, answer in zip(jobs, answers, strict=True):
             job.future.set_result(answer)
-
-    def weigh_regions(self, dataset, i, job):
-        """{"regions": [{"picture": 0, "box": [x1, y1, x2, y2], "weight": share}]}: where the answer to example i has looked;
-        or {"note": why this is not known}."""
-        try:
-            weights = attention.region_weights(self.run, self.task, dataset, i)
-        except UserError as error:
-            return {"note": str(error)}
-        regions = []
-        for number, picture in enumerate(job.pictures):
-            for box in questions.pixel_boxes(picture):
-                regions.append({"picture": number, "box": box})
-        for region, weight in zip(regions, weights, strict=True):
-            region["weight"] = round(weight, 5)
-        return {"regions": regions}
 
     def close(self):
         self.waiting.put(None)
@@ -145,18 +131,26 @@ class Batcher:
 
 
 class SocketReader(io.RawIOBase):
-    """Reads from a socket until a deadline, however slowly the client sends. TimeoutError after it."""
+    """Reads at most `left` bytes from a socket, until a deadline, however slowly the client sends. TimeoutError after it,
+    HTTPException where there is more."""
 
-    def __init__(self, connection, seconds):
+    def __init__(self, connection):
         self.connection = connection
+
+    def expect(self, size, seconds):
+        self.left = size
         self.deadline = time.monotonic() + seconds
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
+        if self.left <= 0:
+            raise HTTPException(f"the headers have more than {MAX_HEAD:,} bytes")
         self.connection.settimeout(max(0.001, self.deadline - time.monotonic()))
-        return self.connection.recv_into(buffer)
+        count = self.connection.recv_into(buffer)
+        self.left -= count
+        return count
 
 
 def as_json(value):
@@ -172,7 +166,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self):
         super().setup()
-        self.reader = SocketReader(self.connection, self.timeout)
+        self.reader = SocketReader(self.connection)
+        self.reader.expect(MAX_HEAD, self.timeout)
         self.rfile = io.BufferedReader(self.reader)
 
     def do_GET(self):
@@ -232,7 +227,7 @@ class Handler(BaseHTTPRequestHandler):
         if length > SMALL_BODY:
             slot = questions.wait_for(self.server.large_bodies)
         with slot:
-            self.reader.deadline = time.monotonic() + self.timeout
+            self.reader.expect(length, self.timeout)
             return questions.make_job(self.server, self.read_request(length))
 
     def read_request(self, length):
