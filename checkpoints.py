@@ -265,7 +265,7 @@ def hash_data(dataset):
     step = max(1, len(dataset) // 10_000)
     regions = store.offsets[dataset.image[::step]]  # the first one of every step-th picture
     columns = [dataset.tokens, dataset.offsets, dataset.image, dataset.lengths(), dataset.target]
-    columns += [store.fields["features"][regions], store.fields["boxes"][regions]]
+    columns += [store.open_field("features")[regions], store.open_field("boxes")[regions]]
     if store.digests is not None:
         columns.append(store.digests[dataset.image])
     for column in columns:

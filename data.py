@@ -449,7 +449,7 @@ def drop_unreachable(dataset, path):
         chunk = np.arange(start, min(start + 1000, len(dataset)))
         mask, rows = ragged(dataset.store.offsets, dataset.image[chunk])
         boxes = np.zeros((*mask.shape, 4))  # (B,N,4); padding is empty, so it overlaps nothing
-        boxes[mask] = dataset.store.fields["boxes"][rows]
+        boxes[mask] = dataset.store.open_field("boxes")[rows]
         target = dataset.target[chunk][:, None]  # (B,1,4)
         low = np.maximum(boxes[..., :2], target[..., :2])
         high = np.minimum(boxes[..., 2:], target[..., 2:])

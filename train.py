@@ -491,7 +491,7 @@ def start_sizes(run, checkpoint):
     if store.classes:
         of_data["classes"] = store.classes
     if "attributes" in store.fields:
-        of_data["attributes"] = 1 + int(store.fields["attributes"].max())
+        of_data["attributes"] = 1 + int(store.open_field("attributes").max())
     if checkpoint is None:
         preset = run.paper.PRESETS[args.size]
         return {**preset, "vocab_size": vocab_size, "classes": 2, "attributes": 1, **of_data}
