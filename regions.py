@@ -140,7 +140,8 @@ def open_picture(where, path):
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo and its preview
-            picture = to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would be as large once more
+            picture = to_rgb(image)
     except Image.DecompressionBombError:
         most = 2 * Image.MAX_IMAGE_PIXELS
         raise UserError(f"{where}: picture {path} has more than {most:,} pixels; resize it") from None
