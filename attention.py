@@ -67,6 +67,14 @@ def sides(name):
     return queries, keys or queries
 
 
+def sequence_of(name):
+    """The sequence whose states have this name: "text", "regions", or "both"."""
+    for sequence in ("text", "regions"):
+        if sequence in name:
+            return sequence
+    return "both"
+
+
 def record_example(run, task, dataset, i):
     """[Record] of example i: of each row that its likeliest answer is computed from. With two pictures these are two rows."""
     index = np.array([i])
@@ -86,7 +94,7 @@ def record_example(run, task, dataset, i):
         logit = best_logit(run, task, batch, encoding)
         states = {}  # "text", "regions" or "both" -> its last states
         for name, x in encoding.states.items():
-            states[distill.sequence_of(name)] = x
+            states[sequence_of(name)] = x
         parts = [*encoding.maps.values(), *states.values()]
         gradients = torch.autograd.grad(logit, parts, allow_unused=True)  # None: the logit does not depend on it
     gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(parts, gradients, strict=True)]

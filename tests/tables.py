@@ -36,7 +36,7 @@ import options
 import predict
 import tasks
 import train
-from prepare import scene_graph, scene_texts
+from prepare import scene_texts
 
 COLUMNS = {  # task: the metrics of its cells
     "vqa": ("accuracy",),
@@ -362,11 +362,11 @@ def asked_thing(dataset, i):
     if kind not in ("color", "shape", "size"):
         return None
     split, number, _ = dataset.ids[i].split("/")
-    scene = scene_graph.make_scene(0, split, int(number))
+    scene = scene_texts.make_scene(0, split, int(number))
     for expression, things in scene.fits.items():
         for phrasing in scene_texts.QUESTIONS[kind][1]:
-            if len(things) == 1 and phrasing.format(thing=scene_graph.phrase(expression)) == dataset.text[i]:
-                return np.array(things[0].box) / scene_graph.SIDE
+            if len(things) == 1 and phrasing.format(thing=scene_texts.phrase(expression)) == dataset.text[i]:
+                return np.array(things[0].box) / scene_texts.SIDE
     raise AssertionError(dataset.text[i])
 
 

@@ -1,7 +1,6 @@
 """Tests of attention.py and attention_sheet.py: the methods against torch's own attention, block matrices multiplied by
 hand, finite differences and the rules written out; the measurement on made-up maps; the commands as a user runs them."""
 
-import dataclasses
 import re
 
 import numpy as np
@@ -17,7 +16,7 @@ import predict
 import regions
 import tasks
 import train
-from prepare import scene_graph, scenes
+from prepare import scene_texts, scenes
 
 MODELS = ("uniter", "vilbert", "lxmert")
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer"
@@ -63,7 +62,7 @@ def use(*arguments):
 
 # ---- made-up records -------------------------------------------------------------------------------------------------
 
-T, N, H = 4, 3, 2  # noqa: N806
+T, N, H = 4, 3, 2  # word pieces, regions, heads
 SINGLE = {"layer.0": (7, 7), "layer.1": (7, 7)}
 DOUBLE = {  # as LXMERT names them, and with the whole image of ViLBERT as first region
     "text.0": (4, 4),
@@ -252,10 +251,11 @@ def test_gradients_are_finite_differences(trained, monkeypatch):
     """Of the answer's logit, when one probability of the first layer is moved by hand."""
     run, row, dataset = load(trained("uniter"))
     run.model.double()
-    record = attention.record_example(run, row, dataset, 0)[0]
     batch = tasks.make_batch(run, dataset, np.array([0]), ["vqa"], None)
     batch.features = batch.features.double()
     batch.boxes = batch.boxes.double()
+    monkeypatch.setattr(tasks, "make_batch", lambda *arguments: batch)
+    record = attention.record_example(run, row, dataset, 0)[0]
     before = common.attention
     calls = []
     moved = {}
@@ -283,19 +283,6 @@ def test_gradients_are_finite_differences(trained, monkeypatch):
         slope = float(logits[0][answer] - logits[1][answer]) / 2e-4
         assert abs(float(record.gradients["layer.0"][head, q, k]) - slope) < 1e-4 * max(1e-2, abs(slope))
         assert slope != 0
-
-
-@pytest.fixture(autouse=True)
-def features_in_the_models_dtype(monkeypatch):
-    """Batches in float64 for a model in float64, for the test above."""
-    before = tasks.make_batch
-
-    def make_batch(run, *arguments):
-        batch = before(run, *arguments)
-        dtype = next(run.model.parameters()).dtype
-        return dataclasses.replace(batch, features=batch.features.to(dtype), boxes=batch.boxes.to(dtype))
-
-    monkeypatch.setattr(tasks, "make_batch", make_batch)
 
 
 def test_the_answers_row_is_where_its_logit_is_read(trained):
@@ -363,7 +350,8 @@ def test_a_region_that_is_left_out_is_as_if_it_were_not_there(model, trained):
     assert isinstance(again.store, regions.MemoryStore)
     logits = []
     for i in range(len(again)):
-        logits.append(tasks.example_logits(run, again, np.array([i]), "vqa")[0].log_softmax(-1))
+        with torch.inference_mode():
+            logits.append(tasks.example_logits(run, again, np.array([i]), "vqa")[0].log_softmax(-1))
     answer = int(logits[0].argmax())
     expected = [max(0.0, float(logits[0][answer] - row[answer])) for row in logits[1:]]
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
@@ -388,8 +376,8 @@ def test_the_thing_asked_for_has_the_asked_property(drawn):
         if box is None:
             assert dataset.kind[i] not in ("color", "shape", "size")
             continue
-        scene = scene_graph.make_scene(0, "test", int(dataset.ids[i].split("/")[1]))
-        things = [thing for thing in scene.things if np.allclose(np.array(thing.box), box * scene_graph.SIDE)]
+        scene = scene_texts.make_scene(0, "test", int(dataset.ids[i].split("/")[1]))
+        things = [thing for thing in scene.things if np.allclose(np.array(thing.box), box * scene_texts.SIDE)]
         assert [getattr(thing, dataset.kind[i]) for thing in things] == list(dataset.answer[i])
         asked += 1
     assert asked > 20
