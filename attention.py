@@ -92,17 +92,20 @@ def record_example(run, task, dataset, i):
         batch = batch.to(run.device)
         encoding = run.model.encode(batch, record=True)
         logit = best_logit(run, task, batch, encoding)
-        states = {}  # "text", "regions" or "both" -> its last states
+        last = {}  # "text", "regions" or "both" -> its last states
         for name, x in encoding.states.items():
-            states[sequence_of(name)] = x
-        parts = [*encoding.maps.values(), *states.values()]
-        gradients = torch.autograd.grad(logit, parts, allow_unused=True)  # None: the logit does not depend on it
-    gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(parts, gradients, strict=True)]
-    maps = dict(zip(encoding.maps, gradients, strict=False))
-    states = dict(zip(states, gradients[len(maps) :], strict=True))
-    rows = range(len(batch.text))
-    read = [row for row in rows if any(bool(gradient[row].any()) for gradient in states.values())]
-    return [row_record(run, dataset, i, batch, encoding, maps, states, row) for row in read or [0]]
+            last[sequence_of(name)] = x
+        parts = [*encoding.maps.values(), *last.values()]
+        gradients = torch.autograd.grad(logit, parts, materialize_grads=True)  # 0 where the logit does not depend on it
+    map_gradients = dict(zip(encoding.maps, gradients, strict=False))
+    state_gradients = dict(zip(last, gradients[len(encoding.maps) :], strict=True))
+    records = []
+    for row in range(len(batch.text)):
+        if any(bool(gradient[row].any()) for gradient in state_gradients.values()):
+            records.append(row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients, row))
+    if not records:  # the logit is constant here, as behind a ReLU
+        records.append(row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients, 0))
+    return records
 
 
 def best_logit(run, task, batch, encoding):
@@ -389,7 +392,7 @@ def measure_pointing(run, task, dataset, targets):
     for i, target in targets.items():
         weights, boxes = all_weights(run, task, dataset, i)
         for name, values in weights.items():
-            point = pointing(values, boxes, torch.as_tensor(target, dtype=torch.float32))
+            point = pointing(values, boxes, torch.tensor(np.array(target), dtype=torch.float32))
             if point:
                 found.setdefault(name, []).append(point)
     means = {name: tuple(np.mean(points, 0).tolist()) for name, points in found.items()}
