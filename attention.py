@@ -240,7 +240,7 @@ def gradient(record):
         norm(R_ss) = (R_ss - I) / its row sums + I, I where nothing has been attended to     eq. 8, 9
 
     R_sq is the block of R with the rows of sequence s and the columns of q. Both directions of a cross-attention read
-    the R from before it. Returns R - I: what a position has read, without itself.
+    the R from before it. As I is part of R, a region that is itself the answer has read mostly itself.
     """
     S = record.places["both"].stop
     relevance = torch.eye(S)
@@ -256,7 +256,7 @@ def gradient(record):
             else:
                 relevance[q, k] += normalized(before[q, q]).T @ weighted @ normalized(before[k, k])  # (Q, K)
                 relevance[q, q] += weighted @ before[k, q]  # (Q, K) @ (K, Q)
-    return relevance - torch.eye(S)
+    return relevance
 
 
 def normalized(relevance):

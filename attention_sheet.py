@@ -148,10 +148,10 @@ def region_rows(record, words, image, boxes, args):
 
 def transport_rows(run, record, words, image, boxes):
     """UNITER's transport plan: lines from words to regions, and the plan as a table, each word's row in percent."""
-    if "wra" not in run.objectives:
-        data.warn("the checkpoint was trained without wra, so nothing has aligned its words with its regions")
     _, members = attention.join_pieces(record.pieces)
     plan = attention.shares(members @ attention.transport_plan(run, record)).tolist()  # (W, T) @ (T, N)
+    if "wra" not in run.objectives:
+        data.warn("the checkpoint was trained without wra, so nothing has aligned its words with its regions")
     for word, weights in zip(words, plan, strict=True):
         print_heaviest(word, weights)
     thumbnails = [draw_thumbnail(image, box, i) for i, box in enumerate(boxes)]
