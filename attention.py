@@ -361,19 +361,22 @@ def all_weights(run, task, dataset, i):
     record = record_example(run, task, dataset, i)[0]
     boxes = dataset.store.gather([record.picture])["boxes"][0]
     weights = {"equal": torch.ones(len(boxes)), "area": (boxes[:, 2:] - boxes[:, :2]).prod(1)}
-    for name, method in METHODS.items():
-        matrix = method(record)
+    matrices = {name: method(record) for name, method in METHODS.items()}
+    for name, matrix in matrices.items():
         weights[f"answer, {name}"] = answer_regions(record, matrix)
+    if dataset.group == 1:
+        weights["answer, left out"] = leave_out(run, task, dataset, i)
+    for name, matrix in matrices.items():
         weights[f"words, {name}"] = words_to_regions(record, matrix)[1:-1].mean(0)  # (W, N) -> (N,)
     if "wra" in run.paper.OBJECTIVES:
         weights["words, transport"] = transport_plan(run, record)[1:-1].mean(0)  # (T, N) -> (N,)
-    weights["answer, left out"] = leave_out(run, task, dataset, i)
     return {name: shares(values) for name, values in weights.items()}, boxes
 
 
 @torch.no_grad()
 def leave_out(run, task, dataset, i):
-    """(N,) how much the log probability of the likeliest answer falls when a region is hidden; 0 where it rises."""
+    """(N,) how much the log probability of the likeliest answer falls when a region is hidden; 0 where it rises. For tasks
+    with one row an example."""
     batch = tasks.make_batch(run, dataset, np.array([i]), [task.objective], None)
     N = batch.region_mask.shape[1]
     batch = batch.rows(torch.zeros(1 + N, dtype=torch.long))  # row 0 with all regions, row 1 + j without region j

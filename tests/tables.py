@@ -334,8 +334,8 @@ def examples_per_second(folder, rows=64, repeats=30):
 
 def table_of_attention(args):
     """The weight of the region that a question or expression is about, and how often it is the heaviest: a column for each
-    of --checkpoints, of task vqa or refer on scenes; --count test examples each, those that the model answers right or not.
-    vqa: of the questions for a colour, shape or size, which name one thing."""
+    of --checkpoints, of task vqa, vcr or refer on scenes; --count test examples each, those that the model answers right or
+    not. vqa and vcr: of the questions for a colour, shape or size, which name one thing."""
     rows = {}
     columns = []
     for path in args.checkpoints:
@@ -355,19 +355,25 @@ def table_of_attention(args):
 
 
 def asked_thing(dataset, i):
-    """The box (4,) in 0..1 of the thing that example i of scenes is about; None for questions that name no single thing."""
+    """The box (4,) in 0..1 of the thing that example i of scenes is about; None where it names no single thing, and for
+    reasons (vcr)."""
     if dataset.target is not None and dataset.target.ndim == 2:
         return dataset.target[i]
-    kind = dataset.kind[i]
-    if kind not in ("color", "shape", "size"):
+    question = dataset.text[dataset.rows([i])[0]]
+    if dataset.kind[i] == "reason":
         return None
-    split, number, _ = dataset.ids[i].split("/")
+    if isinstance(question, tuple):
+        question = question[0]  # vcr: the choice follows
+    split, number = dataset.ids[i].split("/")[:2]
     scene = scene_texts.make_scene(0, split, int(number))
+    phrasings = []
+    for kind in ("color", "shape", "size"):
+        phrasings += scene_texts.QUESTIONS[kind][1]
     for expression, things in scene.fits.items():
-        for phrasing in scene_texts.QUESTIONS[kind][1]:
-            if len(things) == 1 and phrasing.format(thing=scene_texts.phrase(expression)) == dataset.text[i]:
-                return np.array(things[0].box) / scene_texts.SIDE
-    raise AssertionError(dataset.text[i])
+        thing = scene_texts.phrase(expression)
+        if len(things) == 1 and question in [phrasing.format(thing=thing) for phrasing in phrasings]:
+            return np.array(things[0].box) / scene_texts.SIDE
+    return None
 
 
 TABLES = {
