@@ -40,7 +40,6 @@ from common import UserError
 from questions import HttpError
 
 MAX_HEAD = 2**17  # bytes of the first line and the headers of a request
-MAX_BODY = 8 * 2**20  # bytes of its body
 SMALL_BODY = 2**18  # bytes; of larger bodies only LARGE_BODIES are in memory at the same time
 LARGE_BODIES = 2
 MAX_CONNECTIONS = 128  # open at the same time
@@ -212,12 +211,8 @@ class Handler(BaseHTTPRequestHandler):
     def post(self):
         if self.path != "/predict":
             raise HttpError(404, "only /predict takes POST")
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
-            raise HttpError(411, "send the header Content-Length, and the body in one piece")
-        if len(length) > 12 or int(length) > MAX_BODY:
-            raise HttpError(413, f"a body of {length[:12]} bytes; send at most {MAX_BODY:,}")
-        answer = self.server.batcher.ask(self.read_question(int(length)))
+        length = questions.body_length(self.headers)
+        answer = self.server.batcher.ask(self.read_question(length))
         self.server.requests += 1
         return as_json(answer)
 
@@ -290,7 +285,7 @@ class Server(ThreadingHTTPServer):
             "choices": "choices" in task.needs,
             "text": task.truth != "text",
             "boxes": run.regions.get("boxes") == "given",  # trained on boxes of things
-            "most_bytes": MAX_BODY,
+            "most_bytes": questions.MAX_BODY,
             "most_pixels": questions.MAX_PIXELS,
             "samples": self.samples,
         }
