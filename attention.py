@@ -1,4 +1,4 @@
-"""attention.py: which regions the words of a text attend to, and which words a region; `predict.py CKPT --attention FILE`.
+"""attention.py: which regions the words of a text attend to, and which words a region. attention_sheet.py draws it.
 
 Words and regions are put into one sequence of S positions, words first. Each method gives one (S, S) matrix: row q says
 what position q has read. Three methods, and the transport plan:
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+import common
 import data
 import distill
 import evaluation
@@ -151,12 +152,23 @@ def row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients,
 # ---- the methods: Record -> (S, S) -------------------------------------------------------------------------------------
 
 
+def count_maps(record):
+    """(layers, heads) of the maps from words to regions."""
+    found = [probs for name, probs in record.maps.items() if sides(name) in (("text", "regions"), ("both", "both"))]
+    return len(found), len(found[0])
+
+
 def raw(record, layer=None, head=None):
-    """Attention probabilities, mean over heads and layers. layer: number among the maps of a direction, from 0.
+    """Attention probabilities, mean over heads and layers, or of one of them, counted from 0.
 
     Where words and regions are two sequences, each block of the matrix (words to regions, ...) is a mean over its own
-    maps and sums to 1 by itself. UserError for a layer or head that the model does not have.
+    maps and sums to 1 by itself. UserError for a layer or head that the maps from words to regions do not have.
     """
+    layers, heads = count_maps(record)
+    if layer is not None and layer >= layers:
+        raise UserError(f"--layer {layer}: words attend to regions in layers 0 to {layers - 1}")
+    if head is not None and head >= heads:
+        raise UserError(f"--head {head}: there are heads 0 to {heads - 1}")
     blocks = {}  # (queries, keys) -> its maps
     for name, probs in record.maps.items():
         blocks.setdefault(sides(name), []).append(probs)
@@ -164,13 +176,8 @@ def raw(record, layer=None, head=None):
     matrix = torch.zeros(S, S)
     for (queries, keys), maps in blocks.items():
         if layer is not None:
-            shown = queries != keys or queries == "both"  # maps from words to regions, or back
-            if shown and layer >= len(maps):
-                raise UserError(f"--layer {layer}: the model has layers 0 to {len(maps) - 1}")
             maps = maps[layer : layer + 1]
         if head is not None:
-            if head >= len(maps[0]):
-                raise UserError(f"--head {head}: the model has heads 0 to {len(maps[0]) - 1}")
             maps = [probs[head : head + 1] for probs in maps]
         if maps:
             means = torch.stack([probs.mean(0) for probs in maps])  # (H, Q, K) -> (layers, Q, K)
@@ -251,12 +258,55 @@ def normalized(relevance):
 METHODS = {"raw": raw, "rollout": rollout, "gradient": gradient}
 
 
-# ---- the answer's regions ------------------------------------------------------------------------------------------------
+def transport_plan(run, record):
+    """(T, N) the optimal transport plan of the last states (common.optimal_transport). Rows sum to 1 / T, columns to 1 / N.
+    UserError for a model without word-region alignment."""
+    if "wra" not in run.paper.OBJECTIVES:
+        raise UserError(f"--method transport: {run.args.model} has no transport plan, as it has no objective wra")
+    T = len(record.text)
+    N = len(record.regions)
+    masks = torch.ones(1, T, dtype=torch.bool), torch.ones(1, N, dtype=torch.bool)
+    _, plan, _ = common.optimal_transport(record.text[None], record.regions[None], *masks)  # (1, T, N)
+    return plan[0]
+
+
+# ---- parts of a matrix -----------------------------------------------------------------------------------------------------
+
+
+def shares(weights):
+    """Each row divided by its sum: (..., N). Rows that sum to 0 stay 0."""
+    weights = weights.clamp(min=0)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def answer_regions(record, matrix):
     """(N,) what the answer's rows of a matrix (S, S) have read of each region, not rescaled."""
     return (record.answer_row @ matrix)[record.region_places]  # (S,) @ (S, S) -> (S,) -> (N,)
+
+
+def join_pieces(pieces):
+    """The words of word pieces, and which pieces each has: (W words, (W, T) float, 1 = a piece of the word)."""
+    words = []
+    numbers = []  # of the word of each piece
+    for piece in pieces:
+        if piece.startswith("##") and words:
+            words[-1] += piece[2:]
+        else:
+            words.append(piece)
+        numbers.append(len(words) - 1)
+    return words, torch.nn.functional.one_hot(torch.tensor(numbers), len(words)).T.float()  # (T, W) -> (W, T)
+
+
+def words_to_regions(record, matrix):
+    """(W, N) what each word has read of each region, in shares of all regions. A word is the mean of its pieces."""
+    _, members = join_pieces(record.pieces)
+    return shares(members @ matrix[record.word_places, record.region_places])  # (W, T) @ (T, N)
+
+
+def regions_to_words(record, matrix):
+    """(N, W) what each region has read of each word, in shares of all words. A word is the sum of its pieces."""
+    _, members = join_pieces(record.pieces)
+    return shares(matrix[record.region_places, record.word_places] @ members.T)  # (N, T) @ (T, W)
 
 
 def region_weights(run, task, dataset, i, method="gradient"):

@@ -3,6 +3,7 @@
     python predict.py out/uniter-vqa/best.pt --scenes 4                   four held-out examples as a picture and as text
     python predict.py out/uniter-vqa/best.pt --image a.png --text "what color is the circle?"
     python predict.py out/uniter-vqa/best.pt --data my.jsonl --out predictions.jsonl      every line of a file
+    python predict.py out/uniter-vqa/best.pt --scenes 1 --attention attention.png         what the words attend to
     python predict.py out/uniter-vqa/best.pt --export vqa.bin                             weights for other programs
     python predict.py out/uniter-vqa/best.pt --serve 8000                                 a page in the browser
 
@@ -24,6 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import attention
+import attention_sheet
 import checkpoints
 import data
 import drawing
@@ -68,6 +71,12 @@ def parse(argv=None):
     add("--out", metavar="FILE", help="the picture of --scenes (default: predictions.png), the predictions of --data")
     add("--resume", action="store_true", help="with --data: go on after the last whole line of --out")
     add("--to", choices=list(EXPORTS), default="official", help="format of --export (default: official)")
+    add("--attention", metavar="FILE", help="with --image or --scenes: draw which regions the words attend to")
+    add("--method", choices=[*attention.METHODS, "transport"], help="of --attention (default: raw)")
+    add("--word", help="with --attention: one word of the text, and its regions")
+    add("--region", type=options.COUNT_OR_ZERO, help="with --attention: one region, from 0, and its words")
+    add("--layer", type=options.COUNT_OR_ZERO, help="with --method raw: one layer, from 0 (default: mean over layers)")
+    add("--head", type=options.COUNT_OR_ZERO, help="with --method raw: one head, from 0 (default: mean over heads)")
     add("--beams", type=options.COUNT, help="captions: beam width; 1 is greedy (default: as trained)")
     add("--top", type=options.COUNT, default=3, help="how many answers to show (default: 3)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -78,6 +87,7 @@ def parse(argv=None):
         raise UserError("give one of --scenes, --image, --data, --export and --serve")
     if args.resume and not (args.data and args.out):
         raise UserError("--resume goes on with the --out of --data; give both")
+    attention_sheet.check_options(args)
     return args
 
 
@@ -302,8 +312,8 @@ def parse_boxes(text):
     return boxes
 
 
-def answer_images(run, task, args):
-    """Prints the answers to `--text` for each picture, or for each pair."""
+def read_images(run, task, args):
+    """The Dataset of `--text` with each picture, or with each pair, and {row of its store: picture file}."""
     if len(args.image) % task.pictures:
         raise UserError(f"{task.name} takes two --image for each answer, not {len(args.image)}")
     boxes = [None] * len(args.image)
@@ -324,15 +334,38 @@ def answer_images(run, task, args):
         name = " ".join(args.image[i : i + task.pictures])
         record = {"id": name, "text": args.text or "", "choices": args.choices, "answer": args.answer}
         questions.append((record, found))
-    dataset = make_dataset(run, task, questions)
+    if not args.boxes and run.regions.get("boxes") == "given":
+        data.warn("trained on boxes of things, asked about a grid; give --boxes")
+    return make_dataset(run, task, questions), files
+
+
+def answer_images(run, task, args):
+    """Prints the answers to `--text` for each picture, or for each pair."""
+    dataset, files = read_images(run, task, args)
     answers = predict(run, task, dataset, np.arange(len(dataset)), args.top)
     for i, answer in enumerate(answers):
         begin = f"{dataset.ids[i]}: " if len(answers) > 1 else ""
         print(begin + describe(answer))
-    if not args.boxes and run.regions.get("boxes") == "given":
-        data.warn("trained on boxes of things, asked about a grid; give --boxes")
     if args.out:
         drawing.draw(run, task, dataset, answers, files, Path(args.out))
+
+
+# ---- --attention ------------------------------------------------------------------------------------------------------
+
+
+def show_attention(run, task, args):
+    """Prints the answers to `--scenes` or `--image`, and draws what they attend to."""
+    if args.scenes:
+        dataset, files = held_out(run, task, args.split, args.scenes)
+    else:
+        dataset, files = read_images(run, task, args)
+    titles = []
+    for i, answer in enumerate(predict(run, task, dataset, np.arange(len(dataset)), args.top)):
+        answers = describe(answer).replace(":  ", ": ").replace("  ", ", ")
+        titles.append([drawing.text_of(task, dataset, i), answers])
+        if "truth" in answer:
+            titles[-1].append(f"truth: {drawing.short_name(answer['truth'])}")
+    attention_sheet.show(run, task, dataset, files, titles, args)
 
 
 # ---- --data: every line of a file ---------------------------------------------------------------------------------------
@@ -547,7 +580,9 @@ def answer(args):
         EXPORTS[args.to](args)
         return
     run, task = load_run(args)
-    if args.scenes:
+    if args.attention:
+        show_attention(run, task, args)
+    elif args.scenes:
         show_scenes(run, task, args)
     elif args.image:
         answer_images(run, task, args)
