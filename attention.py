@@ -67,6 +67,14 @@ def sides(name):
     return queries, keys or queries
 
 
+def sequence_of(name):
+    """The sequence whose states have this name: "text", "regions", or "both"."""
+    for sequence in ("text", "regions"):
+        if sequence in name:
+            return sequence
+    return "both"
+
+
 def record_example(run, task, dataset, i):
     """[Record] of example i: of each row that its likeliest answer is computed from. With two pictures these are two rows."""
     index = np.array([i])
@@ -86,7 +94,7 @@ def record_example(run, task, dataset, i):
         logit = best_logit(run, task, batch, encoding)
         states = {}  # "text", "regions" or "both" -> its last states
         for name, x in encoding.states.items():
-            states[distill.sequence_of(name)] = x
+            states[sequence_of(name)] = x
         parts = [*encoding.maps.values(), *states.values()]
         gradients = torch.autograd.grad(logit, parts, allow_unused=True)  # None: the logit does not depend on it
     gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(parts, gradients, strict=True)]
@@ -322,3 +330,67 @@ def region_weights(run, task, dataset, i, method="gradient"):
     if weights.sum() == 0:
         weights = torch.ones_like(weights)
     return (weights / weights.sum()).tolist()
+
+
+# ---- does it point at the thing asked for? ---------------------------------------------------------------------------------
+
+
+def pointing(weights, boxes, target):
+    """How well weights of regions, (N,) with sum 1, point at the thing in the box `target` (4,). boxes (N, 4), all in 0..1.
+
+    The right region is the one that overlaps the target most. Returns its weight, and 1 if no other is heavier (of equal
+    ones its share); None if it overlaps the target by no more than one half.
+    """
+    overlaps = evaluation.iou(boxes, target)  # (N,)
+    right = torch.nn.functional.one_hot(overlaps.argmax(), len(boxes)).bool()
+    if overlaps.max() <= 0.5:
+        return None
+    heaviest = evaluation.top_choice_accuracy(weights[None], right[None])  # (1, N) -> (1,)
+    return float(weights[right]), float(heaviest)
+
+
+def all_weights(run, task, dataset, i):
+    """{row of the table: (N,) weights of the regions} of example i, for `measure_pointing`; and the boxes (N, 4).
+
+    "words" is the mean of all words but [CLS] and [SEP]. "left out" is no attention: how much the log probability of the
+    likeliest answer falls without the region. "area" is what weights proportional to the boxes' areas would get.
+    """
+    record = record_example(run, task, dataset, i)[0]
+    boxes = dataset.store.gather([record.picture])["boxes"][0]
+    weights = {"equal": torch.ones(len(boxes)), "area": (boxes[:, 2:] - boxes[:, :2]).prod(1)}
+    for name, method in METHODS.items():
+        matrix = method(record)
+        weights[f"answer, {name}"] = answer_regions(record, matrix)
+        weights[f"words, {name}"] = words_to_regions(record, matrix)[1:-1].mean(0)  # (W, N) -> (N,)
+    if "wra" in run.paper.OBJECTIVES:
+        weights["words, transport"] = transport_plan(run, record)[1:-1].mean(0)  # (T, N) -> (N,)
+    weights["answer, left out"] = leave_out(run, task, dataset, i)
+    return {name: shares(values) for name, values in weights.items()}, boxes
+
+
+@torch.no_grad()
+def leave_out(run, task, dataset, i):
+    """(N,) how much the log probability of the likeliest answer falls when a region is hidden; 0 where it rises."""
+    batch = tasks.make_batch(run, dataset, np.array([i]), [task.objective], None)
+    N = batch.region_mask.shape[1]
+    batch = batch.rows(torch.zeros(1 + N, dtype=torch.long))  # row 0 with all regions, row 1 + j without region j
+    batch.region_mask[torch.arange(1, 1 + N), torch.arange(N)] = False
+    _, logits = tasks.loss_and_logits(run, batch, task.objective)
+    log_probs = logits.log_softmax(-1)[:, logits[0].argmax()]  # (1 + N, A) -> (1 + N,)
+    return (log_probs[0] - log_probs[1:]).clamp(min=0)
+
+
+def measure_pointing(run, task, dataset, targets):
+    """{row: (mean weight of the right region, share of the examples in which it is the heaviest)}, and how many examples.
+
+    targets: {example: the box (4,) of the thing asked for, in 0..1}. Examples without a region on it are left out.
+    """
+    found = {}
+    for i, target in targets.items():
+        weights, boxes = all_weights(run, task, dataset, i)
+        for name, values in weights.items():
+            point = pointing(values, boxes, torch.as_tensor(target, dtype=torch.float32))
+            if point:
+                found.setdefault(name, []).append(point)
+    means = {name: tuple(np.mean(points, 0).tolist()) for name, points in found.items()}
+    return means, len(next(iter(found.values()), []))

@@ -44,6 +44,7 @@ from tasks import TASKS
 #     encode(batch, text=True, regions=True, record=False, given=None)   common.Encoding. With record, the names of
 #                                       its maps end in "text", "regions", "text_to_regions" or "regions_to_text", and
 #                                       those of its states hold "text" or "regions"; neither: one sequence of both
+#                                       Both are in the order of computation; heads read the last state of each sequence
 #     unimodal(batch)                   what encode(given=) takes: each modality encoded alone, (text, regions)
 #     decode(batch, cache=None)         states of a text that is read from left to right, (B, T, C)
 #     word_logits(states)               logits of the vocabulary, (..., C) -> (..., V)
