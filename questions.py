@@ -95,7 +95,7 @@ def parse_json(body):
 
 def parse_form(body, boundary):
     """The same object of a form's body (RFC 7578). HttpError 400 if it is none."""
-    parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), MAX_LIST + 2)
+    parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), MAX_LIST + 1)
     if len(parts) < 3 or not parts[-1].startswith(b"--"):
         raise HttpError(400, f"the form has no end, or more than {MAX_LIST} fields")
     request = {}

@@ -108,6 +108,7 @@ class Batcher:
         try:
             dataset = predict.make_dataset(self.run, self.task, [(job.record, job.pictures) for job in jobs])
             answers = predict.predict(self.run, self.task, dataset, np.arange(len(jobs)), self.top)
+            assert len(answers) == len(jobs)
             for i, job in enumerate(jobs):
                 if job.attention:
                     answers[i] |= questions.weigh_regions(self.run, self.task, dataset, i, job.pictures)
