@@ -178,6 +178,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, route):
         """Sends what `route` returns, or the status and message of its HttpError."""
+        self.close_connection = True
         try:
             self.check_site()
             self.send(200, *route())
@@ -248,7 +249,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code, message=None, explain=None):
         """http.server's own errors come here too, as 431 for headers that are too long."""
-        self.close_connection = True
         try:
             self.send(int(code), *as_json({"error": message or explain or "bad request"}))
         except (OSError, ValueError):

@@ -252,6 +252,17 @@ def test_pages_of_other_sites_are_refused(headers, status, start):
     assert request(server, "GET", "/samples", None, headers)[0] == status
 
 
+def test_pages_and_formats(start):
+    server = start("vqa")
+    page = Image.effect_noise((30, 20), 60)
+    for kind, more, status in (("TIFF", {}, 200), ("TIFF", {"save_all": True, "append_images": [page]}, 400),
+                               ("GIF", {"save_all": True, "append_images": [page]}, 200), ("EPS", {}, 400)):  # fmt: skip
+        content = io.BytesIO()
+        page.save(content, kind, **more)
+        question = {"text": "x", "images": [base64.b64encode(content.getvalue()).decode()]}
+        assert request(server, "POST", "/predict", question)[0] == status, kind
+
+
 def bomb(name):
     return base64.b64encode(hostile.bomb(name)).decode()
 
