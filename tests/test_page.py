@@ -7,7 +7,6 @@ import threading
 
 import pytest
 from PIL import Image
-from test_serve import checkpoints, start  # noqa: F401 (fixtures)
 
 import drawing
 import predict
@@ -217,7 +216,7 @@ def test_a_form_of_the_browser_is_read(page, checkpoint, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["pretrain", "ve", "nlvr2", "vcr", "refer", "retrieval", "caption"])
-def test_every_task_has_its_inputs(task, browser, start):  # noqa: F811
+def test_every_task_has_its_inputs(task, browser, start):
     server = start(task)
     page = open_page(browser, server)
     assert page.locator("#pictures img").count() == (2 if task == "nlvr2" else 1)

@@ -22,44 +22,9 @@ from PIL import Image
 import predict
 import questions
 import serve
-import train
 from prepare import scenes
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory, small_scenes):
-    """checkpoints(task): best.pt of a run of one step, made on first use."""
-    folder = tmp_path_factory.mktemp("serve")
-
-    def checkpoint(task):
-        out = folder / task
-        if not out.exists():
-            command = ["--task", task, "--data", str(small_scenes(20)), "--out", str(out), "--steps", "1"]
-            assert train.main([*command, "--batch-size", "8", "--device", "cpu", "--dtype", "f32"]) == 0
-        return out / "best.pt"
-
-    return checkpoint
-
-
-@pytest.fixture
-def start(checkpoints):
-    """start(task): a running server; it is closed at the end of the test."""
-    servers = []
-
-    def run_server(task):
-        args = predict.parse([str(checkpoints(task)), "--serve", "0", "--device", "cpu", "--dtype", "f32"])
-        run, row = predict.load_run(args)
-        server = serve.Server(0, run, row, 3, questions.make_samples(run, row))
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield run_server
-    for server in servers:
-        server.shutdown()
-        server.close()
 
 
 def request(server, method, path, body=None, headers=None):
