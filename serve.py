@@ -40,7 +40,6 @@ from common import UserError
 from questions import HttpError
 
 MAX_HEAD = 2**17  # bytes of the first line and the headers of a request
-MAX_BODY = 8 * 2**20  # bytes of its body
 SMALL_BODY = 2**18  # bytes; of larger bodies only LARGE_BODIES are in memory at the same time
 LARGE_BODIES = 2
 MAX_CONNECTIONS = 128  # open at the same time
@@ -109,6 +108,7 @@ class Batcher:
         try:
             dataset = predict.make_dataset(self.run, self.task, [(job.record, job.pictures) for job in jobs])
             answers = predict.predict(self.run, self.task, dataset, np.arange(len(jobs)), self.top)
+            assert len(answers) == len(jobs)
             for i, job in enumerate(jobs):
                 if job.attention:
                     answers[i] |= questions.weigh_regions(self.run, self.task, dataset, i, job.pictures)
@@ -178,6 +178,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, route):
         """Sends what `route` returns, or the status and message of its HttpError."""
+        self.close_connection = True
         try:
             self.check_site()
             self.send(200, *route())
@@ -212,12 +213,8 @@ class Handler(BaseHTTPRequestHandler):
     def post(self):
         if self.path != "/predict":
             raise HttpError(404, "only /predict takes POST")
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
-            raise HttpError(411, "send the header Content-Length, and the body in one piece")
-        if len(length) > 12 or int(length) > MAX_BODY:
-            raise HttpError(413, f"a body of {length[:12]} bytes; send at most {MAX_BODY:,}")
-        answer = self.server.batcher.ask(self.read_question(int(length)))
+        length = questions.body_length(self.headers)
+        answer = self.server.batcher.ask(self.read_question(length))
         self.server.requests += 1
         return as_json(answer)
 
@@ -252,7 +249,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code, message=None, explain=None):
         """http.server's own errors come here too, as 431 for headers that are too long."""
-        self.close_connection = True
         try:
             self.send(int(code), *as_json({"error": message or explain or "bad request"}))
         except (OSError, ValueError):
@@ -290,7 +286,7 @@ class Server(ThreadingHTTPServer):
             "choices": "choices" in task.needs,
             "text": task.truth != "text",
             "boxes": run.regions.get("boxes") == "given",  # trained on boxes of things
-            "most_bytes": MAX_BODY,
+            "most_bytes": questions.MAX_BODY,
             "most_pixels": questions.MAX_PIXELS,
             "samples": self.samples,
         }

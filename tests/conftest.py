@@ -6,6 +6,7 @@ the second core.
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,43 @@ def here(tmp_path, monkeypatch):
         assert train.main([*SMALL, *map(str, arguments)]) == code
 
     return start
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, small_scenes):
+    """checkpoints(task): best.pt of a run of one step on drawn scenes, made on first use."""
+    import train
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def checkpoint(task):
+        out = folder / task
+        if not out.exists():
+            command = ["--task", task, "--data", str(small_scenes(20)), "--out", str(out), "--steps", "1"]
+            assert train.main([*command, "--batch-size", "8", "--device", "cpu", "--dtype", "f32"]) == 0
+        return out / "best.pt"
+
+    return checkpoint
+
+
+@pytest.fixture
+def start(checkpoints):
+    """start(task): a running server of such a checkpoint; it is closed at the end of the test."""
+    import predict
+    import questions
+    import serve
+
+    servers = []
+
+    def run_server(task):
+        args = predict.parse([str(checkpoints(task)), "--serve", "0", "--device", "cpu", "--dtype", "f32"])
+        run, row = predict.load_run(args)
+        server = serve.Server(0, run, row, 3, questions.make_samples(run, row))
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield run_server
+    for server in servers:
+        server.shutdown()
+        server.close()
