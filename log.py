@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 import common
 import data
 import evaluation
+import resume
 import tasks
 from common import UserError
 
@@ -266,6 +267,7 @@ def lock_folder(folder, rank):
             ) from None
         except OSError:
             pass  # a file system without locks
+        resume.remove_leftovers(folder)
         try:
             yield
         finally:

@@ -29,10 +29,13 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/scenes.py`
+
+import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/scenes.py`
 import data
 from prepare import scene_texts as texts
 from prepare.scene_graph import COLORS, CONTENT_WORDS, SHAPES, SIDE, make_scene

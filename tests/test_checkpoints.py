@@ -26,6 +26,7 @@ import data
 import formats
 import lxmert
 import predict
+import resume
 import train
 import uniter
 import vilbert
@@ -581,8 +582,8 @@ def test_the_hash_of_a_split_covers_words_pictures_regions_targets_and_answers()
         columns |= {"tokens": np.array([2, 7, 3, 2, 8, 3]), "offsets": np.array([0, 3, 6])}
         return data.Dataset("x", "train", store, **(columns | changes))
 
-    same = checkpoints.hash_data(dataset())
-    assert same == checkpoints.hash_data(dataset(ids=["7", "8"]))
+    same = resume.hash_data(dataset())
+    assert same == resume.hash_data(dataset(ids=["7", "8"]))
     changes = {
         "tokens": np.array([2, 7, 3, 2, 9, 3]),
         "offsets": np.array([0, 2, 6]),
@@ -592,7 +593,7 @@ def test_the_hash_of_a_split_covers_words_pictures_regions_targets_and_answers()
         "answer": [{"yes": 1.0}, {"no": 0.3}],
     }
     for name, value in changes.items():
-        assert checkpoints.hash_data(dataset(**{name: value})) != same, name
+        assert resume.hash_data(dataset(**{name: value})) != same, name
 
 
 def test_a_resumed_run_names_what_has_changed(own, tmp_path, capsys):
@@ -650,7 +651,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(own, tmp_path, capsys
     newest.write_bytes(b"")
     previous.unlink()
     with pytest.raises(UserError, match=r"checkpoint.pt: no weights"):
-        checkpoints.load_latest(tmp_path / "out")
+        resume.load_latest(tmp_path / "out")
 
 
 def test_a_save_that_fails_leaves_both_checkpoints_and_no_temporary_file(tmp_path, monkeypatch):

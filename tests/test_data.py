@@ -25,6 +25,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import data
+import records
 import regions
 import tasks
 
@@ -663,10 +664,51 @@ def test_the_transparent_grey_of_16_bits_is_white_and_no_part_of_the_range(tmp_p
     assert pixels[:, :, 0].tolist() == [[0, 128, 255], [255, 255, 255]]
     (tmp_path / "p.png").write_bytes(png_of_16_bits(np.full((2, 2), transparent), transparent))
     assert (np.asarray(data.open_picture("here", tmp_path / "p.png")) == 255).all()
-    color = (1000, 2000, transparent)
-    (tmp_path / "p.png").write_bytes(png_of_16_bits(np.array([[color, (1000, 2000, 5000)]]), color))
-    pixels = np.asarray(data.open_picture("here", tmp_path / "p.png"))
-    assert pixels.tolist() == [[[255, 255, 255], [3, 7, 19]]]
+
+
+def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
+    """Pillow keeps 8 bits of each colour, so that it cannot tell which pixels are meant."""
+    colors = np.array([[(1000, 2000, 3000), (1001, 2000, 3000)]])
+    for transparent in ((1000, 2000, 3000), (3, 7, 11)):
+        (tmp_path / "p.png").write_bytes(png_of_16_bits(colors, transparent))
+        with pytest.raises(common.UserError, match="p.png .a transparent colour of 16 bits"):
+            data.open_picture("here", tmp_path / "p.png")
+
+
+def test_pixels_that_are_no_numbers_are_black_and_no_part_of_the_range(tmp_path):
+    values = np.array([[1000, 1000.5, 1001], [np.nan, -np.inf, np.inf]], np.float32)
+    pixels = open_saved(tmp_path, Image.fromarray(values), "p.tif")
+    assert pixels[:, :, 0].tolist() == [[0, 128, 255], [0, 0, 255]]
+    with pytest.raises(common.UserError, match="its pixels are no numbers"):
+        open_saved(tmp_path, Image.fromarray(np.full((2, 2), np.nan, np.float32)), "p.tif")
+
+
+@pytest.mark.parametrize("kind", ["palette of a PNG", "GIF", "WebP", "JPEG 2000", "TIFF"])
+def test_transparent_pixels_of_every_format_are_white(tmp_path, kind):
+    """Black drawn on transparent black, which without its alpha would be all black. WebP: the first of two frames."""
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (4, 4, 12, 12))
+    if kind == "palette of a PNG":
+        palette = Image.new("P", (16, 16), 0)
+        palette.putpalette([0, 0, 0, 0, 0, 0, 200, 0, 0])
+        palette.paste(1, (4, 4, 12, 12))
+        pixels = open_saved(tmp_path, palette, "p.png", transparency=bytes([0, 255, 100]))
+    elif kind == "GIF":
+        pixels = open_saved(tmp_path, image, "p.gif")
+    elif kind == "WebP":
+        rest = [Image.new("RGBA", (16, 16), (255, 0, 0, 0))]
+        pixels = open_saved(tmp_path, image, "p.webp", lossless=True, save_all=True, append_images=rest)
+    elif kind == "JPEG 2000":
+        pixels = open_saved(tmp_path, image, "p.jp2")
+    else:
+        pixels = open_saved(tmp_path, image, "p.tif")
+    assert (pixels[0, 0] > 250).all() and (pixels[8, 8] < 5).all()
+
+
+def test_regions_that_would_fill_the_memory_are_refused(own, tmp_path):
+    for options in ({"patch": 100_000}, {"grid": 10**6}, {"patch": 2000, "grid": 10}):
+        with pytest.raises(common.UserError, match="my.jsonl:1: .* regions of .* fill the memory; take a smaller"):
+            load(own(GOOD), "vqa", "train", cache=tmp_path / "c", **options)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
@@ -955,6 +997,13 @@ BAD_BYTES = [
     (b'{"image": "a.png", "text": "x", "bbox": [0, 0, 9, 9]}', "did you mean target"),
     (b'{"image": "a.png", "text": "x\\u0000y"}', "'text'"),
     (b'{"features": "nowhere#3", "text": "x"}', "not a feature store"),
+    ('{"image": "a.png", "text": "\u200b\ufeff \u00ad"}'.encode(), "'text'.*not empty"),
+    (b'{"image": "a.png", "text": "x", "answer": "\\u00ad"}', "'answer'"),
+    (b'{"image": "a.png", "text": "x", "id": 1, "question_id": 2}', "has an id already"),
+    (b'{"image": "a.png", "text": "x", "boxes": [[false, false, true, true]]}', "'boxes'"),
+    (b'{"image": "a.png", "text": "x", "answer": {"red": NaN}}', "'answer'"),
+    (b'{"image": "a.png", "text": "x", "id": 1.5}', "'id'"),
+    (b'{"image": "a.png", "text": "' + b"x" * records.LINE_BYTES + b'"}', "more than 1,048,576 bytes"),
 ]
 
 
@@ -987,6 +1036,45 @@ def test_check_lists_the_first_twenty_mistakes_and_counts_all(own, tmp_path, mon
     assert "mistakes: 33, the first 20" in error and error.count("\n") == 21
     with pytest.raises(common.UserError, match=r"my.jsonl:1: not JSON.*and 32 more"):
         load(path, "pretrain", "train", cache=tmp_path / "c")
+
+
+def test_check_lists_every_wrong_picture_where_the_lines_are_right(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    for i in range(23):
+        Path(f"{i}.png").write_text("no picture")
+        lines.append({"image": f"{i}.png", "text": "x"})
+    code, _, error = run_command(capsys, "check", own({"image": "a.png", "text": "x"}, *lines))
+    assert code == 2 and "mistakes: 23, the first 20" in error
+    assert [line.split(": ")[0] for line in error.splitlines()[:20]] == [
+        f"{tmp_path}/my.jsonl:{i}" for i in range(2, 22)
+    ]
+    boxes = {"image": "a.png", "text": "x", "boxes": [[0, 0, 99, 9]]}
+    _, _, error = run_command(capsys, "check", own(boxes, boxes, boxes))
+    assert "my.jsonl:1: 'boxes'" in error and "the same in 2 more places" in error
+
+
+@pytest.mark.parametrize("key", ["question_id", "questionId", "ID", "sent_id", "annotation_id"])
+def test_what_other_data_sets_call_an_id_is_one(own, tmp_path, key):
+    assert list(load(own({**GOOD, key: 17}), "vqa", "train", cache=tmp_path / "c").ids) == ["17"]
+
+
+def test_texts_of_all_scripts_and_line_ends_are_read_as_they_are(own, tmp_path, capsys):
+    """A byte order mark, Windows' line ends, right to left, characters of several code points and in escapes."""
+    texts = [
+        "\u0645\u0627 \u0647\u0630\u0627\u061f",
+        "\U0001f468\u200d\U0001f469 \u0939\u093f\u0902",
+        "a\u2028b\u0085c",
+        "\U0001f600",
+    ]
+    lines = [json.dumps({"image": "a.png", "text": text}, ensure_ascii=text == texts[-1]) for text in texts]
+    path = own()
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([lines[0], "", *lines[1:], ""]).encode())
+    assert list(load(path, "caption", "train", cache=tmp_path / "c").text) == texts
+    assert "lost before" not in capsys.readouterr().err
+    own({"image": "a.png", "text": "caf\ufffd"})
+    load(path, "caption", "train", cache=tmp_path / "c")
+    assert "1 characters were lost before" in capsys.readouterr().err
 
 
 def test_equal_answers_are_merged_and_ids_are_kept(own, tmp_path):

@@ -31,6 +31,7 @@ import log
 import lxmert
 import machine
 import options
+import resume
 import tasks
 import train
 import uniter
@@ -1206,8 +1207,8 @@ def test_a_run_that_is_killed_in_its_saves_ends_as_the_undisturbed_one(pictures,
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr
-        resume = ["--resume"] if checkpoints.has_checkpoint(tmp_path / out) else []
-        here(*options, "--out", out, *resume)
+        goes_on = ["--resume"] if resume.has_checkpoint(tmp_path / out) else []
+        here(*options, "--out", out, *goes_on)
         for name in ("checkpoint.pt", "best.pt"):
             whole, killed = (checkpoints.load_checkpoint(tmp_path / folder / name) for folder in ("whole", out))
             assert all(torch.equal(whole["state"][key], killed["state"][key]) for key in whole["state"])
