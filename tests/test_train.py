@@ -522,6 +522,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, here, capsys):
         (["--resume"], "--resume"),
         (["--steps", "-1"], "--steps"),
         (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "meta"], "meta: not available"),
+        (["--out", "damaged.pt"], "--out damaged.pt: is a file"),
         (["--init", "damaged.pt"], "damaged.pt"),
         (["--teacher", "nowhere.pt"], "nowhere.pt"),
         (["--distill", "logits,dreams"], "dreams"),
@@ -533,6 +535,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, here, capsys):
         (["--config", "layers=two"], "layers=two"),
         (["--config", "layers=0.5"], "layers=0.5"),
         (["--config", "depth=2"], "depth"),
+        (["--config", "dropout=NaN"], "dropout=NaN"),
+        (["--config", "dropout=1e999"], "dropout=1e999"),
+        (["--config", "hidden=4294967296"], "too little memory"),
         (["--config", "contrast=softmax"], "infonce"),
         (["--config", "answers=7"], "answers"),
         (["--config", "hidden=65"], "65 is not a multiple"),
@@ -813,7 +818,8 @@ def test_a_tie_counts_as_the_share_that_is_right():
         "--lr -1", "--lr inf", "--lr nan", "--clip 0", "--clip -1", "--warmup 5", "--warmup -0.1", "--weight-decay -1",
         "--mask 2", "--mask -0.1", "--steps -1", "--steps 1.5", "--batch-size 0", "--accumulate 0", "--seed -1",
         "--seeds 0", "--limit 0", "--pool 0", "--beams 0", "--mine 0", "--rerank 0", "--patch 0", "--grid 0",
-        "--log-every 0", "--eval-every 0", "--max-words 2", "--temperature 0",
+        "--log-every 0", "--eval-every 0", "--max-words 2", "--temperature 0", "--seed 4294967296", "--seed 1e3",
+        "--clip inf", "--mask nan", "--temperature nan", "--steps ''",
     ],
 )  # fmt: skip
 def test_an_impossible_number_is_refused_by_name(arguments):
@@ -1144,7 +1150,8 @@ def test_a_used_folder_is_said_and_a_folder_in_use_is_refused(pictures, tmp_path
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (KeyboardInterrupt(), "interrupted"),
+        (MemoryError(), "too little memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "too little memory"),
         (OSError(28, "No space left on device", "best.pt.tmp"), "best.pt.tmp: No space left on device"),
         (PermissionError(13, "Permission denied", "out"), "out: Permission denied"),
         (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), "is the disk full?"),
@@ -1158,6 +1165,26 @@ def test_what_the_machine_refuses_is_one_line(error, message, pictures, here, mo
     here("--data", pictures, "--steps", 1, code=2)
     text = capsys.readouterr().err
     assert message in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["train.py", "predict.py", "data.py", "prepare/scenes.py", "prepare/features.py",
+                                     "prepare/coco.py", "prepare/refcoco.py", "prepare/bottom_up.py"])  # fmt: skip
+def test_ctrl_c_is_one_line_also_while_torch_is_imported(command, tmp_path):
+    """A stand-in for torch takes the place of the user who presses Ctrl-C while the real one is read."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    call = [sys.executable, str(ROOT / command)]
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 130 and done.stderr == f"{Path(command).name}: interrupted\n", done.stderr
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(pictures, here, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "build_model", interrupt)
+    here("--data", pictures, "--steps", 1, code=130)
+    assert capsys.readouterr().err == "train.py: interrupted; the last checkpoint is kept\n"
 
 
 def test_a_head_left_at_random_is_said_on_the_result_line(pictures, tmp_path, here, capsys):
