@@ -183,8 +183,9 @@ def check_content(path, content):
         with torch.device("meta"):
             model = paper.MODEL(paper.Config(**content["config"]))
         for name, tensor in model.state_dict().items():
-            if content["state"][name].shape != tensor.shape:
-                raise ValueError(f"{name} has another shape than its config says")
+            found = content["state"][name]
+            if found.shape != tensor.shape or not found.is_floating_point():
+                raise ValueError(f"{name} has another shape than its config says, or holds no floats")
         answers = content["answers"]
         if len(answers) not in (0, model.config.answers) or not all(isinstance(answer, str) for answer in answers):
             raise ValueError(f"it has {len(answers)} answers, its config {model.config.answers}")
@@ -214,6 +215,10 @@ def load_weights(args):
         check_content(path, content)
         return content
     state = weights.strip_wrappers(path, state)
+    if "text_embedding.words.weight" in state:
+        raise UserError(
+            f"{path}: a checkpoint of train.py without its sizes and word pieces; give the whole checkpoint"
+        )
     kind = kind_of(state)
     if kind not in ("BERT", args.model):
         raise UserError(f"{path}: holds weights of {kind}, which do not fit --model {args.model}")
@@ -390,11 +395,12 @@ def make_rank_head(state, own):
 
 
 def names_that_fit(state, own):
-    """The names that both have with one shape. A head of which a tensor does not fit is left out whole."""
+    """The names that both have with one shape, and as floats: integers are quantised weights. A head of which a tensor
+    does not fit is left out whole."""
     fitting = set()
     torn = set()
     for name, tensor in own.items():
-        if name in state and state[name].shape == tensor.shape:
+        if name in state and state[name].shape == tensor.shape and state[name].is_floating_point():
             fitting.add(name)
         elif name.startswith("heads."):
             torn.add(component_of(name))
@@ -410,7 +416,7 @@ def check_trunk(args, kind, at_random):
             lost.append(name)
     if lost and not args.partial:
         raise UserError(
-            f"{args.init}: {len(lost)} tensors of the trunk are missing or of another shape, the first is {lost[0]}; "
+            f"{args.init}: {len(lost)} tensors of the trunk are missing or of another shape or type, the first is {lost[0]}; "
             "--partial leaves them at random"
         )
 

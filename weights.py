@@ -51,8 +51,8 @@ def read_parts(index):
         raise UserError(f"{index}: has no weight_map that names the files of its tensors")
     tensors = {}
     for file in sorted(set(map(str, files.values()))):
-        if Path(file).name != file or file.endswith(".json"):
-            raise UserError(f"{index}: {file} is no weights file of its own folder")
+        if not file or Path(file).name != file or file.endswith(".json"):
+            raise UserError(f"{index}: {file!r} is no weights file of its own folder")
         part = read_weights(index.with_name(file))
         if isinstance(part, dict):
             tensors.update(part)

@@ -190,6 +190,9 @@ WRAPPED = {  # how a code wraps a state dict: what it saves
     "compiled layers": lambda state: {name.replace(".layer.0.", ".layer.0._orig_mod."): t for name, t in state.items()},
     "average alone": lambda state: {"ema": {"module": state}, "step": torch.tensor(3)},
     "average beside": lambda state: {"ema": {n: t * 2 for n, t in state.items()}, "model_state_dict": state},
+    "an average in Lightning": lambda state: {"state_dict": {f"ema_model.module.{n}": t for n, t in state.items()}},
+    "torch's AveragedModel": lambda s: {"n_averaged": torch.tensor(3), **{f"module.{n}": t for n, t in s.items()}},
+    "DeepSpeed": lambda state: {"module": state, "optimizer": None, "epoch": 3},
     "three keys deep": lambda state: {"model": {"state_dict": {"module": state}}},
     "everything": lambda state: {"model": {f"module.model._orig_mod.{n}": t for n, t in state.items()}},
 }
@@ -243,6 +246,8 @@ def test_a_folder_in_several_parts_is_read_by_its_index_file(kind, tmp_path):
         "has no weight_map": None,
         "model-9.bin: no such file": {"a": "model-9.bin"},
         "is no weights file of its own folder": {"a": f"../{tmp_path.name}/x.bin"},
+        "'' is no weights file of its own folder": {"a": ""},
+        "'x.index.json' is no weights file of its own folder": {"a": "x.index.json"},
         "1 tensors are in none of its files, the first is a": content["weight_map"]
         | {"a": f"model-00001-of-00003.{kind}"},
     }
@@ -720,6 +725,7 @@ DAMAGED_PARTS = {  # what is done to a checkpoint of six pictures: how
     "weights are no dict": {"state": 0.5},
     "a weight is missing": {"state": {"pooler.dense.weight": None}},
     "a weight of another shape": {"state": {"pooler.dense.bias": torch.zeros(3)}},
+    "a weight in integers": {"state": {"pooler.dense.bias": torch.zeros(128, dtype=torch.int8)}},
     "a weight is NaN": {"state": {"pooler.dense.bias": torch.full((128,), math.nan)}},
     "more answers than rows": {"answers": ["yes", "no", "red", "blue"]},
     "answers that are no text": {"answers": [1, 2]},
@@ -1047,6 +1053,10 @@ def wrong_file(kind, folder):
         torch.save({"step": 3, "losses": [1.0]}, path)
     elif kind == "a tensor":
         torch.save(torch.zeros(3), path)
+    elif kind == "quantised":
+        torch.save({name: (99 * tensor).to(torch.int8) for name, tensor in good.items()}, path)
+    elif kind == "our weights alone":
+        torch.save(make("uniter"), path)
     elif kind == "half a model":
         torch.save({name: tensor for name, tensor in good.items() if ".layer.2.output" not in name}, path)
     elif kind == "too few words":
@@ -1067,7 +1077,7 @@ WRONG = {  # kind: what the line must say
     "other model": "weights of lxmert, which do not fit --model uniter",
     "other kind of model": "lacks bert.embeddings.word_embeddings.weight",
     "roberta without its name": "model_type is 'roberta'",
-    "other width": "4 tensors of the trunk are missing or of another shape, the first is layers.0.attention.value.weight",
+    "other width": "4 tensors of the trunk are missing or of another shape or type, the first is layers.0.attention.value.weight",
     "other features": "features of width 6",
     "heads unknown": "put its config.json beside it",
     "config of another": "64 wide with 7 heads",
@@ -1084,6 +1094,8 @@ WRONG = {  # kind: what the line must say
     "no weights": "holds no weights",
     "a tensor": "holds no weights",
     "half a model": "4 tensors of the trunk",
+    "quantised": "tensors of the trunk are missing or of another shape or type",
+    "our weights alone": "without its sizes and word pieces; give the whole checkpoint",
     "too few words": "30 words, the tokenizer 58",
     "no words beside it": "give --vocab",
     "folder": "a folder without model.safetensors or pytorch_model.bin",
