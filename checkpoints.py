@@ -175,6 +175,7 @@ def load_checkpoint(path):
 
 def check_content(path, content):
     """UserError unless the parts of a checkpoint fit each other: its weights are those of a model with its config."""
+    weights.check_sums(path)
     try:
         for key, kind in {**CHECKPOINT_TYPES, **OTHER_TYPES}.items():
             if not isinstance(content.get(key, kind()), kind):

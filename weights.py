@@ -8,6 +8,7 @@ line with the file's name.
 import json
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -120,6 +121,17 @@ def read_torch(path):
                 "torch.save(model.state_dict(), FILE)"
             ) from None
         raise UserError(f"{path}: no weights, damaged, or more than weights ({type(error).__name__})") from None
+
+
+def check_sums(path):
+    """UserError if a byte of a file of torch.save has changed since: torch reads it without comparing the check sums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # noqa: BLE001 (damaged archives end in nearly every kind of error)
+        damaged = error
+    if damaged:
+        raise UserError(f"{path}: damaged ({damaged})")
 
 
 def read_safetensors(path):

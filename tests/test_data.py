@@ -20,11 +20,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import damage_bytes, damage_json
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import data
+import options
 import records
 import regions
 import tasks
@@ -706,9 +708,9 @@ def test_transparent_pixels_of_every_format_are_white(tmp_path, kind):
 
 
 def test_regions_that_would_fill_the_memory_are_refused(own, tmp_path):
-    for options in ({"patch": 100_000}, {"grid": 10**6}, {"patch": 2000, "grid": 10}):
+    for sizes in ({"patch": 100_000}, {"grid": 10**6}, {"patch": 2000, "grid": 10}):
         with pytest.raises(common.UserError, match="my.jsonl:1: .* regions of .* fill the memory; take a smaller"):
-            load(own(GOOD), "vqa", "train", cache=tmp_path / "c", **options)
+            load(own(GOOD), "vqa", "train", cache=tmp_path / "c", **sizes)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
@@ -803,81 +805,6 @@ def test_only_the_arrays_that_are_needed_are_read_and_no_header_is_believed(tmp_
 
 # ---- damaged at random -------------------------------------------------------------------------------------------------
 
-PIECES = [
-    b"\0",
-    b"\xff\xfe",
-    b"\xe2\x80\xa8",
-    b"\xc2\x85",
-    b"\n",
-    b'"',
-    b"{",
-    b"]",
-    b"NaN",
-    b"1e400",
-    b"9" * 400,
-    b"\\ud800",
-    b"\xe9",
-]
-VALUES = [
-    None,
-    True,
-    0,
-    -1,
-    3.5,
-    1e400,
-    "",
-    " ",
-    "a\0b",
-    "\u2028",
-    "f.npz",
-    ".",
-    [],
-    {},
-    [[0, 0, 42, 31]],
-    [-1, 0, 9, 9],
-]
-VALUES += [[[0, 0, 41, 31]], [39.9, 0, 40.9, 9], {"a": 2}, {"A": 0.9, "a.": 0.9}, "test", 10**30, ["a.png"], "\ud83d"]
-
-
-def damage_bytes(rng, content):
-    """Bytes changed, put in, taken out or cut off, at one to four random places."""
-    content = bytearray(content)
-    for _ in range(int(rng.integers(1, 5))):
-        i = int(rng.integers(len(content) + 1))
-        end = i + int(rng.integers(1, 40))
-        how = rng.integers(5)
-        if how == 0:
-            content[i : i + 1] = rng.bytes(1)
-        elif how == 1:
-            content[i:i] = PIECES[rng.integers(len(PIECES))]
-        elif how == 2:
-            del content[i:end]
-        elif how == 3:
-            content[i:i] = content[i:end]
-        elif len(content) > 1:
-            content = content[: i + 1]
-    return bytes(content)
-
-
-def damage_json(rng, record):
-    """A JSON object with one value changed, taken out, or under another key, at any depth; as bytes."""
-    record = json.loads(json.dumps(record))
-    place = record
-    while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-        key = keys[rng.integers(len(keys))]
-        if not isinstance(place[key], dict | list) or len(place[key]) == 0 or rng.random() < 0.5:
-            break
-        place = place[key]
-    how = rng.random()
-    if how < 0.6:
-        place[key] = VALUES[rng.integers(len(VALUES))]
-    elif how < 0.8:
-        del place[key]
-    elif isinstance(place, dict):
-        place[f"{key}s"] = place.pop(key)
-    return json.dumps(record).encode()
-
 
 def damaged_lines(rng, folder):
     good = {
@@ -916,13 +843,13 @@ def damaged_picture(rng, folder):
     write_jsonl(folder / "m.jsonl", [{"image": name, "text": "x", "target": [0, 0, 9, 9]}])
 
 
-@pytest.mark.parametrize("damaged", [damaged_lines, damaged_features, damaged_picture])
-def test_what_is_damaged_at_random_is_read_right_or_refused_in_one_line(own, tmp_path, damaged):
+@pytest.mark.parametrize("damaged, count", [(damaged_lines, 35), (damaged_features, 30), (damaged_picture, 40)])
+def test_what_is_damaged_at_random_is_read_right_or_refused_in_one_line(own, tmp_path, damaged, count):
     """Nothing is taken silently that is no UTF-8, not finite, or outside its picture."""
     own()
     rng = np.random.default_rng(5)
     refused = 0
-    for number in range(40):
+    for number in range(count):
         damaged(rng, tmp_path)
         try:
             dataset = load(tmp_path / "m.jsonl", "refer", "train", cache=tmp_path / f"c{number}", grid=2, patch=3)
@@ -941,7 +868,7 @@ def test_what_is_damaged_at_random_is_read_right_or_refused_in_one_line(own, tmp
         target = np.array(record["target"]).clip(0, [width, height, width, height])
         assert np.allclose(dataset.target[0], target / [width, height, width, height])
         assert list(dataset.text) == [record["text"]]
-    assert 5 < refused < 40
+    assert 5 < refused < count
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json"])
@@ -952,7 +879,7 @@ def test_a_vocabulary_that_is_damaged_at_random_is_read_right_or_refused(tmp_pat
     if name == "tokenizer.json":
         good = data.tokenizer_from_vocab("\n".join(pieces)).to_str().encode()
     refused = 0
-    for _ in range(40):
+    for _ in range(20):
         content = damage_bytes(rng, good)
         if name == "tokenizer.json" and rng.random() < 0.5:
             content = damage_json(rng, json.loads(good))
@@ -972,7 +899,34 @@ def test_a_vocabulary_that_is_damaged_at_random_is_read_right_or_refused(tmp_pat
                 piece = line.removesuffix("\r")
                 if piece and piece not in [other.removesuffix("\r") for other in lines[number + 1 :]]:
                     assert tokenizer.token_to_id(piece) == number
-    assert 3 < refused < 40
+    assert 3 < refused < 20
+
+
+def test_a_dataset_json_that_is_damaged_at_random_is_read_right_or_refused(own, tmp_path):
+    """What is taken stands in the file as it is, and the options' defaults are in their ranges."""
+    own(GOOD, {**GOOD, "split": "hard"})
+    good = {"name": "mine", "files": {"vqa": "my.jsonl"}, "extra_splits": ["hard"], "content_words": ["red"]}
+    good |= {"regions": {"kind": "x"}, "defaults": {"steps": 2, "mask": 0.2, "batch_size": 4}}
+    rng = np.random.default_rng(3)
+    refused = 0
+    for _ in range(20):
+        content = damage_json(rng, good)
+        if rng.random() < 0.4:
+            content = damage_bytes(rng, json.dumps(good).encode())
+        (tmp_path / "dataset.json").write_bytes(content)
+        try:
+            path, description = options.open_data(str(tmp_path))
+            defaults = options.read_defaults(path, description)
+            count = len(load(tmp_path, "vqa", "train", cache=tmp_path / "c"))
+        except common.UserError as error:
+            refused += 1
+            assert str(tmp_path) in str(error) and "\n" not in str(error)
+            continue
+        written = json.loads(content)
+        assert count == 1 and all(description[key] == value for key, value in written.items())
+        assert set(defaults) == set(written.get("defaults", {}))
+        assert defaults.get("steps", 0) >= 0 and 0 <= defaults.get("mask", 0) <= 1 and defaults.get("batch_size", 1) > 0
+    assert 3 < refused < 20
 
 
 # ---- lines that are wrong ----------------------------------------------------------------------------------------------
