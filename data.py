@@ -58,6 +58,7 @@ from regions import (  # noqa: F401 (some are for other files, which take all th
     check_boxes,
     grid_boxes,
     make_once,
+    naming,
     open_picture,
     parallel,
     ragged,

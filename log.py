@@ -128,7 +128,7 @@ class Log:
 
     def write(self, record):
         if self.run.rank == 0:
-            with self.file.open("a") as file:
+            with data.naming(self.file), self.file.open("a") as file:
                 file.write(json.dumps(record, default=float) + "\n")
 
 

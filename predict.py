@@ -251,7 +251,8 @@ def draw(run, task, dataset, answers, files, out):
         top += height
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        picture.save(out)
+        with regions.naming(out):
+            picture.save(out)
     except ValueError:
         raise UserError(f"--out {out}: not the name of a picture file; write one that ends in .png") from None
 
@@ -546,7 +547,7 @@ def write_predictions(run, task, datasets, path, done, top):
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     number = 0  # of the line, from 1
-    with open(path, "a" if done else "w", encoding="utf-8") as file:
+    with regions.naming(path), open(path, "a" if done else "w", encoding="utf-8") as file:
         for dataset in datasets:
             for start in range(0, len(dataset), CHUNK):
                 index = np.arange(start, min(start + CHUNK, len(dataset)))

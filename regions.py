@@ -37,16 +37,28 @@ VERSION = 14  # raise it whenever region features or columns change: it is part 
 # ---- files ------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def naming(path):
+    """An OSError in the block that names no file, as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_whole(path, write):
     """Makes a file whole or not at all: write(temporary path), sync to disk, rename. A failure leaves no .tmp."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -67,7 +79,8 @@ def make_once(folder, make):
     aside = folder.parent / f".making-{folder.name}-{os.getpid()}-{time.time_ns()}"
     aside.mkdir()  # not tempfile.mkdtemp, whose folders only their owner may read
     try:
-        make(aside)
+        with naming(folder):
+            make(aside)
         aside.rename(folder)
     except OSError:
         if not folder.exists():

@@ -1187,6 +1187,19 @@ def test_ctrl_c_before_the_first_step_is_one_line(pictures, here, monkeypatch, c
     assert capsys.readouterr().err == "train.py: interrupted; the last checkpoint is kept\n"
 
 
+def test_a_full_disk_names_the_file_that_did_not_fit(tmp_path):
+    """Python's own error of a write says nothing of it."""
+
+    def fail(_):
+        raise OSError(28, "No space left on device")
+
+    for write in (lambda: data.write_whole(tmp_path / "a", fail), lambda: data.make_once(tmp_path / "a", fail)):
+        with pytest.raises(OSError, match="No space left") as error:
+            write()
+        assert machine.explain(error.value) == f"{tmp_path}/a: No space left on device"
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_a_head_left_at_random_is_said_on_the_result_line(pictures, tmp_path, here, capsys):
     given = ["--data", pictures, "--task", "vqa"]
     here(*given, "--steps", 0, "--out", "untrained")
