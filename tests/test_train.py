@@ -1300,11 +1300,23 @@ def test_a_full_disk_behind_stdout_and_stderr_ends_no_run(pictures, tmp_path):
 # ---- small and odd sets ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", checkpoints.MODELS)
-@pytest.mark.parametrize("task", ["pretrain", "vqa", "caption", "retrieval"])
+ONE_EXAMPLE = [(model, task) for model in checkpoints.MODELS for task in ("pretrain", "vqa", "caption", "retrieval")]
+ONE_EXAMPLE += [("uniter", "ve"), ("vilbert", "vcr"), ("lxmert", "refer"), ("uniter", "nlvr2")]
+
+
+@pytest.mark.parametrize("model, task", ONE_EXAMPLE)
 def test_one_picture_and_one_example_a_split_work_or_are_one_line(model, task, pictures, tmp_path, here, capsys):
     line = json.loads(pictures.read_text().splitlines()[0])
-    line["image"] = str(pictures.parent / line["image"])
+    image = str(pictures.parent / line["image"])
+    line["image"] = image
+    if task == "ve":
+        line["answer"] = "neutral"
+    elif task == "vcr":
+        line |= {"choices": ["a", "b"], "label": 1, "reasons": ["c", "d"], "reason": 0}
+    elif task == "refer":
+        line["target"] = line["boxes"][0]
+    elif task == "nlvr2":
+        line = {"images": [image, image], "text": "x", "label": True}
     lines = [json.dumps({**line, "split": split}) for split in ("train", "val", "test")]
     (tmp_path / "one.jsonl").write_text("\n".join(lines))
     given = [*SMALL, "--model", model, "--task", task, "--data", "one.jsonl", "--steps", "2"]
