@@ -11,6 +11,7 @@ import pickle
 import re
 import struct
 import sys
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -667,6 +668,21 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(own, tmp_path, capsys
         resume.load_latest(tmp_path / "out")
 
 
+def test_a_changed_bit_of_the_weights_is_noticed(own_checkpoint, tmp_path):
+    """torch.load reads it without a word."""
+    path = tmp_path / "x.pt"
+    checkpoints.save(own_checkpoint, path)
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+    torch.load(path)
+    for read in (checkpoints.load_checkpoint, lambda path: checkpoint_of(path, "uniter")):
+        with pytest.raises(UserError, match=f"x.pt: damaged .{largest.filename}"):
+            read(path)
+
+
 @pytest.mark.parametrize("harm", ["missing", "damaged", "of another run"])
 def test_best_weights_that_are_lost_are_said_when_a_run_goes_on(harm, own, tmp_path, capsys):
     """Not at its end, when all steps are done. The best of the steps to come are kept and tested."""
@@ -721,6 +737,7 @@ def test_a_save_that_fails_leaves_both_checkpoints_and_no_temporary_file(tmp_pat
 DAMAGED_PARTS = {  # what is done to a checkpoint of six pictures: how
     "no such model": {"model": "uniterx"},
     "sizes are no dict": {"config": "x"},
+    "a size of 0": {"config": {"hidden": 0}},
     "an unknown size": {"config": {"depth": 3}},
     "another width": {"config": {"hidden": 64}},
     "weights are no dict": {"state": 0.5},
