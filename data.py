@@ -371,7 +371,7 @@ def read_dataset_json(path):
         if not file.is_file():
             raise UserError(f"{path}: has no dataset.json; give a .jsonl file or a folder with one")
         try:
-            found = json.loads(file.read_bytes().decode("utf-8"), object_pairs_hook=unique_keys)
+            found = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: not JSON in UTF-8 ({error})") from None
         if not isinstance(found, dict):
@@ -526,7 +526,7 @@ def read_tokenizer(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a BERT vocab.txt or a tokenizer.json")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
         if path.suffix == ".json":
             tokenizer = tokenizer_from_json(text)
             tokenizer.no_padding()  # which some files ask for, as for truncation; lengths are a batch's affair

@@ -1080,8 +1080,13 @@ def test_pictures_outside_the_folder_are_read_and_said(own, tmp_path, capsys):
     assert "lie outside" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "/dev/zero", ".", "a.png/b.png", "a.png\n"])
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "/dev/zero", ".", "a.png/b.png", "a.png\n", "loop", "nowhere", "pipe", "http://x.org/a.png"]
+)
 def test_a_name_that_is_no_file_is_said_with_its_line(own, tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("missing.png")
+    os.mkfifo(tmp_path / "pipe")  # whose reader would wait for ever
     path = own({**GOOD, "image": name})
     with pytest.raises(common.UserError, match=r"my.jsonl:1: .*no file"):
         load(path, "caption", "train", cache=tmp_path / "c")
@@ -1191,10 +1196,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         ("\u0915\u093f", "\u0915"),
         ("\u0e14\u0e35", "\u0e14\u0e34"),
         ("caf\u00e9", "cafe"),
+        ("\u05e9\u05c1", "\u05e9\u05c2"),
+        ("\u1ea1", "\u1ea3"),
+        ("\u0643\u064e\u062a\u064e\u0628", "\u0643\u064f\u062a\u0650\u0628"),
     ],
 )
 def test_own_vocabularies_keep_accents_and_marks(tmp_path, one, other):
-    """Panda and solder in Japanese, marks of Hindi and Thai. Composed and decomposed characters are one."""
+    """Panda and solder in Japanese, marks of Hindi, Thai, Hebrew, Vietnamese and Arabic. Composed and decomposed characters are one."""
     tokenizer = data.train_tokenizer([one, other] * 9)
     assert tokenizer.encode(one).ids != tokenizer.encode(other).ids
     decomposed = "cafe\u0301"
@@ -1211,6 +1219,8 @@ def test_vocabularies_with_odd_lines_keep_their_ids(tmp_path):
     tokenizer = data.read_tokenizer(tmp_path / "vocab.txt")
     assert tokenizer.get_vocab_size() == max(tokenizer.get_vocab().values()) + 1 == 12
     assert [tokenizer.token_to_id(piece) for piece in ("a", "b", "\u2028", "\u0085", "c")] == [9, 7, 8, 10, 11]
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert data.read_tokenizer(tmp_path / "windows.txt").get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize("change", [{"unk_token": "[nothing]"}, {"unk_token": ""}, {"vocab": {}}, {"type": "Unigram"}])
