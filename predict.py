@@ -3,6 +3,7 @@
     python predict.py out/uniter-vqa/best.pt --scenes 4                   four held-out examples as a picture and as text
     python predict.py out/uniter-vqa/best.pt --image a.png --text "what color is the circle?"
     python predict.py out/uniter-vqa/best.pt --data my.jsonl --out predictions.jsonl      every line of a file
+    python predict.py out/uniter-vqa/best.pt --scenes 1 --attention attention.png         what the words attend to
     python predict.py out/uniter-vqa/best.pt --export vqa.bin                             weights for other programs
     python predict.py out/uniter-vqa/best.pt --serve 8000                                 a page in the browser
 
@@ -23,10 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
+import attention
+import attention_sheet
 import checkpoints
 import data
+import drawing
 import evaluation
 import formats
 import machine
@@ -38,7 +41,6 @@ import tasks
 import train
 from common import UserError
 from log import safe_output
-from prepare import preview
 
 CHUNK = 1024  # lines of a file that are answered together
 
@@ -70,6 +72,12 @@ def parse(argv=None):
     add("--out", metavar="FILE", help="the picture of --scenes (default: predictions.png), the predictions of --data")
     add("--resume", action="store_true", help="with --data: go on after the last whole line of --out")
     add("--to", choices=list(EXPORTS), default="official", help="format of --export (default: official)")
+    add("--attention", metavar="FILE", help="with --image or --scenes: draw which regions the words attend to")
+    add("--method", choices=[*attention.METHODS, "transport"], help="of --attention (default: raw)")
+    add("--word", help="with --attention: one word of the text, and its regions")
+    add("--region", type=options.COUNT_OR_ZERO, help="with --attention: one region, from 0, and its words")
+    add("--layer", type=options.COUNT_OR_ZERO, help="with --method raw: one layer, from 0 (default: mean over layers)")
+    add("--head", type=options.COUNT_OR_ZERO, help="with --method raw: one head, from 0 (default: mean over heads)")
     add("--beams", type=options.COUNT, help="captions: beam width; 1 is greedy (default: as trained)")
     add("--top", type=options.COUNT, default=3, help="how many answers to show (default: 3)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -80,6 +88,7 @@ def parse(argv=None):
         raise UserError("give one of --scenes, --image, --data, --export and --serve")
     if args.resume and not (args.data and args.out):
         raise UserError("--resume goes on with the --out of --data; give both")
+    attention_sheet.check_options(args)
     return args
 
 
@@ -151,7 +160,7 @@ def describe(answer):
     if "masked" in answer:
         parts.append(f"{answer['masked']}:")
     for name, prob in answer.get("answers", []):
-        parts.append(f"{short_name(name)} {prob:.3f}")
+        parts.append(f"{drawing.short_name(name)} {prob:.3f}")
     if "caption" in answer:
         parts.append(answer["caption"])
     return "  ".join(parts)
@@ -203,153 +212,16 @@ def show_scenes(run, task, args):
     for i, answer in enumerate(answers):
         print_answer(task, dataset, i, answer)
     out = Path(args.out or "predictions.png")
-    draw(run, task, dataset, answers, files, out)
+    drawing.draw(run, task, dataset, answers, files, out)
     print(f"{out}: {len(dataset)} examples of {dataset.name}, split {dataset.split}")
-
-
-def text_of(task, dataset, i):
-    """The text of example i as a reader sees it: without the choices, and "" where the model has to write it."""
-    text = dataset.text[dataset.rows([i])[0]]
-    if task.truth == "text":
-        return ""
-    if isinstance(text, tuple):
-        return " ".join(text[:-1])  # the last segment is a choice
-    return text
 
 
 def print_answer(task, dataset, i, answer):
     """Three lines: the example, the answers, the truth."""
-    print(f"{dataset.ids[i]}: {text_of(task, dataset, i)}")
+    print(f"{dataset.ids[i]}: {drawing.text_of(task, dataset, i)}")
     print(f"    {describe(answer)}")
     if "truth" in answer:
-        print(f"    truth: {short_name(answer['truth'])}")
-
-
-# ---- the sheet of --scenes ---------------------------------------------------------------------------------------------
-
-SIDE = 400  # width of a cell in pixels
-MARGIN = 12
-GREY = (80, 80, 80)
-GREEN = (0, 140, 60)
-RED = (200, 40, 40)
-BLUE = (70, 120, 200)
-
-
-def draw(run, task, dataset, answers, files, out):
-    """Draws examples with their answers as one picture, two side by side. files: {row of the store: picture file}."""
-    cells = []
-    for i, answer in enumerate(answers):
-        cells.append(draw_cell(task, dataset, i, answer, files))
-    columns = min(2, len(cells))
-    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    heights = [max(cell.height for cell in row) for row in rows]
-    picture = Image.new("RGB", (columns * SIDE, sum(heights)), "white")
-    top = 0
-    for row, height in zip(rows, heights, strict=True):
-        for column, cell in enumerate(row):
-            picture.paste(cell, (column * SIDE, top))
-        top += height
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with regions.naming(out):
-            picture.save(out)
-    except ValueError:
-        raise UserError(f"--out {out}: not the name of a picture file; write one that ends in .png") from None
-
-
-def draw_cell(task, dataset, i, answer, files):
-    """One example: its one or two pictures with their boxes, the text, the answers as bars, the truth."""
-    rows = list(dict.fromkeys(dataset.image[dataset.rows([i])].tolist()))
-    cell = Image.new("RGB", (SIDE, 2 * SIDE), "white")
-    pen = ImageDraw.Draw(cell)
-    width = (SIDE - MARGIN * (len(rows) + 1)) // len(rows)
-    bottom = 0
-    for number, row in enumerate(rows):
-        picture = draw_regions(dataset.store, row, files.get(row), answer, width)
-        cell.paste(picture, (MARGIN + number * (width + MARGIN), MARGIN))
-        bottom = max(bottom, MARGIN + picture.height)
-    y = bottom + 8
-    y = write_text(pen, answer.get("masked", text_of(task, dataset, i)), y, 17, "black")
-    y = write_text(pen, answer.get("caption", ""), y, 17, BLUE)
-    if "match" in answer:
-        y = draw_bar(pen, "text and picture match", answer["match"], y, BLUE)
-    for name, prob in answer.get("answers", []):
-        color = BLUE
-        if "truth" in answer:
-            color = GREEN if is_right(name, answer["truth"]) else RED
-        y = draw_bar(pen, short_name(name), prob, y, color)
-    if "truth" in answer:
-        text = f"truth: {short_name(answer['truth'])}"
-        if isinstance(answer["truth"], list):
-            text += " (green frame; blue: the likeliest)"
-        y = write_text(pen, text, y + 2, 14, GREY)
-    return cell.crop((0, 0, SIDE, y + MARGIN))
-
-
-def is_right(name, truth):
-    """Whether an answer is the true one; a box if it overlaps the true one by more than one half."""
-    if isinstance(name, list):
-        return evaluation.iou(torch.tensor([[name]]), torch.tensor([[truth]])).item() > 0.5
-    return name == truth
-
-
-def short_name(name):
-    """An answer as text; of a box its corners in whole pixels."""
-    if isinstance(name, list):
-        return str([round(value) for value in name])
-    return name
-
-
-def draw_regions(store, row, file, answer, width):
-    """A picture, `width` pixels wide, with the boxes of its regions in white. If the answers are boxes, the likeliest one
-    is drawn in blue, the true one in green. Without a file the picture is pasted together from its regions."""
-    image, boxes = preview.paste_regions(store, row, width)
-    if file:
-        image = regions.open_picture("the picture", file)
-        image = image.resize((width, max(1, round(width * image.height / image.width))))
-    pen = ImageDraw.Draw(image)
-    scale = np.tile(image.size, 2)
-    for box in boxes:
-        pen.rectangle((np.array(box) * scale).tolist(), outline="white")
-    to_shown = scale / np.tile(store.sizes[row], 2) if store.sizes is not None else scale
-    marked = []
-    if isinstance(answer.get("truth"), list):
-        marked.append((answer["truth"], GREEN, 6))
-    for name, _ in answer.get("answers", [])[:1]:
-        if isinstance(name, list):
-            marked.append((name, BLUE, 3))
-    for box, color, thickness in marked:
-        pen.rectangle((np.array(box) * to_shown).tolist(), outline=color, width=thickness)
-    return image
-
-
-def write_text(pen, text, y, size, color):
-    """Writes a text into a cell, in lines as wide as the cell. Returns the y below it."""
-    font = ImageFont.load_default(size)
-    line = ""
-    for word in text.split():
-        longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > SIDE - 2 * MARGIN:
-            pen.text((MARGIN, y), line, color, font)
-            y += size + 5
-            longer = word
-        line = longer
-    if line:
-        pen.text((MARGIN, y), line, color, font)
-        y += size + 5
-    return y
-
-
-def draw_bar(pen, name, prob, y, color):
-    """An answer, a bar as long as its probability, and the number. Returns the y below it."""
-    font = ImageFont.load_default(14)
-    while font.getlength(name) > 190 and len(name) > 4:
-        name = name[:-4] + "..."
-    pen.text((MARGIN, y), name, "black", font)
-    left = MARGIN + 200
-    pen.rectangle((left, y + 3, left + round(130 * prob), y + 14), fill=color)
-    pen.text((left + 138, y), f"{100 * prob:.1f}%", "black", font)
-    return y + 20
+        print(f"    truth: {drawing.short_name(answer['truth'])}")
 
 
 # ---- --image: pictures and a text from the command line or the server ---------------------------------------------------
@@ -441,8 +313,8 @@ def parse_boxes(text):
     return boxes
 
 
-def answer_images(run, task, args):
-    """Prints the answers to `--text` for each picture, or for each pair."""
+def read_images(run, task, args):
+    """The Dataset of `--text` with each picture, or with each pair, and {row of its store: picture file}."""
     if len(args.image) % task.pictures:
         raise UserError(f"{task.name} takes two --image for each answer, not {len(args.image)}")
     boxes = [None] * len(args.image)
@@ -463,15 +335,38 @@ def answer_images(run, task, args):
         name = " ".join(args.image[i : i + task.pictures])
         record = {"id": name, "text": args.text or "", "choices": args.choices, "answer": args.answer}
         questions.append((record, found))
-    dataset = make_dataset(run, task, questions)
+    if not args.boxes and run.regions.get("boxes") == "given":
+        data.warn("trained on boxes of things, asked about a grid; give --boxes")
+    return make_dataset(run, task, questions), files
+
+
+def answer_images(run, task, args):
+    """Prints the answers to `--text` for each picture, or for each pair."""
+    dataset, files = read_images(run, task, args)
     answers = predict(run, task, dataset, np.arange(len(dataset)), args.top)
     for i, answer in enumerate(answers):
         begin = f"{dataset.ids[i]}: " if len(answers) > 1 else ""
         print(begin + describe(answer))
-    if not args.boxes and run.regions.get("boxes") == "given":
-        data.warn("trained on boxes of things, asked about a grid; give --boxes")
     if args.out:
-        draw(run, task, dataset, answers, files, Path(args.out))
+        drawing.draw(run, task, dataset, answers, files, Path(args.out))
+
+
+# ---- --attention ------------------------------------------------------------------------------------------------------
+
+
+def show_attention(run, task, args):
+    """Prints the answers to `--scenes` or `--image`, and draws what they attend to."""
+    if args.scenes:
+        dataset, files = held_out(run, task, args.split, args.scenes)
+    else:
+        dataset, files = read_images(run, task, args)
+    titles = []
+    for i, answer in enumerate(predict(run, task, dataset, np.arange(len(dataset)), args.top)):
+        answers = describe(answer).replace(":  ", ": ").replace("  ", ", ")
+        titles.append([drawing.text_of(task, dataset, i), answers])
+        if "truth" in answer:
+            titles[-1].append(f"truth: {drawing.short_name(answer['truth'])}")
+    attention_sheet.show(run, task, dataset, files, titles, args)
 
 
 # ---- --data: every line of a file ---------------------------------------------------------------------------------------
@@ -668,7 +563,9 @@ def answer(args):
         EXPORTS[args.to](args)
         return
     run, task = load_run(args)
-    if args.scenes:
+    if args.attention:
+        show_attention(run, task, args)
+    elif args.scenes:
         show_scenes(run, task, args)
     elif args.image:
         answer_images(run, task, args)

@@ -124,7 +124,8 @@ def parallel(work, jobs, label):
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
         ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started them
         with ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
-            yield from show_progress(pool.map(work, jobs), len(jobs), label)
+            chunk = min(50, 1 + len(jobs) // (100 * workers))  # jobs sent at once, for fewer messages
+            yield from show_progress(pool.map(work, jobs, chunksize=chunk), len(jobs), label)
     else:
         yield from show_progress(map(work, jobs), len(jobs), label)
 
@@ -156,7 +157,8 @@ def open_picture(where, path):
             if "transparency" in image.info and image.tile[0][3] == "RGB;16B":
                 raise ValueError("a transparent colour of 16 bits, of which Pillow reads only 8")
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo and its preview
-            picture = to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would be as large once more
+            picture = to_rgb(image)
     except Image.DecompressionBombError:
         most = 2 * Image.MAX_IMAGE_PIXELS
         raise UserError(f"{where}: picture {path} has more than {most:,} pixels; resize it") from None
@@ -198,9 +200,7 @@ def picture_size(where, path):
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             width, height = image.size
-            if (
-                image.format == "TIFF"
-            ):  # which Pillow turns by itself, some while they are opened, some while they are read
+            if image.format == "TIFF":  # Pillow turns these by itself, some only when they are read
                 return open_picture(where, path).size
             orientation = image.getexif().get(0x0112, 1)
     except Exception:  # noqa: BLE001

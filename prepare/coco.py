@@ -46,6 +46,7 @@ def official(folder, out):
 
 
 def convert(folder, out):
+    """Writes OUT/coco.jsonl from Karpathy's file if it is there, else from the official ones."""
     path = folder / "dataset_coco.json"
     records = karpathy(path, folder, out) if path.is_file() else official(folder, out)
     published.write_jsonl(out / "coco.jsonl", records)

@@ -17,6 +17,7 @@ SPLITS = {"train": "train", "val": "val", "testdev": "test"}
 
 
 def records(folder, out):
+    """A record for each question."""
     for name, split in SPLITS.items():
         path = folder / f"{name}_balanced_questions.json"
         for _, key, row in published.stream_json(path, ("question", "imageId", "answer", "types")):
@@ -31,6 +32,7 @@ def records(folder, out):
 
 
 def convert(folder, out):
+    """Writes OUT/gqa.jsonl."""
     published.write_jsonl(out / "gqa.jsonl", records(folder, out))
 
 

@@ -18,6 +18,7 @@ SPLITS = {"train": "train", "dev": "val", "test1": "test"}
 
 
 def records(folder, out):
+    """A record for each statement."""
     for name, split in SPLITS.items():
         path = folder / "data" / f"{name}.json"
         for where, row in published.read_json_lines(path, ("identifier", "sentence", "label")):
@@ -39,6 +40,7 @@ def records(folder, out):
 
 
 def convert(folder, out):
+    """Writes OUT/nlvr2.jsonl."""
     published.write_jsonl(out / "nlvr2.jsonl", records(folder, out))
 
 

@@ -59,6 +59,7 @@ def read_boxes(path):
 
 
 def records(folder, out):
+    """A record for each question."""
     for split in ("train", "val"):
         needed = (*NEEDED, "answer_label", "rationale_label")
         for where, row in published.read_json_lines(folder / f"{split}.jsonl", needed):
@@ -77,6 +78,7 @@ def records(folder, out):
 
 
 def convert(folder, out):
+    """Writes OUT/vcr.jsonl."""
     published.write_jsonl(out / "vcr.jsonl", records(folder, out))
 
 
