@@ -14,10 +14,10 @@ Masks: text_mask and region_mask True = real (not padding); masked_regions True 
 Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a store and in a Batch. Every random draw comes from a Generator.
 """
 
+import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 import argparse
 import dataclasses
 import functools
-import hashlib
 import importlib
 import itertools
 import json
@@ -37,12 +37,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from common import UserError
-from records import (  # noqa: F401 (is_box: for predict.py)
+from records import (
     Answers,
     Mistakes,
     Strings,
     Words,
-    is_box,
     is_text,
     is_texts,
     make_columns,
@@ -59,6 +58,7 @@ from regions import (  # noqa: F401 (some are for other files, which take all th
     check_boxes,
     grid_boxes,
     make_once,
+    naming,
     open_picture,
     parallel,
     ragged,
@@ -371,7 +371,7 @@ def read_dataset_json(path):
         if not file.is_file():
             raise UserError(f"{path}: has no dataset.json; give a .jsonl file or a folder with one")
         try:
-            found = json.loads(file.read_bytes().decode("utf-8"), object_pairs_hook=unique_keys)
+            found = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: not JSON in UTF-8 ({error})") from None
         if not isinstance(found, dict):
@@ -526,7 +526,7 @@ def read_tokenizer(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a BERT vocab.txt or a tokenizer.json")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
         if path.suffix == ".json":
             tokenizer = tokenizer_from_json(text)
             tokenizer.no_padding()  # which some files ask for, as for truncation; lengths are a batch's affair
@@ -825,15 +825,17 @@ def check(source, task, vocab, max_words, patch, grid):
     path, splits = describe(source, task)
     mistakes = Mistakes()
     columns, pictures = read_columns(path, task, splits, patch, grid, mistakes)
-    if pictures.jobs and mistakes.count:  # pictures are read below where the lines are right
-        for _ in pictures.extracted(path, mistakes, []):
-            pass
+    problem = None
     try:
         if not mistakes.count:
             make_columns(path, task, splits, patch, grid, CACHE)
     except UserError as error:
-        mistakes.add(error)
-    if mistakes.count:
+        problem = error
+    if problem or mistakes.count:
+        for _ in pictures.extracted(path, mistakes, []):  # the pictures of the lines that are right
+            pass
+        if not mistakes.count:
+            mistakes.add(problem)
         print(*mistakes.first, sep="\n", file=sys.stderr)
         raise UserError(f"{path}: mistakes: {mistakes.count}, the first {len(mistakes.first)} above")
     sets = {split: load(source, task, split, patch=patch, grid=grid) for split in splits if split in columns}
@@ -868,19 +870,13 @@ def print_shared_pictures(sets):
     for split, dataset in sets.items():
         rows = np.unique(dataset.image)
         if dataset.store.digests is None:
-            digests[split] = {store_digest(dataset.store, row) for row in rows}
+            digests[split] = {dataset.store.digest(row) for row in rows}
         else:
             digests[split] = set(dataset.store.digests[rows].tolist())
     for split, own in digests.items():
         shared = own & digests.get("train", set())
         if split != "train" and shared:
             print(f"warning: {len(shared)} of the {len(own)} pictures of {split} are in train too")
-
-
-def store_digest(store, row):
-    """A number that is equal for pictures with equal features."""
-    content = store.fields["features"][store.offsets[row] : store.offsets[row + 1]].tobytes()
-    return int.from_bytes(hashlib.sha256(content).digest()[:7])
 
 
 def preview(source, task, out, split, count, patch, grid):
@@ -920,7 +916,7 @@ def parse(argv):
     preview_command.add_argument("--split", default="train")
     preview_command.add_argument("--count", type=int, default=6, help="examples on the sheet")
     args = parser.parse_args(argv)
-    for name, least in {"patch": 1, "grid": 1, "count": 1, "max_words": 2}.items():
+    for name, least in {"patch": 1, "grid": 1, "count": 1, "max_words": 8}.items():
         value = getattr(args, name, least)
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it is too small")

@@ -49,7 +49,8 @@ def save(picture, path, option):
     """Writes a picture file. UserError, which names the option, where the name is not that of a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        picture.save(path)
+        with regions.naming(path):
+            picture.save(path)
     except ValueError:
         raise UserError(f"{option} {path}: not the name of a picture file; write one that ends in .png") from None
 

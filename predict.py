@@ -13,10 +13,10 @@ Regions are made as in training: cut out of the picture (the checkpoint's patch 
 that the checkpoint's `regions` names. best.pt has the weights that were best on the val split, checkpoint.pt the last ones.
 """
 
+import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 import argparse
 import dataclasses
 import io
-import itertools
 import json
 import sys
 from collections import Counter
@@ -36,6 +36,7 @@ import machine
 import options
 import records
 import regions
+import resume
 import tasks
 import train
 from common import UserError
@@ -376,7 +377,7 @@ def answer_file(run, task, args):
     """Answers every line of `--data`; with truths, prints metrics beside chance."""
     datasets = load_lines(run, task, args)
     if args.out:
-        done = whole_lines(Path(args.out), datasets) if args.resume else 0
+        done = resume.whole_lines(Path(args.out), datasets) if args.resume else 0
         write_predictions(run, task, datasets, Path(args.out), done, args.top)
     results = {}
     for dataset in datasets:
@@ -435,27 +436,6 @@ def has_truth(task, dataset):
     return dataset.target >= 0
 
 
-def whole_lines(path, datasets):
-    """How many predictions an interrupted --out holds. Cuts off a last line that is not whole. UserError if the
-    predictions are of other data."""
-    if not path.is_file():
-        return 0
-    content = path.read_bytes()
-    content = content[: content.rfind(b"\n") + 1]
-    lines = content.splitlines()
-    ids = itertools.chain.from_iterable(dataset.ids for dataset in datasets)
-    for number, line in enumerate(lines, 1):
-        try:
-            same = json.loads(line)["id"] == next(ids, None)
-        except (ValueError, KeyError, TypeError):
-            same = False
-        if not same:
-            raise UserError(f"{path}:{number}: not a prediction for this --data; leave out --resume to write it anew")
-    with open(path, "rb+") as file:
-        file.truncate(len(content))
-    return len(lines)
-
-
 def write_predictions(run, task, datasets, path, done, top):
     """Writes one line of JSON for each example, in order; the first `done` are there already.
 
@@ -463,7 +443,7 @@ def write_predictions(run, task, datasets, path, done, top):
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     number = 0  # of the line, from 1
-    with open(path, "a" if done else "w", encoding="utf-8") as file:
+    with regions.naming(path), open(path, "a" if done else "w", encoding="utf-8") as file:
         for dataset in datasets:
             for start in range(0, len(dataset), CHUNK):
                 index = np.arange(start, min(start + CHUNK, len(dataset)))
@@ -569,8 +549,11 @@ def main(argv=None):
         try:
             args = parse(argv)
             answer(args)
-        except (UserError, OSError, KeyboardInterrupt) as error:
-            print(f"predict.py: {machine.explain(error)}", file=sys.stderr)
+        except (UserError, OSError, RuntimeError, MemoryError) as error:
+            message = machine.explain(error)
+            if message is None:
+                raise
+            print(f"predict.py: {message}", file=sys.stderr)
             return 2
     return 0
 

@@ -221,6 +221,26 @@ def test_a_picture_gives_what_a_line_with_it_gives(trained, folder, capsys):
         assert printed.err == ""
 
 
+@pytest.mark.parametrize("orientation, turn", [(3, "ROTATE_180"), (6, "ROTATE_90"), (8, "ROTATE_270")])
+def test_a_photo_on_its_side_is_answered_as_it_is_shown(orientation, turn, trained, folder, capsys):
+    """Boxes, given and answered, are those of the picture as its EXIF tag turns it; so is the drawing."""
+    upright = Image.open(folder / "0.png").crop((0, 0, 96, 64))
+    upright.save(folder / "upright.png")
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    upright.transpose(Image.Transpose[turn]).save(folder / "photo.png", exif=tag)
+    boxes = [[0, 0, 40, 40], [30, 30, 90, 64], [60, 0, 96, 30]]  # some lie outside of a picture of 64 x 96
+    given = ["--boxes", json.dumps(boxes), "--text", "a red circle"]
+    answers = {}
+    for name in ("upright", "photo"):
+        capsys.readouterr()
+        assert use(trained("uniter", "refer"), "--image", f"{name}.png", *given, "--out", f"{name}-sheet.png") == 0
+        answers[name] = capsys.readouterr().out, np.asarray(Image.open(folder / f"{name}-sheet.png")).tolist()
+    assert answers["photo"] == answers["upright"]
+    shown = [json.loads(text) for text in re.findall(r"\[.*?\]", answers["photo"][0])]
+    assert sorted(shown) == sorted(boxes)
+
+
 def test_two_pictures_and_one_answer(trained, folder, capsys):
     checkpoint = trained("uniter", "nlvr2")
     pair = ["--image", "0.png", "--image", "1.png"]

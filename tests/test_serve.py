@@ -100,6 +100,24 @@ def test_pictures_of_a_request_are_answered_as_files_are(start, scene, tmp_path,
     assert status == 200 and predict.describe(answer) + "\n" == capsys.readouterr().out
 
 
+def test_a_photo_on_its_side_is_answered_as_it_is_shown(start):
+    """With given boxes, and with the grid, which follows the turned picture too."""
+    server = start("refer")
+    upright = scenes.draw_scene(scenes.make_scene(0, "test", 0)).crop((0, 0, 96, 64))
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    photo = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(photo, "PNG", exif=tag)
+    pictures = [png(upright), base64.b64encode(photo.getvalue()).decode()]
+    for boxes in ([[[0, 0, 40, 40], [60, 0, 96, 30]]], None):
+        replies = []
+        for picture in pictures:
+            question = {"images": [picture], "boxes": boxes, "text": "red circle"}
+            replies.append(request(server, "POST", "/predict", question))
+        assert replies[0] == replies[1] and replies[0][0] == 200, replies
+        assert max(box[2] for box, _ in replies[0][1]["answers"]) <= 96
+
+
 def test_requests_that_come_together_are_answered_together(start, scene, monkeypatch):
     server = start("vqa")
     held = threading.Event()
