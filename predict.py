@@ -14,7 +14,6 @@ that the checkpoint's `regions` names. best.pt has the weights that were best on
 
 import argparse
 import dataclasses
-import io
 import itertools
 import json
 import sys
@@ -28,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 import checkpoints
 import data
 import evaluation
-import formats
+import export
 import machine
 import options
 import records
@@ -68,7 +67,7 @@ def parse(argv=None):
     add("--prompt", metavar="TEXT", help='with --data: the text of each line, as "what color is the {thing}?"')
     add("--out", metavar="FILE", help="the picture of --scenes (default: predictions.png), the predictions of --data")
     add("--resume", action="store_true", help="with --data: go on after the last whole line of --out")
-    add("--to", choices=list(EXPORTS), default="official", help="format of --export (default: official)")
+    add("--to", choices=[*export.EXPORTS, "program"], default="official", help="format of --export (default: official)")
     add("--beams", type=options.COUNT, help="captions: beam width; 1 is greedy (default: as trained)")
     add("--top", type=options.COUNT, default=3, help="how many answers to show (default: 3)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -598,69 +597,16 @@ def measure(run, task, dataset):
 # ---- --export -------------------------------------------------------------------------------------------------------------
 
 
-def export_official(args):
-    """Writes --export under the paper's official names, one file."""
-    checkpoint = checkpoints.load_checkpoint(args.checkpoint)
-    checkpoints.save(formats.export_official(checkpoint["model"], checkpoint["state"]), Path(args.export))
-
-
-def export_transformers(args):
-    """Writes --export as a folder that transformers' from_pretrained loads."""
-    checkpoints.export_hugging_face(checkpoints.load_checkpoint(args.checkpoint), Path(args.export))
-
-
-class Program(torch.nn.Module):
-    """What --to program exports: a function of six tensors, those of a data.Batch under the same names.
-
-    Returns the last states of words (B, T, C) and regions (B, N, C) and the pooled vector (B, C); and the logits of the
-    head that reads the pooled vector, for tasks that have one.
-    """
-
-    inputs = ("text", "text_mask", "segments", "features", "boxes", "region_mask")
-
-    def __init__(self, model, head, task_number):
-        super().__init__()
-        self.model = model
-        self.head = head
-        self.task_number = task_number
-
-    def forward(self, *tensors):
-        batch = data.Batch(*tensors)
-        batch.task = torch.full_like(batch.text[:, 0], self.task_number)
-        encoding = self.model.encode(batch)
-        outputs = {"text": encoding.text, "regions": encoding.regions, "pooled": encoding.pooled}
-        if self.head:
-            outputs["logits"] = self.model.heads[self.head](encoding.pooled)
-        return outputs
-
-
-def export_program(args):
-    """Writes --export as a program of torch.export, which runs without this repository: torch.export.load(FILE).
-
-    It takes any number of rows, words and regions.
-    """
+def export_checkpoint(args):
+    """Writes --export in the format of --to."""
+    if args.to != "program":
+        export.EXPORTS[args.to](args.checkpoint, args.export)
+        return
     args.device = "cpu"
     args.dtype = "f32"
     run, task = load_run(args)
-    head = task.ranks
-    if task.truth == "answer":
-        head = run.paper.OBJECTIVES[task.objective].head
-    module = Program(run.model, head, run.args.tasks.index(task.name)).eval()
     dataset, _ = held_out(run, task, None, 4)  # an example of the tensors
-    batch = data.collate(dataset, np.arange(len(dataset)))
-    tensors = tuple(getattr(batch, name) for name in Program.inputs)
-    rows = torch.export.Dim("rows", min=1, max=65536)
-    words = torch.export.Dim("words", min=2, max=run.model.config.max_positions)
-    cells = torch.export.Dim("regions", min=1, max=65536)
-    shapes = ({0: rows, 1: words},) * 3 + ({0: rows, 1: cells},) * 3
-    with torch.no_grad():
-        program = torch.export.export(module, tensors, dynamic_shapes={"tensors": shapes})
-    content = io.BytesIO()  # a file's name would have to end in .pt2
-    torch.export.save(program, content)
-    data.write_whole(args.export, lambda file: file.write_bytes(content.getvalue()))
-
-
-EXPORTS = {"official": export_official, "transformers": export_transformers, "program": export_program}
+    export.export_program(run, task, dataset, args.export)
 
 
 # ---- main -----------------------------------------------------------------------------------------------------------------
@@ -681,7 +627,7 @@ def main(argv=None):
 def answer(args):
     """What the command line asks for."""
     if args.export:
-        EXPORTS[args.to](args)
+        export_checkpoint(args)
         return
     run, task = load_run(args)
     if args.scenes:

@@ -24,32 +24,6 @@ EVALUATED = [("uniter", task) for task in (*TASKS.split(","), "pretrain")]  # an
 EVALUATED += [("vilbert", "vqa"), ("vilbert", "pretrain"), ("lxmert", "nlvr2"), ("lxmert", "pretrain")]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, small_scenes):
-    """A folder with pictures; the runs are made in it."""
-    folder = tmp_path_factory.mktemp("predict")
-    for i in range(3):
-        scenes.draw_scene(scenes.make_scene(0, "test", i)).save(folder / f"{i}.png")
-    return folder
-
-
-@pytest.fixture
-def trained(folder, small_scenes, monkeypatch, capsys):
-    """trained(model, task, *options): best.pt of a run of a few steps, made on first use."""
-    monkeypatch.chdir(folder)
-
-    def run(model, task, *options):
-        out = f"{model}-{task}-{len(options)}"
-        if not (folder / out / "result.json").exists():
-            command = ["--model", model, "--task", task, "--data", str(small_scenes(20)), "--out", out]
-            command += ["--steps", "6", "--batch-size", "8", "--device", "cpu", "--dtype", "f32", "--pool", "15"]
-            assert train.main([*command, "--limit", "64", *options]) == 0
-        capsys.readouterr()
-        return f"{out}/best.pt"
-
-    return run
-
-
 def use(*arguments):
     """predict.py with these arguments, in float32."""
     return predict.main([*map(str, arguments), "--device", "cpu", "--dtype", "f32"])
@@ -314,46 +288,6 @@ def test_the_masked_word_is_one_that_only_the_picture_tells(trained, folder, cap
     assert use(trained("uniter", "pretrain"), "--scenes", 8, "--out", "sheet.png") == 0
     truths = re.findall(r"truth: (\w+)", capsys.readouterr().out)
     assert len(truths) == 8 and set(truths) <= set(scenes.CONTENT_WORDS)
-
-
-# ---- --export --------------------------------------------------------------------------------------------------------
-
-
-def test_official_names(trained, folder):
-    checkpoint = trained("uniter", "vqa")
-    assert use(checkpoint, "--export", "vqa.bin") == 0
-    assert "uniter.embeddings.word_embeddings.weight" in torch.load("vqa.bin")
-
-
-@pytest.mark.parametrize(("model", "task"), [("vilbert", "ve"), ("lxmert", "retrieval"), ("uniter", "refer")])
-def test_a_program_gives_what_the_model_gives_on_ragged_batches(model, task, trained, folder):
-    checkpoint = trained(model, task)
-    assert use(checkpoint, "--export", "model.pt2", "--to", "program") == 0
-    program = torch.export.load(folder / "model.pt2").module()
-    run, row = predict.load_run(predict.parse([checkpoint, "--scenes", "--device", "cpu", "--dtype", "f32"]))
-    dataset, _ = predict.held_out(run, row, None, 60)
-    rng = np.random.default_rng(0)
-    for count in (1, 2, 3, 5, 8, 13):
-        batch = data.collate(dataset, rng.choice(len(dataset), count, replace=False))
-        found = program(*[getattr(batch, name) for name in predict.Program.inputs])
-        batch.task = torch.zeros(count, dtype=torch.long)
-        with torch.inference_mode():
-            encoding = run.model.encode(batch)
-        torch.testing.assert_close(found["pooled"], encoding.pooled, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(found["text"], encoding.text, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(found["regions"], encoding.regions, atol=1e-5, rtol=1e-5)
-        if task == "refer":
-            assert "logits" not in found
-        else:
-            head = {"vqa": "vqa", "ve": "ve", "retrieval": "rank"}[task]
-            with torch.inference_mode():
-                expected = run.model.heads[head](encoding.pooled)
-            torch.testing.assert_close(found["logits"], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_transformers_loads_what_is_exported_for_it(trained, folder, capsys):
-    assert use(trained("lxmert", "vqa"), "--export", "hf", "--to", "transformers") == 0
-    assert {"config.json", "pytorch_model.bin", "vocab.txt"} <= {path.name for path in (folder / "hf").iterdir()}
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
