@@ -67,7 +67,7 @@ def parse(argv=None):
     add("--prompt", metavar="TEXT", help='with --data: the text of each line, as "what color is the {thing}?"')
     add("--out", metavar="FILE", help="the picture of --scenes (default: predictions.png), the predictions of --data")
     add("--resume", action="store_true", help="with --data: go on after the last whole line of --out")
-    add("--to", choices=[*export.EXPORTS, "program"], default="official", help="format of --export (default: official)")
+    add("--to", choices=[*export.WEIGHTS, *export.PROGRAMS], default="official", help="format of --export (default: official)")
     add("--beams", type=options.COUNT, help="captions: beam width; 1 is greedy (default: as trained)")
     add("--top", type=options.COUNT, default=3, help="how many answers to show (default: 3)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -599,14 +599,25 @@ def measure(run, task, dataset):
 
 def export_checkpoint(args):
     """Writes --export in the format of --to."""
-    if args.to != "program":
-        export.EXPORTS[args.to](args.checkpoint, args.export)
+    if args.to in export.WEIGHTS:
+        export.WEIGHTS[args.to](checkpoints.load_checkpoint(args.checkpoint), args.export)
         return
     args.device = "cpu"
     args.dtype = "f32"
     run, task = load_run(args)
-    dataset, _ = held_out(run, task, None, 4)  # an example of the tensors
-    export.export_program(run, task, dataset, args.export)
+    export.PROGRAMS[args.to](run, task, made_up_batch(run, task), args.export)
+
+
+def made_up_batch(run, task):
+    """A data.Batch of a task that stands for any other one: two examples without sense."""
+    features = np.zeros((7, run.model.config.feature_size), np.float32)
+    boxes = np.tile(np.array([0, 0, 1, 1], np.float32), (7, 1))
+    picture = {"features": features, "boxes": boxes, "size": (1, 1)}
+    record = {"text": "a", "choices": ["a", "b", "c"]}
+    dataset = make_dataset(run, task, [(record, [picture] * task.pictures)] * 2)
+    if task.ranks or task.generates:
+        return data.collate(dataset, np.arange(2))
+    return task.batch(run, dataset, np.arange(2), None)
 
 
 # ---- main -----------------------------------------------------------------------------------------------------------------
