@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import drawing
 import machine
 import predict
 import records
@@ -353,7 +354,7 @@ def make_samples(run, task):
     for i in range(len(dataset)):
         texts = [dataset.text[row] for row in dataset.rows([i])]
         rows = dataset.image[dataset.rows([i])].tolist()[: task.pictures]
-        sample = {"text": predict.text_of(task, dataset, i), "pictures": [], "sizes": []}
+        sample = {"text": drawing.text_of(task, dataset, i), "pictures": [], "sizes": []}
         if isinstance(texts[0], tuple):
             sample["text"] = texts[0][0]
             sample["choices"] = [text[-1] for text in texts]
@@ -363,7 +364,7 @@ def make_samples(run, task):
         for row in rows:
             fields = {name: values[0].numpy() for name, values in dataset.store.gather([row]).items()}
             fields["size"] = (1.0, 1.0) if dataset.store.sizes is None else tuple(dataset.store.sizes[row].tolist())
-            picture = predict.draw_regions(dataset.store, row, files.get(row), {}, 240)
+            picture = drawing.draw_regions(dataset.store, row, files.get(row), {}, 240)
             content = io.BytesIO()
             picture.save(content, "PNG")
             sample["pictures"].append("data:image/png;base64," + base64.b64encode(content.getvalue()).decode())

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import data
+import drawing
 import predict
 import regions
 import tasks
@@ -190,7 +191,7 @@ def test_a_picture_gives_what_a_line_with_it_gives(trained, folder, capsys):
         assert use(checkpoint, *given, "--out", "one.png") == 0
         printed = capsys.readouterr()
         assert printed.out == predict.describe(found) + "\n", task
-        assert Image.open(folder / "one.png").width == predict.SIDE
+        assert Image.open(folder / "one.png").width == drawing.SIDE
         assert printed.err == ""
 
 
@@ -265,7 +266,7 @@ def test_a_sheet_of_held_out_examples(task, trained, folder, capsys):
     assert printed.count("truth: ") == 4 or task == "retrieval"
     assert printed.endswith("sheet.png: 4 examples of scenes, split test\n")
     picture = Image.open(folder / "sheet.png")
-    assert picture.width == 2 * predict.SIDE and len(picture.getcolors(10**6)) > 100
+    assert picture.width == 2 * drawing.SIDE and len(picture.getcolors(10**6)) > 100
 
 
 def test_the_sheet_shows_the_picture_files_of_own_data(trained, folder, monkeypatch):
