@@ -3,7 +3,6 @@
     save_checkpoint, load_checkpoint    our own checkpoints, with all that a run needs to go on
     load_weights                        the file of --init: our own, BERT's, an official one, or one of Hugging Face
     fit_state_dict                      weights into a model: rename, resize, compare shapes, report
-    export_hugging_face                 a folder for transformers' from_pretrained
 
 weights.py reads files, formats.py knows the names and sizes of published checkpoints.
 

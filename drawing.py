@@ -1,7 +1,7 @@
 """drawing.py: examples with their answers as one picture, by Pillow.
 
 `draw` makes the sheet of `predict.py --scenes`. The other functions draw its parts: a picture with the boxes of its
-regions, lines of text, bars.
+regions, lines of text, bars. attention_sheet.py uses them too.
 """
 
 import numpy as np
@@ -26,20 +26,32 @@ def draw(run, task, dataset, answers, files, out):
     cells = []
     for i, answer in enumerate(answers):
         cells.append(draw_cell(task, dataset, i, answer, files))
-    columns = min(2, len(cells))
+    save(grid(cells, 2), out, "--out")
+
+
+def grid(cells, columns):
+    """Pictures put together in rows of at most so many columns, on white."""
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     heights = [max(cell.height for cell in row) for row in rows]
-    picture = Image.new("RGB", (columns * SIDE, sum(heights)), "white")
+    widths = [sum(cell.width for cell in row) for row in rows]
+    picture = Image.new("RGB", (max(widths), sum(heights)), "white")
     top = 0
     for row, height in zip(rows, heights, strict=True):
-        for column, cell in enumerate(row):
-            picture.paste(cell, (column * SIDE, top))
+        left = 0
+        for cell in row:
+            picture.paste(cell, (left, top))
+            left += cell.width
         top += height
-    out.parent.mkdir(parents=True, exist_ok=True)
+    return picture
+
+
+def save(picture, path, option):
+    """Writes a picture file. UserError, which names the option, where the name is not that of a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        picture.save(out)
+        picture.save(path)
     except ValueError:
-        raise UserError(f"--out {out}: not the name of a picture file; write one that ends in .png") from None
+        raise UserError(f"{option} {path}: not the name of a picture file; write one that ends in .png") from None
 
 
 def draw_cell(task, dataset, i, answer, files):
@@ -87,11 +99,8 @@ def short_name(name):
 
 def draw_regions(store, row, file, answer, width):
     """A picture, `width` pixels wide, with the boxes of its regions in white. If the answers are boxes, the likeliest one
-    is drawn in blue, the true one in green. Without a file the picture is pasted together from its regions."""
-    image, boxes = preview.paste_regions(store, row, width)
-    if file:
-        image = regions.open_picture("the picture", file)
-        image = image.resize((width, max(1, round(width * image.height / image.width))))
+    is drawn in blue, the true one in green."""
+    image, boxes = picture_of(store, row, file, width)
     pen = ImageDraw.Draw(image)
     scale = np.tile(image.size, 2)
     for box in boxes:
@@ -108,13 +117,23 @@ def draw_regions(store, row, file, answer, width):
     return image
 
 
-def write_text(pen, text, y, size, color):
+def picture_of(store, row, file, width):
+    """(a picture, `width` pixels wide; the boxes of its regions in 0..1). Without a file it is pasted together from its
+    regions."""
+    image, boxes = preview.paste_regions(store, row, width)
+    if file:
+        image = regions.open_picture("the picture", file)
+        image = image.resize((width, max(1, round(width * image.height / image.width))))
+    return image, boxes
+
+
+def write_text(pen, text, y, size, color, width=SIDE):
     """Writes a text into a cell, in lines as wide as the cell. Returns the y below it."""
     font = ImageFont.load_default(size)
     line = ""
     for word in text.split():
         longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > SIDE - 2 * MARGIN:
+        if line and font.getlength(longer) > width - 2 * MARGIN:
             pen.text((MARGIN, y), line, color, font)
             y += size + 5
             longer = word

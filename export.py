@@ -61,6 +61,8 @@ WEIGHTS = {"official": export_official, "transformers": export_transformers}
 
 # ---- programs ----------------------------------------------------------------------------------------------------------
 
+INPUTS = ("text", "text_mask", "segments", "features", "boxes", "region_mask", "region_types")  # the last: nlvr2's
+
 
 class Program(torch.nn.Module):
     """What --to program and --to onnx export: a function of the tensors of a data.Batch, under the names that they have there.
@@ -68,7 +70,7 @@ class Program(torch.nn.Module):
     It returns a dict. For most tasks: "text_states" (B, T, C) and "region_states" (B, N, C) of the last layer; "pooled"
     (B, C); and "logits", those that the task's objective computes its loss from:
     - vqa and ve (B, answers); vcr (B,), one a choice; refer (B, N)
-    - nlvr2 (B / 2, 2), false and true: rows 2i and 2i+1 are statement i with its left and its right picture
+    - nlvr2 (B / 2, 2), false and true: rows 2i and 2i+1 are statement i with its left and its right picture; at least 4 rows
     - retrieval (B, 1), higher for a better match; pretraining with matching (B, 2), the second one is "match"
     For captions "logits" (B, T, V) alone: those of the word after each word, computed from the regions and the words up
     to it.
@@ -117,15 +119,17 @@ def make_program(run, task, example):
     run: train.Run, on the CPU in float32.   example: a data.Batch of the task, with at least two rows.
     """
     module = Program(run, task, example).eval()
-    pairs = torch.export.Dim("examples", min=1, max=65536)
-    rows = pairs if module.rows_per_target == 1 else module.rows_per_target * pairs
+    rows = torch.export.Dim("rows", min=1, max=65536)
+    if module.rows_per_target > 1:  # torch.export finds no program that is right for a single example of several rows
+        rows = module.rows_per_target * torch.export.Dim("examples", min=2, max=65536)
     words = torch.export.Dim("words", min=2, max=run.model.config.max_positions)
     regions = torch.export.Dim("regions", min=1, max=65536)
-    shapes = dict.fromkeys(("text", "text_mask", "segments"), {0: rows, 1: words})
-    shapes |= dict.fromkeys(("features", "boxes", "region_mask"), {0: rows, 1: regions})
-    if example.region_types is not None:
-        shapes["region_types"] = {0: rows, 1: regions}
-    tensors = {name: getattr(example, name) for name in shapes}
+    tensors = {}
+    shapes = {}
+    for name in INPUTS:
+        if getattr(example, name) is not None:
+            tensors[name] = getattr(example, name)
+            shapes[name] = {0: rows, 1: words if name in ("text", "text_mask", "segments") else regions}
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):
         return torch.export.export(module, (), tensors, dynamic_shapes=shapes)
 

@@ -3,6 +3,7 @@
     python predict.py out/uniter-vqa/best.pt --scenes 4                   four held-out examples as a picture and as text
     python predict.py out/uniter-vqa/best.pt --image a.png --text "what color is the circle?"
     python predict.py out/uniter-vqa/best.pt --data my.jsonl --out predictions.jsonl      every line of a file
+    python predict.py out/uniter-itc/best.pt --search "a dog on grass" --data my.jsonl    pictures that fit a text
     python predict.py out/uniter-vqa/best.pt --export vqa.bin                             weights for other programs
     python predict.py out/uniter-vqa/best.pt --serve 8000                                 a page in the browser
 
@@ -26,6 +27,7 @@ import torch
 import checkpoints
 import data
 import drawing
+import embed
 import evaluation
 import export
 import machine
@@ -52,7 +54,9 @@ def parse(argv=None):
         help="show N held-out examples of the data set that the checkpoint was trained on (default: 4)")  # fmt: skip
     add("--image", action="append", metavar="FILE", help="a picture; several: one answer each, or one for each pair")
     add("--data", metavar="NAME", help="answer every line of a .jsonl file or data set; measure where it has answers")
-    add("--export", metavar="FILE", help="write the weights for other programs, see --to")
+    add("--search", metavar="TEXT", help="find the pictures of --data that fit a text best (the checkpoint needs itc)")
+    add("--embed", metavar="FILE.npz", help="write the vectors of the texts and pictures of --data")
+    add("--export", metavar="FILE", help="write the checkpoint for other programs, see --to")
     add("--serve", type=options.COUNT_OR_ZERO, nargs="?", const=8000, metavar="PORT",
         help="answer in the browser and over HTTP, on 127.0.0.1 (default: 8000)")  # fmt: skip
     more = parser.add_argument_group("options")
@@ -66,15 +70,23 @@ def parse(argv=None):
     add("--prompt", metavar="TEXT", help='with --data: the text of each line, as "what color is the {thing}?"')
     add("--out", metavar="FILE", help="the picture of --scenes (default: predictions.png), the predictions of --data")
     add("--resume", action="store_true", help="with --data: go on after the last whole line of --out")
-    add("--to", choices=[*export.WEIGHTS, *export.PROGRAMS], default="official", help="format of --export (default: official)")
+    add("--to", choices=[*export.WEIGHTS, *export.PROGRAMS], default="official", 
+        help="format of --export: weights under the paper's own names (the default), a folder for transformers (LXMERT), "
+        "a program of torch.export, or ONNX; the last two run without this repository")  # fmt: skip
     add("--beams", type=options.COUNT, help="captions: beam width; 1 is greedy (default: as trained)")
     add("--top", type=options.COUNT, default=3, help="how many answers to show (default: 3)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--dtype", choices=["auto", "f32", "bf16"], default="auto", help="number format of matrix products")
+    add("--int8", action="store_true", help="layers with weights of 8 bits: a smaller model, on a CPU")
     args = parser.parse_args(argv)
-    given = [name for name in ("scenes", "image", "data", "export", "serve") if getattr(args, name) is not None]
+    modes = ["scenes", "image", "search", "embed", "export", "serve"]
+    if args.search is None and args.embed is None:
+        modes.append("data")  # else it is what they read
+    given = [name for name in modes if getattr(args, name) is not None]
     if len(given) != 1:
-        raise UserError("give one of --scenes, --image, --data, --export and --serve")
+        raise UserError("give one of --scenes, --image, --data, --search, --embed, --export and --serve")
+    if args.int8 and (args.export or args.dtype == "bf16"):
+        raise UserError("--int8 is a number format of its own, which cannot be exported; leave out --dtype or --export")
     if args.resume and not (args.data and args.out):
         raise UserError("--resume goes on with the --out of --data; give both")
     return args
@@ -100,7 +112,8 @@ def load_run(args):
     run_args.grid = checkpoint.get("grid", 6)
     if args.beams:
         run_args.beams = args.beams
-    run = train.Run(run_args, paper, device, machine.pick_dtype(args.dtype, device), rank=0, world=1)
+    dtype = machine.pick_dtype("f32" if args.int8 else args.dtype, device)
+    run = train.Run(run_args, paper, device, dtype, rank=0, world=1)
     run.objectives = checkpoint.get("objectives", {})
     run.content_words = checkpoint.get("content_words", [])
     run.usual_answers = checkpoint.get("usual_answers", {})
@@ -110,6 +123,8 @@ def load_run(args):
     run.model = paper.MODEL(paper.Config(**checkpoint["config"]))
     run.model.load_state_dict(checkpoint["state"])
     run.model.to(device).eval()
+    if args.int8:
+        machine.quantize_layers(run.model, device)
     return run, tasks.TASKS[name]
 
 
@@ -159,10 +174,7 @@ def describe(answer):
 
 def held_out(run, task, split, count):
     """`count` examples of a split, always the same ones; of test, or without one of val or train."""
-    sources = run.args.data.split(",")
-    source = sources[0]
-    if len(sources) > 1:
-        source = sources[run.args.tasks.index(task.name)]
+    source = own_source(run, task)
     lines = train.task_of_lines(run, task.name)
     names = [split] if split else ["test", "val", "train"]
     for name in names:
@@ -179,6 +191,14 @@ def held_out(run, task, split, count):
     for row in dataset.image[dataset.rows(index)].tolist():
         files[row] = records.picture_file(dataset, row)
     return dataset.subset(index), files
+
+
+def own_source(run, task):
+    """The --data that the checkpoint's task was trained on."""
+    sources = run.args.data.split(",")
+    if len(sources) > 1:
+        return sources[run.args.tasks.index(task.name)]
+    return sources[0]
 
 
 def varied_examples(dataset, count):
@@ -339,7 +359,7 @@ def answer_images(run, task, args):
 
 def answer_file(run, task, args):
     """Answers every line of `--data`; with truths, prints metrics beside chance."""
-    datasets = load_lines(run, task, args)
+    datasets = load_lines(run, task, args, train.task_of_lines(run, task.name))
     if args.out:
         done = whole_lines(Path(args.out), datasets) if args.resume else 0
         write_predictions(run, task, datasets, Path(args.out), done, args.top)
@@ -359,21 +379,23 @@ def answer_file(run, task, args):
             data.write_text(path, json.dumps(shown, indent=1, default=float) + "\n")
 
 
-def load_lines(run, task, args):
-    """The Datasets of --data: its --split, by default test; all splits where there is no test."""
-    description = data.read_dataset_json(data.find(args.data))
-    lines = optional_truth(train.task_of_lines(run, task.name), args.prompt or "")
+def load_lines(run, task, args, lines_of):
+    """The Datasets of --data, or of the checkpoint's own data: its --split, by default test; all splits where there is no
+    test. lines_of: the row of tasks.TASKS whose lines are read."""
+    source = args.data or own_source(run, task)
+    description = data.read_dataset_json(data.find(source))
+    lines = optional_truth(lines_of, args.prompt or "")
     known = [*data.SPLITS, *description["extra_splits"]]
     names = [args.split] if args.split else ["test", *(name for name in known if name != "test")]
     datasets = []
     for name in names:
-        dataset = data.load(args.data, lines, name, patch=run.args.patch, grid=run.args.grid)
+        dataset = data.load(source, lines, name, patch=run.args.patch, grid=run.args.grid)
         if len(dataset):
             datasets.append(use_dataset(run, task, dataset))
         if name == "test" and len(dataset):
             break
     if not datasets:
-        raise UserError(f"{args.data}: has no examples of split {args.split}")
+        raise UserError(f"{source}: has no examples of split {args.split}")
     return datasets
 
 
@@ -463,8 +485,13 @@ def measure(run, task, dataset):
 def export_checkpoint(args):
     """Writes --export in the format of --to."""
     if args.to in export.WEIGHTS:
-        export.WEIGHTS[args.to](checkpoints.load_checkpoint(args.checkpoint), args.export)
+        content = checkpoints.load_checkpoint(args.checkpoint)
+        if args.dtype == "bf16":
+            content["state"] = {name: tensor.bfloat16() for name, tensor in content["state"].items()}
+        export.WEIGHTS[args.to](content, args.export)
         return
+    if args.dtype == "bf16":
+        raise UserError(f"--to {args.to} computes in float32; leave out --dtype bf16")
     args.device = "cpu"
     args.dtype = "f32"
     run, task = load_run(args)
@@ -508,6 +535,10 @@ def answer(args):
         show_scenes(run, task, args)
     elif args.image:
         answer_images(run, task, args)
+    elif args.search:
+        embed.search(run, load_lines(run, task, args, tasks.CAPTION), args.search, args.top, args.out or "found.png")
+    elif args.embed:
+        embed.embed(run, load_lines(run, task, args, tasks.CAPTION), args.embed)
     elif args.data:
         answer_file(run, task, args)
     else:
