@@ -131,7 +131,9 @@ def make_program(run, task, example):
             tensors[name] = getattr(example, name)
             shapes[name] = {0: rows, 1: words if name in ("text", "text_mask", "segments") else regions}
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-        return torch.export.export(module, (), tensors, dynamic_shapes=shapes)
+        program = torch.export.export(module, (), tensors, dynamic_shapes=shapes)
+    program.graph.eliminate_dead_code()  # the loss, which a file could not hold
+    return program
 
 
 def texts_beside(run):

@@ -488,14 +488,16 @@ def check_vcr(record):
 
 def vcr_examples(record):
     """One row a choice. The answer: (question, choice). The reason, if the line has reasons: (question, right answer,
-    reason)."""
+    reason); where the right answer is not known, as in VCR's test, the reasons for each answer."""
     question = record["text"]
     right = record.get("label", -1)
     answers = [((question, choice), 0) for choice in record["choices"]]
     examples = [data.Example(record["id"], "answer", answers, target=right)]
-    if "reasons" in record and right >= 0:
-        reasons = [((question, record["choices"][right], reason), 0) for reason in record["reasons"]]
-        examples.append(data.Example(record["id"], "reason", reasons, target=record["reason"]))
+    for i, answer in enumerate(record["choices"]):
+        if "reasons" in record and right in (i, -1):
+            kind = "reason" if right == i else f"reason given answer {i}"
+            reasons = [((question, answer, reason), 0) for reason in record["reasons"]]
+            examples.append(data.Example(record["id"], kind, reasons, target=record.get("reason", -1)))
     return examples
 
 
@@ -531,11 +533,10 @@ def evaluate_vcr(run, dataset):
             chance[name] = 1 / dataset.group
     answer_hits = {}
     both = []
-    for i, kind in enumerate(dataset.kind):
+    for i, kind in enumerate(dataset.kind):  # the answer stands before its reason
         if kind == "answer":
             answer_hits[dataset.ids[i]] = hits[i]
-    for i, kind in enumerate(dataset.kind):
-        if kind == "reason":
+        elif kind == "reason":
             both.append(hits[i] * answer_hits[dataset.ids[i]])
     if both:
         metrics["q_ar_accuracy"] = float(np.mean(both))

@@ -151,9 +151,10 @@ def logits_of_program(task, found, batch):
         *[("lxmert", name) for name in ("pretrain", "nlvr2", "vcr")],
     ],
 )
-def test_a_program_gives_the_logits_that_predict_py_computes_on_ragged_batches(model, task, drawn):
+def test_a_program_gives_the_logits_that_predict_py_computes_on_ragged_batches(model, task, drawn, tmp_path):
     run, row = make_run(model, task)
-    program = export.make_program(run, row, predict.made_up_batch(run, row)).module()
+    export.export_program(run, row, predict.made_up_batch(run, row), tmp_path / "program")
+    program = torch.export.load(tmp_path / "program").module()
     for dataset, index, batch in ragged_batches(run, row, drawn, (2 if task == "nlvr2" else 1, 3, 13)):
         tensors = {name: getattr(batch, name) for name in export.INPUTS if getattr(batch, name) is not None}
         with torch.inference_mode():
@@ -174,7 +175,7 @@ program = torch.export.load(sys.argv[1], extra_files=files).module()
 out = program(**torch.load(sys.argv[2]))
 torch.save(out["logits"], sys.argv[3])
 print(json.loads(files["answers.json"])[int(out["logits"][0].argmax())])
-assert not {"data", "common", "uniter", "numpy"} & set(sys.modules) - {"numpy"}
+assert not {"data", "common", "uniter"} & set(sys.modules)
 """
 
 
