@@ -27,6 +27,7 @@ import uniter
 import vilbert
 import weights
 from common import UserError, print0, rank_and_world
+from prepare.lxmert_json import normalize_answer
 from tasks import TASKS
 
 # ---- the table of models -----------------------------------------------------------------------------------------
@@ -502,12 +503,12 @@ def match_answers(known, wanted):
     normalized = {}
     for place, answer in enumerate(known):
         written.setdefault(answer, place)
-        normalized.setdefault(formats.normalize_lxmert_answer(answer), place)
+        normalized.setdefault(normalize_answer(answer), place)
     places = []
     for answer in wanted:
         place = written.get(answer)
         if place is None:
-            place = normalized.get(formats.normalize_lxmert_answer(answer), -1)
+            place = normalized.get(normalize_answer(answer), -1)
         places.append(place)
     return places
 

@@ -378,7 +378,7 @@ def soft_answer_loss(logits, targets):
 
 @in_float32
 def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iterations=50):
-    """Word-region distance by the inexact proximal point method IPOT (Xie 2018; UNITER, section 3.2):
+    """Word-region distance by the inexact proximal point method IPOT (Xie 2018; UNITER, eq. 3):
 
         min_P <P, C>,   C_ij = 1 - cos(text_i, regions_j)
 

@@ -18,7 +18,6 @@ from common import UserError
 
 DISTILLATION = {"logits": (), "attention": ("attention_kl", "attention_mse"), "hidden": ("hidden",)}  # and their losses
 
-
 # ---- losses on logits, attention maps and hidden states ---------------------------------------------------------------
 
 
@@ -26,30 +25,24 @@ DISTILLATION = {"logits": (), "attention": ("attention_kl", "attention_mse"), "h
 def soft_label_loss(student, teacher, temperature=2.0):
     """Soft labels (Hinton 2015, section 2): T^2 KL( softmax(teacher / T) || softmax(student / T) ), mean over rows.
 
-    student, teacher: logits (M, K). T^2 keeps the size of the gradient, which falls as 1 / T^2. Values without
-    classes, (M,), are compared by their squared difference. ValueError if the shapes differ.
+    student, teacher: logits (M, K). T^2 keeps the size of the gradient, which falls as 1 / T^2. No rows count as 0.
     """
-    if student.shape != teacher.shape:
-        raise ValueError(f"logits {tuple(student.shape)} of the student, {tuple(teacher.shape)} of the teacher")
+    assert student.shape == teacher.shape, (student.shape, teacher.shape)
     if len(student) == 0:
         return student.sum() * 0.0
-    if student.ndim == 1:
-        return (student - teacher).square().mean()
     log_p = (student / temperature).log_softmax(-1)
     log_t = (teacher / temperature).log_softmax(-1)
     return temperature**2 * (log_t.exp() * (log_t - log_p)).sum(-1).mean()  # (M, K) -> (M,) -> ()
 
 
-def layer_map(student, teacher):
-    """Which teacher layer each student layer imitates: uniform, last to last, as [2, 5] of 6 (TinyBERT, section 3.1)."""
-    return [max(0, (i + 1) * teacher // student - 1) for i in range(student)]
-
-
 def average_heads(maps, heads):
     """Attention maps (B, H, T, S) averaged to `heads` heads, each over H / heads neighbours -> (B, heads, T, S).
-    ValueError if H is not a multiple."""
+    UserError if H is not a multiple."""
     if maps.shape[1] % heads:
-        raise ValueError(f"{maps.shape[1]} attention heads of the teacher cannot be shared by {heads} of the student")
+        raise UserError(
+            f"--distill attention: {maps.shape[1]} attention heads of the teacher cannot be shared by {heads} of the "
+            "student; choose others by --config"
+        )
     return maps.unflatten(1, (heads, -1)).mean(2)  # (B, H, T, S) -> (B, heads, H/heads, T, S) -> (B, heads, T, S)
 
 
@@ -73,7 +66,7 @@ def attention_loss(student, teacher, queries, keys):
         mse = mean_s ( (log t_s - mean log t) - (log p_s - mean log p) )^2      logits (TinyBERT, Jiao 2020, eq. 7)
 
     student p (B, H, T, S), teacher t (B, H', T, S), H' a multiple of H; queries (B, T), keys (B, S) bool, True = real.
-    log p is the logit up to a constant of its query, which the mean removes.
+    log p is the logit up to a constant of its query, which the mean removes. Returns (2,).
     """
     visible = keys[:, None, None, :]  # (B, 1, 1, S)
     count = visible.sum(-1, keepdim=True).clamp(min=1)  # (B, 1, 1, 1)
@@ -83,7 +76,7 @@ def attention_loss(student, teacher, queries, keys):
     student_logits = log_p - log_p.sum(-1, keepdim=True) / count
     teacher_logits = log_t - log_t.sum(-1, keepdim=True) / count
     mse = ((teacher_logits - student_logits).square() * visible).sum(-1) / count.squeeze(-1)  # (B, H, T)
-    return mean_over_rows(kl.mean(1), queries), mean_over_rows(mse.mean(1), queries)
+    return torch.stack([mean_over_rows(kl.mean(1), queries), mean_over_rows(mse.mean(1), queries)])
 
 
 @common.in_float32
@@ -100,12 +93,13 @@ def hidden_loss(student, teacher, mask):
 
 def read_teacher(run, checkpoint):
     """Sets run.teacher, in eval mode and without gradients, from its checkpoint. UserError if it has seen other features."""
-    args = run.args
     run.teacher_paper = checkpoints.MODELS[checkpoint["model"]]
     config = run.teacher_paper.Config(**checkpoint["config"])
     width = run.splits["train"].store.width
     if config.feature_size != width:
-        raise UserError(f"{args.teacher}: trained on features of width {config.feature_size}, {args.data} has {width}")
+        raise UserError(
+            f"{run.args.teacher}: trained on features of width {config.feature_size}, {run.args.data} has {width}"
+        )
     run.teacher = run.teacher_paper.MODEL(config).to(run.device).eval().requires_grad_(False)
     run.teacher.load_state_dict(checkpoint["state"])
 
@@ -115,59 +109,53 @@ def match_teacher(run, checkpoint):
 
     UserError where the teacher cannot read this run's batches, or where nothing is left.
     """
-    args = run.args
-    wanted = args.distill.split(",")
     left_out = {}  # objective: reason
     for name in run.objectives:
-        task = tasks.TASK_OF_OBJECTIVE.get(name)
-        if task and task.generates and wanted != ["logits"]:
-            raise UserError(
-                "--distill: captions are read from left to right, which records no attention or states; use logits"
-            )
-        check_same_rows(run, name)
-        reason = why_not_comparable(run, name, checkpoint["task"].split(","))
+        task = tasks.TASK_OF_OBJECTIVE.get(name)  # None: of pretraining, whose rows all models read alike
+        if task:
+            check_same_rows(run, task)
+        reason = why_not_comparable(run, name, task, checkpoint["task"].split(","))
         if reason:
             left_out[name] = reason
     run.soft = tuple(name for name in run.objectives if name not in left_out)
-    if "logits" not in wanted:
+    if "logits" not in run.args.distill.split(","):
         return
     if not run.soft:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise UserError(f"{args.teacher}: no logits to learn from: {reasons}")
+        raise UserError(f"{run.args.teacher}: no logits to learn from: {reasons}")
     for name, reason in left_out.items():
         common.print0(f"teacher  logits of {name} are not distilled: {reason}")
 
 
-def check_same_rows(run, name):
-    """UserError if the teacher reads the rows of this objective's batches in another way than the student."""
-    task = tasks.TASK_OF_OBJECTIVE.get(name)
-    if task is None:
-        return  # of pretraining, whose rows all models read alike
-    student = task.layout(run.paper, run.model.config)
-    teacher = task.layout(run.teacher_paper, run.teacher.config)
-    if student != teacher:
+def check_same_rows(run, task):
+    """UserError if the teacher cannot read the rows of this task's batches, or reads them in another way."""
+    args = run.args
+    if task.generates and args.distill != "logits":
         raise UserError(
-            f"{run.args.teacher}: reads the rows of {name} in another way than {run.args.model}; take one that agrees"
+            "--distill: captions are read from left to right, which records no attention or states; use logits"
+        )
+    if task.layout(run.paper, run.model.config) != task.layout(run.teacher_paper, run.teacher.config):
+        raise UserError(
+            f"{args.teacher}: reads the rows of {task.name} in another way than {args.model}; take one that agrees"
         )
     if run.teacher.config.types < len(run.teacher_paper.text_types([task.name])):
         raise UserError(
-            f"{run.args.teacher}: has too few text types for {name}; train it for --task {run.args.task} first"
+            f"{args.teacher}: has too few text types for {task.name}; train it for --task {args.task} first"
         )
 
 
-def why_not_comparable(run, name, teacher_tasks):
+def why_not_comparable(run, name, task, teacher_tasks):
     """Why the logits of an objective cannot be distilled, None if they can: both must have logits over one set of classes."""
-    heads = tasks.heads_for(run.teacher_paper, [name])
-    if run.paper.OBJECTIVES[name].logits == "nothing":
+    objective = run.paper.OBJECTIVES[name]
+    head = objective.head
+    if objective.logits == "nothing":
         return "it has no logits of classes"
-    if not heads or heads[0] not in run.teacher.config.heads:
+    # captioning has the head of masked words, which pretraining trains
+    if head not in run.teacher.heads or (task and task.name not in teacher_tasks):
         return "the teacher was not trained for it"
-    task = tasks.TASK_OF_OBJECTIVE.get(name)
-    if task and task.name not in teacher_tasks:  # captioning has the head of masked words, which pretraining trains
-        return "the teacher was not trained for it"
-    if "object_probs" in run.paper.OBJECTIVES[name].fields:
-        student = output_width(run.model.heads[heads[0]])
-        teacher = output_width(run.teacher.heads[heads[0]])
+    if "object_probs" in objective.fields:
+        student = output_width(run.model.heads[head])
+        teacher = output_width(run.teacher.heads[head])
         if student != teacher:  # one counts background as a class and the other does not
             return f"the student has {student} region classes, the teacher {teacher}"
     return None
@@ -176,6 +164,9 @@ def why_not_comparable(run, name, teacher_tasks):
 def output_width(head):
     """How many logits a head computes: the rows of its last linear layer."""
     return [module for module in head.modules() if isinstance(module, nn.Linear)][-1].out_features
+
+
+# ---- a step -----------------------------------------------------------------------------------------------------------
 
 
 def items_of(paper, name, batch):
@@ -192,13 +183,12 @@ def items_of(paper, name, batch):
 
 def distillation_losses(run, names):
     """The losses that the teacher adds to these objectives': NAME_soft for logits, and those of DISTILLATION."""
-    if run.teacher is None:
-        return []
     losses = []
-    wanted = run.args.distill.split(",")
-    if "logits" in wanted:
-        losses += [f"{name}_soft" for name in names if name in run.soft]
-    for part in wanted:
+    if run.teacher is None:
+        return losses
+    for part in run.args.distill.split(","):
+        if part == "logits":
+            losses += [f"{name}_soft" for name in names if name in run.soft]
         losses += DISTILLATION[part]
     return losses
 
@@ -210,15 +200,14 @@ def forward_with_teacher(run, batch, names):
     # objectives that encode the batch themselves need no encoding
     encodes = record or not all(run.paper.OBJECTIVES[name].encodes for name in names)
     student = run.model.encode(batch, record=record) if encodes else None
-    parts = {name: run.paper.OBJECTIVES[name].loss(run.model, student, batch) for name in names}
-    teacher_logits = {}
     with torch.no_grad():
         teacher = run.teacher.encode(batch, record=record) if encodes else None
-        for name in names:
-            if "logits" in wanted and name in run.soft:
-                _, teacher_logits[name] = run.teacher_paper.OBJECTIVES[name].loss(run.teacher, teacher, batch)
-    for name, logits in teacher_logits.items():
-        parts[f"{name}_soft"] = soft_loss(run.paper.OBJECTIVES[name], parts[name][1], logits, batch), None
+    parts = {name: run.paper.OBJECTIVES[name].loss(run.model, student, batch) for name in names}
+    for name in names:
+        if "logits" in wanted and name in run.soft:
+            with torch.no_grad():
+                _, logits = run.teacher_paper.OBJECTIVES[name].loss(run.teacher, teacher, batch)
+            parts[f"{name}_soft"] = soft_loss(run.paper.OBJECTIVES[name], parts[name][1], logits, batch), None
     if "attention" in wanted:
         kl, mse = attention_losses(run, student, teacher, batch)
         parts["attention_kl"] = kl, None
@@ -229,11 +218,10 @@ def forward_with_teacher(run, batch, names):
 
 
 def soft_loss(objective, student, teacher, batch):
-    """`soft_label_loss` of an objective's logits, (M, K) or (rows,)."""
-    if objective.logits == "numbers":  # features are no classes: their squared difference counts
-        student = student.flatten()  # (M, F) -> (M F,)
-        teacher = teacher.flatten()
-    elif student.ndim == 1:  # one logit a row: the rows of one example are the classes
+    """`soft_label_loss` of an objective's logits, (M, K) or (rows,); the squared difference where they are features."""
+    if objective.logits == "numbers":
+        return common.squared_error(student, teacher)
+    if student.ndim == 1:  # one logit a row: the rows of one example are the classes
         student = student.view(len(batch.ids), -1)  # (rows,) -> (B, choices)
         teacher = teacher.view(len(batch.ids), -1)
     return soft_label_loss(student, teacher)
@@ -241,8 +229,7 @@ def soft_loss(objective, student, teacher, batch):
 
 def attention_losses(run, student, teacher, batch):
     """(kl, mse) of `attention_loss`, each the mean over the maps that both models have."""
-    kl_losses = []
-    mse_losses = []
+    losses = []
     for kind, own, other in layer_pairs(student.maps, teacher.maps):
         # the last part of a kind: "text_to_regions", or "text", whose queries and keys are of one sequence
         queries, _, keys = kind.rsplit(".", 1)[-1].partition("_to_")
@@ -252,29 +239,24 @@ def attention_losses(run, student, teacher, batch):
         other = other[:, :, -length:, -context:]  # (B, H', T, S)
         query_mask = real_positions(batch, queries, length)
         key_mask = real_positions(batch, keys or queries, context)
-        try:
-            kl, mse = attention_loss(own, other, query_mask, key_mask)
-        except ValueError as error:  # numbers of heads
-            raise UserError(f"--distill attention: {error}; choose others by --config") from None
-        kl_losses.append(kl)
-        mse_losses.append(mse)
-    if not kl_losses:
+        losses.append(attention_loss(own, other, query_mask, key_mask))
+    if not losses:
         raise UserError(
             f"--distill attention: no map of {run.args.model} is one of {run.args.teacher}; use logits,hidden"
         )
-    return sum(kl_losses) / len(kl_losses), sum(mse_losses) / len(mse_losses)
+    return sum(losses) / len(losses)  # (2,)
 
 
 def hidden_losses(run, student, teacher, batch):
     """`hidden_loss`, mean over the states that both models have; where there are none, over their last states."""
-    pairs = list(layer_pairs(student.states, teacher.states))
+    pairs = layer_pairs(student.states, teacher.states)
     if not pairs:
         pairs = [("text", student.text, teacher.text), ("regions", student.regions, teacher.regions)]
     losses = []
     for kind, own, other in pairs:
         projection = run.model.heads["hidden"]["regions" if "regions" in kind else "text"]
         length = min(own.shape[1], other.shape[1])
-        mask = real_positions(batch, sequence_of(kind), length)
+        mask = real_positions(batch, kind, length)
         losses.append(hidden_loss(projection(own)[:, -length:], other[:, -length:], mask))  # (B, S, C)
     return sum(losses) / len(losses)
 
@@ -282,12 +264,16 @@ def hidden_losses(run, student, teacher, batch):
 # ---- what two models have in common -----------------------------------------------------------------------------------
 
 
+def layer_map(student, teacher):
+    """Which teacher layer each student layer imitates: uniform, last to last, as [2, 5] of 6 (TinyBERT, section 3.1)."""
+    return [max(0, (i + 1) * teacher // student - 1) for i in range(student)]
+
+
 def layer_pairs(student, teacher):
     """(kind, student's layer, teacher's layer) of each kind of recorded map or state that both have, by `layer_map`."""
-    student = group_by_kind(student)
     teacher = group_by_kind(teacher)
     pairs = []
-    for kind, layers in student.items():
+    for kind, layers in group_by_kind(student).items():
         if kind in teacher:
             places = layer_map(len(layers), len(teacher[kind]))
             for layer, place in zip(layers, places, strict=True):
@@ -304,20 +290,14 @@ def group_by_kind(recorded):
     return kinds
 
 
-def sequence_of(kind):
-    """Whose states a kind records: "text", "regions", or "both" where one sequence holds both."""
-    for sequence in ("text", "regions"):
-        if sequence in kind:
-            return sequence
-    return "both"
+def real_positions(batch, kind, length):
+    """(B, length) bool, True = real, for the positions of text or of regions, which `kind` names, or of both.
 
-
-def real_positions(batch, sequence, length):
-    """(B, length) bool, True = real, for positions of "text", of "regions", or both. ViLBERT's sequences begin with
-    one more position, the whole image."""
-    if sequence == "text":
+    ViLBERT's sequences of regions begin with one more position, the whole image.
+    """
+    if "text" in kind:
         mask = batch.text_mask
-    elif sequence == "regions":
+    elif "regions" in kind:
         mask = batch.region_mask
     else:
         mask = torch.cat([batch.text_mask, batch.region_mask], 1)  # (B, T + N)

@@ -162,16 +162,11 @@ def match_logits(model, pooled, head):
     The head computes in float32 whatever autocast says: in bfloat16 most pairs would be tied.
     """
     with common.full_precision(pooled.device):
-        logits = model.heads[head](float32(pooled))  # (rows, 2) or (rows, 1)
+        logits = model.heads[head](common.at_least_float32(pooled))  # (rows, 2) or (rows, 1)
     logits = logits.cpu().double()  # on the CPU: Apple's GPUs have no float64
     if logits.shape[1] == 2:
         return logits[:, 1] - logits[:, 0]
     return logits[:, 0]
-
-
-def float32(x):
-    """x in float32, or as it is if that is more."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def recall_of_all_pairs(run, dataset, index, head):
@@ -261,14 +256,14 @@ def dot_products(run, dataset, texts, pictures):
         batch = data.remove_modality(data.collate(dataset, texts[part]), run.args.ablate).to(run.device)
         with run.autocast():
             states = run.model.encode(batch, regions=False).text
-        vectors = head.text(float32(states))
+        vectors = head.text(common.at_least_float32(states))
         text_vectors[part] = vectors.cpu().double()
     for part in data.batches(np.diff(dataset.store.offsets)[pictures], size=256, rank=run.rank, world=run.world):
         any_text = np.full(len(part), texts[0])  # it is not read
         batch = data.remove_modality(data.collate(dataset, any_text, pictures[part]), run.args.ablate).to(run.device)
         with run.autocast():
             states = run.model.encode(batch, text=False).regions
-        vectors = head.image(float32(states), batch.region_mask)
+        vectors = head.image(common.at_least_float32(states), batch.region_mask)
         image_vectors[part] = vectors.cpu().double()
     text_vectors = common.all_reduce_sum(text_vectors)
     image_vectors = common.all_reduce_sum(image_vectors)

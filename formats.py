@@ -142,11 +142,7 @@ UNITER_OFFICIAL = [
     ("heads.nlvr2.", "nlvr2_output."),
 ]
 
-UNITER_FROM_BERT = (
-    "text_embedding.",
-    "layers.",
-    "pooler.",
-)  # what BERT's weights must supply: all but regions and heads
+UNITER_FROM_BERT = ("text_embedding.", "layers.", "pooler.")  # what BERT's weights must supply
 
 
 def uniter_to_official(state):
@@ -390,31 +386,6 @@ def lxmert_from_official(state, names):
 
 
 # ---- sizes from a state dict -------------------------------------------------------------------------------------
-
-
-SPELLINGS = {
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
-    "grey": "gray",
-}
-
-
-def normalize_lxmert_answer(answer):
-    """An answer as the 9500-answer table spells it: lower case, no final full stop, no article, digits to ten."""
-    answer = answer.lower()
-    if answer.endswith("."):
-        answer = answer[:-1].strip()
-    for article in ("a ", "an ", "the "):  # each once, in this order: "a the dog" is "dog", "the a dog" is "a dog"
-        answer = answer.removeprefix(article)
-    return SPELLINGS.get(answer, answer)
 
 
 def shape_of(state, ending, default=None):

@@ -78,7 +78,7 @@ PRESETS = {
 
 
 class RegionEmbedding(nn.Module):
-    """( norm(W_f f) + norm(W_b box) ) / 2, then dropout (section 2.1). No order, no type, no learned mask.
+    """( norm(W_f f) + norm(W_b box) ) / 2, then dropout (section 2.1, eq. 1). No order, no type, no learned mask.
 
     features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1, which are the paper's four numbers.
     Returns (B, N, C).

@@ -145,6 +145,14 @@ def keep_freed_memory():
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose free end is never given back
 
 
+def give_back_freed_memory():
+    """The opposite, for a program that seldom needs much: large blocks go back to the system when they are freed. By
+    default glibc keeps ever larger ones, for each thread."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 2**22)  # M_MMAP_THRESHOLD: from 4 MiB on, and not raised later
+
+
 def compile_layers(model):
     """Compiles the blocks that all layers of all three models are made of, where they stand: small regions, used many
     times, for any batch and lengths (`dynamic`), so that nothing is compiled again after the first steps."""

@@ -4,6 +4,7 @@
     python predict.py out/uniter-vqa/best.pt --image a.png --text "what color is the circle?"
     python predict.py out/uniter-vqa/best.pt --data my.jsonl --out predictions.jsonl      every line of a file
     python predict.py out/uniter-itc/best.pt --search "a dog on grass" --data my.jsonl    pictures that fit a text
+    python predict.py out/uniter-vqa/best.pt --scenes 1 --attention attention.png         what the words attend to
     python predict.py out/uniter-vqa/best.pt --export vqa.bin                             weights for other programs
     python predict.py out/uniter-vqa/best.pt --serve 8000                                 a page in the browser
 
@@ -24,6 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import attention
+import attention_sheet
 import checkpoints
 import data
 import drawing
@@ -46,10 +49,10 @@ CHUNK = 1024  # lines of a file that are answered together
 
 def parse(argv=None):
     """The command line. UserError for a mistake in it."""
-    parser = data.Parser(prog="predict.py", description="Use a checkpoint of train.py.", allow_abbrev=False)
+    usage = "predict.py CHECKPOINT WHAT [OPTION ...]"
+    parser = data.Parser("predict.py", usage, "Use a checkpoint of train.py.", allow_abbrev=False)
     parser.add_argument("checkpoint", help="checkpoint.pt or best.pt of a run of train.py")
-    modes = parser.add_argument_group("what to do (one of these)")
-    add = modes.add_argument
+    add = parser.add_argument_group("what to do (one of these)").add_argument
     add("--scenes", type=options.COUNT, nargs="?", const=4, metavar="N",
         help="show N held-out examples of the data set that the checkpoint was trained on (default: 4)")  # fmt: skip
     add("--image", action="append", metavar="FILE", help="a picture; several: one answer each, or one for each pair")
@@ -59,22 +62,31 @@ def parse(argv=None):
     add("--export", metavar="FILE", help="write the checkpoint for other programs, see --to")
     add("--serve", type=options.COUNT_OR_ZERO, nargs="?", const=8000, metavar="PORT",
         help="answer in the browser and over HTTP, on 127.0.0.1 (default: 8000)")  # fmt: skip
-    more = parser.add_argument_group("options")
-    add = more.add_argument
-    add("--task", help="which task, of a checkpoint that has several (default: its first)")
-    add("--text", help="with --image: caption, question, statement or expression")
+    add = parser.add_argument_group("options of --image").add_argument
+    add("--text", help="caption, question, statement or expression")
     add("--boxes", action="append", metavar="JSON", help="[[x1,y1,x2,y2],...] in pixels, once for each --image")
-    add("--choices", nargs="+", metavar="TEXT", help="with --image, vcr: what to choose from")
-    add("--answer", metavar="TEXT", help="with --image, vcr: the answer, if the choices are reasons for it")
-    add("--split", help="with --data or --scenes: which split (default: test; --data without one: all lines)")
-    add("--prompt", metavar="TEXT", help='with --data: the text of each line, as "what color is the {thing}?"')
-    add("--out", metavar="FILE", help="the picture of --scenes (default: predictions.png), the predictions of --data")
-    add("--resume", action="store_true", help="with --data: go on after the last whole line of --out")
-    add("--to", choices=[*export.WEIGHTS, *export.PROGRAMS], default="official", 
-        help="format of --export: weights under the paper's own names (the default), a folder for transformers (LXMERT), "
-        "a program of torch.export, or ONNX; the last two run without this repository")  # fmt: skip
+    add("--choices", nargs="+", metavar="TEXT", help="vcr: what to choose from")
+    add("--answer", metavar="TEXT", help="vcr: the answer, if the choices are reasons for it")
+    add = parser.add_argument_group("options of --data and --scenes").add_argument
+    add("--split", help="which split (default: test; --data without one: all lines)")
+    add("--prompt", metavar="TEXT", help='the text of each line of --data, as "what color is the {thing}?"')
+    add("--resume", action="store_true", help="go on after the last whole line of --out")
+    add = parser.add_argument_group("attention, beside --image or --scenes").add_argument
+    add("--attention", metavar="FILE", help="draw which regions the words attend to")
+    add("--method", choices=[*attention.METHODS, "transport"], help="how it is computed (default: raw)")
+    add("--word", help="one word of the text, and its regions")
+    add("--region", type=options.COUNT_OR_ZERO, help="one region, from 0, and its words")
+    add("--layer", type=options.COUNT_OR_ZERO, help="with --method raw: one layer, from 0 (default: mean over layers)")
+    add("--head", type=options.COUNT_OR_ZERO, help="with --method raw: one head, from 0 (default: mean over heads)")
+    add = parser.add_argument_group("options of --export").add_argument
+    add("--to", choices=[*export.WEIGHTS, *export.PROGRAMS], default="official",
+        help="weights under the paper's own names (the default), a folder for transformers (LXMERT), a program of "
+        "torch.export, or ONNX; the last two run without this repository")  # fmt: skip
+    add = parser.add_argument_group("options of several").add_argument
+    add("--out", metavar="FILE", help="the picture of --scenes, --image or --search, the predictions of --data")
+    add("--task", help="which task, of a checkpoint that has several (default: its first)")
+    add("--top", type=options.COUNT, default=3, help="how many answers or pictures to show (default: 3)")
     add("--beams", type=options.COUNT, help="captions: beam width; 1 is greedy (default: as trained)")
-    add("--top", type=options.COUNT, default=3, help="how many answers to show (default: 3)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--dtype", choices=["auto", "f32", "bf16"], default="auto", help="number format of matrix products")
     add("--int8", action="store_true", help="layers with weights of 8 bits: a smaller model, on a CPU")
@@ -85,10 +97,11 @@ def parse(argv=None):
     given = [name for name in modes if getattr(args, name) is not None]
     if len(given) != 1:
         raise UserError("give one of --scenes, --image, --data, --search, --embed, --export and --serve")
-    if args.int8 and (args.export or args.dtype == "bf16"):
-        raise UserError("--int8 is a number format of its own, which cannot be exported; leave out --dtype or --export")
+    if args.int8 and (args.export or args.attention or args.dtype == "bf16"):
+        raise UserError("--int8 goes with none of --export, --attention and --dtype bf16; leave one out")
     if args.resume and not (args.data and args.out):
         raise UserError("--resume goes on with the --out of --data; give both")
+    attention_sheet.check_options(args)
     return args
 
 
@@ -321,8 +334,8 @@ def parse_boxes(text):
     return boxes
 
 
-def answer_images(run, task, args):
-    """Prints the answers to `--text` for each picture, or for each pair."""
+def read_images(run, task, args):
+    """The Dataset of `--text` with each picture, or with each pair, and {row of its store: picture file}."""
     if len(args.image) % task.pictures:
         raise UserError(f"{task.name} takes two --image for each answer, not {len(args.image)}")
     boxes = [None] * len(args.image)
@@ -343,15 +356,38 @@ def answer_images(run, task, args):
         name = " ".join(args.image[i : i + task.pictures])
         record = {"id": name, "text": args.text or "", "choices": args.choices, "answer": args.answer}
         questions.append((record, found))
-    dataset = make_dataset(run, task, questions)
+    if not args.boxes and run.regions.get("boxes") == "given":
+        data.warn("trained on boxes of things, asked about a grid; give --boxes")
+    return make_dataset(run, task, questions), files
+
+
+def answer_images(run, task, args):
+    """Prints the answers to `--text` for each picture, or for each pair."""
+    dataset, files = read_images(run, task, args)
     answers = predict(run, task, dataset, np.arange(len(dataset)), args.top)
     for i, answer in enumerate(answers):
         begin = f"{dataset.ids[i]}: " if len(answers) > 1 else ""
         print(begin + describe(answer))
-    if not args.boxes and run.regions.get("boxes") == "given":
-        data.warn("trained on boxes of things, asked about a grid; give --boxes")
     if args.out:
         drawing.draw(run, task, dataset, answers, files, Path(args.out))
+
+
+# ---- --attention ------------------------------------------------------------------------------------------------------
+
+
+def show_attention(run, task, args):
+    """Prints the answers to `--scenes` or `--image`, and draws what they attend to."""
+    if args.scenes:
+        dataset, files = held_out(run, task, args.split, args.scenes)
+    else:
+        dataset, files = read_images(run, task, args)
+    titles = []
+    for i, answer in enumerate(predict(run, task, dataset, np.arange(len(dataset)), args.top)):
+        answers = describe(answer).replace(":  ", ": ").replace("  ", ", ")
+        titles.append([drawing.text_of(task, dataset, i), answers])
+        if "truth" in answer:
+            titles[-1].append(f"truth: {drawing.short_name(answer['truth'])}")
+    attention_sheet.show(run, task, dataset, files, titles, args)
 
 
 # ---- --data: every line of a file ---------------------------------------------------------------------------------------
@@ -531,7 +567,9 @@ def answer(args):
         export_checkpoint(args)
         return
     run, task = load_run(args)
-    if args.scenes:
+    if args.attention:
+        show_attention(run, task, args)
+    elif args.scenes:
         show_scenes(run, task, args)
     elif args.image:
         answer_images(run, task, args)

@@ -109,7 +109,8 @@ def parallel(work, jobs, label):
         # fork on Linux: a fresh interpreter would spend longer importing torch than on the work
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
         with ProcessPoolExecutor(workers, context) as pool:
-            yield from show_progress(pool.map(work, jobs), len(jobs), label)
+            chunk = max(1, len(jobs) // (100 * workers))  # jobs sent at once: fewer messages
+            yield from show_progress(pool.map(work, jobs, chunksize=chunk), len(jobs), label)
     else:
         yield from show_progress(map(work, jobs), len(jobs), label)
 
@@ -139,7 +140,8 @@ def open_picture(where, path):
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo and its preview
-            picture = to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would be as large once more
+            picture = to_rgb(image)
     except Image.DecompressionBombError:
         most = 2 * Image.MAX_IMAGE_PIXELS
         raise UserError(f"{where}: picture {path} has more than {most:,} pixels; resize it") from None
@@ -182,9 +184,7 @@ def picture_size(where, path):
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             width, height = image.size
-            if (
-                image.format == "TIFF"
-            ):  # which Pillow turns by itself, some while they are opened, some while they are read
+            if image.format == "TIFF":  # Pillow turns these by itself, some only when they are read
                 return open_picture(where, path).size
             orientation = image.getexif().get(0x0112, 1)
     except Exception:  # noqa: BLE001

@@ -210,8 +210,7 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
     for name in run.objectives:
         if one_picture and run.paper.OBJECTIVES[name].mismatch:
             continue  # there is no other picture for a false pair
-        answers_questions = run.paper.OBJECTIVES[name].mean_over == "answers"
-        index = questions if answers_questions else captions
+        index = questions if run.paper.OBJECTIVES[name].mean_over == "answers" else captions
         sums[name] = objective_sums(run, dataset, index, name)
     if "mlm" in run.objectives and run.content_words:
         every = np.flatnonzero((kinds == "caption") & np.isin(dataset.image, dataset.image[captions]))
@@ -332,10 +331,9 @@ def evaluate_vqa(run, dataset):
     Chance: to each kind of question the answer that the training split gives to that kind most often.
     """
     scores = answer_scores(run, dataset, "vqa", run.answers)
-    usual = run.usual_answers
     guess = np.zeros(len(dataset))
     for i, kind in enumerate(dataset.kind):
-        guess[i] = dataset.answer[i].get(usual.get(kind), 0.0)
+        guess[i] = dataset.answer[i].get(run.usual_answers.get(kind), 0.0)
     return evaluation.accuracy_by_kind(scores, guess, dataset.kind)
 
 
@@ -367,6 +365,7 @@ VQA = Task(
 
 
 def check_ve(record):
+    """The answers are among the three."""
     if not set(record["answer"]) <= set(data.ENTAILMENT):
         return f"'answer' is {', '.join(record['answer'])[:60]}; task ve takes {', '.join(data.ENTAILMENT)}"
     return None
@@ -390,9 +389,7 @@ VE = Task(
     truth="answer",
     check=check_ve,
     examples=lambda record: [simple_example(record, "ve", record.get("answer"))],
-    batch=lambda run, dataset, index, rng: data.collate(
-        dataset, index, answers={answer: i for i, answer in enumerate(data.ENTAILMENT)}
-    ),
+    batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=dict(zip(data.ENTAILMENT, range(3)))),
     evaluate=evaluate_ve,
     show=lambda run, dataset, i, logits, top: evaluation.show_answers(
         data.ENTAILMENT, logits.sigmoid(), dataset, i, top
@@ -404,6 +401,7 @@ VE = Task(
 
 
 def check_nlvr2(record):
+    """The label is true or false."""
     if type(record["label"]) is not bool:
         return f"'label' is {record['label']}; write true or false"
     return None
@@ -411,8 +409,7 @@ def check_nlvr2(record):
 
 def nlvr2_examples(record):
     """One example of two rows: the statement beside the left picture, and beside the right one."""
-    text = record["text"]
-    rows = [(text, 0), (text, 1)]
+    rows = [(record["text"], 0), (record["text"], 1)]
     return [data.Example(record["id"], record.get("kind", "nlvr2"), rows, target=int(record.get("label", -1)))]
 
 
@@ -477,6 +474,7 @@ NLVR2 = Task(
 
 
 def check_vcr(record):
+    """The label is the index of a choice, and `reason` that of a reason."""
     most = len(record["choices"]) - 1
     label = record["label"]
     if type(label) is not int or not 0 <= label <= most:
@@ -533,10 +531,10 @@ def evaluate_vcr(run, dataset):
             chance[name] = 1 / dataset.group
     answer_hits = {}
     both = []
-    for i, kind in enumerate(dataset.kind):  # the answer stands before its reason
+    for i, kind in enumerate(dataset.kind):
         if kind == "answer":
             answer_hits[dataset.ids[i]] = hits[i]
-        elif kind == "reason":
+        elif kind == "reason":  # it follows the answer of its line
             both.append(hits[i] * answer_hits[dataset.ids[i]])
     if both:
         metrics["q_ar_accuracy"] = float(np.mean(both))
@@ -545,6 +543,7 @@ def evaluate_vcr(run, dataset):
 
 
 def show_vcr(run, dataset, i, logits, top):
+    """The likeliest choices, and the right one."""
     texts = [dataset.text[row][-1] for row in dataset.rows([i])]  # the last segment is the choice
     return evaluation.show_choices(texts, logits.softmax(-1), dataset, i, top)
 
@@ -569,10 +568,12 @@ VCR = Task(
 
 
 def refer_examples(record):
+    """The expression, and the box that it means."""
     return [simple_example(record, "refer", target=record.get("target", (0.0, 0.0, 0.0, 0.0)))]
 
 
 def refer_batch(run, dataset, index, rng):
+    """batch.target (B, N): the overlap of each region with the box that is meant."""
     batch = data.collate(dataset, index)
     batch.target = target_overlaps(dataset, index, batch)
     return batch
@@ -685,6 +686,7 @@ def generate_captions(run, dataset, index):
 
 
 def show_caption(run, dataset, i, caption, top):
+    """The generated caption, and the example's own."""
     shown = {"caption": caption}
     if dataset.text[i]:
         shown["truth"] = dataset.text[i]
@@ -766,10 +768,8 @@ def evaluate(run, split):
         with torch.inference_mode():
             task_metrics, task_chance = TASKS[name].evaluate(run, splits[split])
         prefix = f"{name}_" if len(run.sets) > 1 else ""
-        for metric, value in task_metrics.items():
-            metrics[prefix + metric] = value
-        for metric, value in task_chance.items():
-            chance[prefix + metric] = value
+        metrics |= {prefix + metric: value for metric, value in task_metrics.items()}
+        chance |= {prefix + metric: value for metric, value in task_chance.items()}
     return metrics, chance
 
 

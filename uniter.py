@@ -228,7 +228,7 @@ def masked_language_modelling(model, encoding, batch):
 
 
 def masked_region_features(model, encoding, batch):
-    """Masked region feature regression, MRFR (section 3.2, "masked region modeling"):
+    """Masked region feature regression, MRFR (section 3.2, eq. 4, variant 1):
 
         L = || h(v_m) - f_m ||^2,  mean over masked regions and over F
 
@@ -242,7 +242,7 @@ def masked_region_features(model, encoding, batch):
 
 
 def masked_region_class(model, encoding, batch):
-    """Masked region classification, MRC (section 3.2, "masked region modeling"):
+    """Masked region classification, MRC (section 3.2, eq. 4, variant 2):
 
         L = CE(c, g(v_m)),  mean over masked regions
 
@@ -254,7 +254,7 @@ def masked_region_class(model, encoding, batch):
 
 
 def masked_region_class_kl(model, encoding, batch):
-    """Masked region classification with soft labels, MRC-kl (section 3.2, "masked region modeling"):
+    """Masked region classification with soft labels, MRC-kl (section 3.2, eq. 4, variant 3):
 
         L = KL(c || g(v_m)) = sum_k c_k (log c_k - log g_k),  mean over masked regions AND classes
 
@@ -267,7 +267,7 @@ def masked_region_class_kl(model, encoding, batch):
 
 
 def image_text_matching(model, encoding, batch):
-    """Image-text matching, ITM (section 3.2): do words and picture belong together?
+    """Image-text matching, ITM (section 3.2, eq. 2): do words and picture belong together?
 
         L = -[ y log s(w, v) + (1 - y) log(1 - s(w, v)) ],  mean over rows
 
@@ -279,7 +279,7 @@ def image_text_matching(model, encoding, batch):
 
 
 def word_region_alignment(model, encoding, batch):
-    """Word-region alignment, WRA (section 3.2), on the pairs of image-text matching:
+    """Word-region alignment, WRA (section 3.2, eq. 3), on the pairs of image-text matching:
 
         L = ( sum over true pairs of D - sum over false pairs of D ) / B
 

@@ -114,6 +114,7 @@ def picture_key(name):
 
 
 def convert(source, out, data_file):
+    """Writes OUT/regions from the files in `source`, and with a JSONL file its lines linked to these regions."""
     if data_file is not None:
         published.require(data_file.resolve().parent != out, out, f"{data_file} lies there; give another folder")
     rows = {}
@@ -147,6 +148,7 @@ def convert(source, out, data_file):
 
 
 def add_options(parser):
+    """This script's own options."""
     parser.add_argument("--data", dest="data_file", type=Path, help="JSONL whose pictures these are")
 
 

@@ -59,6 +59,7 @@ def predictions(lines):
 
 
 def convert(folder, out):
+    """Writes OUT/coco.jsonl from Karpathy's file if it is there, else from the official ones."""
     path = folder / "dataset_coco.json"
     records = karpathy(path, folder, out) if path.is_file() else official(folder, out)
     published.write_jsonl(out / "coco.jsonl", records)

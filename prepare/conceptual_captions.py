@@ -26,6 +26,7 @@ CONCEPTUAL = {
 
 
 def conceptual_captions(folder, out, missing):
+    """Records of Conceptual Captions. The URLs without a picture are appended to `missing`."""
     for name, (images, split) in CONCEPTUAL.items():
         names = set()
         if (folder / images).is_dir():
@@ -44,6 +45,7 @@ def conceptual_captions(folder, out, missing):
 
 
 def sbu(folder, out, missing):
+    """Records of SBU. The names without a picture are appended to `missing`."""
     names = set()
     if (folder / "images").is_dir():
         names = set(os.listdir(folder / "images"))
@@ -61,6 +63,7 @@ def sbu(folder, out, missing):
 
 
 def convert(folder, out):
+    """Writes OUT/sbu.jsonl or OUT/conceptual_captions.jsonl, whichever the folder holds."""
     missing = []
     if (folder / "SBU_captioned_photo_dataset_urls.txt").is_file():
         published.write_jsonl(out / "sbu.jsonl", sbu(folder, out, missing))

@@ -16,6 +16,7 @@ from prepare.coco import karpathy
 
 
 def convert(folder, out):
+    """Writes OUT/flickr30k.jsonl."""
     path = folder / "dataset_flickr30k.json"
     published.write_jsonl(out / "flickr30k.jsonl", karpathy(path, folder / "flickr30k-images", out))
 

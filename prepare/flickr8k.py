@@ -18,6 +18,7 @@ SPLITS = {"trainImages": "train", "devImages": "val", "testImages": "test"}
 
 
 def convert(folder, out):
+    """Writes OUT/flickr8k.jsonl: a record for each caption."""
     texts = folder / "Flickr8k_text"
     captions = {}  # picture -> its captions
     for where, line in published.read_text_lines(texts / "Flickr8k.token.txt"):

@@ -20,6 +20,7 @@ SUBMISSION = "submission_all_questions.json"  # those of val, testdev, test and 
 
 
 def records(folder, out):
+    """A record for each question."""
     for name, split in SPLITS.items():
         path = folder / f"{name}_balanced_questions.json"
         for _, key, row in published.stream_json(path, ("question", "imageId", "answer", "types")):
@@ -49,6 +50,7 @@ def predictions(lines):
 
 
 def convert(folder, out):
+    """Writes OUT/gqa.jsonl."""
     published.write_jsonl(out / "gqa.jsonl", records(folder, out))
     if (folder / SUBMISSION).is_file():
         published.write_jsonl(out / "gqa_test.jsonl", unanswered(folder, out))

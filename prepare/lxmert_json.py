@@ -40,6 +40,7 @@ def picture_path(image_id):
 
 
 def records(folder, out, answers):
+    """A record for each sentence, with the scores of the answers that are in `answers`."""
     for name, split in FILES.items():
         for where, _, entry in published.stream_json(folder / f"{name}.json", ("img_id", "sentf")):
             image = published.picture(folder / picture_path(entry["img_id"]), out)
@@ -62,6 +63,7 @@ def records(folder, out, answers):
 
 
 def convert(folder, out):
+    """Writes OUT/lxmert.jsonl."""
     path = folder / "all_ans.json"
     answers = {row["ans"] for _, row in published.entries(path, published.read_json(path), ["ans"])}
     published.write_jsonl(out / "lxmert.jsonl", records(folder, out, answers))

@@ -19,6 +19,7 @@ SPLITS = {"train": "train", "dev": "val", "test1": "test"}
 
 
 def records(folder, out):
+    """A record for each statement."""
     for name, split in SPLITS.items():
         path = folder / "data" / f"{name}.json"
         for where, row in published.read_json_lines(path, ("identifier", "sentence", "label")):
@@ -50,6 +51,7 @@ def predictions(lines):
 
 
 def convert(folder, out):
+    """Writes OUT/nlvr2.jsonl."""
     published.write_jsonl(out / "nlvr2.jsonl", records(folder, out))
 
 

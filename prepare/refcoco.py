@@ -58,6 +58,7 @@ def read_instances(path):
 
 
 def records(path, refs, images, boxes, image_folder, out):
+    """A record for each expression."""
     for where, ref in published.entries(path, refs, ("image_id", "ann_id", "split", "sentences")):
         candidates = boxes.get(ref["image_id"], [])
         target = dict(candidates).get(ref["ann_id"])
@@ -86,6 +87,7 @@ def predictions(lines):
 
 
 def convert(folder, out, split_by, images):
+    """Writes OUT/refcoco.jsonl and OUT/dataset.json."""
     path = folder / f"refs({split_by}).p"
     refs = read_refs(path)
     entries, boxes = read_instances(folder / "instances.json")
@@ -95,6 +97,7 @@ def convert(folder, out, split_by, images):
 
 
 def add_options(parser):
+    """This script's own options."""
     parser.add_argument("--split-by", default="unc", help="unc (RefCOCO, RefCOCO+), umd or google (RefCOCOg)")
     parser.add_argument("--images", type=Path, help="folder of COCO's train2014 pictures")
 

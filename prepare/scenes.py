@@ -1,6 +1,6 @@
 """Drawn scenes: the built-in data set. Every command of this project runs on it without a download.
 
-    python prepare/scenes.py OUT [--count N] [--seed S] [--sheet FILE]
+    python prepare/scenes.py OUT [--count N] [--seed S]
 
 A scene is a list of 3 to 8 things: coloured shapes on a dark ground. Everything else is made from that list, the scene
 graph: a picture, the regions that an imitated detector finds in it, captions, questions and the examples of four more
@@ -25,17 +25,15 @@ texts leaves the pictures as they were.
 import json
 import math
 import sys
-import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/scenes.py`
 import data
 from prepare import scene_texts as texts
-from prepare.scene_graph import COLORS, CONTENT_WORDS, SHAPES, SIDE, make_scene
+from prepare.scene_texts import COLORS, CONTENT_WORDS, SHAPES, SIDE, make_scene
 
 VERSION = 12  # raise it when `make` writes something else: it is part of the name of the folder in the cache
 COUNTS = {"train": 10_000, "val": 500, "test": 1_000, "compose": 500}  # pictures of each split
@@ -168,168 +166,87 @@ DATASET_JSON = {
 }
 
 
-@dataclass
-class Part:
-    """What `draw_part` makes of a few scenes of one split."""
-
-    scenes: list  # the scene graphs
-    detected: list  # a dict of arrays for each scene: the detector's regions
-    true: list  # the same of regions along the true boxes, without classes
-    lines: dict  # {file: its lines about these scenes}
-
-
 def make(folder, counts=None, seed=0):
     """Writes the data set into a folder.   counts: {split: number of pictures}, "train" among them; None: COUNTS."""
     folder = Path(folder)
-    counts = counts or COUNTS
-    assert min(counts.values()) > 0
     jobs = []
-    row = 0  # in the feature stores, which hold the splits one after the other
-    for split, count in counts.items():
-        for start in range(0, count, 50):
-            stop = min(start + 50, count)
-            jobs.append((seed, split, start, stop, row))
-            row += stop - start
-    parts = list(data.parallel(draw_part, jobs, f"drawing {row} scenes"))
+    for split, count in (counts or COUNTS).items():
+        assert count > 0
+        for index in range(count):
+            jobs.append((seed, split, index, len(jobs)))  # the row in the feature stores, which hold all splits
 
-    graphs = {split: [] for split in counts}
+    graphs = {}  # {split: scenes}
     detected = []
     true = []
     lines = {file: [] for file in FILES.values()}
-    for part in parts:
-        graphs[part.scenes[0].split].extend(part.scenes)
-        detected.extend(part.detected)
-        true.extend(part.true)
-        for file, new in part.lines.items():
+    for scene, detected_regions, true_regions, new_lines in data.parallel(draw, jobs, f"drawing {len(jobs)} scenes"):
+        graphs.setdefault(scene.split, []).append(scene)
+        detected.append(detected_regions)
+        true.append(true_regions)
+        for file, new in new_lines.items():
             lines[file].extend(new)
     for scenes in graphs.values():
-        lines["ve.jsonl"].extend(map(json.dumps, texts.entailment_lines(scenes)))
-        lines["nlvr2.jsonl"].extend(map(json.dumps, texts.two_picture_lines(scenes)))
+        lines["ve.jsonl"].extend(texts.entailment_lines(scenes))
+        lines["nlvr2.jsonl"].extend(texts.two_picture_lines(scenes))
 
     data.write_store(folder / "regions", detected)
     data.write_store(folder / "boxes", true)
     for file, content in lines.items():
-        (folder / file).write_text("\n".join(content) + "\n")
+        (folder / file).write_text("\n".join(map(json.dumps, content)) + "\n")
     pieces = vocabulary(lines["pretrain.jsonl"], graphs["train"][:300])
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
     (folder / "dataset.json").write_text(json.dumps(DATASET_JSON, indent=1) + "\n")  # last: now all is there
 
 
-def draw_part(job):
-    """Draws scenes start..stop-1 of a split. row: the first one's row in the feature stores. Returns a Part."""
-    seed, split, start, stop, row = job
-    part = Part([], [], [], {})
-    for index in range(start, stop):
-        scene = make_scene(seed, split, index)
-        scene.row = row + index - start
-        picture = draw_scene(scene)
-        detected = detect(scene)
-        detected["features"] = features(picture, detected["boxes"])
-        detected["boxes"] = detected["boxes"] / SIDE
-        detected["size"] = (SIDE, SIDE)  # targets of refer are in pixels, boxes of a store in 0..1
-        boxes = np.array([thing.box for thing in scene.things])
-        part.scenes.append(scene)
-        part.detected.append(detected)
-        part.true.append({"features": features(picture, boxes), "boxes": boxes / SIDE, "size": (SIDE, SIDE)})
-        for file, lines in scene_lines(scene).items():
-            part.lines.setdefault(file, []).extend(map(json.dumps, lines))
-    return part
-
-
-def features(picture, boxes):
-    """(N, F) as the store keeps them, which is half as much to send between processes."""
-    return data.region_features(picture, boxes).astype(np.float16)
-
-
-def scene_lines(scene):
-    """{file: lines as dicts} of the tasks that need one scene at a time."""
-    captions = texts.caption_lines(scene)
-    questions = texts.question_lines(scene, first=len(captions))
+def draw(job):
+    """One scene: the scene graph, its detected and its true regions as the feature stores keep them, and
+    {file: lines} of the tasks that need one scene at a time."""
+    seed, split, index, row = job
+    scene = make_scene(seed, split, index, row)
+    picture = draw_scene(scene)
+    detected = store_row(picture, **detect(scene))
+    true = store_row(picture, boxes=np.array([thing.box for thing in scene.things]))
+    captions, questions = texts.caption_and_question_lines(scene)
+    expressions = texts.referring_lines(scene)
     lines = {
         "captions.jsonl": captions,
         "vqa.jsonl": questions,
         "vcr.jsonl": texts.choice_lines(scene),
-        "refer.jsonl": texts.referring_lines(scene),
+        "refer.jsonl": expressions,
     }
-    if scene.split != "compose":  # few questions, as most go with any picture: they would say little about a match
+    if split != "compose":  # few questions, as most go with any picture: they would say little about a match
         lines["pretrain.jsonl"] = captions + questions[: len(captions) // 4]
-    if scene.split == "test":
-        for line in texts.referring_lines(scene):
-            line["split"] = "detected"
-            line["features"] = f"regions#{scene.row}"
-            lines["refer.jsonl"].append(line)
-    return lines
+    if split == "test":
+        on_detected = {"split": "detected", "features": f"regions#{row}"}
+        lines["refer.jsonl"] = expressions + [line | on_detected for line in expressions]
+    return scene, detected, true, lines
+
+
+def store_row(picture, boxes, **fields):
+    """What `write_store` takes of a picture: features of the regions in `boxes` (N, 4) pixels, and the fields."""
+    features = data.region_features(picture, boxes).astype(np.float16)  # half as much to send between processes
+    return {"features": features, "boxes": boxes / SIDE, "size": (SIDE, SIDE), **fields}
 
 
 def vocabulary(pretrain_lines, scenes):
-    """The word pieces of the training texts: all of pretraining, and those of the other tasks on a few scenes.
-
-    There is one vocabulary for all tasks, so that a pretrained model can be fine-tuned on any.
-    """
-    words = other_texts(scenes)
-    for line in map(json.loads, pretrain_lines):
+    """The word pieces of the training texts: all of pretraining, and those of the other tasks on a few scenes, each as
+    often as a model reads it. There is one vocabulary for all tasks, so that a pretrained model can be fine-tuned on
+    any."""
+    words = [line["text"] for line in texts.entailment_lines(scenes)]
+    for line in texts.two_picture_lines(scenes):
+        words += 2 * [line["text"]]  # once with each picture
+    for scene in scenes:
+        for line in texts.choice_lines(scene):  # (question, answer) four times, then (question, right answer, reason)
+            words += 8 * [line["text"]]
+            words += line["choices"] + line["reasons"]
+            words += 4 * [line["choices"][line["label"]]]
+        for line in texts.referring_lines(scene):
+            words.append(line["text"])
+    for line in pretrain_lines:
         if line["split"] == "train":
             words.append(line["text"])
     ids = data.train_tokenizer(words).get_vocab()
     return sorted(ids, key=ids.get)
-
-
-def other_texts(scenes):
-    """The texts of ve, nlvr2, vcr and refer, each as often as a model reads it."""
-    found = []
-    for line in texts.entailment_lines(scenes):
-        found.append(line["text"])
-    for line in texts.two_picture_lines(scenes):
-        found += 2 * [line["text"]]  # once with each picture
-    for scene in scenes:
-        for line in texts.choice_lines(scene):  # (question, answer) four times, then (question, right answer, reason)
-            found += 8 * [line["text"]]
-            found += line["choices"] + line["reasons"]
-            found += 4 * [line["choices"][line["label"]]]
-        for line in texts.referring_lines(scene):
-            found.append(line["text"])
-    return found
-
-
-# ---- a sheet of six scenes -------------------------------------------------------------------------------------------
-
-SHEET = (151, 542, 1343, 5948, 7849, 9516)  # training scenes whose labels do not cover each other
-
-
-def draw_sheet(file, scale=3):
-    """Six training scenes, each with the detector's boxes, two captions and three questions."""
-    width = SIDE * scale
-    height = width + 156
-    sheet = Image.new("RGB", (3 * width + 64, 2 * height + 16), "white")
-    pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(13)
-    for cell, index in enumerate(SHEET):
-        scene = make_scene(0, "train", index)
-        left = 16 + cell % 3 * (width + 16)
-        top = 16 + cell // 3 * height
-        sheet.paste(draw_regions(scene, scale, font), (left, top))
-        lines = texts.captions(scene)[:2]
-        for _, question, answer in texts.questions(scene)[:3]:
-            lines.append(f"{question}  {answer}")
-        lines = [textwrap.fill(line, 56, subsequent_indent="    ") for line in lines]
-        pen.multiline_text((left, top + width + 6), "\n".join(lines), "black", font)
-    sheet = sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)  # a third of the bytes
-    sheet.save(file, optimize=True)
-
-
-def draw_regions(scene, scale, font):
-    """The picture, enlarged, with the detector's boxes and classes; boxes it is less than half sure of are grey."""
-    width = SIDE * scale
-    picture = draw_scene(scene).resize((width, width), Image.Resampling.NEAREST)
-    pen = ImageDraw.Draw(picture)
-    found = detect(scene)
-    for i, box in enumerate(found["boxes"] * scale):
-        ink = "white" if found["object_conf"][i] > 0.5 else "silver"
-        pen.rectangle(box.tolist(), outline=ink, width=2)
-        label = f"{list(COLORS)[found['attributes'][i]]} {SHAPES[found['objects'][i]]} {found['object_conf'][i]:.2f}"
-        x = min(box[0], width - 2 - pen.textlength(label, font))
-        pen.text((x, box[1] - 17), label, ink, font, stroke_width=2, stroke_fill="black")
-    return picture
 
 
 def main():
@@ -338,7 +255,6 @@ def main():
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--count", type=int, help="at most so many pictures of each split")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sheet", metavar="FILE", help="also draw six scenes of seed 0 with their texts, as PNG")
     try:
         args = parser.parse_args()
         counts = dict(COUNTS)
@@ -347,9 +263,7 @@ def main():
                 raise data.UserError(f"--count is {args.count}; give 2 or more")
             counts = {split: min(count, args.count) for split, count in COUNTS.items()}
         make(args.out, counts, args.seed)
-        if args.sheet is not None:
-            draw_sheet(args.sheet)
-    except (data.UserError, OSError, ValueError) as error:  # ValueError: Pillow does not know a suffix
+    except (data.UserError, OSError) as error:
         print(f"scenes.py: {data.UserError(str(error))}", file=sys.stderr)
         return 2
     print(f"{args.out}: {sum(counts.values())} pictures")

@@ -18,6 +18,7 @@ LABELS = ("entailment", "neutral", "contradiction")
 
 
 def records(folder, out):
+    """A record for each hypothesis with a gold label, of which "-" is none."""
     for name, split in SPLITS.items():
         path = folder / f"snli_ve_{name}.jsonl"
         for where, row in published.read_json_lines(path, ("Flickr30K_ID", "gold_label", "sentence2", "pairID")):
@@ -34,6 +35,7 @@ def records(folder, out):
 
 
 def convert(folder, out):
+    """Writes OUT/snli_ve.jsonl."""
     published.write_jsonl(out / "snli_ve.jsonl", records(folder, out))
 
 

@@ -73,6 +73,7 @@ def question_record(folder, out, where, row):
 
 
 def records(folder, out):
+    """A record for each question."""
     for split in ("train", "val"):
         needed = (*NEEDED, "answer_label", "rationale_label")
         for where, row in published.read_json_lines(folder / f"{split}.jsonl", needed):
@@ -107,6 +108,7 @@ def predictions(lines):
 
 
 def convert(folder, out):
+    """Writes OUT/vcr.jsonl."""
     published.write_jsonl(out / "vcr.jsonl", records(folder, out))
     if (folder / "test.jsonl").is_file():
         published.write_jsonl(out / "vcr_test.jsonl", unanswered(folder, out))

@@ -41,6 +41,7 @@ def inside(where, row, width, height):
 
 
 def regions(folder, out, images):
+    """A record for each described region."""
     for where, _, entry in published.stream_json(folder / "region_descriptions.json", ["regions"]):
         for row in entry["regions"]:
             published.check_keys(where, row, ("image_id", "region_id", "phrase"))
@@ -58,6 +59,7 @@ def regions(folder, out, images):
 
 
 def questions(folder, out, images):
+    """A record for each question."""
     for where, _, entry in published.stream_json(folder / "question_answers.json", ["qas"]):
         for row in entry["qas"]:
             published.check_keys(where, row, ("image_id", "qa_id", "question", "answer"))
@@ -74,6 +76,7 @@ def questions(folder, out, images):
 
 
 def objects(folder, out, images):
+    """A record for each object: its attributes and its name."""
     for where, _, entry in published.stream_json(folder / "attributes.json", ("image_id", "attributes")):
         if entry["image_id"] not in images:
             continue
@@ -87,6 +90,7 @@ def objects(folder, out, images):
 
 
 def convert(folder, out, without_coco):
+    """Writes OUT/regions.jsonl, questions.jsonl, objects.jsonl and dataset.json."""
     images = read_images(folder, out, without_coco)
     published.write_jsonl(out / "regions.jsonl", regions(folder, out, images))
     published.write_jsonl(out / "questions.jsonl", questions(folder, out, images))
@@ -96,6 +100,7 @@ def convert(folder, out, without_coco):
 
 
 def add_options(parser):
+    """This script's own options."""
     parser.add_argument("--without-coco", action="store_true", help="leave out pictures that are also COCO's")
 
 

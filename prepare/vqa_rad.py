@@ -18,6 +18,7 @@ NEEDED = ("image_name", "question", "answer", "answer_type", "phrase_type", "qid
 
 
 def convert(folder, out):
+    """Writes OUT/vqa_rad.jsonl."""
     path = folder / "VQA_RAD Dataset Public.json"
     records = []
     for _, row in published.entries(path, published.read_json(path), NEEDED):

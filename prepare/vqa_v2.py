@@ -25,6 +25,7 @@ from prepare.vqa_accuracy import normalize_answer, soft_score, vqa_accuracy
 
 
 def read_questions(folder, name):
+    """The questions of train2014, val2014 or test2015, as published."""
     path = folder / f"v2_OpenEnded_mscoco_{name}_questions.json"
     return published.stream_json(path, ("image_id", "question", "question_id"), "questions")
 
@@ -43,6 +44,7 @@ def read_annotations(folder, name):
 
 
 def question_record(folder, name, row, out):
+    """What the records of all splits have in common."""
     image = folder / name / f"COCO_{name}_{row['image_id']:012d}.jpg"
     return {"image": published.picture(image, out), "text": row["question"], "id": str(row["question_id"])}
 
@@ -85,12 +87,14 @@ def predictions(lines):
 
 
 def convert(folder, out, min_count):
+    """Writes OUT/vqa_v2.jsonl, and OUT/vqa_v2_test.jsonl where the test questions are there."""
     published.write_jsonl(out / "vqa_v2.jsonl", answered(folder, out, min_count))
     if (folder / "v2_OpenEnded_mscoco_test2015_questions.json").is_file():
         published.write_jsonl(out / "vqa_v2_test.jsonl", unanswered(folder, out))
 
 
 def add_options(parser):
+    """This script's own options."""
     parser.add_argument(
         "--min-count", type=int, default=9, help="questions that an answer of the list is the top answer of"
     )

@@ -4,6 +4,7 @@ One thread: on tensors this small two threads only wait for each other, fifty ti
 the second core.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +74,37 @@ def trained(folder, small_scenes, monkeypatch, capsys):
         return f"{out}/best.pt"
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Own data made from drawn scenes: 24 pictures with boxes, a question of two answers each, all three splits."""
+    from prepare import scenes
+
+    folder = tmp_path_factory.mktemp("own")
+    lines = []
+    for i in range(24):
+        scene = scenes.make_scene(0, "train", i)
+        scenes.draw_scene(scene).save(folder / f"{i}.png")
+        boxes = [[t.x - t.half, t.y - t.half, t.x + t.half, t.y + t.half] for t in scene.things]
+        answer = "yes" if any(thing.color == "red" for thing in scene.things) else "no"
+        split = "train" if i < 16 else "val" if i < 20 else "test"
+        line = {"image": f"{i}.png", "boxes": boxes, "text": f"is there a red thing {i % 3}?", "answer": answer}
+        lines.append(json.dumps({**line, "split": split}))
+    (folder / "own.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "own.jsonl"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """train.py's command line in this process, in a folder of its own: the seconds of a start are saved."""
+    from helpers import SMALL
+
+    import train
+
+    monkeypatch.chdir(tmp_path)
+
+    def start(*arguments, code=0):
+        assert train.main([*SMALL, *map(str, arguments)]) == code
+
+    return start

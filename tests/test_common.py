@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import close, lengths_mask, randn
 from torch import nn
 
 import common
@@ -14,29 +15,6 @@ import contrast
 import distill
 import evaluation
 import formats
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-
-
-def randn(*shape, **options):
-    return torch.randn(*shape, dtype=torch.float64, **options)
-
-
-def unit_vectors(*shape):
-    return F.normalize(randn(*shape), dim=-1)
-
-
-def lengths_mask(width, lengths):
-    """(B, width) bool, True = within the row's length."""
-    return torch.arange(width) < torch.tensor(lengths)[:, None]
-
-
-def close(a, b, tolerance=1e-12):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
-
 
 # ---- elementary formulas ---------------------------------------------------------------------------------------
 

@@ -4,22 +4,22 @@ weights, the official parameter names and counts, closed forms. Equality with th
 import json
 import math
 import os
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import dropout_places
 from PIL import Image
 from torch import nn
 
 import checkpoints
-import common
 import formats
 import lxmert
 import train
 from common import attention_bias
+from prepare import lxmert_json
 
 REFERENCE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[2] / "shared" / "reference")
 SMALL = {
@@ -127,7 +127,7 @@ def test_answers_are_normalised_as_the_official_table_is():
     if path.exists():
         probes |= {raw: normal for raw, normal, _ in json.loads(path.read_text())["convert"]}
     for raw, normal in probes.items():
-        assert formats.normalize_lxmert_answer(raw) == normal, raw
+        assert lxmert_json.normalize_answer(raw) == normal, raw
 
 
 def test_answer_rows_move_with_their_answers_and_unknown_ones_are_zero():
@@ -237,20 +237,6 @@ def test_row_0_of_every_text_table_learns_nothing_from_being_read():
 
 
 # ---- dropout and recipe ------------------------------------------------------------------------------------------
-
-
-def dropout_places(monkeypatch, function):
-    """How often dropout acts while `function` runs, as {(rate, shape of what it acts on): times}."""
-    places = Counter()
-
-    def record(x, p):
-        if p > 0:
-            places[p, tuple(x.shape)] += 1
-        return x
-
-    monkeypatch.setattr(common, "apply_dropout", record)
-    function()
-    return places
 
 
 def test_dropout_acts_where_the_official_code_has_it(monkeypatch):

@@ -546,7 +546,6 @@ def test_every_script_runs_as_a_command(tmp_path):
             "networks",
             "preview",
             "published",
-            "scene_graph",
             "scene_texts",
             "scenes",
             "vqa_accuracy",

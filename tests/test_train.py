@@ -19,6 +19,7 @@ import benchmark
 import numpy as np
 import pytest
 import torch
+from helpers import SMALL, as_double, joined, masked_batch, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
@@ -37,26 +38,6 @@ import uniter
 from prepare import scenes
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """Own data made from drawn scenes: 24 pictures with boxes, a question of two answers each, all three splits."""
-    folder = tmp_path_factory.mktemp("own")
-    lines = []
-    for i in range(24):
-        scene = scenes.make_scene(0, "train", i)
-        scenes.draw_scene(scene).save(folder / f"{i}.png")
-        boxes = [[t.x - t.half, t.y - t.half, t.x + t.half, t.y + t.half] for t in scene.things]
-        answer = "yes" if any(thing.color == "red" for thing in scene.things) else "no"
-        split = "train" if i < 16 else "val" if i < 20 else "test"
-        line = {"image": f"{i}.png", "boxes": boxes, "text": f"is there a red thing {i % 3}?", "answer": answer}
-        lines.append(json.dumps({**line, "split": split}))
-    (folder / "own.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "own.jsonl"
-
-
-SMALL = ["--batch-size", "4", "--log-every", "1", "--dtype", "f32", "--device", "cpu", "--patch", "4"]
 
 
 def run(*arguments, cwd, processes=1, check=True):
@@ -216,55 +197,6 @@ def test_lxmert_answers_questions_in_the_second_half_only():
     assert train.sample_objectives(lxmert, names, rng, 0.499) == ["mlm", "mrfr", "mrc", "attr", "itm"]
     assert train.sample_objectives(lxmert, names, rng, 0.5) == [*names]
     assert train.sample_objectives(lxmert, {"qa": 1}, rng, 0.0) == ["qa"]  # alone it has no other half
-
-
-def masked_batch(rows, seed):
-    rng = np.random.default_rng(seed)
-    regions = torch.from_numpy(rng.random((rows, 4)) < 0.4)
-    regions[:, 0] = True
-    words = torch.from_numpy(rng.random((rows, 6)) < 0.4)
-    words[:, 1] = True
-    text = torch.from_numpy(rng.integers(5, 30, (rows, 6)))
-    return data.Batch(
-        text=text,
-        text_mask=torch.ones(rows, 6, dtype=torch.bool),
-        segments=torch.zeros(rows, 6, dtype=torch.long),
-        features=torch.from_numpy(rng.standard_normal((rows, 4, 8))).float(),
-        clean_features=torch.from_numpy(rng.standard_normal((rows, 4, 8))).float(),
-        boxes=torch.from_numpy(np.sort(rng.random((rows, 4, 4)), -1)).float()[..., [0, 1, 2, 3]],
-        region_mask=torch.ones(rows, 4, dtype=torch.bool),
-        word_index=words.flatten().nonzero()[:, 0],
-        word_labels=text[words],
-        region_index=regions.flatten().nonzero()[:, 0],
-        masked_regions=regions,
-        matched=torch.from_numpy(rng.integers(0, 2, rows)),
-        ids=[str(i) for i in range(rows)],
-    )
-
-
-def joined(a, b):
-    """Two batches of the same widths as one, index lists moved along."""
-    shifts = {"word_index": a.text.numel(), "region_index": a.region_mask.numel()}
-    fields = {}
-    for name, x in vars(a).items():
-        y = getattr(b, name)
-        if x is None:
-            fields[name] = None
-        elif isinstance(x, list):
-            fields[name] = x + y
-        else:
-            fields[name] = torch.cat([x, y + shifts[name]]) if name in shifts else torch.cat([x, y])
-    return data.Batch(**fields)
-
-
-def as_double(batch, **changes):
-    """The batch with its float tensors in float64, and with these fields changed."""
-    fields = dict(vars(batch))
-    for name, value in fields.items():
-        if torch.is_tensor(value) and value.is_floating_point():
-            fields[name] = value.double()
-    fields.update(changes)
-    return data.Batch(**fields)
 
 
 @pytest.mark.parametrize("names", [["mlm"], ["mrfr"], ["itm", "wra"]])
@@ -567,21 +499,6 @@ def test_scenes_by_default(here, tmp_path, monkeypatch):
 # ---- contrast and retrieval in two stages ----------------------------------------------------------------------
 
 
-def small_model(name, **changes):
-    """A float64 model with narrow layers and weights far from zero, so that every term shows."""
-    paper = checkpoints.MODELS[name]
-    sizes = {"hidden": 16, "attention_heads": 2, "intermediate": 32}
-    if name == "vilbert":
-        sizes |= {"visual_hidden": 8, "visual_heads": 2, "visual_intermediate": 16, "shared": 8, "shared_heads": 2}
-    sizes |= {"vocab_size": 30, "feature_size": 8, "classes": 5, "heads": ("mlm", "mrfr", "itm", "itc")}
-    torch.manual_seed(0)
-    model = paper.MODEL(paper.Config(**paper.PRESETS["tiny"] | sizes | changes)).double()
-    for key, parameter in model.named_parameters():
-        if "norm" not in key and parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return paper, model
-
-
 @pytest.mark.parametrize("name", checkpoints.MODELS)
 def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     """By hand: row by row, each modality encoded with the other one's input destroyed."""
@@ -654,17 +571,6 @@ def test_two_stages_rank_as_a_sorted_list_does(monkeypatch):
             for at in (1, 5):
                 assert got[f"{way}_r{at}"] == pytest.approx(np.mean(np.array(found) < at)), (k, way, at)
         assert len(asked) == len(set(asked)) and set(asked) == near
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """train.py's command line in this process, in a folder of its own: the seconds of a start are saved."""
-    monkeypatch.chdir(tmp_path)
-
-    def start(*arguments, code=0):
-        assert train.main([*SMALL, *map(str, arguments)]) == code
-
-    return start
 
 
 @pytest.fixture

@@ -17,11 +17,6 @@ NAMED = ("mlm", "mrfr", "mrc", "itm", "vqa", "nlvr2", "vcr", "rank", "refer")  #
 HEADS = (*NAMED, "ve", "itc")
 
 
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-
-
 def tiny(dtype=torch.float64, **changes):
     """A small model whose parameters are far from zero, so that every term of a formula shows."""
     options = {

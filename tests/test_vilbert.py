@@ -2,13 +2,13 @@
 
 import json
 import os
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import dropout_places
 from PIL import Image
 
 import common
@@ -292,20 +292,6 @@ def test_more_tasks_than_task_tokens_is_one_line_and_exit_code_2(tmp_path, monke
 
 
 # ---- dropout and recipe ------------------------------------------------------------------------------------------
-
-
-def dropout_places(monkeypatch, function):
-    """How often dropout acts while `function` runs, as {(rate, shape of what it acts on): times}."""
-    places = Counter()
-
-    def record(x, p):
-        if p > 0:
-            places[p, tuple(x.shape)] += 1
-        return x
-
-    monkeypatch.setattr(common, "apply_dropout", record)
-    function()
-    return places
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -1,0 +1,324 @@
+"""attention.py: which regions the words of a text attend to, and which words a region. attention_sheet.py draws it.
+
+Words and regions are put into one sequence of S positions, words first. Each method gives one (S, S) matrix: row q says
+what position q has read. Three methods, and the transport plan:
+
+    raw         the attention probabilities, mean over heads and layers, or of one --layer and --head
+    rollout     product over layers of A/2 + I/2, A the mean over heads (Abnar and Zuidema, ACL 2020, arXiv 2005.00928)
+    gradient    attention weighted by the gradient of the answer's logit (Chefer et al., ICCV 2021, arXiv 2103.15679)
+    transport   the optimal transport plan of words and regions (UNITER, section 3.2), for models with objective wra
+
+A model's maps are found by the names that its `encode` documents. But for the layer's number a name ends in "text",
+"regions", "text_to_regions" or "regions_to_text"; any other map is of both sequences together. Maps are recorded in the
+order in which they are computed; the two directions of one cross-attention read the same inputs.
+
+The answer's row is the mean of the rows that the logit of the likeliest answer is computed from: those of the last
+states where its gradient is not zero. In UNITER and LXMERT that is [CLS], in ViLBERT [CLS] and the whole image.
+Letters: H heads, T word pieces, N regions, S positions of both, Q queries, K keys, W words.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import common
+import data
+import distill
+import evaluation
+import tasks
+from common import UserError
+
+# ---- what a model records --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    """One row of a batch, without padding: a text beside a picture, with the attention maps and their gradients."""
+
+    pieces: list  # T word pieces, [CLS] and [SEP] among them
+    picture: int  # row of the store
+    maps: dict  # name -> (H, Q, K) attention probabilities, in the order of computation
+    gradients: dict  # name -> (H, Q, K), d logit / d map
+    places: dict  # "text", "regions", "both" -> slice of the S positions: all that the model has of it
+    text: torch.Tensor  # (T, C) last states of the word pieces, which are the last T positions of places["text"]
+    regions: torch.Tensor  # (N, C) last states of the regions, the last N positions of places["regions"]
+    answer_row: torch.Tensor  # (S,) sums to 1: the positions that the answer's logit is computed from
+
+    @property
+    def word_places(self):
+        """The slice of the T word pieces. ViLBERT's task token, where there is one, counts as what stands before."""
+        end = self.places["text"].stop
+        return slice(end - len(self.text), end)
+
+    @property
+    def region_places(self):
+        """The slice of the N regions. ViLBERT's whole image stands before them."""
+        end = self.places["regions"].stop
+        return slice(end - len(self.regions), end)
+
+
+def sides(name):
+    """The sequences of a map's queries and of its keys, by its name: "text", "regions", or "both" where one holds both."""
+    parts = [part for part in name.split(".") if not part.isdigit()]  # without the number of the layer
+    queries, _, keys = parts[-1].partition("_to_")
+    if queries not in ("text", "regions"):
+        return "both", "both"
+    return queries, keys or queries
+
+
+def record_example(run, task, dataset, i):
+    """[Record] of example i: of each row that its likeliest answer is computed from. With two pictures these are two rows."""
+    index = np.array([i])
+    with torch.inference_mode(False), torch.enable_grad():
+        if task.generates:
+            raise UserError(f"{task.name}: a text that is written from left to right records no attention")
+        if task.ranks:
+            batch = data.remove_modality(data.collate(dataset, index), run.args.ablate)
+        else:
+            batch = tasks.make_batch(run, dataset, index, [task.objective], None)
+        if len(batch.text) != dataset.group:
+            raise UserError(f"{task.name}: this model reads two pictures in one row; their attention cannot be shown")
+        if not batch.region_mask.any():
+            raise UserError("the checkpoint was trained without pictures; there are no regions to attend to")
+        batch = batch.to(run.device)
+        encoding = run.model.encode(batch, record=True)
+        logit = best_logit(run, task, batch, encoding)
+        states = {}  # "text", "regions" or "both" -> its last states
+        for name, x in encoding.states.items():
+            states[distill.sequence_of(name)] = x
+        parts = [*encoding.maps.values(), *states.values()]
+        gradients = torch.autograd.grad(logit, parts, allow_unused=True)  # None: the logit does not depend on it
+    gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(parts, gradients, strict=True)]
+    maps = dict(zip(encoding.maps, gradients, strict=False))
+    states = dict(zip(states, gradients[len(maps) :], strict=True))
+    rows = range(len(batch.text))
+    read = [row for row in rows if any(bool(gradient[row].any()) for gradient in states.values())]
+    return [row_record(run, dataset, i, batch, encoding, maps, states, row) for row in read or [0]]
+
+
+def best_logit(run, task, batch, encoding):
+    """The logit of the model's likeliest answer, or of "text and picture match". A 0-d tensor, in float32."""
+    if task.ranks:
+        if task.ranks not in run.model.heads:
+            raise UserError(f"{task.name}: the checkpoint has no head {task.ranks}, so there is no answer to explain")
+        return evaluation.match_logits(run.model, encoding.pooled, task.ranks)[0]
+    _, logits = run.paper.OBJECTIVES[task.objective].loss(run.model, encoding, batch)
+    return logits.float().max()
+
+
+def row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients, row):
+    """The Record of one row of a batch. state_gradients: of the last states of each sequence."""
+    lengths = {}  # positions that the model has of each sequence, padding among them
+    for name, x in encoding.maps.items():
+        queries, keys = sides(name)
+        lengths[queries] = x.shape[2]
+        lengths[keys] = x.shape[3]
+    real = {}  # sequence -> numbers of its positions without padding
+    for sequence, length in lengths.items():
+        real[sequence] = distill.real_positions(batch, sequence, length)[row].nonzero()[:, 0]
+    T = int(batch.text_mask[row].sum())
+    N = int(batch.region_mask[row].sum())
+    if "both" in real:
+        S = len(real["both"])
+        places = {"text": slice(0, T), "regions": slice(S - N, S), "both": slice(0, S)}
+    else:
+        split = len(real["text"])
+        S = split + len(real["regions"])
+        places = {"text": slice(0, split), "regions": slice(split, S), "both": slice(0, S)}
+
+    maps = {}
+    gradients = {}
+    for name, x in encoding.maps.items():
+        queries, keys = (real[sequence] for sequence in sides(name))
+        maps[name] = x.detach()[row][:, queries][:, :, keys].float().cpu()  # (B, H, Q, K) -> (H, Q, K)
+        gradients[name] = map_gradients[name][row][:, queries][:, :, keys].float().cpu()
+    answer_row = torch.zeros(S)
+    for sequence, gradient in state_gradients.items():
+        answer_row[places[sequence]] = gradient[row][real[sequence]].ne(0).any(-1).float().cpu()  # (Q, C) -> (Q,)
+    ids = batch.text[row][batch.text_mask[row]].tolist()
+    return Record(
+        pieces=[run.tokenizer.id_to_token(piece) for piece in ids],
+        picture=int(dataset.image[dataset.rows([i])[row]]),
+        maps=maps,
+        gradients=gradients,
+        places=places,
+        text=encoding.text[row][batch.text_mask[row]].detach().float().cpu(),
+        regions=encoding.regions[row][batch.region_mask[row]].detach().float().cpu(),
+        answer_row=answer_row / answer_row.sum().clamp(min=1),
+    )
+
+
+# ---- the methods: Record -> (S, S) -------------------------------------------------------------------------------------
+
+
+def count_maps(record):
+    """(layers, heads) of the maps from words to regions."""
+    found = [probs for name, probs in record.maps.items() if sides(name) in (("text", "regions"), ("both", "both"))]
+    return len(found), len(found[0])
+
+
+def raw(record, layer=None, head=None):
+    """Attention probabilities, mean over heads and layers, or of one of them, counted from 0.
+
+    Where words and regions are two sequences, each block of the matrix (words to regions, ...) is a mean over its own
+    maps and sums to 1 by itself. UserError for a layer or head that the maps from words to regions do not have.
+    """
+    layers, heads = count_maps(record)
+    if layer is not None and layer >= layers:
+        raise UserError(f"--layer {layer}: words attend to regions in layers 0 to {layers - 1}")
+    if head is not None and head >= heads:
+        raise UserError(f"--head {head}: there are heads 0 to {heads - 1}")
+    blocks = {}  # (queries, keys) -> its maps
+    for name, probs in record.maps.items():
+        blocks.setdefault(sides(name), []).append(probs)
+    S = record.places["both"].stop
+    matrix = torch.zeros(S, S)
+    for (queries, keys), maps in blocks.items():
+        if layer is not None:
+            maps = maps[layer : layer + 1]
+        if head is not None:
+            maps = [probs[head : head + 1] for probs in maps]
+        if maps:
+            means = torch.stack([probs.mean(0) for probs in maps])  # (H, Q, K) -> (layers, Q, K)
+            matrix[record.places[queries], record.places[keys]] = means.mean(0)
+    return matrix
+
+
+def sub_layers(maps):
+    """Names of maps in lists of those that read the same inputs: one map, or the two directions of a cross-attention."""
+    groups = []
+    for name in maps:
+        queries, keys = sides(name)
+        prefix = name.rpartition(".")[0]
+        partner = f"{prefix}.{keys}_to_{queries}"
+        if queries != keys and groups and groups[-1] == [partner]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def rollout(record):
+    """Attention rollout: R = prod over sub-layers of (A + I) / 2, A with the mean over heads (Abnar and Zuidema, section 3).
+
+    A sub-layer's A is (S, S). Self-attention fills the block on the diagonal of its sequence, cross-attention the blocks
+    off the diagonal. Rows of positions that a sub-layer does not change are those of I. Rows of R sum to 1.
+    """
+    S = record.places["both"].stop
+    relevance = torch.eye(S)
+    for names in sub_layers(record.maps):
+        matrix = torch.eye(S)
+        for name in names:
+            queries, keys = sides(name)
+            probs = record.maps[name].mean(0)  # (H, Q, K) -> (Q, K)
+            q = record.places[queries]
+            matrix[q] = 0.5 * matrix[q]
+            matrix[q, record.places[keys]] += 0.5 * probs
+        matrix = matrix / matrix.sum(1, keepdim=True)
+        relevance = matrix @ relevance  # (S, S) @ (S, S)
+    return relevance
+
+
+def gradient(record):
+    """Gradient-weighted attention (Chefer et al.): relevance R, from I on, by their rules for each sub-layer.
+
+        A = mean over heads of (d logit / d map * map)+                                      eq. 5
+        self-attention of s:        R_s: += A R_s:                                           eq. 6, 7
+        s attends to q:             R_sq += norm(R_ss)^T A norm(R_qq),   R_ss += A R_qs      eq. 10, 11
+        norm(R_ss) = (R_ss - I) / its row sums + I, I where nothing has been attended to     eq. 8, 9
+
+    R_sq is the block of R with the rows of sequence s and the columns of q. Both directions of a cross-attention read
+    the R from before it. Returns R - I: what a position has read, without itself.
+    """
+    S = record.places["both"].stop
+    relevance = torch.eye(S)
+    for names in sub_layers(record.maps):
+        before = relevance.clone()
+        for name in names:
+            queries, keys = sides(name)
+            q = record.places[queries]
+            k = record.places[keys]
+            weighted = (record.gradients[name] * record.maps[name]).clamp(min=0).mean(0)  # (H, Q, K) -> (Q, K)
+            if queries == keys:
+                relevance[q] += weighted @ before[q]  # (Q, Q) @ (Q, S)
+            else:
+                relevance[q, k] += normalized(before[q, q]).T @ weighted @ normalized(before[k, k])  # (Q, K)
+                relevance[q, q] += weighted @ before[k, q]  # (Q, K) @ (K, Q)
+    return relevance - torch.eye(S)
+
+
+def normalized(relevance):
+    """(R - I) / its row sums + I, (Q, Q). A row that sums to 0 stays that of I."""
+    own = torch.eye(len(relevance))
+    read = relevance - own
+    return read / read.sum(1, keepdim=True).clamp(min=torch.finfo(read.dtype).tiny) + own
+
+
+METHODS = {"raw": raw, "rollout": rollout, "gradient": gradient}
+
+
+def transport_plan(run, record):
+    """(T, N) the optimal transport plan of the last states (common.optimal_transport). Rows sum to 1 / T, columns to 1 / N.
+    UserError for a model without word-region alignment."""
+    if "wra" not in run.paper.OBJECTIVES:
+        raise UserError(f"--method transport: {run.args.model} has no transport plan, as it has no objective wra")
+    T = len(record.text)
+    N = len(record.regions)
+    masks = torch.ones(1, T, dtype=torch.bool), torch.ones(1, N, dtype=torch.bool)
+    _, plan, _ = common.optimal_transport(record.text[None], record.regions[None], *masks)  # (1, T, N)
+    return plan[0]
+
+
+# ---- parts of a matrix -----------------------------------------------------------------------------------------------------
+
+
+def shares(weights):
+    """Each row divided by its sum: (..., N). Rows that sum to 0 stay 0."""
+    weights = weights.clamp(min=0)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def answer_regions(record, matrix):
+    """(N,) what the answer's rows of a matrix (S, S) have read of each region, not rescaled."""
+    return (record.answer_row @ matrix)[record.region_places]  # (S,) @ (S, S) -> (S,) -> (N,)
+
+
+def join_pieces(pieces):
+    """The words of word pieces, and which pieces each has: (W words, (W, T) float, 1 = a piece of the word)."""
+    words = []
+    numbers = []  # of the word of each piece
+    for piece in pieces:
+        if piece.startswith("##") and words:
+            words[-1] += piece[2:]
+        else:
+            words.append(piece)
+        numbers.append(len(words) - 1)
+    return words, torch.nn.functional.one_hot(torch.tensor(numbers), len(words)).T.float()  # (T, W) -> (W, T)
+
+
+def words_to_regions(record, matrix):
+    """(W, N) what each word has read of each region, in shares of all regions. A word is the mean of its pieces."""
+    _, members = join_pieces(record.pieces)
+    return shares(members @ matrix[record.word_places, record.region_places])  # (W, T) @ (T, N)
+
+
+def regions_to_words(record, matrix):
+    """(N, W) what each region has read of each word, in shares of all words. A word is the sum of its pieces."""
+    _, members = join_pieces(record.pieces)
+    return shares(matrix[record.region_places, record.word_places] @ members.T)  # (N, T) @ (T, W)
+
+
+def region_weights(run, task, dataset, i, method="gradient"):
+    """How much the answer to example i of an encoded dataset has read of each region: a list of floats that sum to 1.
+
+    Of two pictures, the regions of the first come first. run, task: of predict.load_run. dataset: of predict.held_out,
+    make_dataset or use_dataset. method: of METHODS. Equal weights where nothing was read. UserError for captions.
+    """
+    weights = []
+    for record in record_example(run, task, dataset, i):
+        weights.append(answer_regions(record, METHODS[method](record)))
+    weights = torch.cat(weights).clamp(min=0)
+    if weights.sum() == 0:
+        weights = torch.ones_like(weights)
+    return (weights / weights.sum()).tolist()

@@ -1,0 +1,284 @@
+"""questions.py: what a request to serve.py asks. A body of JSON or of a form becomes a record and its pictures' regions.
+
+Whatever is wrong with it is an HttpError: the status, and what to tell the client. A body is not trusted: it has limits
+on its length, on the pixels of pictures, and on the number of values, so that no request fills the memory.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import tempfile
+import warnings
+from concurrent.futures import Future
+from email.parser import BytesHeaderParser
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+import attention
+import drawing
+import predict
+import records
+import regions
+from common import UserError
+from prepare import preview
+
+MAX_PIXELS = 12_500_000  # of one picture; a telephone's has 12.2 million
+SMALL_PICTURE = 1_000_000  # pixels; of larger pictures only one is in memory
+MAX_TEXT = 2000  # characters of a text
+MAX_LIST = 100  # boxes of a picture, choices, fields of a form
+MAX_VALUES = 20_000  # commas and brackets of JSON
+WAIT_SECONDS = 10  # for large requests before this one
+SAMPLES = 6
+SAMPLE_SIDE = 480  # pixels of a sample's longer side
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")  # for some others Pillow starts other programs
+
+
+class Job(NamedTuple):
+    """A question that waits for the model."""
+
+    record: dict  # as predict.make_dataset takes it
+    pictures: list  # their regions
+    attention: bool  # whether to say how much the answer has read of each region
+    future: Future  # of the answer
+
+
+class HttpError(Exception):
+    """A status other than 200, and what to tell the client."""
+
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status = status
+
+
+@contextlib.contextmanager
+def wait_for(slot):
+    """Holds a semaphore. HttpError 503 if it is not free in time."""
+    if not slot.acquire(timeout=WAIT_SECONDS):
+        raise HttpError(503, "too many large requests; try again in a moment")
+    try:
+        yield
+    finally:
+        slot.release()
+
+
+# ---- the body ----------------------------------------------------------------------------------------------------------
+
+
+def parse_json(body):
+    """The object of a JSON body. HttpError 400 if it is none, or so long a list that it would fill the memory."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise HttpError(400, "too many values")
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        raise HttpError(400, 'not JSON; send {"images": [base64], "text": "..."}') from None
+    if not isinstance(request, dict):
+        raise HttpError(400, 'send an object: {"images": [base64], "text": "..."}')
+    return request
+
+
+def parse_form(body, boundary):
+    """The same object of a form's body (RFC 7578). HttpError 400 if it is none."""
+    parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), MAX_LIST + 2)
+    if len(parts) < 3 or not parts[-1].startswith(b"--"):
+        raise HttpError(400, f"the form has no end, or more than {MAX_LIST} fields")
+    request = {}
+    for part in parts[1:-1]:
+        head, _, content = part.partition(b"\r\n\r\n")
+        headers = BytesHeaderParser().parsebytes(head[:MAX_TEXT].strip())
+        name = headers.get_param("name", header="content-disposition")
+        if name == "image":
+            request.setdefault("images", []).append(content)
+            continue
+        try:
+            value = content.decode()
+            if name in ("boxes", "sample", "attention"):
+                value = parse_json(b'{"value": %b}' % content)["value"]
+        except (UnicodeDecodeError, HttpError):
+            raise HttpError(400, f"the field {name!r} is no text, or no JSON") from None
+        if name in ("boxes", "choices"):
+            request.setdefault(name, []).append(value)
+        elif isinstance(name, str):
+            request[name] = value
+    return request
+
+
+def make_job(server, request):
+    """The Job of a request. HttpError where a key has a wrong value."""
+    record = check_question(request, server.task)
+    wanted = request.get("attention", False)
+    if not isinstance(wanted, bool):
+        raise HttpError(400, "'attention' must be true or false")
+    return Job(record, find_regions(server, request), wanted, Future())
+
+
+def check_question(request, task):
+    """A request's record, as predict.make_dataset takes it. HttpError 400 where a key has a wrong value."""
+    for key in ("text", "answer"):
+        value = request.get(key) or ""
+        if not isinstance(value, str) or len(value) > MAX_TEXT or "\0" in value:
+            raise HttpError(400, f"{key!r} must be a string of at most {MAX_TEXT} characters")
+    choices = request.get("choices")
+    if choices is not None:
+        right = records.is_texts(choices, 2) and len(choices) <= MAX_LIST and max(map(len, choices)) <= MAX_TEXT
+        if not right:
+            raise HttpError(400, f"'choices' must be 2 to {MAX_LIST} strings")
+    record = {"text": request.get("text") or "", "choices": choices, "answer": request.get("answer")}
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+        predict.make_example(task, record)
+    except UnicodeEncodeError:
+        raise HttpError(400, "a text holds half a character") from None
+    except UserError as error:
+        raise HttpError(400, str(error)) from None
+    return record
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def decode_base64(text):
+    """The bytes of a picture in base64, with or without "data:image/png;base64,"."""
+    if isinstance(text, bytes):  # of a form
+        return text
+    if not isinstance(text, str):
+        raise HttpError(400, "'images' must be strings in base64")
+    try:
+        return base64.b64decode(text.rpartition(",")[2], validate=True)
+    except ValueError:
+        raise HttpError(400, "'images' must be in base64") from None
+
+
+def count_pixels(content):
+    """Pixels of a picture, which is not read for that. HttpError if it is no picture, or too large."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+            weight = 1
+            if image.has_transparency_data:
+                weight = 2  # it is laid on white
+            if image.mode.startswith(("I", "F")):
+                weight = 4  # 16 or 32 bits a pixel become 64
+    except Image.DecompressionBombError:
+        raise HttpError(413, f"too large a picture; send one of at most {MAX_PIXELS:,} pixels") from None
+    except Exception:  # noqa: BLE001 (damaged pictures end in nearly every kind of error)
+        raise HttpError(400, "this is no picture that can be read; send a PNG or JPEG file") from None
+    if width * height * weight > MAX_PIXELS:
+        raise HttpError(
+            413, f"a picture of {width} x {height} pixels; send one of at most {MAX_PIXELS // weight:,} pixels"
+        )
+    return width * height * weight
+
+
+def make_regions(server, content, boxes):
+    """The regions of a picture, bytes. HttpError 400 for what cannot be read and for wrong boxes."""
+    if boxes is not None and (not records.is_boxes(boxes) or len(boxes) > MAX_LIST):
+        raise HttpError(400, f"'boxes' must be 1 to {MAX_LIST} lists [x1,y1,x2,y2] for each picture")
+    slot = server.small_pictures
+    if count_pixels(content) > SMALL_PICTURE:
+        slot = server.large_pictures
+    with wait_for(slot), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "picture"
+        path.write_bytes(content)
+        try:
+            return predict.make_regions(server.run, "the request", path, boxes, server.network)
+        except UserError as error:
+            raise HttpError(400, str(error).replace(str(path), "the picture")) from None
+
+
+def find_regions(server, request):
+    """The regions of a request's pictures: those of a sample, or of the pictures that it holds."""
+    sample = request.get("sample")
+    if sample is not None:
+        if type(sample) is not int or not 0 <= sample < len(server.samples):
+            raise HttpError(400, f"'sample' must be 0 to {len(server.samples) - 1}")
+        return server.sample_regions[sample]
+    images = request.get("images")
+    wanted = server.task.pictures
+    if not isinstance(images, list) or len(images) != wanted:
+        raise HttpError(400, f"'images' must be a list of {wanted} picture{'s' if wanted > 1 else ''} in base64")
+    boxes = request.get("boxes")
+    if boxes is None:
+        boxes = [None] * wanted
+    if not isinstance(boxes, list) or len(boxes) != wanted:
+        raise HttpError(400, "'boxes' must be a list with the boxes of each picture")
+    contents = [decode_base64(image) for image in images]
+    return [make_regions(server, content, own) for content, own in zip(contents, boxes, strict=True)]
+
+
+def pixel_boxes(picture):
+    """[[x1, y1, x2, y2], ...] of a picture's regions, in pixels."""
+    return (picture["boxes"] * np.tile(picture["size"], 2)).round(3).tolist()  # (N, 4)
+
+
+def weigh_regions(run, task, dataset, i, pictures):
+    """{"regions": [{"picture": 0, "box": [x1, y1, x2, y2], "weight": share}]}: how much the answer to example i, about
+    these pictures' regions, has read of each; or {"note": why this is not known}."""
+    try:
+        weights = attention.region_weights(run, task, dataset, i)
+    except UserError as error:
+        return {"note": str(error)}
+    found = []
+    for number, picture in enumerate(pictures):
+        for box in pixel_boxes(picture):
+            found.append({"picture": number, "box": box})
+    for region, weight in zip(found, weights, strict=True):
+        region["weight"] = round(weight, 5)
+    return {"regions": found}
+
+
+# ---- samples -----------------------------------------------------------------------------------------------------------
+
+
+def make_samples(run, task):
+    """([sample for the page], [its pictures' regions]): held-out examples; none if the checkpoint's data set is gone."""
+    try:
+        dataset, files = predict.held_out(run, task, None, SAMPLES)
+    except UserError:
+        return [], []
+    answers = predict.predict(run, task, dataset, np.arange(len(dataset)), 1)
+    samples = []
+    found = []
+    for i, answer in enumerate(answers):
+        sample = {"text": drawing.text_of(task, dataset, i), "truth": answer.get("truth")}
+        rows = dataset.rows([i])
+        texts = [dataset.text[row] for row in rows]
+        if isinstance(texts[0], tuple):  # (question, choice) or (question, answer, reason), a row for each choice
+            sample["text"] = texts[0][0]
+            sample["choices"] = [text[-1] for text in texts]
+            if len(texts[0]) > 2:
+                sample["answer"] = texts[0][1]
+        pictures = dataset.image[rows].tolist()[: task.pictures]
+        parts = [stored_regions(dataset.store, row) for row in pictures]
+        sample["pictures"] = [sample_picture(dataset.store, row, files.get(row)) for row in pictures]
+        sample["boxes"] = [pixel_boxes(part) for part in parts]
+        sample["sizes"] = [part["size"] for part in parts]
+        samples.append(sample)
+        found.append(parts)
+    return samples, found
+
+
+def stored_regions(store, row):
+    """The regions of a store's row as predict.make_dataset takes them."""
+    fields = {name: values[0].numpy() for name, values in store.gather([row]).items()}
+    fields["size"] = (1.0, 1.0) if store.sizes is None else tuple(store.sizes[row].tolist())
+    return fields
+
+
+def sample_picture(store, row, file):
+    """A picture as the address of an <img>. Without a file it is pasted together from its regions."""
+    if file:
+        picture = regions.open_picture("the sample", file)
+        picture.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
+    else:
+        picture, _ = preview.paste_regions(store, row, SAMPLE_SIDE)
+        if store.sizes is not None:
+            size = store.sizes[row] * (SAMPLE_SIDE / store.sizes[row].max())
+            picture = picture.resize(size.round().astype(int).clip(1).tolist())
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()

@@ -1,0 +1,113 @@
+"""What several test files need: random tensors, small models and batches with every field that a loss reads."""
+
+from collections import Counter
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import checkpoints
+import common
+import data
+
+# options of train.py for runs of a few steps
+SMALL = ["--batch-size", "4", "--log-every", "1", "--dtype", "f32", "--device", "cpu", "--patch", "4"]
+
+
+def randn(*shape, **options):
+    """Standard normal numbers in float64."""
+    return torch.randn(*shape, dtype=torch.float64, **options)
+
+
+def unit_vectors(*shape):
+    """Random vectors of length 1 along the last axis."""
+    return F.normalize(randn(*shape), dim=-1)
+
+
+def lengths_mask(width, lengths):
+    """(B, width) bool, True = within the row's length."""
+    return torch.arange(width) < torch.tensor(lengths)[:, None]
+
+
+def close(a, b, tolerance=1e-12):
+    """Asserts that two tensors differ by at most `tolerance`."""
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+def masked_batch(rows, seed):
+    """A batch of 6 words and 4 regions a row, some of each masked, for the `small_model`s."""
+    rng = np.random.default_rng(seed)
+    regions = torch.from_numpy(rng.random((rows, 4)) < 0.4)
+    regions[:, 0] = True
+    words = torch.from_numpy(rng.random((rows, 6)) < 0.4)
+    words[:, 1] = True
+    text = torch.from_numpy(rng.integers(5, 30, (rows, 6)))
+    return data.Batch(
+        text=text,
+        text_mask=torch.ones(rows, 6, dtype=torch.bool),
+        segments=torch.zeros(rows, 6, dtype=torch.long),
+        features=torch.from_numpy(rng.standard_normal((rows, 4, 8))).float(),
+        clean_features=torch.from_numpy(rng.standard_normal((rows, 4, 8))).float(),
+        boxes=torch.from_numpy(np.sort(rng.random((rows, 4, 4)), -1)).float()[..., [0, 1, 2, 3]],
+        region_mask=torch.ones(rows, 4, dtype=torch.bool),
+        word_index=words.flatten().nonzero()[:, 0],
+        word_labels=text[words],
+        region_index=regions.flatten().nonzero()[:, 0],
+        masked_regions=regions,
+        matched=torch.from_numpy(rng.integers(0, 2, rows)),
+        ids=[str(i) for i in range(rows)],
+    )
+
+
+def joined(a, b):
+    """Two batches of the same widths as one, index lists moved along."""
+    shifts = {"word_index": a.text.numel(), "region_index": a.region_mask.numel()}
+    fields = {}
+    for name, x in vars(a).items():
+        y = getattr(b, name)
+        if x is None:
+            fields[name] = None
+        elif isinstance(x, list):
+            fields[name] = x + y
+        else:
+            fields[name] = torch.cat([x, y + shifts[name]]) if name in shifts else torch.cat([x, y])
+    return data.Batch(**fields)
+
+
+def as_double(batch, **changes):
+    """The batch with its float tensors in float64, and with these fields changed."""
+    fields = dict(vars(batch))
+    for name, value in fields.items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            fields[name] = value.double()
+    fields.update(changes)
+    return data.Batch(**fields)
+
+
+def small_model(name, **changes):
+    """A float64 model with narrow layers and weights far from zero, so that every term shows."""
+    paper = checkpoints.MODELS[name]
+    sizes = {"hidden": 16, "attention_heads": 2, "intermediate": 32}
+    if name == "vilbert":
+        sizes |= {"visual_hidden": 8, "visual_heads": 2, "visual_intermediate": 16, "shared": 8, "shared_heads": 2}
+    sizes |= {"vocab_size": 30, "feature_size": 8, "classes": 5, "heads": ("mlm", "mrfr", "itm", "itc")}
+    torch.manual_seed(0)
+    model = paper.MODEL(paper.Config(**paper.PRESETS["tiny"] | sizes | changes)).double()
+    for key, parameter in model.named_parameters():
+        if "norm" not in key and parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return paper, model
+
+
+def dropout_places(monkeypatch, function):
+    """How often dropout acts while `function` runs, as {(rate, shape of what it acts on): times}."""
+    places = Counter()
+
+    def record(x, p):
+        if p > 0:
+            places[p, tuple(x.shape)] += 1
+        return x
+
+    monkeypatch.setattr(common, "apply_dropout", record)
+    function()
+    return places
