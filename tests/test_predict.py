@@ -4,7 +4,11 @@ Runs of train.py are made once and have a few steps; the numbers that predict.py
 """
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -163,6 +167,50 @@ def test_an_interrupted_file_goes_on_and_ends_alike(cut, trained, small_scenes, 
     assert (tmp_path / "part.result.json").read_text() == (tmp_path / "whole.result.json").read_text()
     lines = whole.read_bytes()[:cut].count(b"\n")
     assert min(answered) == lines // 64 * 64  # whole chunks are not computed again
+
+
+def test_a_killed_process_goes_on_and_ends_alike(trained, folder):
+    """SIGKILL after the first lines, then --resume: the same bytes as without an interruption."""
+    checkpoint = trained("uniter", "vqa")
+    colors = ("red", "blue", "green")
+    lines = [{"image": f"{i % 3}.png", "text": f"is there a {colors[i % 7 % 3]} thing?"} for i in range(6000)]
+    path = own_file(folder, "many.jsonl", lines)
+    assert use(checkpoint, "--data", path, "--out", "whole.jsonl") == 0
+    command = [sys.executable, predict.__file__, checkpoint, "--data", path, "--out", "part.jsonl"]
+    command += ["--device", "cpu", "--dtype", "f32"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    part = folder / "part.jsonl"
+    while process.poll() is None and not (part.exists() and part.stat().st_size):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert 0 < part.read_bytes().count(b"\n") < 6000
+    assert use(checkpoint, "--data", path, "--out", part, "--resume") == 0
+    assert part.read_bytes() == (folder / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("model", ["uniter", "vilbert", "lxmert"])
+def test_layers_of_8_bits_answer_nearly_as_float32_does(model, trained, small_scenes, folder):
+    checkpoint = trained(model, "vqa")
+    run, _ = predict.load_run(predict.parse([checkpoint, "--scenes", "--int8", "--device", "cpu"]))
+    kinds = {type(module).__module__ for module in run.model.modules()}
+    assert "torch.ao.nn.quantized.dynamic.modules.linear" in kinds
+    assert use(checkpoint, "--data", small_scenes(20), "--out", "float.jsonl", "--top", 99) == 0
+    options = ["--data", str(small_scenes(20)), "--out", "int8.jsonl", "--top", "99", "--int8", "--device", "cpu"]
+    assert predict.main([checkpoint, *options]) == 0
+    differences = []
+    for file in ("float.jsonl", "int8.jsonl"):
+        lines = [json.loads(line) for line in (folder / file).read_text().splitlines()]
+        differences.append([p for line in lines for _, p in sorted(line["answers"])])
+    difference = np.abs(np.subtract(*differences))
+    assert 0 < difference.max() < 0.05
+
+
+def test_pretraining_is_measured_in_8_bits(trained, small_scenes, capsys):
+    """UNITER's masked regions multiply by the weights of a linear map, which must still be there."""
+    checkpoint = trained("uniter", "pretrain")
+    assert predict.main([checkpoint, "--data", str(small_scenes(20)), "--int8", "--device", "cpu"]) == 0
+    assert "mrfr_loss" in capsys.readouterr().out
 
 
 def test_a_file_of_other_predictions_is_not_continued(trained, small_scenes, tmp_path, capsys):
@@ -325,6 +373,8 @@ def test_the_masked_word_is_one_that_only_the_picture_tells(trained, folder, cap
         (["CKPT", "--data", "bad.jsonl"], "bad.jsonl:1"),
         (["CKPT", "--data", "wide.jsonl"], "features of 5 numbers"),
         (["CKPT", "--export", "x.bin", "--to", "nothing"], "--to"),
+        (["CKPT", "--export", "x.bin", "--int8"], "--int8 goes with none of"),
+        (["CKPT", "--search", "a star", "--scenes"], "give one of --scenes"),
         (["CKPT", "--export", "x.bin", "--to", "transformers"], "transformers has no uniter"),
     ],
 )
