@@ -525,6 +525,7 @@ def export_checkpoint(args):
         if args.dtype == "bf16":
             content["state"] = {name: tensor.bfloat16() for name, tensor in content["state"].items()}
         export.WEIGHTS[args.to](content, args.export)
+        print(f"{args.export}: {args.to}")
         return
     if args.dtype == "bf16":
         raise UserError(f"--to {args.to} computes in float32; leave out --dtype bf16")
@@ -532,6 +533,7 @@ def export_checkpoint(args):
     args.dtype = "f32"
     run, task = load_run(args)
     export.PROGRAMS[args.to](run, task, made_up_batch(run, task), args.export)
+    print(f"{args.export}: {args.to}, {run.args.model} {task.name}")
 
 
 def made_up_batch(run, task):
