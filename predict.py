@@ -356,9 +356,10 @@ def read_images(run, task, args):
         name = " ".join(args.image[i : i + task.pictures])
         record = {"id": name, "text": args.text or "", "choices": args.choices, "answer": args.answer}
         questions.append((record, found))
+    dataset = make_dataset(run, task, questions)
     if not args.boxes and run.regions.get("boxes") == "given":
         data.warn("trained on boxes of things, asked about a grid; give --boxes")
-    return make_dataset(run, task, questions), files
+    return dataset, files
 
 
 def answer_images(run, task, args):

@@ -109,7 +109,7 @@ def parallel(work, jobs, label):
         # fork on Linux: a fresh interpreter would spend longer importing torch than on the work
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
         with ProcessPoolExecutor(workers, context) as pool:
-            chunk = max(1, len(jobs) // (100 * workers))  # jobs sent at once: fewer messages
+            chunk = min(50, 1 + len(jobs) // (100 * workers))  # jobs sent at once, for fewer messages
             yield from show_progress(pool.map(work, jobs, chunksize=chunk), len(jobs), label)
     else:
         yield from show_progress(map(work, jobs), len(jobs), label)

@@ -533,7 +533,8 @@ def evaluate_vcr(run, dataset):
     for i, kind in enumerate(dataset.kind):
         if kind == "answer":
             answer_hits[dataset.ids[i]] = hits[i]
-        elif kind == "reason":  # it follows the answer of its line
+    for i, kind in enumerate(dataset.kind):
+        if kind == "reason":
             both.append(hits[i] * answer_hits[dataset.ids[i]])
     if both:
         metrics["q_ar_accuracy"] = float(np.mean(both))

@@ -224,8 +224,9 @@ def captions(scene):
         for phrasings, said in candidates:
             if len(expressions) < 3 and not named.issuperset(scene.fits[said[0]]):
                 clauses.append(phrasings)
-                expressions += said
-                named.update(*(scene.fits[expression] for expression in said))
+                for expression in said:
+                    expressions.append(expression)
+                    named.update(scene.fits[expression])
         if len(expressions) > 1 and allowed(scene, *expressions):
             rng.shuffle(clauses)
             caption = " and ".join(rng.choice(phrasings) for phrasings in clauses)

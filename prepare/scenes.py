@@ -179,7 +179,8 @@ def make(folder, counts=None, seed=0):
     detected = []
     true = []
     lines = {file: [] for file in FILES.values()}
-    for scene, detected_regions, true_regions, new_lines in data.parallel(draw, jobs, f"drawing {len(jobs)} scenes"):
+    prepared = data.parallel(prepare_scene, jobs, f"drawing {len(jobs)} scenes")
+    for scene, detected_regions, true_regions, new_lines in prepared:
         graphs.setdefault(scene.split, []).append(scene)
         detected.append(detected_regions)
         true.append(true_regions)
@@ -198,7 +199,7 @@ def make(folder, counts=None, seed=0):
     (folder / "dataset.json").write_text(json.dumps(DATASET_JSON, indent=1) + "\n")  # last: now all is there
 
 
-def draw(job):
+def prepare_scene(job):
     """One scene: the scene graph, its detected and its true regions as the feature stores keep them, and
     {file: lines} of the tasks that need one scene at a time."""
     seed, split, index, row = job

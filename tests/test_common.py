@@ -402,7 +402,6 @@ LOSSES = {
     "squared_error": lambda x: common.squared_error(x, targets(x, 6, 5)),
     "kl_divergence": lambda x: common.kl_divergence(x, targets(x, 6, 5)),
     "soft_label_loss": lambda x: distill.soft_label_loss(x, targets(x, 6, 5)),
-    "soft_label_loss of values without classes": lambda x: distill.soft_label_loss(x.flatten(), targets(x, 30)),
     "attention_loss, kl": lambda x: attention_losses(x)[0],
     "attention_loss, mse": lambda x: attention_losses(x)[1],
     "hidden_loss": lambda x: distill.hidden_loss(x.view(2, 3, 5), targets(x, 2, 3, 5), KEYS),

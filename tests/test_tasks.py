@@ -979,7 +979,7 @@ def test_every_task_learns_from_a_teacher(folder, monkeypatch, capsys):
     for arguments, message in (
         (["--task", "caption", "--distill", "logits,hidden"], "captions are read from left to right"),
         (["--model", "vilbert", "--task", "vcr"], "reads the rows of vcr in another way"),
-        (["--model", "vilbert", "--task", "retrieval"], "reads the rows of rank in another way"),
+        (["--model", "vilbert", "--task", "retrieval"], "reads the rows of retrieval in another way"),
         (["--task", "nlvr2", "--config", "nlvr2=triplet"], "reads the rows of nlvr2 in another way"),
         (["--task", "vqa"], "the teacher was not trained for it"),
     ):
