@@ -3,14 +3,12 @@
     save_checkpoint, load_checkpoint    our own checkpoints, with all that a run needs to go on
     load_weights                        the file of --init: our own, BERT's, an official one, or one of Hugging Face
     fit_state_dict                      weights into a model: rename, resize, compare shapes, report
-    export_hugging_face                 a folder for transformers' from_pretrained
 
 weights.py reads files, formats.py knows the names and sizes of published checkpoints, resume.py finds what a run goes on from.
 
 A state dict is {parameter name: tensor}. "Official" names are those of the authors' released checkpoints.
 """
 
-import json
 import os
 import warnings
 from collections import Counter
@@ -249,23 +247,6 @@ def load_weights(args):
         "tokenizer": tokenizer,
         "answers": answers,
     }
-
-
-def export_hugging_face(checkpoint, folder):
-    """Writes a checkpoint as a folder that transformers' `from_pretrained` loads: config.json, the weights, the
-    tokenizer, and the answers as all_ans.json. UserError for models that transformers lacks."""
-    folder = Path(folder)
-    state, config = formats.export_hugging_face(checkpoint["model"], checkpoint["config"], checkpoint["state"])
-    tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
-    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    lowercase = '"lowercase":true' in checkpoint["tokenizer"]
-    described = {"tokenizer_class": "LxmertTokenizer", "do_lower_case": lowercase}
-    save(state, folder / "pytorch_model.bin")
-    data.write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-    data.write_text(folder / "tokenizer_config.json", json.dumps(described) + "\n")
-    data.write_text(folder / "tokenizer.json", checkpoint["tokenizer"])
-    data.write_text(folder / "vocab.txt", "".join(f"{piece}\n" for piece, _ in pieces))
-    data.write_text(folder / "all_ans.json", json.dumps(checkpoint["answers"]) + "\n")
 
 
 def kind_of(state):

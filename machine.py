@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -164,3 +165,22 @@ def compile_layers(model):
     for module in model.modules():
         if isinstance(module, common.AttentionBlock | common.FeedForward):
             module.compile(dynamic=True)
+
+
+def quantize_layers(model, device):
+    """Dynamic quantisation (torch's own) of the linear maps in all layers, for inference on a CPU.
+
+    Weights become 8-bit integers with a scale for each output. Inputs are rounded to 8 bits when they are multiplied, with a scale
+    for each batch. Embeddings and heads keep float32. UserError where it cannot be done.
+    """
+    if device.type != "cpu":
+        raise UserError("--int8 runs on a CPU only; add --device cpu")
+    try:
+        from torch.ao import quantization  # its authors announce that it will go
+    except ImportError:
+        raise UserError("--int8 takes torch.ao.quantization, which this version of torch no longer has") from None
+    blocks = [m for m in model.modules() if isinstance(m, common.AttentionBlock | common.FeedForward)]
+    with warnings.catch_warnings(action="ignore"):
+        for block in blocks:
+            spec = {torch.nn.Linear: quantization.per_channel_dynamic_qconfig}
+            quantization.quantize_dynamic(block, spec, inplace=True)

@@ -486,14 +486,15 @@ def check_vcr(record):
 
 def vcr_examples(record):
     """One row a choice. The answer: (question, choice). The reason, if the line has reasons: (question, right answer,
-    reason)."""
-    question = record["text"]
+    reason); where the right answer is not known, as in VCR's test, the reasons for each answer."""
     right = record.get("label", -1)
-    answers = [((question, choice), 0) for choice in record["choices"]]
+    answers = [((record["text"], choice), 0) for choice in record["choices"]]
     examples = [data.Example(record["id"], "answer", answers, target=right)]
-    if "reasons" in record and right >= 0:
-        reasons = [((question, record["choices"][right], reason), 0) for reason in record["reasons"]]
-        examples.append(data.Example(record["id"], "reason", reasons, target=record["reason"]))
+    for i, answer in enumerate(record["choices"]):
+        if "reasons" in record and right in (i, -1):
+            kind = "reason" if right == i else f"reason given answer {i}"
+            reasons = [((record["text"], answer, reason), 0) for reason in record["reasons"]]
+            examples.append(data.Example(record["id"], kind, reasons, target=record.get("reason", -1)))
     return examples
 
 

@@ -48,6 +48,36 @@ def drawn(small_scenes, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder with pictures; the runs of `trained` are made in it."""
+    from prepare import scenes
+
+    folder = tmp_path_factory.mktemp("predict")
+    for i in range(3):
+        scenes.draw_scene(scenes.make_scene(0, "test", i)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def trained(folder, small_scenes, monkeypatch, capsys):
+    """trained(model, task, *options): best.pt of a run of a few steps, made on first use. The test then runs in `folder`."""
+    import train
+
+    monkeypatch.chdir(folder)
+
+    def run(model, task, *options):
+        out = f"{model}-{task}-{len(options)}"
+        if not (folder / out / "result.json").exists():
+            command = ["--model", model, "--task", task, "--data", str(small_scenes(20)), "--out", out]
+            command += ["--steps", "6", "--batch-size", "8", "--device", "cpu", "--dtype", "f32", "--pool", "15"]
+            assert train.main([*command, "--limit", "64", *options]) == 0
+        capsys.readouterr()
+        return f"{out}/best.pt"
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """Own data made from drawn scenes: 24 pictures with boxes, a question of two answers each, all three splits."""
     from prepare import scenes

@@ -25,6 +25,7 @@ from PIL import Image
 
 import checkpoints
 import data
+import export
 import formats
 import lxmert
 import predict
@@ -423,7 +424,7 @@ def test_transformers_loads_an_exported_lxmert_completely_and_computes_the_same(
     model = lxmert.LXMERT(lxmert.Config(**lxmert.PRESETS["tiny"] | sizes | {"heads": heads})).eval()
     checkpoint = {"model": "lxmert", "config": asdict(model.config), "state": model.state_dict()}
     checkpoint |= {"tokenizer": tokenizer.to_str(), "answers": list("abcd")}
-    checkpoints.export_hugging_face(checkpoint, tmp_path / "hf")
+    export.export_transformers(checkpoint, tmp_path / "hf")
     theirs, info = getattr(transformers, kind).from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == [kind]
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -464,7 +465,7 @@ def test_models_that_transformers_lacks_are_not_exported_to_it(tmp_path):
     for model in ("uniter", "vilbert", "a fourth"):
         checkpoint = {"model": model, "config": {"heads": ()}, "state": {}}
         with pytest.raises(UserError, match=f"transformers has no {model}"):
-            checkpoints.export_hugging_face(checkpoint, tmp_path / "hf")
+            export.export_transformers(checkpoint, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 
