@@ -82,7 +82,7 @@ for task in TASKS.values():
 NEWEST = "checkpoint.pt"  # what a run goes on from, see resume.py
 PREVIOUS = "checkpoint.previous.pt"  # the one before, in case the newest is damaged
 BEST = "best.pt"  # the weights that were best on the val split
-TEST_OPTIONS = ("ablate", "mask", "max_words", "pool", "beams")  # options that change what a test measures
+TEST_OPTIONS = ("ablate", "mask", "max_words", "pool", "captions", "beams")  # options that change what a test measures
 # what a checkpoint must hold to be used, and what else it may hold
 CHECKPOINT_TYPES = {"model": str, "task": str, "config": dict, "state": dict, "tokenizer": str, "answers": list}
 OTHER_TYPES = {

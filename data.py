@@ -45,7 +45,6 @@ from records import (
     is_text,
     is_texts,
     make_columns,
-    map_array,
     pair_keys,
     read_columns,
     text_key,
@@ -57,7 +56,9 @@ from regions import (  # noqa: F401 (some are for other files, which take all th
     cache_key,
     check_boxes,
     grid_boxes,
+    is_network,
     make_once,
+    map_array,
     naming,
     open_picture,
     parallel,
@@ -415,16 +416,20 @@ def task_file(dataset, task_name):
     return path
 
 
-def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE):
+def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE, network=None):
     """Dataset of a split. A split that the file lacks is an empty Dataset.
 
     source: see `find`.   task: a row of tasks.TASKS.   limit: at most that many examples, drawn at random.
-    patch, grid: for pictures without features. UserError for whatever is wrong with the request or the files.
+    patch, grid: for pictures without features; or network: `regions` of another data set, if they are to be made as
+    there. UserError for whatever is wrong with the request or the files.
     """
     description = read_dataset_json(find(source, cache))
     path = task_file(description, task.name)
     splits = [*SPLITS, *description["extra_splits"]]
-    dataset = open_columns(make_columns(path, task, splits, patch, grid, cache), description["name"], split)
+    if description["regions"] or not is_network(network):
+        network = None
+    columns = make_columns(path, task, splits, patch, grid, cache, network)
+    dataset = open_columns(columns, description["name"], split)
     if split == "train" and len(dataset):
         notes = dataset.store.folder / "warnings.json"
         lines = json.loads(notes.read_text()) if notes.exists() else []
@@ -445,7 +450,7 @@ def drop_unreachable(dataset, path):
         chunk = np.arange(start, min(start + 1000, len(dataset)))
         mask, rows = ragged(dataset.store.offsets, dataset.image[chunk])
         boxes = np.zeros((*mask.shape, 4))  # (B,N,4); padding is empty, so it overlaps nothing
-        boxes[mask] = dataset.store.fields["boxes"][rows]
+        boxes[mask] = dataset.store.open_field("boxes")[rows]
         target = dataset.target[chunk][:, None]  # (B,1,4)
         low = np.maximum(boxes[..., :2], target[..., :2])
         high = np.minimum(boxes[..., 2:], target[..., 2:])
@@ -505,9 +510,11 @@ def train_tokenizer(texts, vocab_size=8000):
     return wordpiece(tokenizer.get_vocab(), lowercase=True)
 
 
-def own_tokenizer(datasets, cache=CACHE):
-    """train_tokenizer on all texts of training splits, kept on disk where they are."""
+def own_tokenizer(datasets, cache=CACHE, most=300_000):
+    """train_tokenizer on texts of training splits, kept on disk where they are; on every k-th of k times `most`."""
     texts = itertools.chain.from_iterable(dataset.parts() for dataset in datasets)
+    rows = sum(len(dataset.text) for dataset in datasets)
+    texts = itertools.islice(texts, 0, None, max(1, rows // most))
     if any(dataset.folder is None for dataset in datasets):
         return train_tokenizer(texts)
 
@@ -609,12 +616,12 @@ def batches(lengths, rng=None, *, size, rank=0, world=1):
     return groups[rank::world]
 
 
-def collate(dataset, index, images=None, answers=None):
+def collate(dataset, index, images=None, answers=None, fields=()):
     """Batch of the texts of examples `index` (B,) beside the pictures in store rows `images` (B,) (None: their own).
     Where an example has several rows (`dataset.group`), so has the batch: B below is then their number.
 
     answers: {answer: column} for the soft targets (B,A); answers that it lacks are left out, so a row may be all zero.
-    Encode the dataset first.
+    fields: what to read of the regions besides features and boxes. Encode the dataset first.
     """
     rows = dataset.rows(index)
     own_images = dataset.image[rows]
@@ -643,7 +650,7 @@ def collate(dataset, index, images=None, answers=None):
         pictures=torch.from_numpy(np.array(images)),
         pair_index=torch.from_numpy(np.flatnonzero(matched)),
         ids=[dataset.ids[i] for i in index],
-        **dataset.store.gather(images),
+        **dataset.store.gather(images, fields),
     )
 
 

@@ -2,18 +2,19 @@
 
 1. Accuracy of the best choice, by kind of question.
 2. Retrieval: recall; the full matrix of texts and pictures; dot products of vectors; two stages.
-3. Captions: beam search, and BLEU.
+3. Captions: beam search, BLEU and CIDEr-D.
 4. Answers as predict.py shows them.
 5. Metrics as text: metrics beside chance, and models beside each other with the spread over seeds.
 
-Which metrics a task has, and on which examples, is in tasks.py. Accuracies, recalls and BLEU are in 0..1. `run` is
-train.Run, as in tasks.py. Every process computes its share; the sums are then added over all processes.
+Which metrics a task has, and on which examples, is in tasks.py. Accuracies, recalls and BLEU are in 0..1, CIDEr-D in
+0..10. `run` is train.Run, as in tasks.py. Every process computes its share; the sums are then added over all processes.
 Letters: B rows of a batch, E width of the unit vectors of the objective itc, T text positions, C width, V vocabulary.
 """
 
 import json
 import math
 import time
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 
@@ -84,7 +85,7 @@ def recall_at(scores, truth, ks=(1, 5, 10)):
     Returns {"text_to_image_r1": .., "image_to_text_r1": .., ...}.
     """
     scores = torch.where(scores.isnan(), -math.inf, scores)
-    matches = torch.nn.functional.one_hot(truth, scores.shape[1]).bool()  # (texts, pictures)
+    matches = truth[:, None] == torch.arange(scores.shape[1])  # (texts, pictures) bool, True = they belong together
     has_text = matches.any(0)  # (pictures,)
     recalls = {}
     for k in ks:
@@ -113,13 +114,12 @@ def expected_hits(scores, matches, k):
     return 1 - missed
 
 
-def recall_chance(recalls, candidates):
-    """Recall of guessing among so many candidates, one of them right: k / candidates for a name that ends in "_rk"."""
-    chance = {}
-    for name in recalls:
-        k = int(name.rsplit("_r", 1)[1])
-        chance[name] = min(1.0, k / candidates)
-    return chance
+def recall_chance(recalls, pictures):
+    """Recall of guessing, for each name of `recalls`: that of candidates which all have the same score. With one text a
+    picture it is k / candidates. pictures (texts,): the store row of each text's picture."""
+    rows, truth = np.unique(pictures, return_inverse=True)
+    guess = recall_at(torch.zeros(len(truth), len(rows)), torch.from_numpy(truth))
+    return {name: guess[name.removeprefix("itc_")] for name in recalls}
 
 
 def pretraining_score(metrics):
@@ -131,14 +131,29 @@ def pretraining_score(metrics):
     return -sum(losses), "minus the sum of the losses"
 
 
-def first_captions(dataset):
-    """The first caption of each picture, (pictures,) numbers of examples; where no example is a caption, the first text."""
+def caption_examples(dataset):
+    """Numbers of the examples that are captions; of all where none is."""
     kinds = np.array(dataset.kind)
-    captions = np.arange(len(dataset))
     if "caption" in kinds:
-        captions = np.flatnonzero(kinds == "caption")
+        return np.flatnonzero(kinds == "caption")
+    return np.arange(len(dataset))
+
+
+def first_captions(dataset):
+    """The first caption of each picture, (pictures,) numbers of examples, in the order of the pictures' store rows."""
+    captions = caption_examples(dataset)
     _, first = np.unique(dataset.image[captions], return_index=True)
     return captions[first]
+
+
+def retrieval_captions(run, dataset, pool):
+    """The captions of the first `pool` pictures, numbers of examples: with --captions all each is a query, as published
+    numbers have it. With --captions first, and on val, the first caption of each picture."""
+    first = first_captions(dataset)[:pool]
+    if run.args.captions == "first" or dataset.split == "val":
+        return first
+    captions = caption_examples(dataset)
+    return captions[np.isin(dataset.image[captions], dataset.image[first])]
 
 
 def is_text_of(dataset, texts, images):
@@ -169,24 +184,35 @@ def match_logits(model, pooled, head):
     return logits[:, 0]
 
 
-def recall_of_all_pairs(run, dataset, index, head):
-    """Recall at 1, 5 and 10, both ways, by the full matrix: every text of `index` with every picture, by `match_logits`.
-    What the model computes of a text alone or a picture alone is computed once."""
-    n = len(index)
-    batch = data.remove_modality(data.collate(dataset, index), run.args.ablate).to(run.device)
-    scores = torch.zeros(n, n, dtype=torch.float64)
+def recall_of_all_pairs(run, dataset, texts, head):
+    """Recall at 1, 5 and 10, both ways, by the full matrix: each of the examples `texts` with each of their pictures, by
+    `match_logits`. What the model computes of a text alone or a picture alone is computed once."""
+    pictures, truth = np.unique(dataset.image[texts], return_inverse=True)
+    n = len(texts)
+    m = len(pictures)
+    scores = torch.zeros(n, m, dtype=torch.float64)
+    batch = collate_pairs(run, dataset, np.full(m, texts[0]), pictures)  # the texts are replaced below
     with run.autocast():
-        text_states, region_states = run.model.unimodal(batch)
-        for i in range(run.rank, n, run.world):
-            pairs = replace(
-                batch,
-                text=batch.text[i].expand(n, -1),
-                text_mask=batch.text_mask[i].expand(n, -1),
-                segments=batch.segments[i].expand(n, -1),
-            )
-            given = text_states[i].expand(n, -1, -1), region_states
-            scores[i] = match_logits(run.model, run.model.encode(pairs, given=given).pooled, head)
-    return recall_at(common.all_reduce_sum(scores), torch.arange(n))
+        _, region_states = run.model.unimodal(batch)
+        for part in data.batches(np.diff(dataset.offsets)[texts], size=256, rank=run.rank, world=run.world):
+            captions = collate_pairs(run, dataset, texts[part], np.full(len(part), pictures[0]))
+            text_states, _ = run.model.unimodal(captions)
+            for row, i in enumerate(part.tolist()):
+                pairs = replace(
+                    batch,
+                    text=captions.text[row].expand(m, -1),
+                    text_mask=captions.text_mask[row].expand(m, -1),
+                    segments=captions.segments[row].expand(m, -1),
+                )
+                given = text_states[row].expand(m, -1, -1), region_states
+                scores[i] = match_logits(run.model, run.model.encode(pairs, given=given).pooled, head)
+    return recall_at(common.all_reduce_sum(scores), torch.from_numpy(truth))
+
+
+def collate_pairs(run, dataset, texts, pictures):
+    """Batch of the examples `texts` beside the store rows `pictures`, (B,) each, on the device and as --ablate has it."""
+    batch = data.collate(dataset, texts, pictures)
+    return data.remove_modality(batch, run.args.ablate).to(run.device)
 
 
 def score_pairs(run, dataset, texts, pictures, head):
@@ -194,7 +220,7 @@ def score_pairs(run, dataset, texts, pictures, head):
     scores = torch.zeros(len(texts), dtype=torch.float64)
     lengths = np.stack([np.diff(dataset.offsets)[texts], np.diff(dataset.store.offsets)[pictures]], 1)  # (P, 2)
     for part in data.batches(lengths, size=256, rank=run.rank, world=run.world):
-        batch = data.remove_modality(data.collate(dataset, texts[part], pictures[part]), run.args.ablate).to(run.device)
+        batch = collate_pairs(run, dataset, texts[part], pictures[part])
         with run.autocast():
             scores[part] = match_logits(run.model, run.model.encode(batch).pooled, head)
     return common.all_reduce_sum(scores)
@@ -253,14 +279,15 @@ def dot_products(run, dataset, texts, pictures):
     text_vectors = torch.zeros(len(texts), width, dtype=torch.float64)
     image_vectors = torch.zeros(len(pictures), width, dtype=torch.float64)
     for part in data.batches(np.diff(dataset.offsets)[texts], size=256, rank=run.rank, world=run.world):
-        batch = data.remove_modality(data.collate(dataset, texts[part]), run.args.ablate).to(run.device)
+        any_picture = np.full(len(part), pictures[0])  # it is not read
+        batch = collate_pairs(run, dataset, texts[part], any_picture)
         with run.autocast():
             states = run.model.encode(batch, regions=False).text
         vectors = head.text(common.at_least_float32(states))
         text_vectors[part] = vectors.cpu().double()
     for part in data.batches(np.diff(dataset.store.offsets)[pictures], size=256, rank=run.rank, world=run.world):
         any_text = np.full(len(part), texts[0])  # it is not read
-        batch = data.remove_modality(data.collate(dataset, any_text, pictures[part]), run.args.ablate).to(run.device)
+        batch = collate_pairs(run, dataset, any_text, pictures[part])
         with run.autocast():
             states = run.model.encode(batch, text=False).regions
         vectors = head.image(common.at_least_float32(states), batch.region_mask)
@@ -298,34 +325,48 @@ def two_stage(run, dataset, texts, pictures, k, head):
     return recalls
 
 
-def compare_stages(run, dataset, head, most=1000, measured=300):
+LARGE_MATRIX = 1_000_000  # pairs; to score more of them takes too long
+
+
+def test_recalls(run, dataset, texts, head):
+    """Recalls of the examples `texts` and their pictures: by the full matrix, or with --rerank in two stages if the matrix
+    is large."""
+    pictures = np.unique(dataset.image[texts])
+    if run.args.rerank and len(texts) * len(pictures) > LARGE_MATRIX:
+        return two_stage(run, dataset, texts, pictures, run.args.rerank, head)
+    return recall_of_all_pairs(run, dataset, texts, head)
+
+
+def compare_stages(run, dataset, head, measured=200):
     """--rerank: recalls and seconds of the full matrix, of dot products alone, and of two stages. Returns them as
     result.json has them, and a text to print.
 
-    One text a picture, of at most --pool pictures. Above `most` pictures the full matrix is not computed: its time is
-    extrapolated from `measured` x `measured` pairs, and the result says so.
+    Of the captions of at most --pool pictures, see `retrieval_captions`. A full matrix of more than LARGE_MATRIX pairs
+    is not computed: its time is extrapolated from `measured` x `measured` pairs, and the result says so.
     """
-    texts = first_captions(dataset)[: run.args.pool]
-    pictures = dataset.image[texts]
-    n = len(texts)
-    extrapolated = n > most
+    texts = retrieval_captions(run, dataset, run.args.pool)
+    pictures, truth = np.unique(dataset.image[texts], return_inverse=True)
+    pairs = len(texts) * len(pictures)
+    extrapolated = pairs > LARGE_MATRIX
     run.model.eval()
     with torch.inference_mode():
         dot_products(run, dataset, texts[:64], pictures[:64])  # the first pass of a process is slower
         start = time.perf_counter()
-        full = recall_of_all_pairs(run, dataset, texts[:measured] if extrapolated else texts, head)
+        full = recall_of_all_pairs(run, dataset, first_captions(dataset)[:measured] if extrapolated else texts, head)
         full_seconds = time.perf_counter() - start
         if extrapolated:
             full = {}
-            full_seconds *= (n / measured) ** 2
+            full_seconds *= pairs / measured**2
         start = time.perf_counter()
-        dot = recall_at(dot_products(run, dataset, texts, pictures), torch.arange(n))
+        dot = recall_at(dot_products(run, dataset, texts, pictures), torch.from_numpy(truth))
         dot_seconds = time.perf_counter() - start
         start = time.perf_counter()
         two = two_stage(run, dataset, texts, pictures, run.args.rerank, head)
         two_seconds = time.perf_counter() - start
-    result = {"pool": n, "rerank": run.args.rerank, "full_extrapolated": extrapolated}
-    lines = [f"\n{run.args.model}, retrieval among {n} x {n}, best {run.args.rerank} re-ranked"]
+    sizes = f"{len(pictures)} pictures and {len(texts)} captions"
+    result = {"pool": len(pictures), "captions": len(texts), "rerank": run.args.rerank}
+    result["full_extrapolated"] = extrapolated
+    lines = [f"\n{run.args.model}, retrieval among {sizes}, best {run.args.rerank} re-ranked"]
     for name, recalls, seconds in (
         ("full", full, full_seconds),
         ("dot", dot, dot_seconds),
@@ -339,6 +380,9 @@ def compare_stages(run, dataset, head, most=1000, measured=300):
             result[f"{name}_{key}"] = round(value, 5)
         result[f"{name}_seconds"] = round(seconds, 2)
         lines.append("".join(shown))
+    chance = recall_chance(dot, dataset.image[texts])
+    shown = [f"{key} {percent(value)}" for key, value in chance.items()]
+    lines.append(f"  {'chance':22s}  {'  '.join(shown)}")
     return result, "\n".join(lines)
 
 
@@ -430,6 +474,78 @@ def bleu(candidates, references, longest=4):
     return precision * min(1.0, math.exp(1 - reference_length / candidate_length))
 
 
+def words_of(text):
+    """The words of a caption as BLEU and CIDEr-D count them: lower case, punctuation and symbols become blanks. So
+    "T-shirts." has the words t and shirts."""
+    letters = []
+    for letter in text.lower():
+        is_mark = unicodedata.category(letter)[0] in "PS"
+        letters.append(" " if is_mark else letter)
+    return "".join(letters).split()
+
+
+def caption_metrics(generated, references):
+    """BLEU-1 to BLEU-4 and CIDEr-D of generated captions, and of chance: another picture's first reference. Two dicts.
+
+    generated: {picture: list of words}; references: {picture: list of such lists}.
+    """
+    pictures = sorted(generated)
+    truth = [references[picture] for picture in pictures]
+    candidates = [generated[picture] for picture in pictures]
+    neighbours = [references[picture][0] for picture in [*pictures[1:], pictures[0]]]
+    metrics = {}
+    chance = {}
+    for n in (1, 2, 3, 4):
+        metrics[f"bleu{n}"] = bleu(candidates, truth, longest=n)
+        chance[f"bleu{n}"] = bleu(neighbours, truth, longest=n)
+    metrics["cider"] = cider_d(candidates, truth)
+    chance["cider"] = cider_d(neighbours, truth)
+    if len(pictures) == 1:
+        chance = {}  # there is no other picture
+    return metrics, chance
+
+
+def cider_d(candidates, references, longest=4, sigma=6.0):
+    """CIDEr-D (Vedantam 2015, section 3 and equation 4), in 0..10: how alike captions and references are in the n-grams
+    that few pictures have. Papers print it times 100.
+
+        CIDEr-D = mean over pictures, n and references r of
+                  10 exp(-(l_c - l_r)^2 / (2 sigma^2)) min(g_c, g_r) . g_r / (|g_c| |g_r|)
+
+    g: for each n-gram its count times log(I / pictures that have it in a reference), I pictures in all.   l: length in
+    words.   candidates: a list of I lists of words; references: for each of them a list of such lists, at least one.
+    """
+    pictures_with = Counter()
+    for texts in references:
+        found = set()
+        for words in texts:
+            for n in range(1, longest + 1):
+                found.update(ngrams(words, n))
+        pictures_with.update(found)
+
+    def weighted(words, n):
+        weights = {}
+        for ngram, count in ngrams(words, n).items():
+            weights[ngram] = count * math.log(len(candidates) / max(1, pictures_with[ngram]))
+        return weights, math.sqrt(sum(weight**2 for weight in weights.values()))
+
+    total = 0.0
+    for words, texts in zip(candidates, references, strict=True):
+        for n in range(1, longest + 1):
+            candidate, candidate_norm = weighted(words, n)
+            for text in texts:
+                reference, reference_norm = weighted(text, n)
+                product = 0.0
+                for ngram, weight in candidate.items():
+                    if ngram in reference:
+                        product += min(weight, reference[ngram]) * reference[ngram]
+                if product:
+                    cosine = product / (candidate_norm * reference_norm)
+                    penalty = math.exp(-((len(words) - len(text)) ** 2) / (2 * sigma**2))
+                    total += 10 * penalty * cosine / len(texts)
+    return total / (longest * len(candidates))
+
+
 # ---- answers as a reader sees them -------------------------------------------------------------------------------------
 # `Task.show` returns a dict with some of these keys:
 #   answers   [[answer, probability], ...], the likeliest first; for refer an answer is a box [x1, y1, x2, y2] in pixels
@@ -488,7 +604,7 @@ def show_match(run, dataset, i, logits, top):
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-NO_SHARE = ("_loss", "perplexity")  # endings of the metrics that are no share of anything
+NO_SHARE = ("_loss", "perplexity", "cider")  # endings of the metrics that are no share of anything
 
 
 def percent(share):
@@ -497,7 +613,7 @@ def percent(share):
 
 
 def format_value(name, value):
-    """A metric as text: a share in percent, a loss or perplexity as it is."""
+    """A metric as text: a share in percent, a loss, perplexity or CIDEr-D as it is."""
     return f"{value:.4f}" if name.endswith(NO_SHARE) else percent(value)
 
 
@@ -505,7 +621,7 @@ def format_metrics(title, metrics, chance):
     """Metrics in a column, chance beside each."""
     lines = [f"\n{title}", f"  {'':24s} {'':>8s} {'chance':>8s}"]
     for name, value in metrics.items():
-        beside = percent(chance[name]) if name in chance else ""
+        beside = format_value(name, chance[name]) if name in chance else ""
         lines.append(f"  {name:24s} {format_value(name, value):>8s} {beside:>8s}".rstrip())
     return "\n".join(lines)
 
@@ -533,7 +649,8 @@ def compare_models(results, out):
         chance = ""
         if name in shares:
             best = best_model(row)
-            chance = percent(np.mean([result["chance"][name] for result in results if name in result["chance"]]))
+            mean = np.mean([result["chance"][name] for result in results if name in result["chance"]])
+            chance = format_value(name, mean)
         cells = [format_cell(name, row.get(model)) for model in models]
         lines.append(f"| {name} | {' | '.join(cells)} | {best} | {chance} |")
     text = "\n".join(lines) + "\n"
@@ -547,6 +664,8 @@ def format_cell(name, entry):
     """mean ± spread, shares in percent."""
     if entry is None:
         return ""
+    if name.endswith(NO_SHARE):
+        return f"{entry['mean']:.4f} ± {entry['spread']:.4f}"
     if name in ("parameters", "examples_per_second"):
         return f"{entry['mean']:,.0f}"
     return f"{100 * entry['mean']:.1f} ± {100 * entry['spread']:.1f}"

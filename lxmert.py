@@ -425,7 +425,7 @@ REGION_CLASSES = common.Objective(
     pretraining=True,
     masks="regions",
     mean_over="all regions",
-    fields=("object_probs",),
+    fields=("objects", "object_conf", "object_probs"),
     labels=common.most_likely_class,
 )
 
@@ -433,7 +433,7 @@ REGION_ATTRIBUTES = replace(
     REGION_CLASSES,
     loss=masked_region_attribute,
     head="attr",
-    fields=("attributes",),
+    fields=("attributes", "attribute_conf"),
     labels=lambda batch, logits: batch.attributes.flatten()[batch.region_index],
 )
 
@@ -457,7 +457,7 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "mlm": MASKED_WORDS,
     "mrfr": REGION_FEATURES,
     "mrc": REGION_CLASSES,
-    "mrc_kl": replace(REGION_CLASSES, loss=masked_region_class_kl, mean_over="regions"),
+    "mrc_kl": replace(REGION_CLASSES, loss=masked_region_class_kl, mean_over="regions", fields=("object_probs",)),
     "attr": REGION_ATTRIBUTES,
     "itm": MATCHING,
     "qa": QUESTIONS,

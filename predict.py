@@ -118,8 +118,8 @@ def load_run(args):
         raise UserError(f"--task {name}: {args.checkpoint} was trained for {', '.join(names)}")
     paper = checkpoints.MODELS[checkpoint["model"]]
     device = machine.pick_device(args.device)
-    settings = {"ablate": None, "mask": 0.15, "max_words": 60, "pool": 200, "beams": 1}  # of checkpoints without them
-    settings.update(checkpoint.get("settings", {}))
+    settings = {"ablate": None, "mask": 0.15, "max_words": 60, "pool": 200, "captions": "first", "beams": 1}
+    settings.update(checkpoint.get("settings", {}))  # an old checkpoint lacks some
     run_args = argparse.Namespace(model=checkpoint["model"], task=name, tasks=names, rerank=None, **settings)
     run_args.data = checkpoint.get("data", "")
     run_args.patch = checkpoint.get("patch", 12)
@@ -147,7 +147,7 @@ def use_dataset(run, task, dataset):
     width = run.model.config.feature_size
     if dataset.store.width != width:
         how = "use the same --patch as in training"
-        if run.regions.get("kind") == "network":
+        if data.is_network(run.regions):
             how = f"make them with `python prepare/features.py --network {run.regions['network']} --data ... --out ...`"
         raise UserError(f"features of {dataset.store.width} numbers, the checkpoint was trained on {width}; {how}")
     dataset.task_number = run.args.tasks.index(task.name)
@@ -192,7 +192,7 @@ def held_out(run, task, split, count):
     lines = train.task_of_lines(run, task.name)
     names = [split] if split else ["test", "val", "train"]
     for name in names:
-        dataset = data.load(source, lines, name, patch=run.args.patch, grid=run.args.grid)
+        dataset = data.load(source, lines, name, patch=run.args.patch, grid=run.args.grid, network=run.regions)
         if len(dataset):
             break
     else:
@@ -268,7 +268,7 @@ def make_regions(run, where, path, boxes, network=None):
 def load_network(run):
     """What makes the regions of new pictures where a network made those of training; None where they were cut out."""
     width = run.model.config.feature_size
-    if run.regions.get("kind") == "network":
+    if data.is_network(run.regions):
         from prepare.features import region_maker  # here, since few checkpoints need it
 
         return region_maker(run.regions, run.device)
@@ -427,7 +427,7 @@ def load_lines(run, task, args, lines_of):
     names = [args.split] if args.split else ["test", *(name for name in known if name != "test")]
     datasets = []
     for name in names:
-        dataset = data.load(source, lines, name, patch=run.args.patch, grid=run.args.grid)
+        dataset = data.load(source, lines, name, patch=run.args.patch, grid=run.args.grid, network=run.regions)
         if len(dataset):
             datasets.append(use_dataset(run, task, dataset))
         if name == "test" and len(dataset):

@@ -34,6 +34,7 @@ from regions import (
     parallel,
     picture_regions,
     picture_size,
+    show_progress,
     warn,
     write_store,
 )
@@ -303,12 +304,16 @@ def leaves_folder(name):
 
 
 class Pictures:
-    """The pictures that the lines of a file name, each once: rows of stores that exist, and jobs for one to be made."""
+    """The pictures that the lines of a file name, each once: rows of stores that exist, and jobs for one to be made.
 
-    def __init__(self, folder, patch, grid):
+    network: `regions` of a dataset.json, where a network makes the regions; None: they are cut out of the picture.
+    """
+
+    def __init__(self, folder, patch, grid, network=None):
         self.folder = folder
         self.patch = patch
         self.grid = grid
+        self.network = network
         self.jobs = []  # row i of the store to be made is that of job i
         self.uses = []  # of each job: how many lines have this picture with these boxes
         self.rows = {}  # (name, boxes as JSON) -> row of the store to be made
@@ -378,6 +383,8 @@ class Pictures:
     def extract(self, path, cache, mistakes):
         """The store of all jobs, made unless it is in the cache. UserError where a picture is wrong."""
         key = [[*file_stamp(job.path), job.boxes, job.patch, job.grid] for job in self.jobs]
+        if self.network:
+            key.append(self.network)
 
         def make(folder):
             notes = []
@@ -390,7 +397,13 @@ class Pictures:
     def extracted(self, path, mistakes, notes):
         """Yields the regions of each job that is right, all with the same fields and widths."""
         first = None  # {field: shape of a row} of the first picture
-        results = parallel(picture_regions, self.jobs, f"reading {path}")
+        if self.network:
+            from prepare import features  # here, since it imports this file
+
+            regions_of = features.picture_regions(self.jobs, self.network)
+            results = show_progress(regions_of, len(self.jobs), f"{self.network['network']} of {path}")
+        else:
+            results = parallel(picture_regions, self.jobs, f"reading {path}")
         for job, uses, (regions, warned, mistake) in zip(self.jobs, self.uses, results, strict=True):
             notes += warned
             if mistake:
@@ -551,9 +564,20 @@ def pair_keys(text_keys, images):
     return text_keys ^ (np.asarray(images) * 0x1E3779B97F4A7C15)  # a large odd number: the product wraps around
 
 
-def read_columns(path, task, splits, patch, grid, mistakes):
+def first_record(path):
+    """The object of the first line of a JSONL file, unchecked; {} if that cannot be read."""
+    if not path.is_file():
+        return {}
+    with open(path, "rb") as file:
+        try:
+            return parse_line(file.readline().removeprefix(codecs.BOM_UTF8))
+        except UserError:  # it is reported where all lines are read
+            return {}
+
+
+def read_columns(path, task, splits, patch, grid, mistakes, network=None):
     """Reads and checks a JSONL file. Returns {split: Columns} and the Pictures that it names."""
-    pictures = Pictures(path.parent, patch, grid)
+    pictures = Pictures(path.parent, patch, grid, network)
     columns = {}
     for where, record in read_records(path, task, splits, mistakes):
         try:
@@ -575,14 +599,16 @@ def read_columns(path, task, splits, patch, grid, mistakes):
     return columns, pictures
 
 
-def make_columns(path, task, splits, patch, grid, cache):
+def make_columns(path, task, splits, patch, grid, cache, network=None):
     """The folder with the columns of a JSONL file, a subfolder for each split, made unless it is in the cache."""
     key = [*file_stamp(path), task.name, task.needs, task.prompt, splits, patch, grid]
+    if network:
+        key.append(network)
     folder = Path(cache).resolve() / f"columns-{cache_key(key)}"
 
     def make(aside):
         mistakes = Mistakes()
-        columns, pictures = read_columns(path, task, splits, patch, grid, mistakes)
+        columns, pictures = read_columns(path, task, splits, patch, grid, mistakes, network)
         mistakes.stop(path)
         folders = {name: store.folder.resolve() for name, store in pictures.stores.items()}
         depends = list(pictures.paths())
@@ -618,16 +644,13 @@ def picture_file(dataset, row):
 
 def is_current(folder):
     """True if the pictures and stores that columns were made of have not changed since."""
-    for line in (folder / "depends.jsonl").read_text().splitlines():
-        path, *state = json.loads(line)
-        try:
-            if file_stamp(Path(path))[1:] != state:
+    with open(folder / "depends.jsonl", encoding="utf-8") as stamps:
+        for line in stamps:
+            path, *known = json.loads(line)
+            try:
+                state = os.stat(path)  # not file_stamp, which also resolves the path: that is slow for millions
+            except OSError:
                 return False
-        except OSError:
-            return False
+            if [state.st_size, state.st_mtime_ns] != known:
+                return False
     return True
-
-
-def map_array(path):
-    """A .npy file, memory-mapped, as a plain array: numpy's memmap class is slow where single numbers are read."""
-    return np.asarray(np.load(path, mmap_mode="r"))

@@ -131,7 +131,7 @@ def parallel(work, jobs, label):
 
 
 def show_progress(results, total, label):
-    """Yields `results` and prints their share of `total`, on a terminal five times a second on one line."""
+    """Yields `results` and prints how many of `total` are done, on a terminal five times a second on one line."""
     terminal = sys.stderr.isatty()
     pause = 0.2 if terminal else 10.0
     start = time.monotonic()
@@ -143,7 +143,9 @@ def show_progress(results, total, label):
         if seconds > 1 and (seconds - shown > pause or last):
             shown = seconds
             end = "\r" if terminal and not last else "\n"
-            print(f"{label}: {100 * done // total}%, {seconds:.0f} s", end=end, file=sys.stderr, flush=True)
+            rate = done / seconds
+            text = f"{label}: {done} of {total}, {rate:.1f} a second, {(total - done) / rate:.0f} s left"
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 # ---- pictures and their regions ---------------------------------------------------------------------------------------
@@ -392,6 +394,12 @@ def picture_regions(job):
 
 # ---- the feature store ------------------------------------------------------------------------------------------------
 
+
+def is_network(regions):
+    """Whether a network made the regions. regions: `regions` of a dataset.json or a checkpoint, or None."""
+    return bool(regions) and regions.get("kind") == "network"
+
+
 STORED = {  # field of a region: its type on disk
     "features": np.float16,
     "boxes": np.float32,
@@ -413,6 +421,11 @@ def ragged(offsets, index):
     steps = np.arange(length.max(initial=0))
     mask = steps < length[:, None]  # (B,L)
     return mask, (start[:, None] + steps)[mask]
+
+
+def map_array(path):
+    """A .npy file, memory-mapped, as a plain array: numpy's memmap class is slow where single numbers are read."""
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 class FeatureStore:
@@ -458,17 +471,29 @@ class FeatureStore:
         content = self.fields["features"][self.offsets[row] : self.offsets[row + 1]].tobytes()
         return int.from_bytes(hashlib.sha256(content).digest()[:7])
 
-    def gather(self, images):
+    def gather(self, images, fields=STORED):
         """images: (B,) int64. Returns Batch's region fields as a dict of (B,N,...) tensors; float16 becomes float32,
-        and where region_mask is False all is zero."""
-        mask, rows = ragged(self.offsets, images)  # (B,N)
+        and where region_mask is False all is zero. fields: those to read besides features and boxes."""
+        images = np.asarray(images)
+        starts = self.offsets[images]  # (B,)
+        lengths = self.offsets[images + 1] - starts
+        mask = np.arange(lengths.max(initial=0)) < lengths[:, None]  # (B,N)
         out = {"region_mask": torch.from_numpy(mask)}
-        for name, values in self.fields.items():
+        for name in self.fields:
+            if name not in ("features", "boxes", *fields):
+                continue
+            values = self.open_field(name)
             dtype = np.int64 if values.dtype == np.int64 else np.float32
             padded = np.zeros(mask.shape + values.shape[1:], dtype)  # (B,N,...)
-            padded[mask] = values[rows]
+            for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+                padded[row, :length] = values[start : start + length]
             out[name] = torch.from_numpy(padded)
         return out
+
+    def open_field(self, name):
+        """All regions of a field, mapped anew: what was read through a map counts as memory of this process until it is
+        closed, and a run reads all of a large store."""
+        return map_array(self.folder / f"{name}.npy")
 
 
 class MemoryStore(FeatureStore):
@@ -488,6 +513,9 @@ class MemoryStore(FeatureStore):
         self.offsets = np.cumsum([0] + [len(picture["features"]) for picture in pictures])
         self.sizes = np.array([picture["size"] for picture in pictures], np.float64)
         self.width = self.fields["features"].shape[1]
+
+    def open_field(self, name):
+        return self.fields[name]
 
 
 class ArrayFile:

@@ -160,10 +160,10 @@ def hash_data(dataset):
     answers = [dataset.answer[i] for i in range(0, len(dataset), step)]
     columns = {
         "texts": [dataset.tokens, dataset.offsets],
-        "pictures": [dataset.image, dataset.lengths()[:, 1], store.fields["features"][regions]],
+        "pictures": [dataset.image, dataset.lengths()[:, 1], store.open_field("features")[regions]],
         "answers and targets": [np.frombuffer(json.dumps(answers).encode(), np.uint8), dataset.target],
     }
-    columns["pictures"].append(store.fields["boxes"][regions])
+    columns["pictures"].append(store.open_field("boxes")[regions])
     if store.digests is not None:
         columns["pictures"].append(store.digests[dataset.image])
     found = {}

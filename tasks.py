@@ -52,7 +52,7 @@ class Task:
     generates: bool = False  # True: the text is what the task predicts, not what it reads
     without_answers: str = ""  # the task whose lines are read instead if no objective is about answers
     layout: Callable = lambda paper, config: None  # how the model has its rows; a teacher must have them alike
-    one_per_picture: int = 0  # > 0: evaluated on one example of each picture of --pool, on at most so many pictures
+    most_pictures: int = 0  # > 0: evaluated on captions of the pictures of --pool, on at most so many pictures
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------------
@@ -84,7 +84,8 @@ def pretraining_batch(run, dataset, index, names, rng, false_pairs, word_masking
             false_pairs = settings["false_pairs"]
         index, images, matched = data.sample_mismatches(dataset, index, rng, false_pairs, settings["mismatch"])
     columns = run.columns() if run.answers else None
-    batch = data.collate(dataset, index, images, answers=columns)
+    fields = [name for objective in objectives for name in objective.fields]
+    batch = data.collate(dataset, index, images, columns, fields)
     if mismatch:
         batch.matched = matched
     if any(objective.mean_over == "answers" for objective in objectives):
@@ -148,12 +149,15 @@ def evaluation_batches(run, dataset, index):
 
 
 def test_examples(run, name, dataset):
-    """Which examples a task is evaluated on: all; for retrieval and captions, one of each picture of --pool (val: of 100)."""
-    limit = TASKS[name].one_per_picture
-    if not limit:
+    """Which examples a task is evaluated on: all; of retrieval the captions of the pictures of --pool (val: of 100); where
+    captions are generated, one example of each of these pictures."""
+    task = TASKS[name]
+    if not task.most_pictures:
         return np.arange(len(dataset))
-    pool = 100 if dataset.split == "val" else run.args.pool
-    return evaluation.first_captions(dataset)[: min(pool, limit)]
+    pool = min(100 if dataset.split == "val" else run.args.pool, task.most_pictures)
+    if task.generates:
+        return evaluation.first_captions(dataset)[:pool]
+    return evaluation.retrieval_captions(run, dataset, pool)
 
 
 def targets(dataset, index):
@@ -233,7 +237,7 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
         dots = evaluation.dot_products(run, dataset, index, dataset.image[index])
         for name, value in evaluation.recall_at(dots, torch.arange(len(index))).items():
             recalls[f"itc_{name}"] = value
-    return metrics | recalls, chance | evaluation.recall_chance(recalls, len(index))
+    return metrics | recalls, chance | evaluation.recall_chance(recalls, dataset.image[index])
 
 
 def content_pieces(run):
@@ -634,31 +638,23 @@ REFER = Task(
 
 
 def evaluate_captions(run, dataset):
-    """Perplexity: exp of the mean loss of a word piece, over all captions of the pictures. BLEU-4 of one generated caption a
-    picture, against all captions of that picture. Chance: the BLEU-4 of a caption of another picture."""
+    """Perplexity: exp of the mean loss of a word piece, over all captions of the pictures. BLEU-1 to BLEU-4 and CIDEr-D of
+    one generated caption a picture, against all captions of that picture. Chance: those of a caption of another picture."""
     index = test_examples(run, "caption", dataset)
     examples = np.flatnonzero(np.isin(dataset.image, dataset.image[index]))
     perplexity = caption_perplexity(run, dataset, examples)
     own = {}
     for part in evaluation_batches(run, dataset, index):
         for i, text in zip(part, generate_captions(run, dataset, part), strict=True):
-            own[int(dataset.image[i])] = text.split()
+            own[int(dataset.image[i])] = evaluation.words_of(text)
     generated = {}
     for captions in evaluation.gather_objects(run, own):
         generated |= captions
     references = {}
     for i in examples:
-        pieces = dataset.tokens[dataset.offsets[i] + 1 : dataset.offsets[i + 1] - 1]  # without [CLS] and [SEP]
-        caption = run.tokenizer.decode(pieces.tolist()).split()
-        references.setdefault(int(dataset.image[i]), []).append(caption)
-    pictures = sorted(generated)
-    truth = [references[picture] for picture in pictures]
-    metrics = {"perplexity": perplexity, "bleu4": evaluation.bleu([generated[picture] for picture in pictures], truth)}
-    chance = {}
-    if len(pictures) > 1:
-        neighbours = [*pictures[1:], pictures[0]]
-        chance["bleu4"] = evaluation.bleu([references[picture][0] for picture in neighbours], truth)
-    return metrics, chance
+        references.setdefault(int(dataset.image[i]), []).append(evaluation.words_of(dataset.text[i]))
+    metrics, chance = evaluation.caption_metrics(generated, references)
+    return {"perplexity": perplexity} | metrics, chance
 
 
 def caption_perplexity(run, dataset, examples):
@@ -705,7 +701,7 @@ CAPTION = Task(
     best=("perplexity",),
     lower_is_better=True,
     generates=True,
-    one_per_picture=10**9,
+    most_pictures=10**9,
 )
 
 
@@ -720,10 +716,10 @@ def retrieval_batch(run, dataset, index, rng):
 
 
 def evaluate_retrieval(run, dataset):
-    """Recall at 1, 5 and 10, both ways, and their mean: the full matrix of texts and pictures of `test_examples`."""
-    index = test_examples(run, "retrieval", dataset)
-    metrics = evaluation.recall_of_all_pairs(run, dataset, index, "rank")
-    chance = evaluation.recall_chance(metrics, len(index))
+    """Recall at 1, 5 and 10, both ways, and their mean, of the texts and pictures of `test_examples`."""
+    texts = test_examples(run, "retrieval", dataset)
+    metrics = evaluation.test_recalls(run, dataset, texts, "rank")
+    chance = evaluation.recall_chance(metrics, dataset.image[texts])
     metrics["mean_recall"] = float(np.mean(list(metrics.values())))
     chance["mean_recall"] = float(np.mean(list(chance.values())))
     return metrics, chance
@@ -743,7 +739,7 @@ RETRIEVAL = Task(
     ranks="rank",
     hard_negatives=True,
     layout=lambda paper, config: paper.NEGATIVES,
-    one_per_picture=1000,  # a full matrix of more takes hours
+    most_pictures=1000,  # a full matrix of more takes hours
 )
 
 

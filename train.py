@@ -230,7 +230,7 @@ def load_data(run, checkpoint, teacher):
     if there is one."""
     args = run.args
     run.objectives = options.objectives_of(args, run.paper)
-    run.regions = args.data_sets[0][1]["regions"]
+    run.regions = options.choose_regions(args, checkpoint or teacher)
     run.sets = {}
     for task, (path, description) in zip(args.tasks, args.data_sets, strict=True):
         run.sets[task] = load_splits(args, task_of_lines(run, task), path, description)
@@ -240,7 +240,7 @@ def load_data(run, checkpoint, teacher):
     widths = sorted({splits["train"].store.width for splits in run.sets.values()})
     if len(widths) > 1:
         raise UserError(
-            f"--data: features of {' and '.join(map(str, widths))} numbers; tasks trained together need one --patch"
+            f"--data: features of {' and '.join(map(str, widths))} numbers; tasks trained together need one --features"
         )
     if tasks.is_pretraining(args.task):
         run.objectives = options.drop_unsupported(run.paper, run.objectives, run.splits["train"])
@@ -290,7 +290,7 @@ def load_splits(args, task, path, description):
     with machine.first_process_first():
         for name in names:
             limit = args.limit if name == "train" else None
-            split = data.load(path, task, name, limit, args.patch, args.grid)
+            split = data.load(path, task, name, limit, args.patch, args.grid, network=description["regions"])
             if len(split):
                 splits[name] = split
     if "train" not in splits:
@@ -489,7 +489,7 @@ def start_sizes(run, checkpoint):
     if store.classes:
         of_data["classes"] = store.classes
     if "attributes" in store.fields:
-        of_data["attributes"] = 1 + int(store.fields["attributes"].max())
+        of_data["attributes"] = 1 + int(store.open_field("attributes").max())
     if checkpoint is None:
         preset = run.paper.PRESETS[args.size]
         return {**preset, "vocab_size": vocab_size, "classes": 2, "attributes": 1, **of_data}

@@ -11,6 +11,8 @@ The regions are the boxes of a line where it has any, a detector's own, or else 
 prepare/networks.py, which also lists the networks.
 """
 
+import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -62,7 +64,10 @@ def picture_keys(file, record):
 
 
 def decode(where, key, network):
-    """(the network's input, boxes in 0..1 or None, (width, height)) of a picture, or a message if it cannot be read."""
+    """(the network's input, boxes in 0..1 or None, facts) of a picture, or a message if it cannot be read.
+
+    facts: `size` (width, height), and `digest`, a number that is equal for equal pictures.
+    """
     path = Path(key[0])
     boxes = json.loads(key[1])
     if not path.is_file():
@@ -75,12 +80,13 @@ def decode(where, key, network):
     except UserError as error:
         return str(error)
     pixels = image if network.detect is not None else networks.to_pixels(image, network)
-    return pixels, boxes, image.size
+    digest = int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:7])
+    return pixels, boxes, {"size": image.size, "digest": digest}
 
 
 def shard_regions(jobs, network, args, pool):
-    """[(fields, (width, height)), or a message] for each job (where, key). Threads of `pool` decode the next batch while
-    the network works on the one before."""
+    """[(fields, facts), or a message] for each job (where, key). Threads of `pool` decode the next batch while the
+    network works on the one before."""
     batches = [jobs[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
     results = []
     upcoming = []
@@ -144,10 +150,33 @@ def read_parts(parts, rows):
     for file in sorted(parts.glob("*.pt")):
         for result in torch.load(file, weights_only=True):
             if not isinstance(result, str):
-                fields, size = result
+                fields, facts = result
                 rows[number] = len(rows)
-                yield {**{name: values.numpy() for name, values in fields.items()}, "size": size}
+                yield {**{name: values.numpy() for name, values in fields.items()}, **facts}
             number += 1
+
+
+# ---- own pictures of train.py and predict.py --------------------------------------------------------------------------
+
+
+def picture_regions(jobs, regions, batch_size=32):
+    """For each regions.PictureJob what regions.picture_regions returns, (regions, warnings, mistake), but by a network.
+
+    regions: of a dataset.json or a checkpoint, as `region_maker` takes it.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = networks.load_network(regions["network"], regions.get("weights"), device)
+    args = argparse.Namespace(grid=regions.get("grid"), device=device, batch_size=batch_size)
+    with ThreadPoolExecutor(2) as pool:
+        for first in range(0, len(jobs), batch_size * 4):
+            part = jobs[first : first + batch_size * 4]
+            keys = [(job.where, (str(job.path), json.dumps(job.boxes))) for job in part]
+            for result in shard_regions(keys, network, args, pool):
+                if isinstance(result, str):
+                    yield None, [], result
+                    continue
+                fields, facts = result
+                yield {**{name: values.numpy() for name, values in fields.items()}, **facts}, [], None
 
 
 # ---- command line -----------------------------------------------------------------------------------------------------
@@ -224,7 +253,7 @@ def prepare(args):
     description["regions"] = regions
 
     parts = out / "parts"
-    job = json.dumps([regions, list(pictures)])
+    job = json.dumps([regions, list(pictures), "facts"])
     if not (parts / "job.json").is_file() or (parts / "job.json").read_text() != job:
         shutil.rmtree(parts, ignore_errors=True)  # of another extraction
         parts.mkdir()
@@ -251,9 +280,7 @@ def main(arguments=None):
     parser = data.Parser(prog="features.py", description="Regions of pictures through a pretrained network.")
     parser.add_argument("--data", required=True, help="a .jsonl file, a data set's folder or a folder of pictures")
     parser.add_argument("--out", required=True, help="folder of the store and the new JSONL")
-    parser.add_argument(
-        "--network", help="resnet50, a folder, ...; default: the best EfficientNet-Lite that is installed"
-    )
+    parser.add_argument("--network", help="resnet50, a folder, ...; default: the best of those that are installed")
     parser.add_argument("--weights", help="file of a state dict, for torchvision's networks")
     parser.add_argument("--grid", type=int, help="cells in a row of the grid; default: the feature map's own")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -264,7 +291,7 @@ def main(arguments=None):
     try:
         args = parser.parse_args(arguments)
         if args.network is None:
-            args.network = networks.best_installed()
+            args.network = networks.best_installed() or "efficientnet-lite0"
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         prepare(args)

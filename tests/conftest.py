@@ -21,6 +21,14 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_pretrained_network(monkeypatch):
+    """Own pictures become patches, whatever networks are installed; a test of networks sets its own."""
+    from prepare import networks
+
+    monkeypatch.setattr(networks, "best_installed", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def small_scenes(tmp_path_factory):
     """small_scenes(count): the folder of drawn scenes with `count` pictures in each split, made on first use."""

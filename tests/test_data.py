@@ -137,6 +137,25 @@ def test_store_gathers_what_a_plain_loop_reads(dataset):
             assert not batch[name][row, count:].any()
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_what_was_read_of_a_store_does_not_stay_in_memory(tmp_path):
+    """The resident size of mapped files, after 64 MB of features were read in eight batches of 8 MB."""
+    pictures = [{"features": np.full((64, 1024), 0.5), "boxes": np.full((64, 4), 0.5)} for _ in range(512)]
+    data.write_store(tmp_path / "s", iter(pictures))
+    store = data.FeatureStore(tmp_path / "s")
+
+    def mapped_megabytes():
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"RssFile:\s+(\d+) kB", status)[1]) / 1e3
+
+    store.gather(np.arange(2))  # what the first call needs
+    before = mapped_megabytes()
+    for start in range(0, 512, 64):
+        batch = store.gather(np.arange(start, start + 64))
+    assert batch["features"].shape == (64, 64, 1024)
+    assert mapped_megabytes() - before < 8
+
+
 def test_a_store_keeps_what_was_written(tmp_path):
     pictures = [{"features": np.full((n, 3), n / 4), "boxes": np.full((n, 4), 0.5)} for n in (2, 1, 4)]
     data.write_store(tmp_path / "s", iter(pictures))

