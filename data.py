@@ -59,7 +59,6 @@ from regions import (  # noqa: F401 (some are for other files, which take all th
     is_network,
     make_once,
     map_array,
-    naming,
     open_picture,
     parallel,
     ragged,
@@ -420,15 +419,14 @@ def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE, network
     """Dataset of a split. A split that the file lacks is an empty Dataset.
 
     source: see `find`.   task: a row of tasks.TASKS.   limit: at most that many examples, drawn at random.
-    patch, grid: for pictures without features; or network: `regions` of another data set, if they are to be made as
-    there. UserError for whatever is wrong with the request or the files.
+    patch, grid: for pictures without features; or network: `regions` of the data set to make them like.
+    UserError for whatever is wrong with the request or the files.
     """
     description = read_dataset_json(find(source, cache))
     path = task_file(description, task.name)
     splits = [*SPLITS, *description["extra_splits"]]
-    if description["regions"] or not is_network(network):
-        network = None
-    columns = make_columns(path, task, splits, patch, grid, cache, network)
+    own_network = None if description["regions"] or not is_network(network) else network
+    columns = make_columns(path, task, splits, patch, grid, cache, own_network)
     dataset = open_columns(columns, description["name"], split)
     if split == "train" and len(dataset):
         notes = dataset.store.folder / "warnings.json"
@@ -512,9 +510,8 @@ def train_tokenizer(texts, vocab_size=8000):
 
 def own_tokenizer(datasets, cache=CACHE, most=300_000):
     """train_tokenizer on texts of training splits, kept on disk where they are; on every k-th of k times `most`."""
-    texts = itertools.chain.from_iterable(dataset.parts() for dataset in datasets)
-    rows = sum(len(dataset.text) for dataset in datasets)
-    texts = itertools.islice(texts, 0, None, max(1, rows // most))
+    every = max(1, sum(len(dataset.text) for dataset in datasets) // most)
+    texts = itertools.islice(itertools.chain.from_iterable(dataset.parts() for dataset in datasets), 0, None, every)
     if any(dataset.folder is None for dataset in datasets):
         return train_tokenizer(texts)
 

@@ -15,6 +15,7 @@ import evaluation
 import resume
 import tasks
 from common import UserError
+from regions import naming
 
 try:
     import fcntl
@@ -128,7 +129,7 @@ class Log:
 
     def write(self, record):
         if self.run.rank == 0:
-            with data.naming(self.file), self.file.open("a") as file:
+            with naming(self.file), self.file.open("a") as file:
                 file.write(json.dumps(record, default=float) + "\n")
 
 
