@@ -389,6 +389,7 @@ def test_transformers_loads_what_is_exported_for_it(trained, folder, capsys):
         (["CKPT", "--scenes", "0"], "at least 1"),
         (["CKPT", "--scenes", "--split", "none"], "none"),
         (["CKPT", "--scenes", "--out", "sheet.nothing"], "--out sheet.nothing"),
+        (["CKPT", "--scenes", "--out", "sheet.msp"], "--out sheet.msp"),
         (["CKPT", "--scenes", "--task", "ve"], "trained for vqa"),
         (["CKPT", "--image", "none.png", "--text", "x"], "no such file"),
         (["CKPT", "--image", "0.png"], "--text"),
