@@ -51,7 +51,9 @@ def save(picture, path, option):
     try:
         with regions.naming(path):
             picture.save(path)
-    except ValueError:
+    except (ValueError, OSError) as error:  # an unknown suffix, or one of a format without colours
+        if getattr(error, "errno", None) is not None:
+            raise
         raise UserError(f"{option} {path}: not the name of a picture file; write one that ends in .png") from None
 
 

@@ -379,6 +379,7 @@ def test_the_masked_word_is_one_that_only_the_picture_tells(trained, folder, cap
         (["CKPT", "--scenes", "0"], "at least 1"),
         (["CKPT", "--scenes", "--split", "none"], "none"),
         (["CKPT", "--scenes", "--out", "sheet.nothing"], "--out sheet.nothing"),
+        (["CKPT", "--scenes", "--out", "sheet.msp"], "--out sheet.msp"),
         (["CKPT", "--scenes", "--task", "ve"], "trained for vqa"),
         (["CKPT", "--image", "none.png", "--text", "x"], "no such file"),
         (["CKPT", "--image", "0.png"], "--text"),
