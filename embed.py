@@ -133,10 +133,14 @@ def first_texts(dataset):
 # ---- --search ----------------------------------------------------------------------------------------------------------
 
 
-def search(run, datasets, text, top, out):
-    """Prints the `top` pictures that fit a text best, the best first, and draws them as one picture."""
+def check_contrast(run):
+    """UserError for a checkpoint whose texts and pictures have no space in common."""
     if "itc" not in run.model.heads:
         raise UserError("--search compares vectors that the objective itc trains; train with --objectives ...,itc")
+
+
+def search(run, datasets, text, top, out):
+    """Prints the `top` pictures that fit a text best, the best first, and draws them as one picture."""
     found = find(run, datasets, text, top)
     cells = []
     for place, (similarity, dataset, example) in enumerate(found, 1):

@@ -25,36 +25,37 @@ from common import UserError
 # ---- weights -----------------------------------------------------------------------------------------------------------
 
 
-def export_official(content, out):
+def export_official(checkpoint, out):
     """Writes a checkpoint under the paper's official names, one file."""
-    checkpoints.save(formats.export_official(content["model"], content["state"]), Path(out))
+    checkpoints.save(formats.export_official(checkpoint["model"], checkpoint["state"]), Path(out))
 
 
-def export_transformers(content, out):
+def export_transformers(checkpoint, out):
     """Writes a checkpoint as a folder that transformers' `from_pretrained` loads: config.json, model.safetensors, the
     tokenizer, and the answers as all_ans.json. UserError for models that transformers lacks."""
     folder = Path(out)
-    state, config = formats.export_hugging_face(content["model"], content["config"], content["state"])
+    state, config = formats.export_hugging_face(checkpoint["model"], checkpoint["config"], checkpoint["state"])
     try:
-        from safetensors.torch import save_file  # optional: this format alone needs it
+        from safetensors import torch as safetensors_torch  # optional: this format alone needs it
     except ImportError:
         raise UserError("--to transformers writes a safetensors file; pip install safetensors") from None
     tensors = {}
     for name, tensor in state.items():
         tensors[name] = tensor.clone().contiguous()  # a file of safetensors must not hold one tensor under two names
-    tokenizer = data.tokenizer_from_json(content["tokenizer"])
+    tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
     pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     described = {
         "tokenizer_class": "LxmertTokenizer",
-        "do_lower_case": '"lowercase":true' in content["tokenizer"],
+        "do_lower_case": '"lowercase":true' in checkpoint["tokenizer"],
         "model_max_length": config["max_position_embeddings"],
     }
-    data.write_whole(folder / "model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
+    content = safetensors_torch.save(tensors, {"format": "pt"})
+    data.write_whole(folder / "model.safetensors", lambda file: file.write_bytes(content))
     data.write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
     data.write_text(folder / "tokenizer_config.json", json.dumps(described) + "\n")
-    data.write_text(folder / "tokenizer.json", content["tokenizer"])
+    data.write_text(folder / "tokenizer.json", checkpoint["tokenizer"])
     data.write_text(folder / "vocab.txt", "".join(f"{piece}\n" for piece, _ in pieces))
-    data.write_text(folder / "all_ans.json", json.dumps(content["answers"]) + "\n")
+    data.write_text(folder / "all_ans.json", json.dumps(checkpoint["answers"]) + "\n")
 
 
 WEIGHTS = {"official": export_official, "transformers": export_transformers}

@@ -560,6 +560,7 @@ def answer(args):
     elif args.image:
         answer_images(run, task, args)
     elif args.search:
+        embed.check_contrast(run)  # before anything is read
         embed.search(run, load_lines(run, task, args, tasks.CAPTION), args.search, args.top, args.out or "found.png")
     elif args.embed:
         embed.embed(run, load_lines(run, task, args, tasks.CAPTION), args.embed)

@@ -218,8 +218,7 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
         sums[name] = objective_sums(run, dataset, index, name)
     if "mlm" in run.objectives and run.content_words:
         every = np.flatnonzero((kinds == "caption") & np.isin(dataset.image, dataset.image[captions]))
-        masking = {"only": content_pieces(run), "one": True}
-        sums["mlm_content"] = objective_sums(run, dataset, every, "mlm", masking)
+        sums["mlm_content"] = objective_sums(run, dataset, every, "mlm", {"only": content_pieces(run), "one": True})
     metrics = {}
     chance = {}
     for name, total in sums.items():

@@ -217,7 +217,7 @@ def test_onnx_runtime_computes_the_same(drawn, tmp_path):
         torch.testing.assert_close(torch.from_numpy(found["pooled"]), pooled, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("to", "package"), [("onnx", "onnxscript"), ("transformers", "safetensors.torch")])
+@pytest.mark.parametrize(("to", "package"), [("onnx", "onnxscript"), ("transformers", "safetensors")])
 def test_a_missing_package_is_one_line(to, package, trained, folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
     assert use(trained("lxmert", "vqa"), "--export", "missing", "--to", to) == 2

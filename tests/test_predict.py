@@ -3,6 +3,7 @@
 Runs of train.py are made once and have a few steps; the numbers that predict.py measures must be those of result.json.
 """
 
+import itertools
 import json
 import os
 import re
@@ -25,8 +26,7 @@ from common import UserError
 from prepare import scenes
 
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer,caption"
-EVALUATED = [("uniter", task) for task in (*TASKS.split(","), "pretrain")]  # and what the other models do otherwise
-EVALUATED += [("vilbert", "vqa"), ("vilbert", "pretrain"), ("lxmert", "nlvr2"), ("lxmert", "pretrain")]
+EVALUATED = list(itertools.product(("uniter", "vilbert", "lxmert"), (*TASKS.split(","), "pretrain")))
 
 
 def use(*arguments):
