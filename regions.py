@@ -134,13 +134,15 @@ def show_progress(results, total, label):
     """Yields `results` and prints how many of `total` are done, on a terminal five times a second on one line."""
     terminal = sys.stderr.isatty()
     pause = 0.2 if terminal else 10.0
+    every = 64 if total > 1000 else 1  # a network gives that many results at once
     start = time.monotonic()
     shown = 0.0  # seconds after the start
     for done, result in enumerate(results, 1):
         yield result
         seconds = time.monotonic() - start
         last = done == total and shown > 0
-        if seconds > 1 and (seconds - shown > pause or last):
+        due = seconds - shown > pause and done % every == 0
+        if seconds > 1 and (due or last):
             shown = seconds
             end = "\r" if terminal and not last else "\n"
             rate = done / seconds

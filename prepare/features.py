@@ -168,8 +168,8 @@ def picture_regions(jobs, regions, batch_size=32):
     network = networks.load_network(regions["network"], regions.get("weights"), device)
     args = argparse.Namespace(grid=regions.get("grid"), device=device, batch_size=batch_size)
     with ThreadPoolExecutor(2) as pool:
-        for first in range(0, len(jobs), batch_size * 4):
-            part = jobs[first : first + batch_size * 4]
+        for first in range(0, len(jobs), 2 * batch_size):
+            part = jobs[first : first + 2 * batch_size]
             keys = [(job.where, (str(job.path), json.dumps(job.boxes))) for job in part]
             for result in shard_regions(keys, network, args, pool):
                 if isinstance(result, str):
