@@ -4,7 +4,8 @@
     load_weights                        the file of --init: our own, BERT's, an official one, or one of Hugging Face
     fit_state_dict                      weights into a model: rename, resize, compare shapes, report
 
-weights.py reads files, formats.py knows the names and sizes of published checkpoints, resume.py finds what a run goes on from.
+In support/, weights.py reads files, formats.py knows the names and sizes of published checkpoints, and resume.py finds
+what a run goes on from.
 
 A state dict is {parameter name: tensor}. "Official" names are those of the authors' released checkpoints.
 """
@@ -19,13 +20,12 @@ import torch
 import torch.distributed as dist
 
 import data
-import formats
 import lxmert
 import uniter
 import vilbert
-import weights
 from common import UserError
 from prepare.lxmert_json import normalize_answer
+from support import formats, weights
 from tasks import TASKS
 
 # ---- the table of models -----------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ for task in TASKS.values():
 
 # ---- our own checkpoints -----------------------------------------------------------------------------------------
 
-NEWEST = "checkpoint.pt"  # what a run goes on from, see resume.py
+NEWEST = "checkpoint.pt"  # what a run goes on from, see support/resume.py
 PREVIOUS = "checkpoint.previous.pt"  # the one before, in case the newest is damaged
 BEST = "best.pt"  # the weights that were best on the val split
 TEST_OPTIONS = ("ablate", "mask", "max_words", "pool", "captions", "beams")  # options that change what a test measures

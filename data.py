@@ -6,7 +6,7 @@
       -> collate -> Batch                            padded tensors
       -> sample_mismatches, mask_words, mask_regions
 
-Pictures and stores are read in regions.py, lines of JSONL in records.py.
+Pictures and stores are read in support/regions.py, lines of JSONL in support/records.py.
 
 Letters: B batch rows, T text positions, N regions, F region-feature width, K object classes with background
 (class 0), A answers, V vocabulary, E examples, R rows of a dataset, I pictures of a store.
@@ -14,7 +14,7 @@ Masks: text_mask and region_mask True = real (not padding); masked_regions True 
 Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a store and in a Batch. Every random draw comes from a Generator.
 """
 
-import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 import argparse
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from common import UserError
-from records import (
+from support.records import (
     Answers,
     Mistakes,
     Strings,
@@ -50,7 +50,7 @@ from records import (
     text_key,
     unique_keys,
 )
-from regions import (  # noqa: F401 (some are for other files, which take all they need of data from here)
+from support.regions import (  # noqa: F401 (some are for other files, which take all they need of data from here)
     STORED,
     FeatureStore,
     cache_key,
@@ -930,7 +930,7 @@ def parse(argv):
 
 def main(argv=None):
     """check or preview. Exit code 0, or 2 with what is wrong on stderr."""
-    from log import safe_output  # here, since log.py imports this file
+    from support.log import safe_output  # here, since support/log.py imports this file
 
     with safe_output():
         try:

@@ -8,13 +8,14 @@
     python predict.py out/uniter-vqa/best.pt --export vqa.bin                             weights for other programs
     python predict.py out/uniter-vqa/best.pt --serve 8000                                 a page in the browser
 
-All modes make a `data.Dataset` and give one dict for each example, see evaluation.py. No task is named: see tasks.TASKS.
+All modes make a `data.Dataset` and give one dict for each example, see support/evaluation.py. No task is named: see
+tasks.TASKS.
 
 Regions are made as in training: cut out of the picture (the checkpoint's patch and grid), or computed by the network
 that the checkpoint's `regions` names. best.pt has the weights that were best on the val split, checkpoint.pt the last ones.
 """
 
-import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 import argparse
 import dataclasses
 import json
@@ -25,23 +26,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import attention
-import attention_sheet
 import checkpoints
 import data
-import drawing
-import embed
-import evaluation
-import export
-import machine
-import options
-import records
-import regions
-import resume
 import tasks
 import train
 from common import UserError
-from log import safe_output
+from support import (
+    attention,
+    attention_sheet,
+    drawing,
+    embed,
+    evaluation,
+    export,
+    machine,
+    options,
+    records,
+    regions,
+    resume,
+)
+from support.log import safe_output
 
 CHUNK = 1024  # lines of a file that are answered together
 
@@ -156,7 +159,7 @@ def use_dataset(run, task, dataset):
 
 @torch.inference_mode()
 def predict(run, task, dataset, index, top):
-    """The answers to examples `index`: a list of dicts, see evaluation.py."""
+    """The answers to examples `index`: a list of dicts, see support/evaluation.py."""
     run.model.eval()
     answers = {}
     for part in tasks.evaluation_batches(run, dataset, index):

@@ -3,7 +3,7 @@
     GET /           one page: choose a sample or a picture, draw boxes, type, see the answers as bars
     GET /samples    what the page needs to know: the task, limits, and a few held-out examples
     GET /healthz    {"status": "ok", "requests": .., "batches": ..}
-    POST /predict   a question -> the answer, a dict, see evaluation.py
+    POST /predict   a question -> the answer, a dict, see support/evaluation.py
 
 A question is JSON or a form (multipart/form-data), with these keys:
 
@@ -11,7 +11,7 @@ A question is JSON or a form (multipart/form-data), with these keys:
     boxes       for each picture its regions, a list of [x1,y1,x2,y2] in pixels; without them they are cut as in training
     text, choices, answer       as the options of predict.py
     sample      the number of a sample, in place of `images`
-    attention   true: `regions` of the answer say how much it has read of each region, see attention.py
+    attention   true: `regions` of the answer say how much it has read of each region, see support/attention.py
 
 Every request has a thread of its own, which reads the picture. One thread runs the model: requests that came while it
 worked are answered together in its next forward pass. Whatever is wrong with a request is a 4xx or 5xx status and
@@ -33,11 +33,10 @@ from pathlib import Path
 
 import numpy as np
 
-import machine
 import predict
-import questions
 from common import UserError
-from questions import HttpError
+from support import machine, questions
+from support.questions import HttpError
 
 MAX_HEAD = 2**17  # bytes of the first line and the headers of a request
 SMALL_BODY = 2**18  # bytes; of larger bodies only LARGE_BODIES are in memory at the same time
@@ -48,7 +47,7 @@ MAX_BATCH = 64  # requests in one forward pass
 READ_SECONDS = 10  # for a client to send its request
 ANSWER_SECONDS = 30  # for an answer
 LINGER_SECONDS = 1  # for a client to read an answer that came before it had sent all
-PAGE = Path(__file__).with_name("serve.html")
+PAGE = Path(__file__).parent / "support" / "serve.html"
 LOCAL = ("127.0.0.1", "localhost")
 HEADERS = {  # of every answer: the page uses nothing from elsewhere, and no other site may use anything from here
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "

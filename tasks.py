@@ -20,7 +20,7 @@ import torch
 
 import common
 import data
-import evaluation
+from support import evaluation
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Task:
     examples: Callable  # record -> list of data.Example
     batch: Callable  # (run, dataset, index, rng) -> data.Batch
     evaluate: Callable  # (run, dataset) -> (metrics, chance)
-    show: Callable  # (run, dataset, example's number, its logits, how many answers) -> dict, see evaluation.py
+    show: Callable  # (run, dataset, example's number, its logits, how many answers) -> dict, see support/evaluation.py
     loss: common.Objective | None = None  # that row, where the models do not have it themselves
     logits: Callable | None = None  # (run, dataset, index) -> what `show` takes of each; None: `example_logits`
     needs: tuple = ()  # keys that a line must have besides text and a picture

@@ -7,14 +7,15 @@
     python train.py --model all --task vqa --seeds 3                  compare the models, with the spread over seeds
     torchrun --nproc_per_node=2 train.py --model uniter               several processes, the same gradients
 docs/usage.md has more of them. Read top to bottom: the run and its loop, then what they call: data, batches, model,
-optimizer, evaluation and saving. options.py has the command line, machine.py devices and processes, log.py the log.
+optimizer, evaluation and saving. In support/, options.py has the command line, machine.py devices and processes, log.py the
+log.
 
 Every mean in a loss is a mean over the whole step, however the step is split (see `backward`). So `--accumulate 2` in one
 process and `--accumulate 1` in two processes give the same gradients. One exception: the objective itc contrasts each
 pair with the other pairs of the same forward pass in all processes, so `--accumulate 2` has half as many negatives.
 """
 
-import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 import argparse
 import itertools
 import json
@@ -34,17 +35,12 @@ import torch.distributed as dist
 
 import checkpoints
 import common
-import contrast
 import data
 import distill
-import evaluation
-import formats
-import machine
-import options
-import resume
 import tasks
 from common import UserError
-from log import Log, describe_result, lock_folder, print_run, safe_output, warn_at_chance
+from support import contrast, evaluation, formats, machine, options, resume
+from support.log import Log, describe_result, lock_folder, print_run, safe_output, warn_at_chance
 
 # ---- the run and its loop --------------------------------------------------------------------------------------
 

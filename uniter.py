@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-import contrast
+from support import contrast
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 

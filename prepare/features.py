@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/features.py`
 
-import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 
 import torch
 

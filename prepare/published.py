@@ -1,6 +1,6 @@
 """What the scripts for published data sets share: reading their files, one line about a mistake, writing JSONL."""
 
-import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 import json
 import os
 import re

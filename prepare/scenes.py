@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/scenes.py`
 
-import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 
 import numpy as np
 from PIL import Image, ImageDraw

@@ -47,11 +47,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoints
 import data
-import formats
-import machine
-import options
 import tasks
 import train
+from support import formats, machine, options
 
 CLASSES = 1601
 ATTRIBUTES = 400
@@ -538,8 +536,8 @@ def compare_batching(args):
 def serve_in_a_process(checkpoint, device, most, pipe):
     """A server that answers at most `most` questions at once. Sends its port; its number of forward passes when asked."""
     import predict
-    import questions
     import serve
+    from support import questions
 
     serve.MAX_BATCH = most
     run, task = predict.load_run(predict.parse([checkpoint, "--serve", "0", "--device", device]))

@@ -140,8 +140,8 @@ def checkpoints(tmp_path_factory, small_scenes):
 def start(checkpoints):
     """start(task): a running server of such a checkpoint; it is closed at the end of the test."""
     import predict
-    import questions
     import serve
+    from support import questions
 
     servers = []
 

@@ -28,15 +28,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import attention
 import checkpoints
 import data
-import evaluation
-import options
 import predict
 import tasks
 import train
 from prepare import scene_texts
+from support import attention, evaluation, options
 
 COLUMNS = {  # task: the metrics of its cells
     "vqa": ("accuracy",),

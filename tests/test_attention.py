@@ -9,14 +9,13 @@ import tables
 import torch
 from PIL import Image
 
-import attention
 import common
 import data
 import predict
-import regions
 import tasks
 import train
 from prepare import scene_texts, scenes
+from support import attention, regions
 
 MODELS = ("uniter", "vilbert", "lxmert")
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer"

@@ -25,16 +25,13 @@ from PIL import Image
 
 import checkpoints
 import data
-import export
-import formats
 import lxmert
 import predict
-import resume
 import train
 import uniter
 import vilbert
-import weights
 from common import UserError
+from support import export, formats, resume, weights
 
 REFERENCE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[2] / "shared" / "reference")
 SENTENCES = """Is there evidence of a pneumothorax?|A café on the naïve coast, 3.5 km off.|UPPER and lower CASE|

@@ -26,10 +26,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import data
-import options
-import records
-import regions
 import tasks
+from support import options, records, regions
 
 COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"]
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 import data
-import embed
 import predict
 import tasks
+from support import embed
 
 OBJECTIVES = ("--objectives", "itc,mlm")
 

@@ -12,11 +12,10 @@ import torch
 
 import checkpoints
 import data
-import evaluation
-import export
 import predict
 import tasks
 import train
+from support import evaluation, export
 
 
 def use(*arguments):

@@ -8,11 +8,10 @@ import threading
 import pytest
 from PIL import Image
 
-import drawing
 import predict
-import questions
 import serve
 import train
+from support import drawing, questions
 
 COLORS = {"red": (220, 30, 30), "green": (20, 160, 60), "blue": (40, 60, 220)}
 

@@ -17,13 +17,12 @@ import torch
 from PIL import Image
 
 import data
-import drawing
 import predict
-import regions
 import tasks
 import train
 from common import UserError
 from prepare import scenes
+from support import drawing, regions
 
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer,caption"
 EVALUATED = list(itertools.product(("uniter", "vilbert", "lxmert"), (*TASKS.split(","), "pretrain")))

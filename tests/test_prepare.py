@@ -25,7 +25,6 @@ from PIL import Image
 
 import checkpoints
 import data
-import options
 import predict
 import tasks
 import train
@@ -50,6 +49,7 @@ from prepare import (
     vqa_rad,
     vqa_v2,
 )
+from support import options
 
 
 def make_picture(path, seed=0, size=(40, 30)):

@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 import predict
-import questions
 import serve
 from prepare import scenes
+from support import questions
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,16 +21,14 @@ import checkpoints
 import common
 import data
 import distill
-import evaluation
-import log
 import lxmert
-import options
 import predict
 import tasks
 import train
 import uniter
 import vilbert
 from prepare import scenes
+from support import evaluation, log, options
 
 ROOT = Path(__file__).parent.parent
 PAPERS = list(checkpoints.MODELS)

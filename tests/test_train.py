@@ -24,19 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
 import common
-import contrast
 import data
 import distill
-import evaluation
-import log
 import lxmert
-import machine
-import options
-import resume
 import tasks
 import train
 import uniter
 from prepare import scenes
+from support import contrast, evaluation, log, machine, options, resume
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,11 +16,11 @@ import checkpoints
 import common
 import data
 import distill
-import records
 import tasks
 from common import UserError
-from machine import first_process_first
 from prepare import networks
+from support import records
+from support.machine import first_process_first
 
 # ---- ranges ----------------------------------------------------------------------------------------------------
 

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import evaluation
-import regions
 from common import UserError
 from prepare import preview
+from support import evaluation, regions
 
 SIDE = 400  # width of a cell in pixels
 MARGIN = 12

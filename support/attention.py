@@ -25,9 +25,9 @@ import torch
 import common
 import data
 import distill
-import evaluation
 import tasks
 from common import UserError
+from support import evaluation
 
 # ---- what a model records --------------------------------------------------------------------------------------------
 

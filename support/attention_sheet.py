@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import attention
 import data
-import drawing
 from common import UserError
-from drawing import GREEN, MARGIN, SIDE, draw_bar, write_text
+from support import attention, drawing
+from support.drawing import GREEN, MARGIN, SIDE, draw_bar, write_text
 
 SPECIALS = ("[CLS]", "[SEP]")  # words that get no picture of their own
 CELL = 180  # width of a small picture in pixels

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError
-from regions import (
+from support.regions import (
     STORED,
     FeatureStore,
     PictureJob,

@@ -11,11 +11,10 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 
 import common
 import data
-import evaluation
-import resume
 import tasks
 from common import UserError
-from regions import naming
+from support import evaluation, resume
+from support.regions import naming
 
 try:
     import fcntl

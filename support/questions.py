@@ -18,13 +18,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-import attention
-import drawing
 import predict
-import records
-import regions
 from common import UserError
 from prepare import preview
+from support import attention, drawing, records, regions
 
 MAX_BODY = 8 * 2**20  # bytes of a request, without its headers
 MAX_PIXELS = 12_500_000  # of one picture; a telephone's has 12.2 million

@@ -16,9 +16,8 @@ from PIL import Image, ImageDraw
 
 import common
 import data
-import drawing
-import records
 from common import UserError
+from support import drawing, records
 
 # ---- vectors -----------------------------------------------------------------------------------------------------------
 

@@ -19,8 +19,8 @@ import torch
 
 import checkpoints
 import data
-import formats
 from common import UserError
+from support import formats
 
 # ---- weights -----------------------------------------------------------------------------------------------------------
 
