@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/refcoco.py`
 
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 from common import UserError
 from prepare import published
-from support import interrupt  # noqa: F401 (before torch, for Ctrl-C)
 
 
 class PlainUnpickler(pickle.Unpickler):
