@@ -239,9 +239,9 @@ class Dataset:
 
     def lengths(self):
         """(E, 2) int32: word pieces and regions of each example, of the longest of its rows."""
-        pieces = np.diff(self.offsets)
-        regions = self.store.offsets[self.image + 1] - self.store.offsets[self.image]
-        rows = np.stack([pieces, regions], 1).astype(np.int32)  # (R, 2)
+        rows = np.empty((len(self.image), 2), np.int32)  # (R, 2)
+        rows[:, 0] = np.diff(self.offsets)
+        rows[:, 1] = np.diff(self.store.offsets).astype(np.int32)[self.image]
         return rows.reshape(-1, self.group, 2).max(1)  # (R, 2) -> (E, group, 2) -> (E, 2)
 
     def subset(self, index):

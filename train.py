@@ -113,6 +113,7 @@ def train(args):
     if args.export_official:
         formats.export_official(args.model, run.model.state_dict())  # refuses what has no official name at once
     print_run(run)
+    machine.trim_memory()
     training_loop(run, Log(run))
     result = run_test(run)
     if args.export_official and rank == 0:

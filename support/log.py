@@ -111,12 +111,12 @@ class Log:
         for name, value in metrics.items():
             if "accuracy_" in name:
                 continue
+            shown_as = evaluation.percent
             if name.endswith(evaluation.NO_SHARE):
-                text = f"{name} {value:.3f}"
-            else:
-                text = f"{name} {evaluation.percent(value)}"
+                shown_as = "{:.3f}".format
+            text = f"{name} {shown_as(value)}"
             if name in chance:
-                text += f" ({evaluation.percent(chance[name])})"
+                text += f" ({shown_as(chance[name])})"
             shown.append(text)
         common.print0(f"step {step:5d}/{self.run.args.steps}  val: {', '.join(shown)}; {seconds:.0f} s")
         self.write({"step": step, "split": "val", **metrics, "chance": chance})

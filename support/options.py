@@ -78,7 +78,7 @@ OPTIONS = {
         ("--partial", bool, False, "accept an --init that lacks tensors of the trunk; they stay at random"),
     ],
     "optimization": [
-        ("--steps", COUNT_OR_ZERO, None, "optimizer steps (default: of the data set, or 1000)"),
+        ("--steps", COUNT_OR_ZERO, None, "optimizer steps (default: of the data set, or four passes over it, 1000 to 5000)"),
         ("--batch-size", COUNT, None, "examples in one forward pass of one process (default: of the data set, or 64 rows)"),
         ("--accumulate", COUNT, 1, "forward passes of one process in an optimizer step"),
         ("--lr", NOT_NEGATIVE, None, "peak learning rate (default: by the model's width)"),
@@ -253,11 +253,6 @@ def set_data_defaults(args, all_models):
         raise UserError("--patch is for pictures; the regions of this data set are made already")
     if made and args.features:
         raise UserError("--features is for pictures; the regions of this data set are made already")
-    if args.steps is None:
-        paper = checkpoints.MODELS[args.model]
-        # UNITER trains one objective a step, so it takes more steps; side by side all models take equally many
-        one_objective = tasks.is_pretraining(args.task) and paper.PRETRAINING["conditional"] and not all_models
-        args.steps = defaults.get("steps_one_objective" if one_objective else "steps", 1000)
     if args.mask is None:
         args.mask = defaults.get("mask", 0.15)
     if args.captions is None:
@@ -265,8 +260,29 @@ def set_data_defaults(args, all_models):
     if args.batch_size is None:
         rows = max(tasks.TASKS[task].rows for task in args.tasks)
         args.batch_size = max(1, defaults.get("batch_size", 64) // rows // world)
+    if args.steps is None:
+        paper = checkpoints.MODELS[args.model]
+        # UNITER trains one objective a step, so it takes more steps; side by side all models take equally many
+        one_objective = tasks.is_pretraining(args.task) and paper.PRETRAINING["conditional"] and not all_models
+        name = "steps_one_objective" if one_objective else "steps"
+        args.steps = defaults[name] if name in defaults else default_steps(args, world)
     if args.eval_every is None:
         args.eval_every = max(1, math.ceil(args.steps / 5))
+
+
+def default_steps(args, world):
+    """Steps for four passes over the lines of the data, whatever their split; at least 1,000 and at most 5,000."""
+    files = {lines_file(description, task) for task, (_, description) in zip(args.tasks, args.data_sets, strict=True)}
+    lines = sum(records.count_lines(file) for file in files)
+    if args.limit:
+        lines = min(lines, args.limit)
+    passes = math.ceil(4 * lines / (args.batch_size * args.accumulate * world))
+    return min(max(1000, passes), 5000)
+
+
+def lines_file(description, task):
+    """The file of a task's lines, which may not exist."""
+    return description["folder"] / description["files"].get(task, description["file"])
 
 
 def caption_choice(text):
@@ -310,8 +326,7 @@ def choose_regions(args, start):
     shown = ""
     for task, (_, description) in zip(args.tasks, args.data_sets, strict=True):
         if not description["regions"]:
-            name = description["files"].get(task, description["file"])
-            record = records.first_record(description["folder"] / name) if name else {}
+            record = records.first_record(lines_file(description, task))
             description["regions"], shown = choose_network(args, start, record)
     if shown:
         common.print0(f"data     {shown}")

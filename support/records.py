@@ -564,6 +564,14 @@ def pair_keys(text_keys, images):
     return text_keys ^ (np.asarray(images) * 0x1E3779B97F4A7C15)  # a large odd number: the product wraps around
 
 
+def count_lines(path):
+    """How many lines a file has; 0 if it does not exist."""
+    if not path.is_file():
+        return 0
+    with open(path, "rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b""))
+
+
 def first_record(path):
     """The object of the first line of a JSONL file, unchecked; {} if that cannot be read."""
     if not path.is_file():

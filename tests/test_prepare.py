@@ -467,6 +467,23 @@ def test_which_network_makes_the_regions_of_own_pictures(record, given, start, c
         assert "features of" not in shown
 
 
+def test_the_default_number_of_steps_is_four_passes_within_bounds(tmp_path):
+    for lines, given, steps in (
+        (500, {}, 1000),
+        (20_000, {}, 1250),
+        (20_000, {"limit": 9000}, 1000),
+        (100_000, {}, 5000),
+    ):
+        (tmp_path / "my.jsonl").write_text("{}\n" * lines)
+        args = argparse.Namespace(
+            **{"batch_size": 64, "accumulate": 1, "limit": None, "tasks": ["vqa", "caption"], **given}
+        )
+        args.data_sets = [(tmp_path / "my.jsonl", data.read_dataset_json(tmp_path / "my.jsonl"))] * 2
+        assert options.default_steps(args, world=1) == steps
+    args.accumulate = 4
+    assert options.default_steps(args, world=2) == 1000
+
+
 def test_without_a_network_the_line_says_what_to_install(tmp_path, capsys):
     write_lines(tmp_path / "my.jsonl", [OWN])
     args = argparse.Namespace(features=None, patch=12, grid=6, tasks=["vqa"])
