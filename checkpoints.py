@@ -3,32 +3,29 @@
     save_checkpoint, load_checkpoint    our own checkpoints, with all that a run needs to go on
     load_weights                        the file of --init: our own, BERT's, an official one, or one of Hugging Face
     fit_state_dict                      weights into a model: rename, resize, compare shapes, report
-    export_hugging_face                 a folder for transformers' from_pretrained
 
-weights.py reads files, formats.py knows the names and sizes of published checkpoints.
+In support/, weights.py reads files, formats.py knows the names and sizes of published checkpoints, and resume.py finds
+what a run goes on from.
 
 A state dict is {parameter name: tensor}. "Official" names are those of the authors' released checkpoints.
 """
 
-import hashlib
-import json
 import os
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 import data
-import formats
 import lxmert
 import uniter
 import vilbert
-import weights
-from common import UserError, print0, rank_and_world
+from common import UserError
 from prepare.lxmert_json import normalize_answer
+from support import formats, weights
 from tasks import TASKS
 
 # ---- the table of models -----------------------------------------------------------------------------------------
@@ -44,6 +41,7 @@ from tasks import TASKS
 #     encode(batch, text=True, regions=True, record=False, given=None)   common.Encoding. With record, the names of
 #                                       its maps end in "text", "regions", "text_to_regions" or "regions_to_text", and
 #                                       those of its states hold "text" or "regions"; neither: one sequence of both
+#                                       Both are in the order of computation; heads read the last state of each sequence
 #     unimodal(batch)                   what encode(given=) takes: each modality encoded alone, (text, regions)
 #     decode(batch, cache=None)         states of a text that is read from left to right, (B, T, C)
 #     word_logits(states)               logits of the vocabulary, (..., C) -> (..., V)
@@ -81,8 +79,9 @@ for task in TASKS.values():
 
 # ---- our own checkpoints -----------------------------------------------------------------------------------------
 
-NEWEST = "checkpoint.pt"  # what a run goes on from; best.pt holds the weights that were best on the val split
+NEWEST = "checkpoint.pt"  # what a run goes on from, see support/resume.py
 PREVIOUS = "checkpoint.previous.pt"  # the one before, in case the newest is damaged
+BEST = "best.pt"  # the weights that were best on the val split
 TEST_OPTIONS = ("ablate", "mask", "max_words", "pool", "captions", "beams")  # options that change what a test measures
 # what a checkpoint must hold to be used, and what else it may hold
 CHECKPOINT_TYPES = {"model": str, "task": str, "config": dict, "state": dict, "tokenizer": str, "answers": list}
@@ -177,16 +176,18 @@ def load_checkpoint(path):
 
 def check_content(path, content):
     """UserError unless the parts of a checkpoint fit each other: its weights are those of a model with its config."""
+    weights.check_sums(path)
     try:
         for key, kind in {**CHECKPOINT_TYPES, **OTHER_TYPES}.items():
             if not isinstance(content.get(key, kind()), kind):
                 raise TypeError(f"{key!r} is no {kind.__name__}")
         paper = MODELS[content["model"]]
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # of sizes that are 0
             model = paper.MODEL(paper.Config(**content["config"]))
         for name, tensor in model.state_dict().items():
-            if content["state"][name].shape != tensor.shape:
-                raise ValueError(f"{name} has another shape than its config says")
+            found = content["state"][name]
+            if found.shape != tensor.shape or not found.is_floating_point():
+                raise ValueError(f"{name} has another shape than its config says, or holds no floats")
         answers = content["answers"]
         if len(answers) not in (0, model.config.answers) or not all(isinstance(answer, str) for answer in answers):
             raise ValueError(f"it has {len(answers)} answers, its config {model.config.answers}")
@@ -194,86 +195,6 @@ def check_content(path, content):
     except Exception as error:  # noqa: BLE001 (parts of the wrong kind end in nearly every kind of error)
         raise UserError(f"{path}: a damaged checkpoint ({type(error).__name__}: {error})") from None
     weights.check_finite(path, weights.find_state_dict(path, content))
-
-
-def has_checkpoint(folder):
-    """Whether a folder holds a run that can go on."""
-    return (folder / NEWEST).is_file() or (folder / PREVIOUS).is_file()
-
-
-def load_latest(folder):
-    """The newest checkpoint of a run's folder. Where it cannot be read, the one before, and a line that says so."""
-    newest = folder / NEWEST
-    try:
-        return load_checkpoint(newest)
-    except UserError as error:
-        if not (folder / PREVIOUS).is_file():
-            raise
-        content = load_checkpoint(folder / PREVIOUS)
-        print0(f"resume   {error}; going on from {PREVIOUS}, step {content['progress']['step']}")
-    if rank_and_world()[0] == 0 and newest.is_file():
-        newest.rename(folder / "checkpoint.damaged.pt")  # or the next save would take it for the one before
-    return content
-
-
-# Options that change what a run computes. The others, as --steps, --device and --log-every, may change on --resume.
-RESULT_OPTIONS = ("seed", "batch_size", "lr", "warmup", "weight_decay", "clip", "mask", "temperature", "ablate")
-RESULT_OPTIONS += ("size", "limit", "mine", "patch", "grid", "teacher", "distill")
-
-
-def fingerprint(run):
-    """What a run is made of, {what: text}, to be compared when it is resumed."""
-    found = {
-        "--model": run.args.model,
-        "--task": run.args.task,
-        "the objectives": ",".join(run.objectives),
-        "the tokenizer": hash_text(run.tokenizer.to_str()),
-        "the list of answers": f"{len(run.answers)} answers, {hash_text(json.dumps(run.answers))}",
-        "--dtype": str(run.dtype).removeprefix("torch."),
-        "--accumulate times processes": str(run.args.accumulate * run.world),
-    }
-    for option in RESULT_OPTIONS:
-        found[f"--{option.replace('_', '-')}"] = str(getattr(run.args, option))
-    for field_name, value in asdict(run.model.config).items():
-        found[f"the model's {field_name}"] = str(list(value) if isinstance(value, tuple) else value)
-    for task, splits in run.sets.items():
-        for split in ("train", "val"):
-            if split in splits:
-                found[f"--data ({task}, split {split})"] = f"{len(splits[split])} examples, {hash_data(splits[split])}"
-    return found
-
-
-def check_fingerprint(saved, now):
-    """UserError that names what differs between the run of a checkpoint and the one that would go on from it."""
-    for name, value in now.items():
-        if name in saved and saved[name] != value:
-            raise UserError(
-                f"--resume: {name} was {saved[name]!s:.60}, now {value:.60}; give the data and options of the stopped run, "
-                "or another --out for a new one"
-            )
-
-
-def hash_text(text):
-    """A short hash."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def hash_data(dataset):
-    """A short hash of a split: its word pieces, pictures, targets, and ten thousand of its regions and answers."""
-    found = hashlib.sha256()
-    store = dataset.store
-    step = max(1, len(dataset) // 10_000)
-    regions = store.offsets[dataset.image[::step]]  # the first one of every step-th picture
-    columns = [dataset.tokens, dataset.offsets, dataset.image, dataset.lengths(), dataset.target]
-    columns += [store.open_field("features")[regions], store.open_field("boxes")[regions]]
-    if store.digests is not None:
-        columns.append(store.digests[dataset.image])
-    for column in columns:
-        if column is not None:
-            found.update(np.ascontiguousarray(column))
-    for i in range(0, len(dataset), step):
-        found.update(json.dumps(dataset.answer[i]).encode())
-    return found.hexdigest()[:12]
 
 
 # ---- other people's files ----------------------------------------------------------------------------------------
@@ -296,6 +217,10 @@ def load_weights(args):
         check_content(path, content)
         return content
     state = weights.strip_wrappers(path, state)
+    if "text_embedding.words.weight" in state:
+        raise UserError(
+            f"{path}: a checkpoint of train.py without its sizes and word pieces; give the whole checkpoint"
+        )
     kind = kind_of(state)
     if kind not in ("BERT", args.model):
         raise UserError(f"{path}: holds weights of {kind}, which do not fit --model {args.model}")
@@ -322,23 +247,6 @@ def load_weights(args):
         "tokenizer": tokenizer,
         "answers": answers,
     }
-
-
-def export_hugging_face(checkpoint, folder):
-    """Writes a checkpoint as a folder that transformers' `from_pretrained` loads: config.json, the weights, the
-    tokenizer, and the answers as all_ans.json. UserError for models that transformers lacks."""
-    folder = Path(folder)
-    state, config = formats.export_hugging_face(checkpoint["model"], checkpoint["config"], checkpoint["state"])
-    tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
-    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    lowercase = '"lowercase":true' in checkpoint["tokenizer"]
-    described = {"tokenizer_class": "LxmertTokenizer", "do_lower_case": lowercase}
-    save(state, folder / "pytorch_model.bin")
-    data.write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-    data.write_text(folder / "tokenizer_config.json", json.dumps(described) + "\n")
-    data.write_text(folder / "tokenizer.json", checkpoint["tokenizer"])
-    data.write_text(folder / "vocab.txt", "".join(f"{piece}\n" for piece, _ in pieces))
-    data.write_text(folder / "all_ans.json", json.dumps(checkpoint["answers"]) + "\n")
 
 
 def kind_of(state):
@@ -472,11 +380,12 @@ def make_rank_head(state, own):
 
 
 def names_that_fit(state, own):
-    """The names that both have with one shape. A head of which a tensor does not fit is left out whole."""
+    """The names that both have with one shape, and as floats: integers are quantised weights. A head of which a tensor
+    does not fit is left out whole."""
     fitting = set()
     torn = set()
     for name, tensor in own.items():
-        if name in state and state[name].shape == tensor.shape:
+        if name in state and state[name].shape == tensor.shape and state[name].is_floating_point():
             fitting.add(name)
         elif name.startswith("heads."):
             torn.add(component_of(name))
@@ -492,7 +401,7 @@ def check_trunk(args, kind, at_random):
             lost.append(name)
     if lost and not args.partial:
         raise UserError(
-            f"{args.init}: {len(lost)} tensors of the trunk are missing or of another shape, the first is {lost[0]}; "
+            f"{args.init}: {len(lost)} tensors of the trunk are missing or of another shape or type, the first is {lost[0]}; "
             "--partial leaves them at random"
         )
 

@@ -344,7 +344,7 @@ def masked_mean(states, mask):
 @in_float32
 def cross_entropy(logits, labels, reduction="mean"):
     """-log softmax(logits)[label] in nats. logits (M, K), labels (M,) int64. The mean of an empty batch is 0."""
-    if reduction == "mean" and len(labels) == 0:  # nothing was masked; the official codes return NaN
+    if reduction == "mean" and labels.shape[0] == 0:  # nothing was masked; the official codes return NaN
         return logits.sum() * 0.0
     return F.cross_entropy(logits, labels, reduction=reduction)
 

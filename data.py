@@ -6,7 +6,7 @@
       -> collate -> Batch                            padded tensors
       -> sample_mismatches, mask_words, mask_regions
 
-Pictures and stores are read in regions.py, lines of JSONL in records.py.
+Pictures and stores are read in support/regions.py, lines of JSONL in support/records.py.
 
 Letters: B batch rows, T text positions, N regions, F region-feature width, K object classes with background
 (class 0), A answers, V vocabulary, E examples, R rows of a dataset, I pictures of a store.
@@ -14,6 +14,7 @@ Masks: text_mask and region_mask True = real (not padding); masked_regions True 
 Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a store and in a Batch. Every random draw comes from a Generator.
 """
 
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 import argparse
 import dataclasses
 import functools
@@ -36,12 +37,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from common import UserError
-from records import (  # noqa: F401 (is_box: for predict.py)
+from support.records import (
     Answers,
     Mistakes,
     Strings,
     Words,
-    is_box,
     is_text,
     is_texts,
     make_columns,
@@ -50,7 +50,7 @@ from records import (  # noqa: F401 (is_box: for predict.py)
     text_key,
     unique_keys,
 )
-from regions import (  # noqa: F401 (some are for other files, which take all they need of data from here)
+from support.regions import (  # noqa: F401 (some are for other files, which take all they need of data from here)
     STORED,
     FeatureStore,
     cache_key,
@@ -371,7 +371,7 @@ def read_dataset_json(path):
         if not file.is_file():
             raise UserError(f"{path}: has no dataset.json; give a .jsonl file or a folder with one")
         try:
-            found = json.loads(file.read_bytes().decode("utf-8"), object_pairs_hook=unique_keys)
+            found = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: not JSON in UTF-8 ({error})") from None
         if not isinstance(found, dict):
@@ -419,15 +419,14 @@ def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE, network
     """Dataset of a split. A split that the file lacks is an empty Dataset.
 
     source: see `find`.   task: a row of tasks.TASKS.   limit: at most that many examples, drawn at random.
-    patch, grid: for pictures without features; or network: `regions` of another data set, if they are to be made as
-    there. UserError for whatever is wrong with the request or the files.
+    patch, grid: for pictures without features; or network: `regions` of the data set to make them like.
+    UserError for whatever is wrong with the request or the files.
     """
     description = read_dataset_json(find(source, cache))
     path = task_file(description, task.name)
     splits = [*SPLITS, *description["extra_splits"]]
-    if description["regions"] or not is_network(network):
-        network = None
-    columns = make_columns(path, task, splits, patch, grid, cache, network)
+    own_network = None if description["regions"] or not is_network(network) else network
+    columns = make_columns(path, task, splits, patch, grid, cache, own_network)
     dataset = open_columns(columns, description["name"], split)
     if split == "train" and len(dataset):
         notes = dataset.store.folder / "warnings.json"
@@ -511,9 +510,8 @@ def train_tokenizer(texts, vocab_size=8000):
 
 def own_tokenizer(datasets, cache=CACHE, most=300_000):
     """train_tokenizer on texts of training splits, kept on disk where they are; on every k-th of k times `most`."""
-    texts = itertools.chain.from_iterable(dataset.parts() for dataset in datasets)
-    rows = sum(len(dataset.text) for dataset in datasets)
-    texts = itertools.islice(texts, 0, None, max(1, rows // most))
+    every = max(1, sum(len(dataset.text) for dataset in datasets) // most)
+    texts = itertools.islice(itertools.chain.from_iterable(dataset.parts() for dataset in datasets), 0, None, every)
     if any(dataset.folder is None for dataset in datasets):
         return train_tokenizer(texts)
 
@@ -532,7 +530,7 @@ def read_tokenizer(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a BERT vocab.txt or a tokenizer.json")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
         if path.suffix == ".json":
             tokenizer = tokenizer_from_json(text)
             tokenizer.no_padding()  # which some files ask for, as for truncation; lengths are a batch's affair
@@ -831,15 +829,17 @@ def check(source, task, vocab, max_words, patch, grid):
     path, splits = describe(source, task)
     mistakes = Mistakes()
     columns, pictures = read_columns(path, task, splits, patch, grid, mistakes)
-    if pictures.jobs and mistakes.count:  # pictures are read below where the lines are right
-        for _ in pictures.extracted(path, mistakes, []):
-            pass
+    problem = None
     try:
         if not mistakes.count:
             make_columns(path, task, splits, patch, grid, CACHE)
     except UserError as error:
-        mistakes.add(error)
-    if mistakes.count:
+        problem = error
+    if problem or mistakes.count:
+        for _ in pictures.extracted(path, mistakes, []):  # the pictures of the lines that are right
+            pass
+        if not mistakes.count:
+            mistakes.add(problem)
         print(*mistakes.first, sep="\n", file=sys.stderr)
         raise UserError(f"{path}: mistakes: {mistakes.count}, the first {len(mistakes.first)} above")
     sets = {split: load(source, task, split, patch=patch, grid=grid) for split in splits if split in columns}
@@ -920,7 +920,7 @@ def parse(argv):
     preview_command.add_argument("--split", default="train")
     preview_command.add_argument("--count", type=int, default=6, help="examples on the sheet")
     args = parser.parse_args(argv)
-    for name, least in {"patch": 1, "grid": 1, "count": 1, "max_words": 2}.items():
+    for name, least in {"patch": 1, "grid": 1, "count": 1, "max_words": 8}.items():
         value = getattr(args, name, least)
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it is too small")
@@ -930,7 +930,7 @@ def parse(argv):
 
 def main(argv=None):
     """check or preview. Exit code 0, or 2 with what is wrong on stderr."""
-    from log import safe_output  # here, since log.py imports this file
+    from support.log import safe_output  # here, since support/log.py imports this file
 
     with safe_output():
         try:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-import contrast
+from support import contrast
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -382,7 +382,7 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
 
     The batch has 2B rows, the statement with each picture in turn; the two pooled vectors are concatenated.
     """
-    pooled = encoding.pooled.reshape(len(batch.target), -1)  # (2B, C) -> (B, 2C)
+    pooled = encoding.pooled.reshape(batch.target.shape[0], -1)  # (2B, C) -> (B, 2C)
     logits = common.at_least_float32(model.heads["nlvr2"](pooled))  # (B, 2C) -> (B, 2)
     return common.cross_entropy(logits, batch.target), logits
 

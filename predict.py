@@ -3,20 +3,21 @@
     python predict.py out/uniter-vqa/best.pt --scenes 4                   four held-out examples as a picture and as text
     python predict.py out/uniter-vqa/best.pt --image a.png --text "what color is the circle?"
     python predict.py out/uniter-vqa/best.pt --data my.jsonl --out predictions.jsonl      every line of a file
+    python predict.py out/uniter-itc/best.pt --search "a dog on grass" --data my.jsonl    pictures that fit a text
     python predict.py out/uniter-vqa/best.pt --scenes 1 --attention attention.png         what the words attend to
     python predict.py out/uniter-vqa/best.pt --export vqa.bin                             weights for other programs
     python predict.py out/uniter-vqa/best.pt --serve 8000                                 a page in the browser
 
-All modes make a `data.Dataset` and give one dict for each example, see evaluation.py. No task is named: see tasks.TASKS.
+All modes make a `data.Dataset` and give one dict for each example, see support/evaluation.py. No task is named: see
+tasks.TASKS.
 
 Regions are made as in training: cut out of the picture (the checkpoint's patch and grid), or computed by the network
 that the checkpoint's `regions` names. best.pt has the weights that were best on the val split, checkpoint.pt the last ones.
 """
 
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 import argparse
 import dataclasses
-import io
-import itertools
 import json
 import sys
 from collections import Counter
@@ -25,21 +26,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import attention
-import attention_sheet
 import checkpoints
 import data
-import drawing
-import evaluation
-import formats
-import machine
-import options
-import records
-import regions
 import tasks
 import train
 from common import UserError
-from log import safe_output
+from support import (
+    attention,
+    attention_sheet,
+    drawing,
+    embed,
+    evaluation,
+    export,
+    machine,
+    options,
+    records,
+    regions,
+    resume,
+)
+from support.log import safe_output
 
 CHUNK = 1024  # lines of a file that are answered together
 
@@ -48,43 +53,56 @@ CHUNK = 1024  # lines of a file that are answered together
 
 def parse(argv=None):
     """The command line. UserError for a mistake in it."""
-    parser = data.Parser(prog="predict.py", description="Use a checkpoint of train.py.", allow_abbrev=False)
+    usage = "predict.py CHECKPOINT WHAT [OPTION ...]"
+    parser = data.Parser("predict.py", usage, "Use a checkpoint of train.py.", allow_abbrev=False)
     parser.add_argument("checkpoint", help="checkpoint.pt or best.pt of a run of train.py")
-    modes = parser.add_argument_group("what to do (one of these)")
-    add = modes.add_argument
+    add = parser.add_argument_group("what to do (one of these)").add_argument
     add("--scenes", type=options.COUNT, nargs="?", const=4, metavar="N",
         help="show N held-out examples of the data set that the checkpoint was trained on (default: 4)")  # fmt: skip
     add("--image", action="append", metavar="FILE", help="a picture; several: one answer each, or one for each pair")
     add("--data", metavar="NAME", help="answer every line of a .jsonl file or data set; measure where it has answers")
-    add("--export", metavar="FILE", help="write the weights for other programs, see --to")
+    add("--search", metavar="TEXT", help="find the pictures of --data that fit a text best (the checkpoint needs itc)")
+    add("--embed", metavar="FILE.npz", help="write the vectors of the texts and pictures of --data")
+    add("--export", metavar="FILE", help="write the checkpoint for other programs, see --to")
     add("--serve", type=options.COUNT_OR_ZERO, nargs="?", const=8000, metavar="PORT",
         help="answer in the browser and over HTTP, on 127.0.0.1 (default: 8000)")  # fmt: skip
-    more = parser.add_argument_group("options")
-    add = more.add_argument
-    add("--task", help="which task, of a checkpoint that has several (default: its first)")
-    add("--text", help="with --image: caption, question, statement or expression")
+    add = parser.add_argument_group("options of --image").add_argument
+    add("--text", help="caption, question, statement or expression")
     add("--boxes", action="append", metavar="JSON", help="[[x1,y1,x2,y2],...] in pixels, once for each --image")
-    add("--choices", nargs="+", metavar="TEXT", help="with --image, vcr: what to choose from")
-    add("--answer", metavar="TEXT", help="with --image, vcr: the answer, if the choices are reasons for it")
-    add("--split", help="with --data or --scenes: which split (default: test; --data without one: all lines)")
-    add("--prompt", metavar="TEXT", help='with --data: the text of each line, as "what color is the {thing}?"')
-    add("--out", metavar="FILE", help="the picture of --scenes (default: predictions.png), the predictions of --data")
-    add("--resume", action="store_true", help="with --data: go on after the last whole line of --out")
-    add("--to", choices=list(EXPORTS), default="official", help="format of --export (default: official)")
-    add("--attention", metavar="FILE", help="with --image or --scenes: draw which regions the words attend to")
-    add("--method", choices=[*attention.METHODS, "transport"], help="of --attention (default: raw)")
-    add("--word", help="with --attention: one word of the text, and its regions")
-    add("--region", type=options.COUNT_OR_ZERO, help="with --attention: one region, from 0, and its words")
+    add("--choices", nargs="+", metavar="TEXT", help="vcr: what to choose from")
+    add("--answer", metavar="TEXT", help="vcr: the answer, if the choices are reasons for it")
+    add = parser.add_argument_group("options of --data and --scenes").add_argument
+    add("--split", help="which split (default: test; --data without one: all lines)")
+    add("--prompt", metavar="TEXT", help='the text of each line of --data, as "what color is the {thing}?"')
+    add("--resume", action="store_true", help="go on after the last whole line of --out")
+    add = parser.add_argument_group("attention, beside --image or --scenes").add_argument
+    add("--attention", metavar="FILE", help="draw which regions the words attend to")
+    add("--method", choices=[*attention.METHODS, "transport"], help="how it is computed (default: raw)")
+    add("--word", help="one word of the text, and its regions")
+    add("--region", type=options.COUNT_OR_ZERO, help="one region, from 0, and its words")
     add("--layer", type=options.COUNT_OR_ZERO, help="with --method raw: one layer, from 0 (default: mean over layers)")
     add("--head", type=options.COUNT_OR_ZERO, help="with --method raw: one head, from 0 (default: mean over heads)")
+    add = parser.add_argument_group("options of --export").add_argument
+    add("--to", choices=[*export.WEIGHTS, *export.PROGRAMS], default="official",
+        help="weights under the paper's own names (the default), a folder for transformers (LXMERT), a program of "
+        "torch.export, or ONNX; the last two run without this repository")  # fmt: skip
+    add = parser.add_argument_group("options of several").add_argument
+    add("--out", metavar="FILE", help="the picture of --scenes, --image or --search, the predictions of --data")
+    add("--task", help="which task, of a checkpoint that has several (default: its first)")
+    add("--top", type=options.COUNT, default=3, help="how many answers or pictures to show (default: 3)")
     add("--beams", type=options.COUNT, help="captions: beam width; 1 is greedy (default: as trained)")
-    add("--top", type=options.COUNT, default=3, help="how many answers to show (default: 3)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--dtype", choices=["auto", "f32", "bf16"], default="auto", help="number format of matrix products")
+    add("--int8", action="store_true", help="layers with weights of 8 bits: a smaller model, on a CPU")
     args = parser.parse_args(argv)
-    given = [name for name in ("scenes", "image", "data", "export", "serve") if getattr(args, name) is not None]
+    modes = ["scenes", "image", "search", "embed", "export", "serve"]
+    if args.search is None and args.embed is None:
+        modes.append("data")  # else it is what they read
+    given = [name for name in modes if getattr(args, name) is not None]
     if len(given) != 1:
-        raise UserError("give one of --scenes, --image, --data, --export and --serve")
+        raise UserError("give one of --scenes, --image, --data, --search, --embed, --export and --serve")
+    if args.int8 and (args.export or args.attention or args.dtype == "bf16"):
+        raise UserError("--int8 goes with none of --export, --attention and --dtype bf16; leave one out")
     if args.resume and not (args.data and args.out):
         raise UserError("--resume goes on with the --out of --data; give both")
     attention_sheet.check_options(args)
@@ -111,7 +129,8 @@ def load_run(args):
     run_args.grid = checkpoint.get("grid", 6)
     if args.beams:
         run_args.beams = args.beams
-    run = train.Run(run_args, paper, device, machine.pick_dtype(args.dtype, device), rank=0, world=1)
+    dtype = machine.pick_dtype("f32" if args.int8 else args.dtype, device)
+    run = train.Run(run_args, paper, device, dtype, rank=0, world=1)
     run.objectives = checkpoint.get("objectives", {})
     run.content_words = checkpoint.get("content_words", [])
     run.usual_answers = checkpoint.get("usual_answers", {})
@@ -121,6 +140,8 @@ def load_run(args):
     run.model = paper.MODEL(paper.Config(**checkpoint["config"]))
     run.model.load_state_dict(checkpoint["state"])
     run.model.to(device).eval()
+    if args.int8:
+        machine.quantize_layers(run.model, device)
     return run, tasks.TASKS[name]
 
 
@@ -138,7 +159,7 @@ def use_dataset(run, task, dataset):
 
 @torch.inference_mode()
 def predict(run, task, dataset, index, top):
-    """The answers to examples `index`: a list of dicts, see evaluation.py."""
+    """The answers to examples `index`: a list of dicts, see support/evaluation.py."""
     run.model.eval()
     answers = {}
     for part in tasks.evaluation_batches(run, dataset, index):
@@ -170,10 +191,7 @@ def describe(answer):
 
 def held_out(run, task, split, count):
     """`count` examples of a split, always the same ones; of test, or without one of val or train."""
-    sources = run.args.data.split(",")
-    source = sources[0]
-    if len(sources) > 1:
-        source = sources[run.args.tasks.index(task.name)]
+    source = own_source(run, task)
     lines = train.task_of_lines(run, task.name)
     names = [split] if split else ["test", "val", "train"]
     for name in names:
@@ -190,6 +208,14 @@ def held_out(run, task, split, count):
     for row in dataset.image[dataset.rows(index)].tolist():
         files[row] = records.picture_file(dataset, row)
     return dataset.subset(index), files
+
+
+def own_source(run, task):
+    """The --data that the checkpoint's task was trained on."""
+    sources = run.args.data.split(",")
+    if len(sources) > 1:
+        return sources[run.args.tasks.index(task.name)]
+    return sources[0]
 
 
 def varied_examples(dataset, count):
@@ -374,9 +400,9 @@ def show_attention(run, task, args):
 
 def answer_file(run, task, args):
     """Answers every line of `--data`; with truths, prints metrics beside chance."""
-    datasets = load_lines(run, task, args)
+    datasets = load_lines(run, task, args, train.task_of_lines(run, task.name))
     if args.out:
-        done = whole_lines(Path(args.out), datasets) if args.resume else 0
+        done = resume.whole_lines(Path(args.out), datasets) if args.resume else 0
         write_predictions(run, task, datasets, Path(args.out), done, args.top)
     results = {}
     for dataset in datasets:
@@ -394,21 +420,23 @@ def answer_file(run, task, args):
             data.write_text(path, json.dumps(shown, indent=1, default=float) + "\n")
 
 
-def load_lines(run, task, args):
-    """The Datasets of --data: its --split, by default test; all splits where there is no test."""
-    description = data.read_dataset_json(data.find(args.data))
-    lines = optional_truth(train.task_of_lines(run, task.name), args.prompt or "")
+def load_lines(run, task, args, lines_of):
+    """The Datasets of --data, or of the checkpoint's own data: its --split, by default test; all splits where there is no
+    test. lines_of: the row of tasks.TASKS whose lines are read."""
+    source = args.data or own_source(run, task)
+    description = data.read_dataset_json(data.find(source))
+    lines = optional_truth(lines_of, args.prompt or "")
     known = [*data.SPLITS, *description["extra_splits"]]
     names = [args.split] if args.split else ["test", *(name for name in known if name != "test")]
     datasets = []
     for name in names:
-        dataset = data.load(args.data, lines, name, patch=run.args.patch, grid=run.args.grid, network=run.regions)
+        dataset = data.load(source, lines, name, patch=run.args.patch, grid=run.args.grid, network=run.regions)
         if len(dataset):
             datasets.append(use_dataset(run, task, dataset))
         if name == "test" and len(dataset):
             break
     if not datasets:
-        raise UserError(f"{args.data}: has no examples of split {args.split}")
+        raise UserError(f"{source}: has no examples of split {args.split}")
     return datasets
 
 
@@ -435,27 +463,6 @@ def has_truth(task, dataset):
     return dataset.target >= 0
 
 
-def whole_lines(path, datasets):
-    """How many predictions an interrupted --out holds. Cuts off a last line that is not whole. UserError if the
-    predictions are of other data."""
-    if not path.is_file():
-        return 0
-    content = path.read_bytes()
-    content = content[: content.rfind(b"\n") + 1]
-    lines = content.splitlines()
-    ids = itertools.chain.from_iterable(dataset.ids for dataset in datasets)
-    for number, line in enumerate(lines, 1):
-        try:
-            same = json.loads(line)["id"] == next(ids, None)
-        except (ValueError, KeyError, TypeError):
-            same = False
-        if not same:
-            raise UserError(f"{path}:{number}: not a prediction for this --data; leave out --resume to write it anew")
-    with open(path, "rb+") as file:
-        file.truncate(len(content))
-    return len(lines)
-
-
 def write_predictions(run, task, datasets, path, done, top):
     """Writes one line of JSON for each example, in order; the first `done` are there already.
 
@@ -463,7 +470,7 @@ def write_predictions(run, task, datasets, path, done, top):
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     number = 0  # of the line, from 1
-    with open(path, "a" if done else "w", encoding="utf-8") as file:
+    with regions.naming(path), open(path, "a" if done else "w", encoding="utf-8") as file:
         for dataset in datasets:
             for start in range(0, len(dataset), CHUNK):
                 index = np.arange(start, min(start + CHUNK, len(dataset)))
@@ -495,69 +502,34 @@ def measure(run, task, dataset):
 # ---- --export -------------------------------------------------------------------------------------------------------------
 
 
-def export_official(args):
-    """Writes --export under the paper's official names, one file."""
-    checkpoint = checkpoints.load_checkpoint(args.checkpoint)
-    checkpoints.save(formats.export_official(checkpoint["model"], checkpoint["state"]), Path(args.export))
-
-
-def export_transformers(args):
-    """Writes --export as a folder that transformers' from_pretrained loads."""
-    checkpoints.export_hugging_face(checkpoints.load_checkpoint(args.checkpoint), Path(args.export))
-
-
-class Program(torch.nn.Module):
-    """What --to program exports: a function of six tensors, those of a data.Batch under the same names.
-
-    Returns the last states of words (B, T, C) and regions (B, N, C) and the pooled vector (B, C); and the logits of the
-    head that reads the pooled vector, for tasks that have one.
-    """
-
-    inputs = ("text", "text_mask", "segments", "features", "boxes", "region_mask")
-
-    def __init__(self, model, head, task_number):
-        super().__init__()
-        self.model = model
-        self.head = head
-        self.task_number = task_number
-
-    def forward(self, *tensors):
-        batch = data.Batch(*tensors)
-        batch.task = torch.full_like(batch.text[:, 0], self.task_number)
-        encoding = self.model.encode(batch)
-        outputs = {"text": encoding.text, "regions": encoding.regions, "pooled": encoding.pooled}
-        if self.head:
-            outputs["logits"] = self.model.heads[self.head](encoding.pooled)
-        return outputs
-
-
-def export_program(args):
-    """Writes --export as a program of torch.export, which runs without this repository: torch.export.load(FILE).
-
-    It takes any number of rows, words and regions.
-    """
+def export_checkpoint(args):
+    """Writes --export in the format of --to."""
+    if args.to in export.WEIGHTS:
+        content = checkpoints.load_checkpoint(args.checkpoint)
+        if args.dtype == "bf16":
+            content["state"] = {name: tensor.bfloat16() for name, tensor in content["state"].items()}
+        export.WEIGHTS[args.to](content, args.export)
+        print(f"{args.export}: {args.to}")
+        return
+    if args.dtype == "bf16":
+        raise UserError(f"--to {args.to} computes in float32; leave out --dtype bf16")
     args.device = "cpu"
     args.dtype = "f32"
     run, task = load_run(args)
-    head = task.ranks
-    if task.truth == "answer":
-        head = run.paper.OBJECTIVES[task.objective].head
-    module = Program(run.model, head, run.args.tasks.index(task.name)).eval()
-    dataset, _ = held_out(run, task, None, 4)  # an example of the tensors
-    batch = data.collate(dataset, np.arange(len(dataset)))
-    tensors = tuple(getattr(batch, name) for name in Program.inputs)
-    rows = torch.export.Dim("rows", min=1, max=65536)
-    words = torch.export.Dim("words", min=2, max=run.model.config.max_positions)
-    cells = torch.export.Dim("regions", min=1, max=65536)
-    shapes = ({0: rows, 1: words},) * 3 + ({0: rows, 1: cells},) * 3
-    with torch.no_grad():
-        program = torch.export.export(module, tensors, dynamic_shapes={"tensors": shapes})
-    content = io.BytesIO()  # a file's name would have to end in .pt2
-    torch.export.save(program, content)
-    data.write_whole(args.export, lambda file: file.write_bytes(content.getvalue()))
+    export.PROGRAMS[args.to](run, task, made_up_batch(run, task), args.export)
+    print(f"{args.export}: {args.to}, {run.args.model} {task.name}")
 
 
-EXPORTS = {"official": export_official, "transformers": export_transformers, "program": export_program}
+def made_up_batch(run, task):
+    """A data.Batch of a task that stands for any other one: two examples without sense."""
+    features = np.zeros((7, run.model.config.feature_size), np.float32)
+    boxes = np.tile(np.array([0, 0, 1, 1], np.float32), (7, 1))
+    picture = {"features": features, "boxes": boxes, "size": (1, 1)}
+    record = {"text": "a", "choices": ["a", "b", "c"]}
+    dataset = make_dataset(run, task, [(record, [picture] * task.pictures)] * 2)
+    if task.ranks or task.generates:
+        return data.collate(dataset, np.arange(2))
+    return task.batch(run, dataset, np.arange(2), None)
 
 
 # ---- main -----------------------------------------------------------------------------------------------------------------
@@ -569,8 +541,11 @@ def main(argv=None):
         try:
             args = parse(argv)
             answer(args)
-        except (UserError, OSError, KeyboardInterrupt) as error:
-            print(f"predict.py: {machine.explain(error)}", file=sys.stderr)
+        except (UserError, OSError, RuntimeError, MemoryError) as error:
+            message = machine.explain(error)
+            if message is None:
+                raise
+            print(f"predict.py: {message}", file=sys.stderr)
             return 2
     return 0
 
@@ -578,7 +553,7 @@ def main(argv=None):
 def answer(args):
     """What the command line asks for."""
     if args.export:
-        EXPORTS[args.to](args)
+        export_checkpoint(args)
         return
     run, task = load_run(args)
     if args.attention:
@@ -587,6 +562,11 @@ def answer(args):
         show_scenes(run, task, args)
     elif args.image:
         answer_images(run, task, args)
+    elif args.search:
+        embed.check_contrast(run)  # before anything is read
+        embed.search(run, load_lines(run, task, args, tasks.CAPTION), args.search, args.top, args.out or "found.png")
+    elif args.embed:
+        embed.embed(run, load_lines(run, task, args, tasks.CAPTION), args.embed)
     elif args.data:
         answer_file(run, task, args)
     else:

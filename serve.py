@@ -3,7 +3,7 @@
     GET /           one page: choose a sample or a picture, draw boxes, type, see the answers as bars
     GET /samples    what the page needs to know: the task, limits, and a few held-out examples
     GET /healthz    {"status": "ok", "requests": .., "batches": ..}
-    POST /predict   a question -> the answer, a dict, see evaluation.py
+    POST /predict   a question -> the answer, a dict, see support/evaluation.py
 
 A question is JSON or a form (multipart/form-data), with these keys:
 
@@ -11,7 +11,7 @@ A question is JSON or a form (multipart/form-data), with these keys:
     boxes       for each picture its regions, a list of [x1,y1,x2,y2] in pixels; without them they are cut as in training
     text, choices, answer       as the options of predict.py
     sample      the number of a sample, in place of `images`
-    attention   true: `regions` of the answer say how much it has read of each region, see attention.py
+    attention   true: `regions` of the answer say how much it has read of each region, see support/attention.py
 
 Every request has a thread of its own, which reads the picture. One thread runs the model: requests that came while it
 worked are answered together in its next forward pass. Whatever is wrong with a request is a 4xx or 5xx status and
@@ -33,14 +33,12 @@ from pathlib import Path
 
 import numpy as np
 
-import machine
 import predict
-import questions
 from common import UserError
-from questions import HttpError
+from support import machine, questions
+from support.questions import HttpError
 
 MAX_HEAD = 2**17  # bytes of the first line and the headers of a request
-MAX_BODY = 8 * 2**20  # bytes of its body
 SMALL_BODY = 2**18  # bytes; of larger bodies only LARGE_BODIES are in memory at the same time
 LARGE_BODIES = 2
 MAX_CONNECTIONS = 128  # open at the same time
@@ -49,7 +47,7 @@ MAX_BATCH = 64  # requests in one forward pass
 READ_SECONDS = 10  # for a client to send its request
 ANSWER_SECONDS = 30  # for an answer
 LINGER_SECONDS = 1  # for a client to read an answer that came before it had sent all
-PAGE = Path(__file__).with_name("serve.html")
+PAGE = Path(__file__).parent / "support" / "serve.html"
 LOCAL = ("127.0.0.1", "localhost")
 HEADERS = {  # of every answer: the page uses nothing from elsewhere, and no other site may use anything from here
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -109,6 +107,7 @@ class Batcher:
         try:
             dataset = predict.make_dataset(self.run, self.task, [(job.record, job.pictures) for job in jobs])
             answers = predict.predict(self.run, self.task, dataset, np.arange(len(jobs)), self.top)
+            assert len(answers) == len(jobs)
             for i, job in enumerate(jobs):
                 if job.attention:
                     answers[i] |= questions.weigh_regions(self.run, self.task, dataset, i, job.pictures)
@@ -178,6 +177,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, route):
         """Sends what `route` returns, or the status and message of its HttpError."""
+        self.close_connection = True
         try:
             self.check_site()
             self.send(200, *route())
@@ -212,12 +212,8 @@ class Handler(BaseHTTPRequestHandler):
     def post(self):
         if self.path != "/predict":
             raise HttpError(404, "only /predict takes POST")
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
-            raise HttpError(411, "send the header Content-Length, and the body in one piece")
-        if len(length) > 12 or int(length) > MAX_BODY:
-            raise HttpError(413, f"a body of {length[:12]} bytes; send at most {MAX_BODY:,}")
-        answer = self.server.batcher.ask(self.read_question(int(length)))
+        length = questions.body_length(self.headers)
+        answer = self.server.batcher.ask(self.read_question(length))
         self.server.requests += 1
         return as_json(answer)
 
@@ -252,7 +248,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code, message=None, explain=None):
         """http.server's own errors come here too, as 431 for headers that are too long."""
-        self.close_connection = True
         try:
             self.send(int(code), *as_json({"error": message or explain or "bad request"}))
         except (OSError, ValueError):
@@ -290,7 +285,7 @@ class Server(ThreadingHTTPServer):
             "choices": "choices" in task.needs,
             "text": task.truth != "text",
             "boxes": run.regions.get("boxes") == "given",  # trained on boxes of things
-            "most_bytes": MAX_BODY,
+            "most_bytes": questions.MAX_BODY,
             "most_pixels": questions.MAX_PIXELS,
             "samples": self.samples,
         }

@@ -20,7 +20,7 @@ import torch
 
 import common
 import data
-import evaluation
+from support import evaluation
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Task:
     examples: Callable  # record -> list of data.Example
     batch: Callable  # (run, dataset, index, rng) -> data.Batch
     evaluate: Callable  # (run, dataset) -> (metrics, chance)
-    show: Callable  # (run, dataset, example's number, its logits, how many answers) -> dict, see evaluation.py
+    show: Callable  # (run, dataset, example's number, its logits, how many answers) -> dict, see support/evaluation.py
     loss: common.Objective | None = None  # that row, where the models do not have it themselves
     logits: Callable | None = None  # (run, dataset, index) -> what `show` takes of each; None: `example_logits`
     needs: tuple = ()  # keys that a line must have besides text and a picture
@@ -218,8 +218,7 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
         sums[name] = objective_sums(run, dataset, index, name)
     if "mlm" in run.objectives and run.content_words:
         every = np.flatnonzero((kinds == "caption") & np.isin(dataset.image, dataset.image[captions]))
-        masking = {"only": content_pieces(run), "one": True}
-        sums["mlm_content"] = objective_sums(run, dataset, every, "mlm", masking)
+        sums["mlm_content"] = objective_sums(run, dataset, every, "mlm", {"only": content_pieces(run), "one": True})
     metrics = {}
     chance = {}
     for name, total in sums.items():
@@ -490,14 +489,15 @@ def check_vcr(record):
 
 def vcr_examples(record):
     """One row a choice. The answer: (question, choice). The reason, if the line has reasons: (question, right answer,
-    reason)."""
-    question = record["text"]
+    reason); where the right answer is not known, as in VCR's test, the reasons for each answer."""
     right = record.get("label", -1)
-    answers = [((question, choice), 0) for choice in record["choices"]]
+    answers = [((record["text"], choice), 0) for choice in record["choices"]]
     examples = [data.Example(record["id"], "answer", answers, target=right)]
-    if "reasons" in record and right >= 0:
-        reasons = [((question, record["choices"][right], reason), 0) for reason in record["reasons"]]
-        examples.append(data.Example(record["id"], "reason", reasons, target=record["reason"]))
+    for i, answer in enumerate(record["choices"]):
+        if "reasons" in record and right in (i, -1):
+            kind = "reason" if right == i else f"reason given answer {i}"
+            reasons = [((record["text"], answer, reason), 0) for reason in record["reasons"]]
+            examples.append(data.Example(record["id"], kind, reasons, target=record.get("reason", -1)))
     return examples
 
 

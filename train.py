@@ -7,13 +7,15 @@
     python train.py --model all --task vqa --seeds 3                  compare the models, with the spread over seeds
     torchrun --nproc_per_node=2 train.py --model uniter               several processes, the same gradients
 docs/usage.md has more of them. Read top to bottom: the run and its loop, then what they call: data, batches, model,
-optimizer, evaluation and saving. options.py has the command line, machine.py devices and processes, log.py the log.
+optimizer, evaluation and saving. In support/, options.py has the command line, machine.py devices and processes, log.py the
+log.
 
 Every mean in a loss is a mean over the whole step, however the step is split (see `backward`). So `--accumulate 2` in one
 process and `--accumulate 1` in two processes give the same gradients. One exception: the objective itc contrasts each
 pair with the other pairs of the same forward pass in all processes, so `--accumulate 2` has half as many negatives.
 """
 
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 import argparse
 import itertools
 import json
@@ -33,16 +35,12 @@ import torch.distributed as dist
 
 import checkpoints
 import common
-import contrast
 import data
 import distill
-import evaluation
-import formats
-import machine
-import options
 import tasks
 from common import UserError
-from log import Log, describe_result, lock_folder, print_run, safe_output, warn_at_chance
+from support import contrast, evaluation, formats, machine, options, resume
+from support.log import Log, describe_result, lock_folder, print_run, safe_output, warn_at_chance
 
 # ---- the run and its loop --------------------------------------------------------------------------------------
 
@@ -107,7 +105,7 @@ def train(args):
     if args.compile:
         machine.compile_layers(run.model)
     run.optimizer = make_optimizer(run.model, args.weight_decay)
-    run.fingerprint = checkpoints.fingerprint(run)
+    run.fingerprint = resume.fingerprint(run)
     if args.resume:
         restore_optimizer(run, checkpoint)
     else:
@@ -426,11 +424,7 @@ def read_start(args):
     if args.resume:
         args.init = args.out / "checkpoint.pt"
         args.fresh = False
-        if not checkpoints.has_checkpoint(args.out):
-            raise UserError(
-                f"--resume: there is no {args.init}; start without --resume, or give the --out of the stopped run"
-            )
-        return checkpoints.load_latest(args.out)
+        return resume.load_latest(args.out)
     if args.init:
         return checkpoints.load_weights(args)
     return None
@@ -562,7 +556,7 @@ def set_temperature(run, part):
 
 def restore_optimizer(run, checkpoint):
     """Optimizer, progress and the generators of dropout as the checkpoint has them."""
-    checkpoints.check_fingerprint(checkpoint.get("fingerprint", {}), run.fingerprint)
+    resume.check_fingerprint(checkpoint.get("fingerprint", {}), run.fingerprint)
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         run.progress.update(checkpoint["progress"])
@@ -652,18 +646,18 @@ def split_names(run):
 
 
 def main(argv=None):
-    """Trains every model and seed asked for. Exit code 0, or 2 with one line on stderr."""
+    """Trains every model and seed asked for. Exit code 0, or 2 (130 after Ctrl-C) with one line on stderr."""
     with safe_output():
         try:
             args = options.parse(argv)
             machine.keep_freed_memory()
             train_all(args)
-        except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
-            message = machine.explain(error)
+        except (UserError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+            message = machine.explain(error, kept="; the last checkpoint is kept")
             if message is None:
                 raise
             machine.print_once(f"train.py: {message}")
-            return 2
+            return 130 if isinstance(error, KeyboardInterrupt) else 2
         if dist.is_initialized():
             dist.barrier()  # a process that leaves early breaks the others' last reduction
             dist.destroy_process_group()
@@ -678,10 +672,10 @@ def train_all(args):
         for seed in range(args.seed, args.seed + args.seeds):
             runs.append(options.resolve_options(args, model, seed))
     if args.resume:
-        started = [checkpoints.has_checkpoint(run_args.out) for run_args in runs]
+        started = [resume.has_checkpoint(run_args.out) for run_args in runs]
         if any(started):  # the others start now; if none has been started, the first says so
-            for run_args, resume in zip(runs, started, strict=True):
-                run_args.resume = resume
+            for run_args, run_started in zip(runs, started, strict=True):
+                run_args.resume = run_started
     results = []
     for run_args in runs:
         with lock_folder(run_args.out, common.rank_and_world()[0]):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-import contrast
+from support import contrast
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -372,7 +372,7 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
         mask = torch.cat([batch.text_mask, batch.region_mask], 1)  # (2B, S)
         logits = model.heads["nlvr2"](x, mask)
     else:
-        rows = len(batch.target)
+        rows = batch.target.shape[0]
         logits = model.heads["nlvr2"](encoding.pooled.reshape(rows, -1))  # (2B, C) -> (B, 2C), or (B, C) as it is
     return common.cross_entropy(logits, batch.target), logits
 

@@ -1,6 +1,6 @@
 """ViLBERT: task-agnostic visiolinguistic representations (Lu et al., NeurIPS 2019, arXiv 1908.02265).
 
-12-in-1 (Lu et al., CVPR 2020) is the same model trained on twelve tasks: twelve_in_one.py has what it adds.
+12-in-1 (Lu et al., CVPR 2020) is the same model trained on twelve tasks: support/twelve_in_one.py has what it adds.
 
 What the model does, in five lines:
 1. Each word becomes a vector (word + position + type), each region too (feature + box), in two widths of their own.
@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-import contrast
-import twelve_in_one
+from support import contrast, twelve_in_one
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/bottom_up.py`
 
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 from common import UserError
 from prepare import published
 

@@ -1,11 +1,13 @@
 """COCO captions (Lin et al. 2014; Chen et al. 2015): 123,287 photographs with about five captions each, to JSONL.
 
     python prepare/coco.py FOLDER OUT        writes OUT/coco.jsonl
+    python prepare/coco.py --predictions P.jsonl OUT.json        captions of predict.py, as the server takes them
 
 FOLDER has train2014/ and val2014/, and either dataset_coco.json (Karpathy and Fei-Fei 2015: 5,000 pictures each for val and
 test; its split "restval" counts as train, as in the papers) or annotations/captions_{train,val}2014.json.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -45,6 +47,17 @@ def official(folder, out):
             yield {"image": image, "text": " ".join(row["caption"].split()), "split": split, "id": name}
 
 
+def predictions(lines):
+    """The server's file, one caption a picture: [{"image_id": 391895, "caption": "a man on a bicycle"}, ...]. The ids are
+    names of files, COCO_val2014_000000391895.jpg. A picture with several lines has the caption of the first."""
+    captions = {}
+    for where, line in lines:
+        published.require("caption" in line, where, "has no caption; predict with a checkpoint of --task caption")
+        number = published.whole_number(where, Path(line["id"]).stem.rpartition("_")[2])
+        captions.setdefault(number, line["caption"])
+    return json.dumps([{"image_id": number, "caption": caption} for number, caption in captions.items()])
+
+
 def convert(folder, out):
     """Writes OUT/coco.jsonl from Karpathy's file if it is there, else from the official ones."""
     path = folder / "dataset_coco.json"
@@ -53,4 +66,4 @@ def convert(folder, out):
 
 
 if __name__ == "__main__":
-    sys.exit(published.main(convert, __doc__))
+    sys.exit(published.main(convert, __doc__, predictions=predictions))

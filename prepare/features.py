@@ -20,9 +20,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/features.py`
+
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
+
+import torch
 
 import data
 from common import UserError

@@ -1,6 +1,7 @@
 """NLVR2 (Suhr et al. 2019): a statement about two photographs, true or false, to JSONL.
 
     python prepare/nlvr2.py FOLDER OUT        writes OUT/nlvr2.jsonl
+    python prepare/nlvr2.py --predictions P.jsonl OUT.csv        what predict.py wrote, as the official evaluation takes it
 
 FOLDER has data/{train,dev,test1}.json, which hold one object a line, and images/. test1 (test-P, public) becomes the test
 split. Pictures lie in images/train/<directory>/, images/dev/ and images/test1/. A statement's `identifier` is that of its
@@ -39,10 +40,20 @@ def records(folder, out):
             }
 
 
+def predictions(lines):
+    """The file of the official evaluation, a line for each statement: test1-0-0-0,True"""
+    rows = []
+    for where, line in lines:
+        answer = published.first_answer(where, line)
+        published.require(answer in ("true", "false"), where, f"answers {answer!r}, not true or false")
+        rows.append(f"{line['id']},{answer.capitalize()}\n")
+    return "".join(rows)
+
+
 def convert(folder, out):
     """Writes OUT/nlvr2.jsonl."""
     published.write_jsonl(out / "nlvr2.jsonl", records(folder, out))
 
 
 if __name__ == "__main__":
-    sys.exit(published.main(convert, __doc__))
+    sys.exit(published.main(convert, __doc__, predictions=predictions))

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common import UserError
-from records import Mistakes, Pictures, read_records
-from regions import open_picture, read_features
+from support.records import Mistakes, Pictures, read_records
+from support.regions import open_picture, read_features
 
 
 def draw_sheet(path, task, splits, split, count, patch, grid):

@@ -1,5 +1,6 @@
 """What the scripts for published data sets share: reading their files, one line about a mistake, writing JSONL."""
 
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 import json
 import os
 import re
@@ -178,21 +179,50 @@ def write_jsonl(path, records):
     print(f"{path}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
 
 
-def main(convert, description, add_options=None, arguments=None):
+# ---- predictions, back to the benchmark --------------------------------------------------------------------------------
+
+
+def first_answer(where, line):
+    """The likeliest answer of a line that predict.py wrote."""
+    require(bool(line.get("answers")), where, "has no answers; is this what predict.py --data ... --out wrote?")
+    return line["answers"][0][0]
+
+
+def whole_number(where, text):
+    """An id as the number that the benchmark counts by."""
+    require(text.isdecimal(), where, f"the id {text!r} is no whole number; ids must be those of the published files")
+    return int(text)
+
+
+def write_predictions(source, out, predictions):
+    """Writes a file that predict.py wrote in the benchmark's own format. predictions(lines) makes its text, lines:
+    ("<file>:<line number>", dict)."""
+    require(not out.is_dir(), out, "is a folder; name the file to write")
+    data.write_text(out, predictions(read_json_lines(source, ["id"])))
+    print(f"{out}: predictions of {source}")
+
+
+def main(convert, description, add_options=None, arguments=None, predictions=None):
     """The command line of a script: SOURCE and OUT, then what add_options(parser) adds, as keywords of convert().
-    Exit code 0, or 2 with one line on stderr."""
+    predictions: see `write_predictions`. Exit code 0, or 2 with one line on stderr."""
     name = Path(sys.argv[0]).name
     parser = data.Parser(prog=name, description=description.split("\n")[0])
     parser.add_argument("source", type=Path, help="folder of the published files")
     parser.add_argument("out", type=Path, help="folder of the JSONL")
+    if predictions is not None:
+        words = "SOURCE is a file that predict.py --out wrote; write it to the file OUT, as the benchmark takes it"
+        parser.add_argument("--predictions", action="store_true", help=words)
     if add_options is not None:
         add_options(parser)
     try:
         args = vars(parser.parse_args(arguments))
         source = args.pop("source").resolve()
         out = args.pop("out").resolve()
-        out.mkdir(parents=True, exist_ok=True)
-        convert(source, out, **args)
+        if args.pop("predictions", False):
+            write_predictions(source, out, predictions)
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            convert(source, out, **args)
     except (UserError, OSError) as error:
         print(f"{name}: {UserError(str(error))}", file=sys.stderr)
         return 2

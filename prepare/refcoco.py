@@ -11,12 +11,14 @@ The refs are a pickle, which can run code when loaded. The reader here refuses e
 strings and numbers.
 """
 
+import json
 import pickle
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/refcoco.py`
 
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 from common import UserError
 from prepare import published
 
@@ -74,6 +76,17 @@ def records(path, refs, images, boxes, image_folder, out):
             }
 
 
+def predictions(lines):
+    """The boxes that were chosen: [{"sent_id": 17, "pred_box": [x, y, width, height]}, ...], in pixels. No server takes them,
+    as all boxes are public; the keys are those of UNITER's own evaluation."""
+    rows = []
+    for where, line in lines:
+        x1, y1, x2, y2 = published.first_answer(where, line)
+        number = published.whole_number(where, line["id"])
+        rows.append({"sent_id": number, "pred_box": [x1, y1, round(x2 - x1, 1), round(y2 - y1, 1)]})
+    return json.dumps(rows)
+
+
 def convert(folder, out, split_by, images):
     """Writes OUT/refcoco.jsonl and OUT/dataset.json."""
     path = folder / f"refs({split_by}).p"
@@ -91,4 +104,4 @@ def add_options(parser):
 
 
 if __name__ == "__main__":
-    sys.exit(published.main(convert, __doc__, add_options))
+    sys.exit(published.main(convert, __doc__, add_options, predictions=predictions))

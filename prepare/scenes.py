@@ -27,10 +27,13 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/scenes.py`
+
+from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
+
 import numpy as np
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/scenes.py`
 import data
 from prepare import scene_texts as texts
 from prepare.scene_texts import COLORS, CONTENT_WORDS, SHAPES, SIDE, make_scene

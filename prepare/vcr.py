@@ -1,8 +1,9 @@
 """VCR (Zellers et al. 2019): a question about a film still, four answers and four reasons, to JSONL.
 
-    python prepare/vcr.py FOLDER OUT        writes OUT/vcr.jsonl
+    python prepare/vcr.py FOLDER OUT        writes OUT/vcr.jsonl, and OUT/vcr_test.jsonl without labels
+    python prepare/vcr.py --predictions P.jsonl OUT.csv        what predict.py wrote, as the server takes it
 
-FOLDER has {train,val}.jsonl and vcr1images/, in which each picture's metadata file gives the detected boxes. The test
+FOLDER has {train,val,test}.jsonl and vcr1images/, in which each picture's metadata file gives the detected boxes. The test
 labels are not public. Texts are lists of words in which a list of numbers, [0, 2], stands for objects of the picture.
 A person becomes a name by its number, so that "Casey" is the same person in question, answers and reasons; another object
 becomes its class. The regions are the detected boxes, in their order.
@@ -58,29 +59,60 @@ def read_boxes(path):
     return boxes
 
 
+def question_record(folder, out, where, row):
+    """A record without labels and split."""
+    objects = row["objects"]
+    return {
+        "image": published.picture(folder / "vcr1images" / row["img_fn"], out),
+        "boxes": read_boxes(folder / "vcr1images" / row["metadata_fn"]),
+        "text": plain_text(row["question"], objects, where),
+        "choices": [plain_text(words, objects, where) for words in row["answer_choices"]],
+        "reasons": [plain_text(words, objects, where) for words in row["rationale_choices"]],
+        "id": row["annot_id"],
+    }
+
+
 def records(folder, out):
     """A record for each question."""
     for split in ("train", "val"):
         needed = (*NEEDED, "answer_label", "rationale_label")
         for where, row in published.read_json_lines(folder / f"{split}.jsonl", needed):
-            objects = row["objects"]
-            yield {
-                "image": published.picture(folder / "vcr1images" / row["img_fn"], out),
-                "boxes": read_boxes(folder / "vcr1images" / row["metadata_fn"]),
-                "text": plain_text(row["question"], objects, where),
-                "choices": [plain_text(words, objects, where) for words in row["answer_choices"]],
-                "label": row["answer_label"],
-                "reasons": [plain_text(words, objects, where) for words in row["rationale_choices"]],
-                "reason": row["rationale_label"],
-                "split": split,
-                "id": row["annot_id"],
-            }
+            labels = {"label": row["answer_label"], "reason": row["rationale_label"]}
+            yield {**question_record(folder, out, where, row), **labels, "split": split}
+
+
+def unanswered(folder, out):
+    """Records of test, whose labels are not public. predict.py answers them, and gives reasons for each of the answers."""
+    for where, row in published.read_json_lines(folder / "test.jsonl", NEEDED):
+        yield {**question_record(folder, out, where, row), "split": "test"}
+
+
+def predictions(lines):
+    """The server's file, a CSV: annot_id, then the probabilities of the four answers, and for each answer those of the
+    four reasons, in the order of the published file."""
+    given = [f"rationale_conditioned_on_a{i}" for i in range(4)]
+    groups = dict(zip(["answer", *(f"reason given answer {i}" for i in range(4))], ["answer", *given], strict=True))
+    questions = {}  # annot_id -> {kind of a line: its probabilities}
+    for where, line in lines:
+        kind = line.get("kind")
+        published.require(kind in groups, where, f"kind {kind!r}; the server takes the lines of vcr_test.jsonl")
+        published.require(len(line.get("probs", ())) == 4, where, "has no four probabilities")
+        questions.setdefault(line["id"], {})[kind] = line["probs"]
+    columns = ["annot_id", *(f"{group}_{i}" for group in groups.values() for i in range(4))]
+    rows = [",".join(columns)]
+    for name, probs in questions.items():
+        published.require(len(probs) == len(groups), name, "lacks the answer, or the reasons for one of the answers")
+        numbers = [str(p) for kind in groups for p in probs[kind]]
+        rows.append(",".join([name, *numbers]))
+    return "\n".join(rows) + "\n"
 
 
 def convert(folder, out):
     """Writes OUT/vcr.jsonl."""
     published.write_jsonl(out / "vcr.jsonl", records(folder, out))
+    if (folder / "test.jsonl").is_file():
+        published.write_jsonl(out / "vcr_test.jsonl", unanswered(folder, out))
 
 
 if __name__ == "__main__":
-    sys.exit(published.main(convert, __doc__))
+    sys.exit(published.main(convert, __doc__, predictions=predictions))

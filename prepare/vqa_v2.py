@@ -1,6 +1,7 @@
 """VQA v2 (Goyal et al. 2017): questions about COCO's photographs with ten annotators' answers, to JSONL.
 
     python prepare/vqa_v2.py FOLDER OUT        writes OUT/vqa_v2.jsonl, and OUT/vqa_v2_test.jsonl without answers
+    python prepare/vqa_v2.py --predictions P.jsonl OUT.json        what predict.py wrote, as the server takes it
 
 FOLDER has v2_OpenEnded_mscoco_{train2014,val2014,test2015}_questions.json, v2_mscoco_{train2014,val2014}_annotations.json and
 the pictures in train2014/, val2014/ and test2015/.
@@ -12,6 +13,7 @@ Answers are normalised as the official evaluation does.
   the score of a prediction is what the server gives for it. No answer is left out.
 """
 
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -75,6 +77,15 @@ def unanswered(folder, out):
         yield {**question_record(folder, "test2015", row, out), "split": "test"}
 
 
+def predictions(lines):
+    """The server's file: [{"question_id": 262148000, "answer": "red"}, ...]."""
+    rows = []
+    for where, line in lines:
+        number = published.whole_number(where, line["id"])
+        rows.append({"question_id": number, "answer": published.first_answer(where, line)})
+    return json.dumps(rows)
+
+
 def convert(folder, out, min_count):
     """Writes OUT/vqa_v2.jsonl, and OUT/vqa_v2_test.jsonl where the test questions are there."""
     published.write_jsonl(out / "vqa_v2.jsonl", answered(folder, out, min_count))
@@ -90,4 +101,4 @@ def add_options(parser):
 
 
 if __name__ == "__main__":
-    sys.exit(published.main(convert, __doc__, add_options))
+    sys.exit(published.main(convert, __doc__, add_options, predictions=predictions))

@@ -7,6 +7,7 @@ goes; and the ratio to a peer, measured in the same run. No test: nothing here a
                                                                 batches, losses and optimizer
     python tests/benchmark.py --sweep                           cost against batch, words, regions and layers
     python tests/benchmark.py --busy 2                          train.py's default job beside two busy processes
+    python tests/benchmark.py --serve out/uniter-vqa/best.pt    predict.py's server under 64 clients
 
 Examples are drawn: words with the lengths of VQA v2 questions (mean 9 with [CLS] and [SEP]) or `--words`, `--regions`
 with random features of width 2048, 1,600 classes and 400 attributes, from a memory-mapped store as in training. Peak is
@@ -17,7 +18,11 @@ it leaves out the fused attention and counts the wait for each product.)
 """
 
 import argparse
+import base64
 import copy
+import http.client
+import io
+import json
 import math
 import multiprocessing
 import os
@@ -26,6 +31,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from functools import partial
@@ -34,17 +40,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoints
 import data
-import formats
-import machine
-import options
 import tasks
 import train
+from support import formats, machine, options
 
 CLASSES = 1601
 ATTRIBUTES = 400
@@ -494,6 +499,93 @@ def train_for(seconds, policy):
     return speed
 
 
+# ---- the server ------------------------------------------------------------------------------------------------
+
+
+def compare_batching(args):
+    """The server under --clients that each ask one question after another, with up to 64 questions in a forward pass and
+    with one, A B A B, for questions about a sample and about a picture that is sent."""
+    content = io.BytesIO()
+    Image.effect_noise((200, 150), 60).convert("RGB").save(content, "PNG")
+    picture = base64.b64encode(content.getvalue()).decode()
+    questions = {"sample": {"sample": 0}, "picture of 200 x 150": {"images": [picture]}}
+    print(
+        "| question about | questions in a pass | requests/s | p50 ms | p99 ms | errors | forward passes |\n"
+        + "|---" * 7
+        + "|"
+    )
+    spawn = multiprocessing.get_context("spawn")
+    for name, keys in questions.items():
+        body = json.dumps({"text": "how many things are red?", **keys})
+        for most in (64, 1, 64, 1):
+            pipe, theirs = spawn.Pipe()
+            server = spawn.Process(target=serve_in_a_process, args=(args.serve, args.device, most, theirs))
+            server.start()
+            port = pipe.recv()
+            load(port, body, args.clients, 1.0)
+            before = pipe_count(pipe)
+            seconds, failed = load(port, body, args.clients, args.seconds)
+            batches = pipe_count(pipe) - before
+            pipe.send("stop")
+            server.join()
+            p50, p99 = 1000 * np.percentile(seconds, [50, 99])
+            speed = len(seconds) / args.seconds
+            print(f"| {name} | {most} | {speed:.0f} | {p50:.0f} | {p99:.0f} | {failed} | {batches} |", flush=True)
+
+
+def serve_in_a_process(checkpoint, device, most, pipe):
+    """A server that answers at most `most` questions at once. Sends its port; its number of forward passes when asked."""
+    import predict
+    import serve
+    from support import questions
+
+    serve.MAX_BATCH = most
+    run, task = predict.load_run(predict.parse([checkpoint, "--serve", "0", "--device", device]))
+    server = serve.Server(0, run, task, 3, questions.make_samples(run, task))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    pipe.send(server.server_port)
+    while pipe.recv() == "count":
+        pipe.send(server.batcher.batches)
+    server.shutdown()
+    server.close()
+
+
+def pipe_count(pipe):
+    pipe.send("count")
+    return pipe.recv()
+
+
+def load(port, body, clients, seconds):
+    """(seconds of each answered request, how many failed): so many clients ask one after another for so many seconds."""
+    end = time.perf_counter() + seconds
+    taken = []
+    failures = []
+
+    def client():
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+                connection.request("POST", "/predict", body)
+                reply = connection.getresponse()
+                answer = json.loads(reply.read())
+                connection.close()
+                right = reply.status == 200 and len(answer["answers"]) == 3
+            except (OSError, http.client.HTTPException, ValueError, KeyError):
+                right = False
+            if right:
+                taken.append(time.perf_counter() - start)
+            else:
+                failures.append(start)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return taken, len(failures)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measure pretraining steps.")
     add = parser.add_argument
@@ -509,11 +601,15 @@ def main():
     add("--peer", choices=["transformers"], help="compare LXMERT with that library's")
     add("--sweep", action="store_true", help="cost against batch, words, regions and layers")
     add("--busy", type=int, metavar="N", help="train.py's default job beside N processes that never rest")
-    add("--seconds", type=float, default=20.0, help="of each of the four measurements of --busy")
+    add("--serve", metavar="CKPT", help="predict.py's server under many clients")
+    add("--clients", type=int, default=64, help="of --serve")
+    add("--seconds", type=float, default=20.0, help="of each of the measurements of --busy and --serve")
     add("--device", default="auto")
     args = parser.parse_args()
     if args.busy is not None:
         return compare_wait_policies(args)
+    if args.serve:
+        return compare_batching(args)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if args.sweep:

@@ -6,6 +6,7 @@ the second core.
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,36 @@ def drawn(small_scenes, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder with pictures; the runs of `trained` are made in it."""
+    from prepare import scenes
+
+    folder = tmp_path_factory.mktemp("predict")
+    for i in range(3):
+        scenes.draw_scene(scenes.make_scene(0, "test", i)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def trained(folder, small_scenes, monkeypatch, capsys):
+    """trained(model, task, *options): best.pt of a run of a few steps, made on first use. The test then runs in `folder`."""
+    import train
+
+    monkeypatch.chdir(folder)
+
+    def run(model, task, *options):
+        out = f"{model}-{task}-{len(options)}"
+        if not (folder / out / "result.json").exists():
+            command = ["--model", model, "--task", task, "--data", str(small_scenes(20)), "--out", out]
+            command += ["--steps", "6", "--batch-size", "8", "--device", "cpu", "--dtype", "f32", "--pool", "15"]
+            assert train.main([*command, "--limit", "64", *options]) == 0
+        capsys.readouterr()
+        return f"{out}/best.pt"
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """Own data made from drawn scenes: 24 pictures with boxes, a question of two answers each, all three splits."""
     from prepare import scenes
@@ -86,3 +117,43 @@ def here(tmp_path, monkeypatch):
         assert train.main([*SMALL, *map(str, arguments)]) == code
 
     return start
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, small_scenes):
+    """checkpoints(task): best.pt of a run of one step on drawn scenes, made on first use."""
+    import train
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def checkpoint(task):
+        out = folder / task
+        if not out.exists():
+            command = ["--task", task, "--data", str(small_scenes(20)), "--out", str(out), "--steps", "1"]
+            assert train.main([*command, "--batch-size", "8", "--device", "cpu", "--dtype", "f32"]) == 0
+        return out / "best.pt"
+
+    return checkpoint
+
+
+@pytest.fixture
+def start(checkpoints):
+    """start(task): a running server of such a checkpoint; it is closed at the end of the test."""
+    import predict
+    import serve
+    from support import questions
+
+    servers = []
+
+    def run_server(task):
+        args = predict.parse([str(checkpoints(task)), "--serve", "0", "--device", "cpu", "--dtype", "f32"])
+        run, row = predict.load_run(args)
+        server = serve.Server(0, run, row, 3, questions.make_samples(run, row))
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield run_server
+    for server in servers:
+        server.shutdown()
+        server.close()

@@ -85,6 +85,7 @@ def bomb(name):
         "12 million pixels of 16 bits": lambda: png_bomb(4_000, 3_000, 16, 0),
         "3 million pixels of 16 bits": lambda: png_bomb(2_000, 1_500, 16, 0),
         "one row": lambda: png_bomb(12_000_000, 1, 8, 0),
+        "a long side": lambda: png_bomb(20_000, 600, 8, 0),
         "comment": text_chunk_bomb,
         "npz": zip_bomb,
     }

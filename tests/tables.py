@@ -5,6 +5,7 @@
     python tests/tables.py objectives     UNITER pretrained with none, mlm, itm, mlm+itm, all but wra, all; then nlvr2, vqa
     python tests/tables.py temperature    contrast alone: recall of dot products against the temperature, with a picture
     python tests/tables.py distill        how much of the gap between teacher and student each of the losses closes
+    python tests/tables.py attention --checkpoints out/uniter-vqa/best.pt ...     whether attention points at the thing asked for
 
 A run has --steps, or as many as --minutes are enough for: a trial of 60 steps measures the speed, one for all starts and
 seeds of a model's task. Runs that have ended are not repeated, so that the command can go on after an interruption. The
@@ -29,10 +30,11 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoints
 import data
-import evaluation
-import options
+import predict
 import tasks
 import train
+from prepare import scene_texts
+from support import attention, evaluation, options
 
 COLUMNS = {  # task: the metrics of its cells
     "vqa": ("accuracy",),
@@ -328,11 +330,56 @@ def examples_per_second(folder, rows=64, repeats=30):
     return rows / float(np.median(seconds))
 
 
+def table_of_attention(args):
+    """The weight of the region that a question or expression is about, and how often it is the heaviest: a column for each
+    of --checkpoints, of task vqa, vcr or refer on scenes; --count test examples each, those that the model answers right or
+    not. vqa and vcr: of the questions for a colour, shape or size, which name one thing."""
+    rows = {}
+    columns = []
+    for path in args.checkpoints:
+        run, task = predict.load_run(predict.parse([str(path), "--scenes", "--dtype", "f32"]))
+        dataset = predict.use_dataset(run, task, data.load("scenes", train.task_of_lines(run, task.name), "test"))
+        targets = {}
+        for i in data.random_stream("table of attention").permutation(len(dataset)).tolist():
+            target = asked_thing(dataset, i)
+            if target is not None and len(targets) < args.count:
+                targets[i] = target
+        found, count = attention.measure_pointing(run, task, dataset, targets)
+        column = f"{run.args.model} {task.name}, {count} examples: weight / heaviest"
+        columns.append(column)
+        for name, (weight, heaviest) in found.items():
+            rows.setdefault(name, {})[column] = f"{100 * weight:.1f} / {100 * heaviest:.1f}"
+    return table(rows, columns)
+
+
+def asked_thing(dataset, i):
+    """The box (4,) in 0..1 of the thing that example i of scenes is about; None where it names no single thing, and for
+    reasons (vcr)."""
+    if dataset.target is not None and dataset.target.ndim == 2:
+        return dataset.target[i]
+    question = dataset.text[dataset.rows([i])[0]]
+    if dataset.kind[i] == "reason":
+        return None
+    if isinstance(question, tuple):
+        question = question[0]  # vcr: the choice follows
+    split, number = dataset.ids[i].split("/")[:2]
+    scene = scene_texts.make_scene(0, split, int(number))
+    phrasings = []
+    for kind in ("color", "shape", "size"):
+        phrasings += scene_texts.QUESTIONS[kind][1]
+    for expression, things in scene.fits.items():
+        thing = scene_texts.phrase(expression)
+        if len(things) == 1 and question in [phrasing.format(thing=thing) for phrasing in phrasings]:
+            return np.array(things[0].box) / scene_texts.SIDE
+    return None
+
+
 TABLES = {
     "tasks": table_of_tasks,
     "objectives": table_of_objectives,
     "temperature": table_of_temperatures,
     "distill": table_of_students,
+    "attention": table_of_attention,
 }
 
 
@@ -348,6 +395,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=1, help="runs of a cell; table tasks: of vqa, nlvr2 and refer")
     parser.add_argument("--teacher", nargs="+", default=["layers=6"], help="distill: --config of the teacher")
     parser.add_argument("--student", nargs="+", default=["layers=2"], help="distill: --config of the student")
+    parser.add_argument("--checkpoints", nargs="+", type=Path, default=[], help="attention: of train.py, on scenes")
+    parser.add_argument("--count", type=int, default=300, help="attention: test examples for each checkpoint")
     given = sys.argv[1:]
     more = []
     if "--" in given:

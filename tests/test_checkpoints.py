@@ -11,6 +11,7 @@ import pickle
 import re
 import struct
 import sys
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,18 +20,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from damage import VALUES, damage_bytes
 from PIL import Image
 
 import checkpoints
 import data
-import formats
 import lxmert
 import predict
 import train
 import uniter
 import vilbert
-import weights
 from common import UserError
+from support import export, formats, resume, weights
 
 REFERENCE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[2] / "shared" / "reference")
 SENTENCES = """Is there evidence of a pneumothorax?|A café on the naïve coast, 3.5 km off.|UPPER and lower CASE|
@@ -189,6 +190,9 @@ WRAPPED = {  # how a code wraps a state dict: what it saves
     "compiled layers": lambda state: {name.replace(".layer.0.", ".layer.0._orig_mod."): t for name, t in state.items()},
     "average alone": lambda state: {"ema": {"module": state}, "step": torch.tensor(3)},
     "average beside": lambda state: {"ema": {n: t * 2 for n, t in state.items()}, "model_state_dict": state},
+    "an average in Lightning": lambda state: {"state_dict": {f"ema_model.module.{n}": t for n, t in state.items()}},
+    "torch's AveragedModel": lambda s: {"n_averaged": torch.tensor(3), **{f"module.{n}": t for n, t in s.items()}},
+    "DeepSpeed": lambda state: {"module": state, "optimizer": None, "epoch": 3},
     "three keys deep": lambda state: {"model": {"state_dict": {"module": state}}},
     "everything": lambda state: {"model": {f"module.model._orig_mod.{n}": t for n, t in state.items()}},
 }
@@ -202,7 +206,7 @@ def test_weights_are_found_in_any_wrapping(wrapping, tmp_path):
     expected = checkpoint_of(tmp_path / "plain.bin", "uniter")
     found = checkpoint_of(tmp_path / "wrapped.bin", "uniter")
     assert found["config"] == expected["config"]
-    assert set(found["state"]) == set(expected["state"])
+    assert set(expected["state"]) <= set(found["state"]) <= {*expected["state"], "n_averaged"}
     assert all(torch.equal(found["state"][name], tensor) for name, tensor in expected["state"].items())
 
 
@@ -242,6 +246,8 @@ def test_a_folder_in_several_parts_is_read_by_its_index_file(kind, tmp_path):
         "has no weight_map": None,
         "model-9.bin: no such file": {"a": "model-9.bin"},
         "is no weights file of its own folder": {"a": f"../{tmp_path.name}/x.bin"},
+        "'' is no weights file of its own folder": {"a": ""},
+        "'x.index.json' is no weights file of its own folder": {"a": "x.index.json"},
         "1 tensors are in none of its files, the first is a": content["weight_map"]
         | {"a": f"model-00001-of-00003.{kind}"},
     }
@@ -415,7 +421,7 @@ def test_transformers_loads_an_exported_lxmert_completely_and_computes_the_same(
     model = lxmert.LXMERT(lxmert.Config(**lxmert.PRESETS["tiny"] | sizes | {"heads": heads})).eval()
     checkpoint = {"model": "lxmert", "config": asdict(model.config), "state": model.state_dict()}
     checkpoint |= {"tokenizer": tokenizer.to_str(), "answers": list("abcd")}
-    checkpoints.export_hugging_face(checkpoint, tmp_path / "hf")
+    export.export_transformers(checkpoint, tmp_path / "hf")
     theirs, info = getattr(transformers, kind).from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == [kind]
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -456,7 +462,7 @@ def test_models_that_transformers_lacks_are_not_exported_to_it(tmp_path):
     for model in ("uniter", "vilbert", "a fourth"):
         checkpoint = {"model": model, "config": {"heads": ()}, "state": {}}
         with pytest.raises(UserError, match=f"transformers has no {model}"):
-            checkpoints.export_hugging_face(checkpoint, tmp_path / "hf")
+            export.export_transformers(checkpoint, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 
@@ -582,8 +588,13 @@ def test_the_hash_of_a_split_covers_words_pictures_regions_targets_and_answers()
         columns |= {"tokens": np.array([2, 7, 3, 2, 8, 3]), "offsets": np.array([0, 3, 6])}
         return data.Dataset("x", "train", store, **(columns | changes))
 
-    same = checkpoints.hash_data(dataset())
-    assert same == checkpoints.hash_data(dataset(ids=["7", "8"]))
+    same = resume.hash_data(dataset())
+    assert same == resume.hash_data(dataset(ids=["7", "8"]))
+    parts = {
+        "texts": {"tokens", "offsets"},
+        "pictures": {"image", "regions"},
+        "answers and targets": {"target", "answer"},
+    }
     changes = {
         "tokens": np.array([2, 7, 3, 2, 9, 3]),
         "offsets": np.array([0, 2, 6]),
@@ -593,7 +604,9 @@ def test_the_hash_of_a_split_covers_words_pictures_regions_targets_and_answers()
         "answer": [{"yes": 1.0}, {"no": 0.3}],
     }
     for name, value in changes.items():
-        assert checkpoints.hash_data(dataset(**{name: value})) != same, name
+        found = resume.hash_data(dataset(**{name: value}))
+        changed = {part for part in found if found[part] != same[part]}
+        assert changed == {part for part, names in parts.items() if name in names}, name
 
 
 def test_a_resumed_run_names_what_has_changed(own, tmp_path, capsys):
@@ -602,18 +615,18 @@ def test_a_resumed_run_names_what_has_changed(own, tmp_path, capsys):
     assert main(own, tmp_path, *options) == 0
     lines = [json.loads(line) for line in own.read_text().splitlines()]
     changed = {  # a change of the data: what the line must say
-        "text": ({"text": "is it not so?"}, "the model's vocab_size|--data .vqa, split train.|the tokenizer"),
-        "answer": ({"answer": "maybe"}, "the list of answers|the model's answers"),
+        "text": ({"text": "is it not so?"}, "the texts behind --data .vqa, split train."),
+        "answer": ({"answer": "maybe"}, "the number of answers"),
     }
     for key, (change, message) in changed.items():
         other = own.parent / f"changed-{key}.jsonl"
         other.write_text("".join(json.dumps(line | change) + "\n" for line in [*lines[:1], *lines[1:]]))
         assert main(other, tmp_path, *options, "--resume", "--steps", "2") == 2
-        assert re.search(f"--resume: ({message}) was", capsys.readouterr().err), key
+        assert re.search(f"--resume: {message} (was|changed)", capsys.readouterr().err), key
     fewer = own.parent / "fewer.jsonl"
     fewer.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
     assert main(fewer, tmp_path, *options, "--resume", "--steps", "2") == 2
-    assert "--data (vqa, split train) was 4 examples" in capsys.readouterr().err
+    assert "--data (vqa, split train) was 4 examples, now 3 examples" in capsys.readouterr().err
     for option, value in {"--seed": "1", "--lr": "0.5", "--batch-size": "1", "--clip": "1", "--dtype": "bf16"}.items():
         assert main(own, tmp_path, *options, "--resume", "--steps", "2", option, value) == 2
         error = capsys.readouterr().err
@@ -628,7 +641,7 @@ def test_a_resumed_run_names_what_has_changed(own, tmp_path, capsys):
     content = picture.read_bytes()
     Image.fromarray(255 - np.asarray(Image.open(picture))).save(picture)
     assert main(own, tmp_path, *options, "--resume", "--steps", "2") == 2
-    assert "--resume: --data (vqa, split train) was" in capsys.readouterr().err
+    assert "--resume: the pictures behind --data (vqa, split train) changed since" in capsys.readouterr().err
     picture.write_bytes(content)
     os.utime(own)
     assert main(own, tmp_path, *options[:2], "--resume", "--steps", "2", "--log-every", "1") == 0
@@ -651,7 +664,57 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(own, tmp_path, capsys
     newest.write_bytes(b"")
     previous.unlink()
     with pytest.raises(UserError, match=r"checkpoint.pt: no weights"):
-        checkpoints.load_latest(tmp_path / "out")
+        resume.load_latest(tmp_path / "out")
+
+
+def test_a_changed_bit_of_the_weights_is_noticed(own_checkpoint, tmp_path):
+    """torch.load reads it without a word."""
+    path = tmp_path / "x.pt"
+    checkpoints.save(own_checkpoint, path)
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+    torch.load(path)
+    for read in (checkpoints.load_checkpoint, lambda path: checkpoint_of(path, "uniter")):
+        with pytest.raises(UserError, match=f"x.pt: damaged .{largest.filename}"):
+            read(path)
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged", "of another run"])
+def test_best_weights_that_are_lost_are_said_when_a_run_goes_on(harm, own, tmp_path, capsys):
+    """Not at its end, when all steps are done. The best of the steps to come are kept and tested."""
+    options = ["--task", "vqa", "--eval-every", "1", "--steps", "2"]
+    assert main(own, tmp_path, *options) == 0
+    best = tmp_path / "out/best.pt"
+    if harm == "missing":
+        best.unlink()
+    elif harm == "damaged":
+        best.write_bytes(best.read_bytes()[:-100])
+    else:
+        assert main(own, tmp_path / "other", *options, "--config", "layers=1") == 0
+        best.write_bytes((tmp_path / "other/out/best.pt").read_bytes())
+    capsys.readouterr()
+    assert main(own, tmp_path, *options[:-1], "4", "--resume") == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = [i for i, line in enumerate(lines) if line.startswith(f"resume   {best}: ")]
+    first_step = next(i for i, line in enumerate(lines) if line.startswith("step "))
+    assert len(said) == 1 and said[0] < first_step and "the best weights so far are lost" in lines[said[0]]
+    assert checkpoints.load_checkpoint(best)["progress"]["step"] in (3, 4)
+
+
+@pytest.mark.parametrize("resumed", [[], ["--resume"]])
+def test_what_a_killed_run_left_half_written_is_removed(resumed, own, tmp_path):
+    options = ["--task", "vqa", "--steps", "1"]
+    assert main(own, tmp_path, *options) == 0
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    left = ["best.pt.tmp", "checkpoint.pt.new", "checkpoint.pt.new.tmp", "log.jsonl.tmp", "result.json.tmp"]
+    for name in [*left, "of-the-user.tmp"]:
+        (tmp_path / "out" / name).write_bytes(b"half")
+    assert main(own, tmp_path, *options, *resumed) == 0
+    found = {file.name for file in (tmp_path / "out").iterdir()}
+    assert found - {"checkpoint.previous.pt"} == names | {"of-the-user.tmp"}
 
 
 def test_a_save_that_fails_leaves_both_checkpoints_and_no_temporary_file(tmp_path, monkeypatch):
@@ -673,17 +736,21 @@ def test_a_save_that_fails_leaves_both_checkpoints_and_no_temporary_file(tmp_pat
 DAMAGED_PARTS = {  # what is done to a checkpoint of six pictures: how
     "no such model": {"model": "uniterx"},
     "sizes are no dict": {"config": "x"},
+    "a size of 0": {"config": {"hidden": 0}},
     "an unknown size": {"config": {"depth": 3}},
     "another width": {"config": {"hidden": 64}},
     "weights are no dict": {"state": 0.5},
     "a weight is missing": {"state": {"pooler.dense.weight": None}},
     "a weight of another shape": {"state": {"pooler.dense.bias": torch.zeros(3)}},
+    "a weight in integers": {"state": {"pooler.dense.bias": torch.zeros(128, dtype=torch.int8)}},
     "a weight is NaN": {"state": {"pooler.dense.bias": torch.full((128,), math.nan)}},
     "more answers than rows": {"answers": ["yes", "no", "red", "blue"]},
     "answers that are no text": {"answers": [1, 2]},
     "no tokenizer": {"tokenizer": ""},
     "no optimizer": {"optimizer": {}},
-    "progress is no dict": {"progress": 3},
+    "a list for progress": {"progress": [3]},
+    "progress without numbers": {"progress": {"best": "x"}},
+    "progress that is NaN": {"progress": {"step": math.nan}},
 }
 
 
@@ -698,7 +765,7 @@ def test_a_checkpoint_with_a_damaged_part_is_one_line(what, own, own_checkpoint,
     path = tmp_path / "out/checkpoint.pt"
     torch.save(content, path)
     readers = [lambda: main(own, tmp_path, "--task", "vqa", "--resume", "--steps", "2")]
-    if what != "no optimizer":
+    if what != "no optimizer" and not what.startswith("progress "):  # which only --resume reads
         readers.append(lambda: main(own, tmp_path / "2", "--task", "vqa", "--init", str(path)))
         readers.append(lambda: main(own, tmp_path / "2", "--task", "vqa", "--teacher", str(path)))
         readers.append(lambda: predict.main([str(path), "--image", str(own.parent / "0.png"), "--text", "what?"]))
@@ -707,6 +774,86 @@ def test_a_checkpoint_with_a_damaged_part_is_one_line(what, own, own_checkpoint,
         assert read() == 2
         error = capsys.readouterr().err
         assert "checkpoint.pt" in error and error.count("\n") == 1, error
+
+
+def damage_tensor(rng, tensor):
+    """A tensor of NaN, without its rows, in integers, or with an axis more."""
+    return [tensor * math.nan, tensor[:0], tensor.to(torch.int8), tensor[None]][rng.integers(4)].clone()
+
+
+def damage_content(rng, content):
+    """A checkpoint of which one part, or one entry of a part, is taken out or is something else."""
+    content = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
+    place = content
+    key = list(content)[rng.integers(len(content))]
+    if isinstance(content[key], dict) and content[key] and rng.random() < 0.6:
+        place = content[key]
+        key = list(place)[rng.integers(len(place))]
+    if rng.random() < 0.3:
+        del place[key]
+    elif isinstance(place[key], torch.Tensor) and rng.random() < 0.7:
+        place[key] = damage_tensor(rng, place[key])
+    else:
+        place[key] = VALUES[rng.integers(len(VALUES))]
+    return content
+
+
+def test_a_checkpoint_that_is_damaged_at_random_is_read_right_or_refused(own_checkpoint, tmp_path):
+    """Every changed byte of the weights is noticed; what is taken makes a model that can go on."""
+    rng = np.random.default_rng(4)
+    path = tmp_path / "out/checkpoint.pt"
+    checkpoints.save(own_checkpoint, path)
+    good = path.read_bytes()
+    refused = 0
+    for number in range(20):
+        if number % 2:
+            path.write_bytes(damage_bytes(rng, good))
+        else:
+            checkpoints.save(damage_content(rng, own_checkpoint), path)
+        try:
+            content = checkpoints.load_checkpoint(path)
+            predict.load_run(predict.parse([str(path), "--scenes"]))
+            resume.check_progress(path.parent, content)
+        except UserError as error:
+            refused += 1
+            assert "checkpoint.pt" in str(error) and "\n" not in str(error)
+            continue
+        for name, tensor in own_checkpoint["state"].items():
+            assert torch.equal(content["state"][name], tensor)
+    assert 10 < refused < 20
+
+
+def test_safetensors_that_are_damaged_at_random_are_read_right_or_refused(tmp_path):
+    """Of the header, and of the tensors themselves."""
+    package = pytest.importorskip("safetensors.torch")
+    rng = np.random.default_rng(6)
+    state = bert_state(words=58, layers=1)
+    path = tmp_path / "model.safetensors"
+    vocabulary(tmp_path / "vocab.txt", 58)
+    content = package.save(state)
+    header = 8 + int.from_bytes(content[:8], "little")
+    path.write_bytes(content)
+    whole = fit(path, "uniter")[0].state_dict()
+    refused = 0
+    for number in range(20):
+        if number % 2:
+            path.write_bytes(content[:8] + damage_bytes(rng, content[8:header]) + content[header:])
+        else:
+            damaged = dict(state)
+            name = list(state)[rng.integers(len(state))]
+            tensor = damaged.pop(name)
+            if rng.random() < 0.7:
+                damaged[name] = damage_tensor(rng, tensor)
+            package.save_file(damaged, path)
+        try:
+            model, _ = fit(path, "uniter")
+        except UserError as error:
+            refused += 1
+            assert "model.safetensors" in str(error) and "\n" not in str(error)
+            continue
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, whole[name]) or not name.startswith(formats.FORMATS["uniter"].from_bert), name
+    assert 10 < refused < 20
 
 
 # ---- surgery -------------------------------------------------------------------------------------------------------
@@ -1003,6 +1150,10 @@ def wrong_file(kind, folder):
         torch.save({"step": 3, "losses": [1.0]}, path)
     elif kind == "a tensor":
         torch.save(torch.zeros(3), path)
+    elif kind == "quantised":
+        torch.save({name: (99 * tensor).to(torch.int8) for name, tensor in good.items()}, path)
+    elif kind == "our weights alone":
+        torch.save(make("uniter"), path)
     elif kind == "half a model":
         torch.save({name: tensor for name, tensor in good.items() if ".layer.2.output" not in name}, path)
     elif kind == "too few words":
@@ -1023,7 +1174,7 @@ WRONG = {  # kind: what the line must say
     "other model": "weights of lxmert, which do not fit --model uniter",
     "other kind of model": "lacks bert.embeddings.word_embeddings.weight",
     "roberta without its name": "model_type is 'roberta'",
-    "other width": "4 tensors of the trunk are missing or of another shape, the first is layers.0.attention.value.weight",
+    "other width": "4 tensors of the trunk are missing or of another shape or type, the first is layers.0.attention.value.weight",
     "other features": "features of width 6",
     "heads unknown": "put its config.json beside it",
     "config of another": "64 wide with 7 heads",
@@ -1040,6 +1191,8 @@ WRONG = {  # kind: what the line must say
     "no weights": "holds no weights",
     "a tensor": "holds no weights",
     "half a model": "4 tensors of the trunk",
+    "quantised": "tensors of the trunk are missing or of another shape or type",
+    "our weights alone": "without its sizes and word pieces; give the whole checkpoint",
     "too few words": "30 words, the tokenizer 58",
     "no words beside it": "give --vocab",
     "folder": "a folder without model.safetensors or pytorch_model.bin",

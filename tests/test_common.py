@@ -11,10 +11,8 @@ from helpers import close, lengths_mask, randn
 from torch import nn
 
 import common
-import contrast
 import distill
-import evaluation
-import formats
+from support import contrast, evaluation, formats
 
 # ---- elementary formulas ---------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from helpers import close, lengths_mask, randn, unit_vectors
 from torch import nn
 
 import common
-import contrast
+from support import contrast
 
 CONTRASTS = {
     "infonce": lambda image, text, temperature, bias, same: contrast.info_nce(image, text, temperature, same),

@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import damage_bytes, damage_json
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import data
-import regions
 import tasks
+from support import options, records, regions
 
 COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"]
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
@@ -682,10 +683,51 @@ def test_the_transparent_grey_of_16_bits_is_white_and_no_part_of_the_range(tmp_p
     assert pixels[:, :, 0].tolist() == [[0, 128, 255], [255, 255, 255]]
     (tmp_path / "p.png").write_bytes(png_of_16_bits(np.full((2, 2), transparent), transparent))
     assert (np.asarray(data.open_picture("here", tmp_path / "p.png")) == 255).all()
-    color = (1000, 2000, transparent)
-    (tmp_path / "p.png").write_bytes(png_of_16_bits(np.array([[color, (1000, 2000, 5000)]]), color))
-    pixels = np.asarray(data.open_picture("here", tmp_path / "p.png"))
-    assert pixels.tolist() == [[[255, 255, 255], [3, 7, 19]]]
+
+
+def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
+    """Pillow keeps 8 bits of each colour, so that it cannot tell which pixels are meant."""
+    colors = np.array([[(1000, 2000, 3000), (1001, 2000, 3000)]])
+    for transparent in ((1000, 2000, 3000), (3, 7, 11)):
+        (tmp_path / "p.png").write_bytes(png_of_16_bits(colors, transparent))
+        with pytest.raises(common.UserError, match="p.png .a transparent colour of 16 bits"):
+            data.open_picture("here", tmp_path / "p.png")
+
+
+def test_pixels_that_are_no_numbers_are_black_and_no_part_of_the_range(tmp_path):
+    values = np.array([[1000, 1000.5, 1001], [np.nan, -np.inf, np.inf]], np.float32)
+    pixels = open_saved(tmp_path, Image.fromarray(values), "p.tif")
+    assert pixels[:, :, 0].tolist() == [[0, 128, 255], [0, 0, 255]]
+    with pytest.raises(common.UserError, match="its pixels are no numbers"):
+        open_saved(tmp_path, Image.fromarray(np.full((2, 2), np.nan, np.float32)), "p.tif")
+
+
+@pytest.mark.parametrize("kind", ["palette of a PNG", "GIF", "WebP", "JPEG 2000", "TIFF"])
+def test_transparent_pixels_of_every_format_are_white(tmp_path, kind):
+    """Black drawn on transparent black, which without its alpha would be all black. WebP: the first of two frames."""
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (4, 4, 12, 12))
+    if kind == "palette of a PNG":
+        palette = Image.new("P", (16, 16), 0)
+        palette.putpalette([0, 0, 0, 0, 0, 0, 200, 0, 0])
+        palette.paste(1, (4, 4, 12, 12))
+        pixels = open_saved(tmp_path, palette, "p.png", transparency=bytes([0, 255, 100]))
+    elif kind == "GIF":
+        pixels = open_saved(tmp_path, image, "p.gif")
+    elif kind == "WebP":
+        rest = [Image.new("RGBA", (16, 16), (255, 0, 0, 0))]
+        pixels = open_saved(tmp_path, image, "p.webp", lossless=True, save_all=True, append_images=rest)
+    elif kind == "JPEG 2000":
+        pixels = open_saved(tmp_path, image, "p.jp2")
+    else:
+        pixels = open_saved(tmp_path, image, "p.tif")
+    assert (pixels[0, 0] > 250).all() and (pixels[8, 8] < 5).all()
+
+
+def test_regions_that_would_fill_the_memory_are_refused(own, tmp_path):
+    for sizes in ({"patch": 100_000}, {"grid": 10**6}, {"patch": 2000, "grid": 10}):
+        with pytest.raises(common.UserError, match="my.jsonl:1: .* regions of .* fill the memory; take a smaller"):
+            load(own(GOOD), "vqa", "train", cache=tmp_path / "c", **sizes)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
@@ -780,81 +822,6 @@ def test_only_the_arrays_that_are_needed_are_read_and_no_header_is_believed(tmp_
 
 # ---- damaged at random -------------------------------------------------------------------------------------------------
 
-PIECES = [
-    b"\0",
-    b"\xff\xfe",
-    b"\xe2\x80\xa8",
-    b"\xc2\x85",
-    b"\n",
-    b'"',
-    b"{",
-    b"]",
-    b"NaN",
-    b"1e400",
-    b"9" * 400,
-    b"\\ud800",
-    b"\xe9",
-]
-VALUES = [
-    None,
-    True,
-    0,
-    -1,
-    3.5,
-    1e400,
-    "",
-    " ",
-    "a\0b",
-    "\u2028",
-    "f.npz",
-    ".",
-    [],
-    {},
-    [[0, 0, 42, 31]],
-    [-1, 0, 9, 9],
-]
-VALUES += [[[0, 0, 41, 31]], [39.9, 0, 40.9, 9], {"a": 2}, {"A": 0.9, "a.": 0.9}, "test", 10**30, ["a.png"], "\ud83d"]
-
-
-def damage_bytes(rng, content):
-    """Bytes changed, put in, taken out or cut off, at one to four random places."""
-    content = bytearray(content)
-    for _ in range(int(rng.integers(1, 5))):
-        i = int(rng.integers(len(content) + 1))
-        end = i + int(rng.integers(1, 40))
-        how = rng.integers(5)
-        if how == 0:
-            content[i : i + 1] = rng.bytes(1)
-        elif how == 1:
-            content[i:i] = PIECES[rng.integers(len(PIECES))]
-        elif how == 2:
-            del content[i:end]
-        elif how == 3:
-            content[i:i] = content[i:end]
-        elif len(content) > 1:
-            content = content[: i + 1]
-    return bytes(content)
-
-
-def damage_json(rng, record):
-    """A JSON object with one value changed, taken out, or under another key, at any depth; as bytes."""
-    record = json.loads(json.dumps(record))
-    place = record
-    while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-        key = keys[rng.integers(len(keys))]
-        if not isinstance(place[key], dict | list) or len(place[key]) == 0 or rng.random() < 0.5:
-            break
-        place = place[key]
-    how = rng.random()
-    if how < 0.6:
-        place[key] = VALUES[rng.integers(len(VALUES))]
-    elif how < 0.8:
-        del place[key]
-    elif isinstance(place, dict):
-        place[f"{key}s"] = place.pop(key)
-    return json.dumps(record).encode()
-
 
 def damaged_lines(rng, folder):
     good = {
@@ -893,13 +860,13 @@ def damaged_picture(rng, folder):
     write_jsonl(folder / "m.jsonl", [{"image": name, "text": "x", "target": [0, 0, 9, 9]}])
 
 
-@pytest.mark.parametrize("damaged", [damaged_lines, damaged_features, damaged_picture])
-def test_what_is_damaged_at_random_is_read_right_or_refused_in_one_line(own, tmp_path, damaged):
+@pytest.mark.parametrize("damaged, count", [(damaged_lines, 35), (damaged_features, 30), (damaged_picture, 40)])
+def test_what_is_damaged_at_random_is_read_right_or_refused_in_one_line(own, tmp_path, damaged, count):
     """Nothing is taken silently that is no UTF-8, not finite, or outside its picture."""
     own()
     rng = np.random.default_rng(5)
     refused = 0
-    for number in range(40):
+    for number in range(count):
         damaged(rng, tmp_path)
         try:
             dataset = load(tmp_path / "m.jsonl", "refer", "train", cache=tmp_path / f"c{number}", grid=2, patch=3)
@@ -918,7 +885,7 @@ def test_what_is_damaged_at_random_is_read_right_or_refused_in_one_line(own, tmp
         target = np.array(record["target"]).clip(0, [width, height, width, height])
         assert np.allclose(dataset.target[0], target / [width, height, width, height])
         assert list(dataset.text) == [record["text"]]
-    assert 5 < refused < 40
+    assert 5 < refused < count
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json"])
@@ -929,7 +896,7 @@ def test_a_vocabulary_that_is_damaged_at_random_is_read_right_or_refused(tmp_pat
     if name == "tokenizer.json":
         good = data.tokenizer_from_vocab("\n".join(pieces)).to_str().encode()
     refused = 0
-    for _ in range(40):
+    for _ in range(20):
         content = damage_bytes(rng, good)
         if name == "tokenizer.json" and rng.random() < 0.5:
             content = damage_json(rng, json.loads(good))
@@ -949,7 +916,34 @@ def test_a_vocabulary_that_is_damaged_at_random_is_read_right_or_refused(tmp_pat
                 piece = line.removesuffix("\r")
                 if piece and piece not in [other.removesuffix("\r") for other in lines[number + 1 :]]:
                     assert tokenizer.token_to_id(piece) == number
-    assert 3 < refused < 40
+    assert 3 < refused < 20
+
+
+def test_a_dataset_json_that_is_damaged_at_random_is_read_right_or_refused(own, tmp_path):
+    """What is taken stands in the file as it is, and the options' defaults are in their ranges."""
+    own(GOOD, {**GOOD, "split": "hard"})
+    good = {"name": "mine", "files": {"vqa": "my.jsonl"}, "extra_splits": ["hard"], "content_words": ["red"]}
+    good |= {"regions": {"kind": "x"}, "defaults": {"steps": 2, "mask": 0.2, "batch_size": 4}}
+    rng = np.random.default_rng(3)
+    refused = 0
+    for _ in range(20):
+        content = damage_json(rng, good)
+        if rng.random() < 0.4:
+            content = damage_bytes(rng, json.dumps(good).encode())
+        (tmp_path / "dataset.json").write_bytes(content)
+        try:
+            path, description = options.open_data(str(tmp_path))
+            defaults = options.read_defaults(path, description)
+            count = len(load(tmp_path, "vqa", "train", cache=tmp_path / "c"))
+        except common.UserError as error:
+            refused += 1
+            assert str(tmp_path) in str(error) and "\n" not in str(error)
+            continue
+        written = json.loads(content)
+        assert count == 1 and all(description[key] == value for key, value in written.items())
+        assert set(defaults) == set(written.get("defaults", {}))
+        assert defaults.get("steps", 0) >= 0 and 0 <= defaults.get("mask", 0) <= 1 and defaults.get("batch_size", 1) > 0
+    assert 3 < refused < 20
 
 
 # ---- lines that are wrong ----------------------------------------------------------------------------------------------
@@ -974,6 +968,13 @@ BAD_BYTES = [
     (b'{"image": "a.png", "text": "x", "bbox": [0, 0, 9, 9]}', "did you mean target"),
     (b'{"image": "a.png", "text": "x\\u0000y"}', "'text'"),
     (b'{"features": "nowhere#3", "text": "x"}', "not a feature store"),
+    ('{"image": "a.png", "text": "\u200b\ufeff \u00ad"}'.encode(), "'text'.*not empty"),
+    (b'{"image": "a.png", "text": "x", "answer": "\\u00ad"}', "'answer'"),
+    (b'{"image": "a.png", "text": "x", "id": 1, "question_id": 2}', "has an id already"),
+    (b'{"image": "a.png", "text": "x", "boxes": [[false, false, true, true]]}', "'boxes'"),
+    (b'{"image": "a.png", "text": "x", "answer": {"red": NaN}}', "'answer'"),
+    (b'{"image": "a.png", "text": "x", "id": 1.5}', "'id'"),
+    (b'{"image": "a.png", "text": "' + b"x" * records.LINE_BYTES + b'"}', "more than 1,048,576 bytes"),
 ]
 
 
@@ -1006,6 +1007,45 @@ def test_check_lists_the_first_twenty_mistakes_and_counts_all(own, tmp_path, mon
     assert "mistakes: 33, the first 20" in error and error.count("\n") == 21
     with pytest.raises(common.UserError, match=r"my.jsonl:1: not JSON.*and 32 more"):
         load(path, "pretrain", "train", cache=tmp_path / "c")
+
+
+def test_check_lists_every_wrong_picture_where_the_lines_are_right(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    for i in range(23):
+        Path(f"{i}.png").write_text("no picture")
+        lines.append({"image": f"{i}.png", "text": "x"})
+    code, _, error = run_command(capsys, "check", own({"image": "a.png", "text": "x"}, *lines))
+    assert code == 2 and "mistakes: 23, the first 20" in error
+    assert [line.split(": ")[0] for line in error.splitlines()[:20]] == [
+        f"{tmp_path}/my.jsonl:{i}" for i in range(2, 22)
+    ]
+    boxes = {"image": "a.png", "text": "x", "boxes": [[0, 0, 99, 9]]}
+    _, _, error = run_command(capsys, "check", own(boxes, boxes, boxes))
+    assert "my.jsonl:1: 'boxes'" in error and "the same in 2 more places" in error
+
+
+@pytest.mark.parametrize("key", ["question_id", "questionId", "ID", "sent_id", "annotation_id"])
+def test_what_other_data_sets_call_an_id_is_one(own, tmp_path, key):
+    assert list(load(own({**GOOD, key: 17}), "vqa", "train", cache=tmp_path / "c").ids) == ["17"]
+
+
+def test_texts_of_all_scripts_and_line_ends_are_read_as_they_are(own, tmp_path, capsys):
+    """A byte order mark, Windows' line ends, right to left, characters of several code points and in escapes."""
+    texts = [
+        "\u0645\u0627 \u0647\u0630\u0627\u061f",
+        "\U0001f468\u200d\U0001f469 \u0939\u093f\u0902",
+        "a\u2028b\u0085c",
+        "\U0001f600",
+    ]
+    lines = [json.dumps({"image": "a.png", "text": text}, ensure_ascii=text == texts[-1]) for text in texts]
+    path = own()
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([lines[0], "", *lines[1:], ""]).encode())
+    assert list(load(path, "caption", "train", cache=tmp_path / "c").text) == texts
+    assert "lost before" not in capsys.readouterr().err
+    own({"image": "a.png", "text": "caf\ufffd"})
+    load(path, "caption", "train", cache=tmp_path / "c")
+    assert "1 characters were lost before" in capsys.readouterr().err
 
 
 def test_equal_answers_are_merged_and_ids_are_kept(own, tmp_path):
@@ -1057,8 +1097,13 @@ def test_pictures_outside_the_folder_are_read_and_said(own, tmp_path, capsys):
     assert "lie outside" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "/dev/zero", ".", "a.png/b.png", "a.png\n"])
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "/dev/zero", ".", "a.png/b.png", "a.png\n", "loop", "nowhere", "pipe", "http://x.org/a.png"]
+)
 def test_a_name_that_is_no_file_is_said_with_its_line(own, tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("missing.png")
+    os.mkfifo(tmp_path / "pipe")  # whose reader would wait for ever
     path = own({**GOOD, "image": name})
     with pytest.raises(common.UserError, match=r"my.jsonl:1: .*no file"):
         load(path, "caption", "train", cache=tmp_path / "c")
@@ -1168,10 +1213,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         ("\u0915\u093f", "\u0915"),
         ("\u0e14\u0e35", "\u0e14\u0e34"),
         ("caf\u00e9", "cafe"),
+        ("\u05e9\u05c1", "\u05e9\u05c2"),
+        ("\u1ea1", "\u1ea3"),
+        ("\u0643\u064e\u062a\u064e\u0628", "\u0643\u064f\u062a\u0650\u0628"),
     ],
 )
 def test_own_vocabularies_keep_accents_and_marks(tmp_path, one, other):
-    """Panda and solder in Japanese, marks of Hindi and Thai. Composed and decomposed characters are one."""
+    """Panda and solder in Japanese, marks of Hindi, Thai, Hebrew, Vietnamese and Arabic. Composed and decomposed characters are one."""
     tokenizer = data.train_tokenizer([one, other] * 9)
     assert tokenizer.encode(one).ids != tokenizer.encode(other).ids
     decomposed = "cafe\u0301"
@@ -1188,6 +1236,8 @@ def test_vocabularies_with_odd_lines_keep_their_ids(tmp_path):
     tokenizer = data.read_tokenizer(tmp_path / "vocab.txt")
     assert tokenizer.get_vocab_size() == max(tokenizer.get_vocab().values()) + 1 == 12
     assert [tokenizer.token_to_id(piece) for piece in ("a", "b", "\u2028", "\u0085", "c")] == [9, 7, 8, 10, 11]
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert data.read_tokenizer(tmp_path / "windows.txt").get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize("change", [{"unk_token": "[nothing]"}, {"unk_token": ""}, {"vocab": {}}, {"type": "Unigram"}])

@@ -25,9 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoints
-import formats
 import lxmert
-import twelve_in_one
 import uniter
 import vilbert
 from common import (
@@ -37,7 +35,8 @@ from common import (
     question_answering,
     soft_answer_loss,
 )
-from evaluation import iou, recall_at
+from support import formats, twelve_in_one
+from support.evaluation import iou, recall_at
 
 # ---- frame -----------------------------------------------------------------------------------------------------
 

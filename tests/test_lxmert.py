@@ -15,11 +15,11 @@ from PIL import Image
 from torch import nn
 
 import checkpoints
-import formats
 import lxmert
 import train
 from common import attention_bias
 from prepare import lxmert_json
+from support import formats
 
 REFERENCE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[2] / "shared" / "reference")
 SMALL = {

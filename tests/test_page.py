@@ -7,13 +7,11 @@ import threading
 
 import pytest
 from PIL import Image
-from test_serve import checkpoints, start  # noqa: F401 (fixtures)
 
-import drawing
 import predict
-import questions
 import serve
 import train
+from support import drawing, questions
 
 COLORS = {"red": (220, 30, 30), "green": (20, 160, 60), "blue": (40, 60, 220)}
 
@@ -192,11 +190,11 @@ def test_the_attention_button_colors_the_regions(page):
     assert page.locator("#pictures .heat").count() == 0
     page.click("#attention")
     shown = page.eval_on_selector_all(
-        "#pictures .heat", "rects => rects.map(rect => [+rect.getAttribute('x'), +rect.getAttribute('fill-opacity')])"
+        "#pictures .heat", "rects => rects.map(rect => [+rect.getAttribute('x'), +rect.getAttribute('stroke-opacity')])"
     )
     most = max(region["weight"] for region in regions)
     for (x, opacity), region in zip(shown, regions, strict=True):
-        assert abs(x - region["box"][0]) < 0.01 and abs(opacity - 0.75 * region["weight"] / most) < 1e-3
+        assert abs(x - region["box"][0]) < 0.01 and abs(opacity - region["weight"] / most) < 1e-3
     page.click("#attention")
     assert page.locator("#pictures .heat").count() == 0
 
@@ -217,7 +215,7 @@ def test_a_form_of_the_browser_is_read(page, checkpoint, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["pretrain", "ve", "nlvr2", "vcr", "refer", "retrieval", "caption"])
-def test_every_task_has_its_inputs(task, browser, start):  # noqa: F811
+def test_every_task_has_its_inputs(task, browser, start):
     server = start(task)
     page = open_page(browser, server)
     assert page.locator("#pictures img").count() == (2 if task == "nlvr2" else 1)

@@ -3,8 +3,13 @@
 Runs of train.py are made once and have a few steps; the numbers that predict.py measures must be those of result.json.
 """
 
+import itertools
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,43 +17,15 @@ import torch
 from PIL import Image
 
 import data
-import drawing
 import predict
-import regions
 import tasks
 import train
 from common import UserError
 from prepare import scenes
+from support import drawing, regions
 
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer,caption"
-EVALUATED = [("uniter", task) for task in (*TASKS.split(","), "pretrain")]  # and what the other models do otherwise
-EVALUATED += [("vilbert", "vqa"), ("vilbert", "pretrain"), ("lxmert", "nlvr2"), ("lxmert", "pretrain")]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, small_scenes):
-    """A folder with pictures; the runs are made in it."""
-    folder = tmp_path_factory.mktemp("predict")
-    for i in range(3):
-        scenes.draw_scene(scenes.make_scene(0, "test", i)).save(folder / f"{i}.png")
-    return folder
-
-
-@pytest.fixture
-def trained(folder, small_scenes, monkeypatch, capsys):
-    """trained(model, task, *options): best.pt of a run of a few steps, made on first use."""
-    monkeypatch.chdir(folder)
-
-    def run(model, task, *options):
-        out = f"{model}-{task}-{len(options)}"
-        if not (folder / out / "result.json").exists():
-            command = ["--model", model, "--task", task, "--data", str(small_scenes(20)), "--out", out]
-            command += ["--steps", "6", "--batch-size", "8", "--device", "cpu", "--dtype", "f32", "--pool", "15"]
-            assert train.main([*command, "--limit", "64", *options]) == 0
-        capsys.readouterr()
-        return f"{out}/best.pt"
-
-    return run
+EVALUATED = list(itertools.product(("uniter", "vilbert", "lxmert"), (*TASKS.split(","), "pretrain")))
 
 
 def use(*arguments):
@@ -141,8 +118,16 @@ def test_lines_without_truth_of_every_task(task, line, trained, folder):
     path = own_file(folder, f"{task}-own.jsonl", lines)
     assert use(trained("uniter", task), "--data", path, "--out", "p.jsonl") == 0
     found = [json.loads(line) for line in (folder / "p.jsonl").read_text().splitlines()]
-    assert len(found) == 2 and found[1]["id"] == "7"
+    assert [line["id"] for line in found].index("7") == len(found) / 2
     assert all("truth" not in line for line in found) or task == "caption"
+    if task == "vcr":  # the answer, and the reasons given each of the two answers
+        kinds = ["answer", "reason given answer 0", "reason given answer 1"]
+        assert [line["kind"] for line in found] == kinds * 2
+        for predicted in found:
+            assert max(predicted["probs"]) == predicted["answers"][0][1]
+            assert sum(predicted["probs"]) == pytest.approx(1, abs=1e-4)
+    else:
+        assert len(found) == 2
 
 
 def test_a_prompt_is_filled_in_with_the_columns_of_each_line(trained, folder, capsys):
@@ -183,6 +168,50 @@ def test_an_interrupted_file_goes_on_and_ends_alike(cut, trained, small_scenes, 
     assert min(answered) == lines // 64 * 64  # whole chunks are not computed again
 
 
+def test_a_killed_process_goes_on_and_ends_alike(trained, folder):
+    """SIGKILL after the first lines, then --resume: the same bytes as without an interruption."""
+    checkpoint = trained("uniter", "vqa")
+    colors = ("red", "blue", "green")
+    lines = [{"image": f"{i % 3}.png", "text": f"is there a {colors[i % 7 % 3]} thing?"} for i in range(3000)]
+    path = own_file(folder, "many.jsonl", lines)
+    assert use(checkpoint, "--data", path, "--out", "whole.jsonl") == 0
+    command = [sys.executable, predict.__file__, checkpoint, "--data", path, "--out", "part.jsonl"]
+    command += ["--device", "cpu", "--dtype", "f32"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    part = folder / "part.jsonl"
+    while process.poll() is None and not (part.exists() and part.stat().st_size):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert 0 < part.read_bytes().count(b"\n") < 3000
+    assert use(checkpoint, "--data", path, "--out", part, "--resume") == 0
+    assert part.read_bytes() == (folder / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("model", ["uniter", "vilbert", "lxmert"])
+def test_layers_of_8_bits_answer_nearly_as_float32_does(model, trained, small_scenes, folder):
+    checkpoint = trained(model, "vqa")
+    run, _ = predict.load_run(predict.parse([checkpoint, "--scenes", "--int8", "--device", "cpu"]))
+    kinds = {type(module).__module__ for module in run.model.modules()}
+    assert "torch.ao.nn.quantized.dynamic.modules.linear" in kinds
+    assert use(checkpoint, "--data", small_scenes(20), "--out", "float.jsonl", "--top", 99) == 0
+    options = ["--data", str(small_scenes(20)), "--out", "int8.jsonl", "--top", "99", "--int8", "--device", "cpu"]
+    assert predict.main([checkpoint, *options]) == 0
+    differences = []
+    for file in ("float.jsonl", "int8.jsonl"):
+        lines = [json.loads(line) for line in (folder / file).read_text().splitlines()]
+        differences.append([p for line in lines for _, p in sorted(line["answers"])])
+    difference = np.abs(np.subtract(*differences))
+    assert 0 < difference.max() < 0.05
+
+
+def test_pretraining_is_measured_in_8_bits(trained, small_scenes, capsys):
+    """UNITER's masked regions multiply by the weights of a linear map, which must still be there."""
+    checkpoint = trained("uniter", "pretrain")
+    assert predict.main([checkpoint, "--data", str(small_scenes(20)), "--int8", "--device", "cpu"]) == 0
+    assert "mrfr_loss" in capsys.readouterr().out
+
+
 def test_a_file_of_other_predictions_is_not_continued(trained, small_scenes, tmp_path, capsys):
     checkpoint = trained("uniter", "vqa")
     for content in ('{"id": "other"}\n', "no JSON\n", "[]\n"):
@@ -219,6 +248,26 @@ def test_a_picture_gives_what_a_line_with_it_gives(trained, folder, capsys):
         assert printed.out == predict.describe(found) + "\n", task
         assert Image.open(folder / "one.png").width == drawing.SIDE
         assert printed.err == ""
+
+
+@pytest.mark.parametrize("orientation, turn", [(3, "ROTATE_180"), (6, "ROTATE_90"), (8, "ROTATE_270")])
+def test_a_photo_on_its_side_is_answered_as_it_is_shown(orientation, turn, trained, folder, capsys):
+    """Boxes, given and answered, are those of the picture as its EXIF tag turns it; so is the drawing."""
+    upright = Image.open(folder / "0.png").crop((0, 0, 96, 64))
+    upright.save(folder / "upright.png")
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    upright.transpose(Image.Transpose[turn]).save(folder / "photo.png", exif=tag)
+    boxes = [[0, 0, 40, 40], [30, 30, 90, 64], [60, 0, 96, 30]]  # some lie outside of a picture of 64 x 96
+    given = ["--boxes", json.dumps(boxes), "--text", "a red circle"]
+    answers = {}
+    for name in ("upright", "photo"):
+        capsys.readouterr()
+        assert use(trained("uniter", "refer"), "--image", f"{name}.png", *given, "--out", f"{name}-sheet.png") == 0
+        answers[name] = capsys.readouterr().out, np.asarray(Image.open(folder / f"{name}-sheet.png")).tolist()
+    assert answers["photo"] == answers["upright"]
+    shown = [json.loads(text) for text in re.findall(r"\[.*?\]", answers["photo"][0])]
+    assert sorted(shown) == sorted(boxes)
 
 
 def test_two_pictures_and_one_answer(trained, folder, capsys):
@@ -317,46 +366,6 @@ def test_the_masked_word_is_one_that_only_the_picture_tells(trained, folder, cap
     assert len(truths) == 8 and set(truths) <= set(scenes.CONTENT_WORDS)
 
 
-# ---- --export --------------------------------------------------------------------------------------------------------
-
-
-def test_official_names(trained, folder):
-    checkpoint = trained("uniter", "vqa")
-    assert use(checkpoint, "--export", "vqa.bin") == 0
-    assert "uniter.embeddings.word_embeddings.weight" in torch.load("vqa.bin")
-
-
-@pytest.mark.parametrize(("model", "task"), [("vilbert", "ve"), ("lxmert", "retrieval"), ("uniter", "refer")])
-def test_a_program_gives_what_the_model_gives_on_ragged_batches(model, task, trained, folder):
-    checkpoint = trained(model, task)
-    assert use(checkpoint, "--export", "model.pt2", "--to", "program") == 0
-    program = torch.export.load(folder / "model.pt2").module()
-    run, row = predict.load_run(predict.parse([checkpoint, "--scenes", "--device", "cpu", "--dtype", "f32"]))
-    dataset, _ = predict.held_out(run, row, None, 60)
-    rng = np.random.default_rng(0)
-    for count in (1, 2, 3, 5, 8, 13):
-        batch = data.collate(dataset, rng.choice(len(dataset), count, replace=False))
-        found = program(*[getattr(batch, name) for name in predict.Program.inputs])
-        batch.task = torch.zeros(count, dtype=torch.long)
-        with torch.inference_mode():
-            encoding = run.model.encode(batch)
-        torch.testing.assert_close(found["pooled"], encoding.pooled, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(found["text"], encoding.text, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(found["regions"], encoding.regions, atol=1e-5, rtol=1e-5)
-        if task == "refer":
-            assert "logits" not in found
-        else:
-            head = {"vqa": "vqa", "ve": "ve", "retrieval": "rank"}[task]
-            with torch.inference_mode():
-                expected = run.model.heads[head](encoding.pooled)
-            torch.testing.assert_close(found["logits"], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_transformers_loads_what_is_exported_for_it(trained, folder, capsys):
-    assert use(trained("lxmert", "vqa"), "--export", "hf", "--to", "transformers") == 0
-    assert {"config.json", "pytorch_model.bin", "vocab.txt"} <= {path.name for path in (folder / "hf").iterdir()}
-
-
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +378,7 @@ def test_transformers_loads_what_is_exported_for_it(trained, folder, capsys):
         (["CKPT", "--scenes", "0"], "at least 1"),
         (["CKPT", "--scenes", "--split", "none"], "none"),
         (["CKPT", "--scenes", "--out", "sheet.nothing"], "--out sheet.nothing"),
+        (["CKPT", "--scenes", "--out", "sheet.msp"], "--out sheet.msp"),
         (["CKPT", "--scenes", "--task", "ve"], "trained for vqa"),
         (["CKPT", "--image", "none.png", "--text", "x"], "no such file"),
         (["CKPT", "--image", "0.png"], "--text"),
@@ -383,6 +393,8 @@ def test_transformers_loads_what_is_exported_for_it(trained, folder, capsys):
         (["CKPT", "--data", "bad.jsonl"], "bad.jsonl:1"),
         (["CKPT", "--data", "wide.jsonl"], "features of 5 numbers"),
         (["CKPT", "--export", "x.bin", "--to", "nothing"], "--to"),
+        (["CKPT", "--export", "x.bin", "--int8"], "--int8 goes with none of"),
+        (["CKPT", "--search", "a star", "--scenes"], "give one of --scenes"),
         (["CKPT", "--export", "x.bin", "--to", "transformers"], "transformers has no uniter"),
     ],
 )

@@ -5,6 +5,7 @@ Each reader gets files in the published layout, with the published field names a
 
 import argparse
 import base64
+import csv
 import hashlib
 import importlib.util
 import itertools
@@ -24,7 +25,6 @@ from PIL import Image
 
 import checkpoints
 import data
-import options
 import predict
 import tasks
 import train
@@ -49,6 +49,7 @@ from prepare import (
     vqa_rad,
     vqa_v2,
 )
+from support import options
 
 
 def make_picture(path, seed=0, size=(40, 30)):
@@ -605,7 +606,8 @@ def test_mistakes_in_own_data_are_one_line(content, message, tmp_path, no_networ
 def convert(module, source, out, *options):
     """The exit code of a reader's command."""
     add_options = getattr(module, "add_options", None)
-    return published.main(module.convert, module.__doc__, add_options, [str(source), str(out), *options])
+    predictions = getattr(module, "predictions", None)
+    return published.main(module.convert, module.__doc__, add_options, [str(source), str(out), *options], predictions)
 
 
 def test_flickr8k(tmp_path, capsys):
@@ -888,6 +890,11 @@ def test_gqa(tmp_path, capsys):
     assert [record["split"] for record in records] == ["train"] * 2 + ["val"] * 2 + ["test"] * 2
     expected = {"image": "../in/images/2354786.jpg", "text": "Is the sky dark?", "answer": "yes", "kind": "verify"}
     assert records[1] == {**expected, "split": "train", "id": "07333408"}
+    asked = {"question": "Is the sky dark?", "imageId": "2354786", "isBalanced": True}
+    write_json(folder / "submission_all_questions.json", {"201307251": asked})
+    assert convert(gqa, folder, tmp_path / "out") == 0
+    unanswered = {"image": "../in/images/2354786.jpg", "text": "Is the sky dark?", "split": "test", "id": "201307251"}
+    assert read_lines(tmp_path / "out" / "gqa_test.jsonl") == [unanswered]
 
     path = folder / "val_balanced_questions.json"
     path.write_text(path.read_text()[:-40])
@@ -1030,6 +1037,10 @@ def test_vcr(tmp_path, capsys):
     assert record["reasons"][1] == "Casey sees 1" and record["reason"] == 0
     assert record["boxes"] == [[10.5, 0, 20, 30], [0, 0, 1920, 1080], [1, 2, 3, 4]]
     assert record["image"] == "../in/vcr1images/lsmdc/1.jpg" and record["id"] == "train-0"
+    write_lines(folder / "test.jsonl", [{key: row[key] for key in vcr.NEEDED}])
+    assert convert(vcr, folder, tmp_path / "out") == 0
+    unlabelled = {key: value for key, value in record.items() if key not in ("label", "reason")}
+    assert read_lines(tmp_path / "out" / "vcr_test.jsonl") == [{**unlabelled, "split": "test"}]
 
     write_lines(folder / "val.jsonl", [{**row, "question": ["Who", "is", [3]]}])
     assert "val.jsonl:1: a text names object 3 of 3" in error_of(capsys, vcr, folder, tmp_path / "out")
@@ -1075,6 +1086,79 @@ def test_visual_genome(tmp_path, capsys):
     write_json(folder / "question_answers.json", [{"id": 1, "qas": [{"image_id": 1, "qa_id": 5, "question": "Why?"}]}])
     err = error_of(capsys, visual_genome, folder, tmp_path / "out")
     assert "question_answers.json: entry 0: has no 'answer'" in err
+
+
+# ---- predictions in the benchmarks' own formats ------------------------------------------------------------------------
+
+VQA_LINES = [
+    {"id": "262148000", "kind": "other", "answers": [["down", 0.8], ["up", 0.1]]},
+    {"id": "262148001", "kind": "yes/no", "answers": [["yes", 0.9]], "truth": "no"},
+]
+NLVR2_LINES = [
+    {"id": "test1-0-0-0", "kind": "nlvr2", "answers": [["true", 0.8], ["false", 0.2]]},
+    {"id": "test1-0-0-1", "kind": "nlvr2", "answers": [["false", 0.7], ["true", 0.3]]},
+]
+COCO_LINES = [
+    {"id": "COCO_val2014_000000391895.jpg", "kind": "caption", "caption": "a man rides"},
+    {"id": "COCO_val2014_000000391895.jpg", "kind": "caption", "caption": "a man rides"},
+    {"id": "COCO_val2014_000000000009.jpg", "kind": "caption", "caption": "food"},
+]
+REFER_LINES = [{"id": "7", "kind": "refer", "answers": [[[103.9, 300.0, 238.2, 427.0], 0.6]]}]
+
+
+@pytest.mark.parametrize(
+    ("module", "lines", "expected"),
+    [
+        (
+            vqa_v2,
+            VQA_LINES,
+            [{"question_id": 262148000, "answer": "down"}, {"question_id": 262148001, "answer": "yes"}],
+        ),
+        (
+            gqa,
+            VQA_LINES,
+            [{"questionId": "262148000", "prediction": "down"}, {"questionId": "262148001", "prediction": "yes"}],
+        ),
+        (coco, COCO_LINES, [{"image_id": 391895, "caption": "a man rides"}, {"image_id": 9, "caption": "food"}]),
+        (refcoco, REFER_LINES, [{"sent_id": 7, "pred_box": [103.9, 300.0, 134.3, 127.0]}]),
+        (nlvr2, NLVR2_LINES, "test1-0-0-0,True\ntest1-0-0-1,False\n"),
+    ],
+)
+def test_predictions_as_the_server_takes_them(module, lines, expected, tmp_path, capsys):
+    path = write_lines(tmp_path / "p.jsonl", lines)
+    assert convert(module, path, tmp_path / "out", "--predictions") == 0
+    written = (tmp_path / "out").read_text()
+    assert (written if isinstance(expected, str) else json.loads(written)) == expected
+    write_lines(path, [{"id": "seven"}])
+    assert "p.jsonl:1: " in error_of(capsys, module, path, tmp_path / "out", "--predictions")
+    write_lines(path, [{"kind": "vqa"}])
+    assert "p.jsonl:1: has no 'id'" in error_of(capsys, module, path, tmp_path / "out", "--predictions")
+
+
+def test_vcrs_predictions_as_the_server_scores_them(tmp_path, capsys):
+    """Scored as VCR's own evaluator does: the largest of answer_0..3, and of the reasons given the right answer."""
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(4), (3, 5)).round(5)  # (questions, answer and reasons given each answer, 4)
+    kinds = ["answer", *(f"reason given answer {i}" for i in range(4))]
+    lines = []
+    for question in range(3):
+        for kind, values in zip(kinds, probs[question].tolist(), strict=True):
+            lines.append({"id": f"test-{question}", "kind": kind, "answers": [["x", 1]], "probs": values})
+    path = write_lines(tmp_path / "p.jsonl", lines)
+    assert convert(vcr, path, tmp_path / "p.csv", "--predictions") == 0
+    with open(tmp_path / "p.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["annot_id"] for row in rows] == ["test-0", "test-1", "test-2"]
+    assert len(rows[0]) == 21
+    for row, expected in zip(rows, probs, strict=True):
+        assert [float(row[f"answer_{i}"]) for i in range(4)] == expected[0].tolist()
+        for right in range(4):
+            given = [float(row[f"rationale_conditioned_on_a{right}_{i}"]) for i in range(4)]
+            assert given == expected[1 + right].tolist()
+    write_lines(path, lines[:-1])
+    assert "test-2: lacks the answer" in error_of(capsys, vcr, path, tmp_path / "p.csv", "--predictions")
+    write_lines(path, [{**lines[0], "kind": "reason"}])
+    assert "vcr_test.jsonl" in error_of(capsys, vcr, path, tmp_path / "p.csv", "--predictions")
 
 
 # ---- captions of the web ----------------------------------------------------------------------------------------------

@@ -461,13 +461,8 @@ def test_a_data_set_is_a_function_of_the_seed(folder, tmp_path):
 
 def test_lines_name_their_pictures_and_splits(folder):
     described = json.loads((folder / "dataset.json").read_text())
-    assert described["defaults"] == {
-        "steps": 2400,
-        "steps_one_objective": 3600,
-        "mask": 0.3,
-        "batch_size": 256,
-        "captions": "first",
-    }
+    steps = {"steps": 2400, "steps_one_objective": 3600}
+    assert described["defaults"] == {**steps, "mask": 0.3, "batch_size": 256, "captions": "first"}
     for task, file in described["files"].items():
         splits = Counter()
         for line in read_lines(folder, file):

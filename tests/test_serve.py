@@ -7,60 +7,24 @@ import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pytest
 from PIL import Image
 
 import predict
-import questions
 import serve
-import train
 from prepare import scenes
+from support import questions
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory, small_scenes):
-    """checkpoints(task): best.pt of a run of one step, made on first use."""
-    folder = tmp_path_factory.mktemp("serve")
-
-    def checkpoint(task):
-        out = folder / task
-        if not out.exists():
-            command = ["--task", task, "--data", str(small_scenes(20)), "--out", str(out), "--steps", "1"]
-            assert train.main([*command, "--batch-size", "8", "--device", "cpu", "--dtype", "f32"]) == 0
-        return out / "best.pt"
-
-    return checkpoint
-
-
-@pytest.fixture
-def start(checkpoints):
-    """start(task): a running server; it is closed at the end of the test."""
-    servers = []
-
-    def run_server(task):
-        args = predict.parse([str(checkpoints(task)), "--serve", "0", "--device", "cpu", "--dtype", "f32"])
-        run, row = predict.load_run(args)
-        server = serve.Server(0, run, row, 3, questions.make_samples(run, row))
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield run_server
-    for server in servers:
-        server.shutdown()
-        server.close()
 
 
 def request(server, method, path, body=None, headers=None):
@@ -136,6 +100,24 @@ def test_pictures_of_a_request_are_answered_as_files_are(start, scene, tmp_path,
     assert status == 200 and predict.describe(answer) + "\n" == capsys.readouterr().out
 
 
+def test_a_photo_on_its_side_is_answered_as_it_is_shown(start):
+    """With given boxes, and with the grid, which follows the turned picture too."""
+    server = start("refer")
+    upright = scenes.draw_scene(scenes.make_scene(0, "test", 0)).crop((0, 0, 96, 64))
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    photo = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(photo, "PNG", exif=tag)
+    pictures = [png(upright), base64.b64encode(photo.getvalue()).decode()]
+    for boxes in ([[[0, 0, 40, 40], [60, 0, 96, 30]]], None):
+        replies = []
+        for picture in pictures:
+            question = {"images": [picture], "boxes": boxes, "text": "red circle"}
+            replies.append(request(server, "POST", "/predict", question))
+        assert replies[0] == replies[1] and replies[0][0] == 200, replies
+        assert max(box[2] for box, _ in replies[0][1]["answers"]) <= 96
+
+
 def test_requests_that_come_together_are_answered_together(start, scene, monkeypatch):
     server = start("vqa")
     held = threading.Event()
@@ -163,12 +145,109 @@ def test_requests_that_come_together_are_answered_together(start, scene, monkeyp
             assert abs(p - q) < 1e-4, (name, other)
 
 
-def bomb():
-    """A PNG of a few bytes that says it has 65535 x 65535 pixels."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", 65535, 65535, 1, 0, 0, 0, 0)
-    content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    content += struct.pack(">I", 9) + b"IDAT" + bytes(9 + 4)
-    return base64.b64encode(content).decode()
+def form(parts):
+    """(body, headers) of a form. parts: [(name, content)]"""
+    body = b""
+    for name, content in parts:
+        body += (
+            f'--a b\r\nContent-Disposition: form-data; name="{name}"; filename="x.png"\r\n\r\n'.encode()
+            + content
+            + b"\r\n"
+        )
+    return body + b"--a b--\r\n", {"Content-Type": 'multipart/form-data; boundary="a b"'}
+
+
+def test_a_form_is_answered_as_json_is(start, scene):
+    server = start("vqa")
+    boxes = [[0, 0, 40, 40], [30, 30, 90, 90]]
+    question = {"images": [scene], "boxes": [boxes], "text": "what is it?", "attention": True}
+    picture = base64.b64decode(scene)
+    parts = [
+        ("image", picture),
+        ("text", b"what is it?"),
+        ("boxes", json.dumps(boxes).encode()),
+        ("attention", b"true"),
+    ]
+    expected = request(server, "POST", "/predict", question)
+    assert expected[0] == 200 and request(server, "POST", "/predict", *form(parts)) == expected
+    assert [region["box"] for region in expected[1]["regions"]] == boxes
+    status, answer = request(server, "POST", "/predict", *form([("sample", b"0"), ("text", b"what is it?")]))
+    assert status == 200 and len(answer["answers"]) == 3 and "regions" not in answer
+
+
+@pytest.mark.parametrize("content", [bytes(range(256)) * 3, b"\r\n--a\r\n--a  b", b"", b"\r\n", b"--a", b"\n\r\n\r"])
+def test_the_files_of_a_form_are_kept_byte_for_byte(content):
+    found = questions.parse_form(
+        form([("image", content), ("text", "ä".encode()), ("choices", b"x"), ("choices", b"y")])[0], "a b"
+    )
+    assert found == {"images": [content], "text": "ä", "choices": ["x", "y"]}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([("text", b"\xff")], "'text' is no text"),
+        ([("boxes", b"[[1,")], "'boxes'"),
+        ([("sample", b"1, 2")], "no JSON"),
+        ([("text", b"x"), ("attention", b"1")], "'attention'"),
+        ([("text", b"x"), ("image", b"x"), ("image", b"x")], "1 picture"),
+        ([("text", b"x"), ("image", b"x")], "no picture"),
+        ([("text", b"x")] * 101, "100 fields"),
+    ],
+)  # fmt: skip
+def test_a_wrong_form_gets_a_message(parts, message, start):
+    status, answer = request(start("vqa"), "POST", "/predict", *form(parts))
+    assert status == 400 and message in answer["error"]
+
+
+def test_a_turned_photograph_is_answered_as_the_file_is(start, tmp_path, capsys, checkpoints):
+    picture = Image.effect_noise((40, 90), 60).convert("RGB")
+    exif = picture.getexif()
+    exif[0x0112] = 8
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    server = start("vqa")
+    question = {"text": "what is it?", "images": [base64.b64encode((tmp_path / "a.jpg").read_bytes()).decode()]}
+    status, answer = request(server, "POST", "/predict", {**question, "boxes": [[[0, 0, 90, 40]]]})
+    assert status == 200  # 90 pixels wide
+    capsys.readouterr()
+    command = [str(checkpoints("vqa")), "--image", str(tmp_path / "a.jpg"), "--text", "what is it?"]
+    assert predict.main([*command, "--boxes", "[[0,0,90,40]]", "--device", "cpu", "--dtype", "f32"]) == 0
+    assert predict.describe(answer) + "\n" == capsys.readouterr().out
+    assert "outside" in request(server, "POST", "/predict", {**question, "boxes": [[[0, 0, 40, 90]]]})[1]["error"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:9000"}, 200),  # through a tunnel
+        ({"Host": "localhost:9000", "Origin": "http://localhost:9000"}, 200),
+        ({"Host": "evil.test"}, 403),
+        ({"Host": "127.0.0.1.evil.test"}, 403),
+        ({"Origin": "http://evil.test"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost:1"}, 403),
+    ],
+)
+def test_pages_of_other_sites_are_refused(headers, status, start):
+    server = start("vqa")
+    assert request(server, "POST", "/predict", {"sample": 0, "text": "what is it?"}, headers)[0] == status
+    assert request(server, "GET", "/samples", None, headers)[0] == status
+
+
+def test_pages_and_formats(start):
+    server = start("vqa")
+    page = Image.effect_noise((30, 20), 60)
+    for kind, more, status in (("TIFF", {}, 200), ("TIFF", {"save_all": True, "append_images": [page]}, 400),
+                               ("GIF", {"save_all": True, "append_images": [page]}, 200), ("EPS", {}, 400)):  # fmt: skip
+        content = io.BytesIO()
+        page.save(content, kind, **more)
+        question = {"text": "x", "images": [base64.b64encode(content.getvalue()).decode()]}
+        assert request(server, "POST", "/predict", question)[0] == status, kind
+
+
+def bomb(name):
+    return base64.b64encode(hostile.bomb(name)).decode()
 
 
 @pytest.mark.parametrize(
@@ -193,7 +272,10 @@ def bomb():
         ("POST", "/predict", {"text": "x", "images": [3]}, 400, "base64"),
         ("POST", "/predict", {"text": "x", "images": ["%%%"]}, 400, "base64"),
         ("POST", "/predict", {"text": "x", "images": ["AAAA"]}, 400, "no picture"),
-        ("POST", "/predict", {"text": "x", "images": [bomb()]}, 413, "pixels"),
+        ("POST", "/predict", {"text": "x", "images": [bomb("50,000 x 50,000")]}, 413, "too large"),
+        ("POST", "/predict", {"text": "x", "images": [bomb("one row")]}, 413, "no side longer"),
+        ("POST", "/predict", {"text": "x", "images": [bomb("comment")]}, 400, "no picture"),
+        ("POST", "/predict", {"text": "x", "attention": 1}, 400, "'attention'"),
         ("POST", "/predict", {"text": "x", "images": ["PICTURE"], "boxes": [[[1, 2, 3, 999]]]}, 400, "outside"),
         ("POST", "/predict", {"text": "x", "images": ["PICTURE"], "boxes": [[1]]}, 400, "'boxes'"),
         ("POST", "/predict", {"text": "x", "images": ["PICTURE"], "boxes": 3}, 400, "'boxes'"),
@@ -226,24 +308,52 @@ def test_lengths_and_headers_have_limits(start, monkeypatch):
     assert b" 413 " in send_raw(server, b"POST /predict HTTP/1.0\r\nContent-Length: 99999999\r\n\r\n")
     assert b" 413 " in send_raw(server, b"POST /predict HTTP/1.0\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n")
     assert b" 411 " in send_raw(server, b"POST /predict HTTP/1.0\r\nContent-Length: -1\r\n\r\n")
+    assert b" 411 " in send_raw(
+        server, b"POST /predict HTTP/1.1\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
     assert b" 431 " in send_raw(server, b"GET / HTTP/1.0\r\n" + b"A: b\r\n" * 200 + b"\r\n")
+    assert b" 431 " in send_raw(server, b"GET / HTTP/1.0\r\n" + (b"A: " + b"b" * 50_000 + b"\r\n") * 3 + b"\r\n")
     monkeypatch.setattr(serve.Handler, "timeout", 0.3)
     reply = send_raw(server, b"POST /predict HTTP/1.0\r\nContent-Length: 100\r\n\r\n{")
     assert b" 408 " in reply and b'"error"' in reply
+
+
+def test_a_client_that_sends_byte_by_byte_has_a_deadline(start, monkeypatch):
+    monkeypatch.setattr(serve.Handler, "timeout", 0.5)
+    server = start("vqa")
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as client:
+        begin = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() < begin + 15:
+                client.sendall(b"x")
+                time.sleep(0.1)
+        assert time.monotonic() < begin + 15
     assert request(server, "GET", "/healthz")[0] == 200
 
 
-def test_closed_sockets_and_noise_leave_the_server_answering(start):
+def test_an_answer_that_comes_before_the_whole_body_is_read(start):
     server = start("vqa")
-    rng = np.random.default_rng(0)
-    for i in range(100):
-        with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as client:
-            if i % 2:
-                client.sendall(b"POST /predict HTTP/1.0\r\nContent-Length: 500\r\n\r\n{")
-            else:
-                client.sendall(rng.bytes(200) + b"\r\n\r\n")
+    body = b"x" * 30_000_000
+    status, answer = request(server, "POST", "/predict", body)
+    assert status == 413 and "at most" in answer["error"]
+
+
+def test_hostile_requests_leave_the_server_answering(start, monkeypatch, capsys):
+    monkeypatch.setattr(serve.Handler, "timeout", 1)
+    server = start("vqa")
+
+    def attack(seed):
+        _, *how = hostile.make_request(seed, pause=0.05)
+        return hostile.send(server.server_port, *how)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(attack, range(55)))
+    assert 500 not in found and "no answer in time" not in found
+    assert {400, 404} <= set(found)
     status, answer = request(server, "POST", "/predict", {"sample": 0, "text": "what is it?"})
     assert status == 200 and len(answer["answers"]) == 3
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err == ""
 
 
 def test_a_full_queue_and_a_late_answer_have_their_status(start, monkeypatch):

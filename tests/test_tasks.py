@@ -21,16 +21,14 @@ import checkpoints
 import common
 import data
 import distill
-import evaluation
-import log
 import lxmert
-import options
 import predict
 import tasks
 import train
 import uniter
 import vilbert
 from prepare import scenes
+from support import evaluation, log, options
 
 ROOT = Path(__file__).parent.parent
 PAPERS = list(checkpoints.MODELS)
@@ -366,13 +364,15 @@ def test_answers_are_shown_with_their_probabilities_and_the_truth(drawn, tokeniz
     shown = tasks.VE.show(run, lines, 1, logits, 3)["answers"]
     assert [name for name, _ in shown] == ["entailment", "neutral", "contradiction"]
     shown = tasks.NLVR2.show(run, lines, 0, torch.tensor([0.0, 1.0]), 3)
-    assert shown == {"answers": [["true", 0.73106], ["false", 0.26894]], "truth": "false"}
+    answers = [["true", 0.73106], ["false", 0.26894]]
+    assert shown == {"answers": answers, "probs": [0.26894, 0.73106], "truth": "false"}
     assert "truth" not in tasks.NLVR2.show(run, lines, 1, torch.tensor([0.0, 1.0]), 3)
     assert tasks.RETRIEVAL.show(run, None, 0, torch.tensor(1.0), 3) == {"match": 0.73106}
     assert tasks.CAPTION.show(run, lines, 0, "a red disc", 3) == {"caption": "a red disc", "truth": "a blue disc"}
     choices = drawn("test", "vcr", 20).encode(tokenizer)
     texts = [choices.text[choices.group * 3 + k][-1] for k in range(choices.group)]
     shown = tasks.VCR.show(run, choices, 3, torch.tensor([0.0, 0.0, 5.0, 0.0]), 1)
+    assert shown.pop("probs") == [0.0066, 0.0066, 0.98019, 0.0066]
     assert shown == {"answers": [[texts[2], 0.98019]], "truth": texts[int(choices.target[3])]}
     refer = drawn("test", "refer", 20).encode(tokenizer)
     boxes = refer.store.gather(refer.image[[4]])["boxes"][0]

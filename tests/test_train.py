@@ -24,18 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
 import common
-import contrast
 import data
 import distill
-import evaluation
-import log
 import lxmert
-import machine
-import options
 import tasks
 import train
 import uniter
 from prepare import scenes
+from support import contrast, evaluation, log, machine, options, resume
 
 ROOT = Path(__file__).parent.parent
 
@@ -453,6 +449,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, here, capsys):
         (["--resume"], "--resume"),
         (["--steps", "-1"], "--steps"),
         (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "meta"], "meta: not available"),
+        (["--out", "damaged.pt"], "--out damaged.pt: is a file"),
         (["--init", "damaged.pt"], "damaged.pt"),
         (["--teacher", "nowhere.pt"], "nowhere.pt"),
         (["--distill", "logits,dreams"], "dreams"),
@@ -464,6 +462,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, here, capsys):
         (["--config", "layers=two"], "layers=two"),
         (["--config", "layers=0.5"], "layers=0.5"),
         (["--config", "depth=2"], "depth"),
+        (["--config", "dropout=NaN"], "dropout=NaN"),
+        (["--config", "dropout=1e999"], "dropout=1e999"),
+        (["--config", "hidden=4294967296"], "too little memory"),
         (["--config", "contrast=softmax"], "infonce"),
         (["--config", "answers=7"], "answers"),
         (["--config", "hidden=65"], "65 is not a multiple"),
@@ -652,7 +653,7 @@ def test_rerank_from_the_command_line(pictures, tmp_path, here, capsys):
 
 def test_a_gpu_named_without_its_number_is_the_first(monkeypatch):
     seen = []
-    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)  # torch's own refuses a device without number
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert machine.pick_device("cuda") == torch.device("cuda:0") and seen == [torch.device("cuda:0")]
@@ -718,7 +719,8 @@ def test_a_tie_counts_as_the_share_that_is_right():
         "--lr -1", "--lr inf", "--lr nan", "--clip 0", "--clip -1", "--warmup 5", "--warmup -0.1", "--weight-decay -1",
         "--mask 2", "--mask -0.1", "--steps -1", "--steps 1.5", "--batch-size 0", "--accumulate 0", "--seed -1",
         "--seeds 0", "--limit 0", "--pool 0", "--beams 0", "--mine 0", "--rerank 0", "--patch 0", "--grid 0",
-        "--log-every 0", "--eval-every 0", "--max-words 2", "--temperature 0",
+        "--log-every 0", "--eval-every 0", "--max-words 2", "--temperature 0", "--seed 4294967296", "--seed 1e3",
+        "--clip inf", "--mask nan", "--temperature nan", "--steps ''",
     ],
 )  # fmt: skip
 def test_an_impossible_number_is_refused_by_name(arguments):
@@ -1049,7 +1051,8 @@ def test_a_used_folder_is_said_and_a_folder_in_use_is_refused(pictures, tmp_path
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (KeyboardInterrupt(), "interrupted"),
+        (MemoryError(), "too little memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "too little memory"),
         (OSError(28, "No space left on device", "best.pt.tmp"), "best.pt.tmp: No space left on device"),
         (PermissionError(13, "Permission denied", "out"), "out: Permission denied"),
         (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), "is the disk full?"),
@@ -1063,6 +1066,39 @@ def test_what_the_machine_refuses_is_one_line(error, message, pictures, here, mo
     here("--data", pictures, "--steps", 1, code=2)
     text = capsys.readouterr().err
     assert message in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["train.py", "predict.py", "data.py", "prepare/scenes.py", "prepare/features.py",
+                                     "prepare/coco.py", "prepare/refcoco.py", "prepare/bottom_up.py"])  # fmt: skip
+def test_ctrl_c_is_one_line_also_while_torch_is_imported(command, tmp_path):
+    """A stand-in for torch takes the place of the user who presses Ctrl-C while the real one is read."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    call = [sys.executable, str(ROOT / command)]
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 130 and done.stderr == f"{Path(command).name}: interrupted\n", done.stderr
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(pictures, here, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "build_model", interrupt)
+    here("--data", pictures, "--steps", 1, code=130)
+    assert capsys.readouterr().err == "train.py: interrupted; the last checkpoint is kept\n"
+
+
+def test_a_full_disk_names_the_file_that_did_not_fit(tmp_path):
+    """Python's own error of a write says nothing of it."""
+
+    def fail(_):
+        raise OSError(28, "No space left on device")
+
+    for write in (lambda: data.write_whole(tmp_path / "a", fail), lambda: data.make_once(tmp_path / "a", fail)):
+        with pytest.raises(OSError, match="No space left") as error:
+            write()
+        assert machine.explain(error.value) == f"{tmp_path}/a: No space left on device"
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_head_left_at_random_is_said_on_the_result_line(pictures, tmp_path, here, capsys):
@@ -1112,8 +1148,8 @@ def test_a_run_that_is_killed_in_its_saves_ends_as_the_undisturbed_one(pictures,
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr
-        resume = ["--resume"] if checkpoints.has_checkpoint(tmp_path / out) else []
-        here(*options, "--out", out, *resume)
+        goes_on = ["--resume"] if resume.has_checkpoint(tmp_path / out) else []
+        here(*options, "--out", out, *goes_on)
         for name in ("checkpoint.pt", "best.pt"):
             whole, killed = (checkpoints.load_checkpoint(tmp_path / folder / name) for folder in ("whole", out))
             assert all(torch.equal(whole["state"][key], killed["state"][key]) for key in whole["state"])
@@ -1165,11 +1201,23 @@ def test_a_full_disk_behind_stdout_and_stderr_ends_no_run(pictures, tmp_path):
 # ---- small and odd sets ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", checkpoints.MODELS)
-@pytest.mark.parametrize("task", ["pretrain", "vqa", "caption", "retrieval"])
+ONE_EXAMPLE = [(model, task) for model in checkpoints.MODELS for task in ("pretrain", "vqa", "caption", "retrieval")]
+ONE_EXAMPLE += [("uniter", "ve"), ("vilbert", "vcr"), ("lxmert", "refer"), ("uniter", "nlvr2")]
+
+
+@pytest.mark.parametrize("model, task", ONE_EXAMPLE)
 def test_one_picture_and_one_example_a_split_work_or_are_one_line(model, task, pictures, tmp_path, here, capsys):
     line = json.loads(pictures.read_text().splitlines()[0])
-    line["image"] = str(pictures.parent / line["image"])
+    image = str(pictures.parent / line["image"])
+    line["image"] = image
+    if task == "ve":
+        line["answer"] = "neutral"
+    elif task == "vcr":
+        line |= {"choices": ["a", "b"], "label": 1, "reasons": ["c", "d"], "reason": 0}
+    elif task == "refer":
+        line["target"] = line["boxes"][0]
+    elif task == "nlvr2":
+        line = {"images": [image, image], "text": "x", "label": True}
     lines = [json.dumps({**line, "split": split}) for split in ("train", "val", "test")]
     (tmp_path / "one.jsonl").write_text("\n".join(lines))
     given = [*SMALL, "--model", model, "--task", task, "--data", "one.jsonl", "--steps", "2"]

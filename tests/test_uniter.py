@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 import checkpoints
 import common
-import formats
 import uniter
+from support import formats
 
 B, T, N, F_SIZE, V, K, A = 4, 6, 5, 10, 23, 7, 9
 NAMED = ("mlm", "mrfr", "mrc", "itm", "vqa", "nlvr2", "vcr", "rank", "refer")  # not ve: its official name is vqa's

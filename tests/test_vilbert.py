@@ -12,11 +12,10 @@ from helpers import dropout_places
 from PIL import Image
 
 import common
-import formats
 import train
-import twelve_in_one
 import uniter
 import vilbert
+from support import formats, twelve_in_one
 
 REFERENCE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[2] / "shared" / "reference")
 TASK_HEADS = ("mlm", "mrc", "itm", "vqa", "rank", "refer", "word")

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import evaluation
-import regions
 from common import UserError
 from prepare import preview
+from support import evaluation, regions
 
 SIDE = 400  # width of a cell in pixels
 MARGIN = 12
@@ -49,8 +48,11 @@ def save(picture, path, option):
     """Writes a picture file. UserError, which names the option, where the name is not that of a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        picture.save(path)
-    except ValueError:
+        with regions.naming(path):
+            picture.save(path)
+    except (ValueError, OSError) as error:  # an unknown suffix, or one of a format without colours
+        if getattr(error, "errno", None) is not None:
+            raise
         raise UserError(f"{option} {path}: not the name of a picture file; write one that ends in .png") from None
 
 

@@ -8,6 +8,7 @@ line with the file's name.
 import json
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -51,8 +52,8 @@ def read_parts(index):
         raise UserError(f"{index}: has no weight_map that names the files of its tensors")
     tensors = {}
     for file in sorted(set(map(str, files.values()))):
-        if Path(file).name != file or file.endswith(".json"):
-            raise UserError(f"{index}: {file} is no weights file of its own folder")
+        if not file or Path(file).name != file or file.endswith(".json"):
+            raise UserError(f"{index}: {file!r} is no weights file of its own folder")
         part = read_weights(index.with_name(file))
         if isinstance(part, dict):
             tensors.update(part)
@@ -120,6 +121,17 @@ def read_torch(path):
                 "torch.save(model.state_dict(), FILE)"
             ) from None
         raise UserError(f"{path}: no weights, damaged, or more than weights ({type(error).__name__})") from None
+
+
+def check_sums(path):
+    """UserError if a byte of a file of torch.save has changed since: torch reads it without comparing the check sums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # noqa: BLE001 (damaged archives end in nearly every kind of error)
+        damaged = error
+    if damaged:
+        raise UserError(f"{path}: damaged ({damaged})")
 
 
 def read_safetensors(path):

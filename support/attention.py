@@ -25,9 +25,9 @@ import torch
 import common
 import data
 import distill
-import evaluation
 import tasks
 from common import UserError
+from support import evaluation
 
 # ---- what a model records --------------------------------------------------------------------------------------------
 
@@ -67,6 +67,14 @@ def sides(name):
     return queries, keys or queries
 
 
+def sequence_of(name):
+    """The sequence whose states have this name: "text", "regions", or "both"."""
+    for sequence in ("text", "regions"):
+        if sequence in name:
+            return sequence
+    return "both"
+
+
 def record_example(run, task, dataset, i):
     """[Record] of example i: of each row that its likeliest answer is computed from. With two pictures these are two rows."""
     index = np.array([i])
@@ -84,17 +92,20 @@ def record_example(run, task, dataset, i):
         batch = batch.to(run.device)
         encoding = run.model.encode(batch, record=True)
         logit = best_logit(run, task, batch, encoding)
-        states = {}  # "text", "regions" or "both" -> its last states
+        last = {}  # "text", "regions" or "both" -> its last states
         for name, x in encoding.states.items():
-            states[distill.sequence_of(name)] = x
-        parts = [*encoding.maps.values(), *states.values()]
-        gradients = torch.autograd.grad(logit, parts, allow_unused=True)  # None: the logit does not depend on it
-    gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(parts, gradients, strict=True)]
-    maps = dict(zip(encoding.maps, gradients, strict=False))
-    states = dict(zip(states, gradients[len(maps) :], strict=True))
-    rows = range(len(batch.text))
-    read = [row for row in rows if any(bool(gradient[row].any()) for gradient in states.values())]
-    return [row_record(run, dataset, i, batch, encoding, maps, states, row) for row in read or [0]]
+            last[sequence_of(name)] = x
+        parts = [*encoding.maps.values(), *last.values()]
+        gradients = torch.autograd.grad(logit, parts, materialize_grads=True)  # 0 where the logit does not depend on it
+    map_gradients = dict(zip(encoding.maps, gradients, strict=False))
+    state_gradients = dict(zip(last, gradients[len(encoding.maps) :], strict=True))
+    records = []
+    for row in range(len(batch.text)):
+        if any(bool(gradient[row].any()) for gradient in state_gradients.values()):
+            records.append(row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients, row))
+    if not records:  # the logit is constant here, as behind a ReLU
+        records.append(row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients, 0))
+    return records
 
 
 def best_logit(run, task, batch, encoding):
@@ -229,7 +240,7 @@ def gradient(record):
         norm(R_ss) = (R_ss - I) / its row sums + I, I where nothing has been attended to     eq. 8, 9
 
     R_sq is the block of R with the rows of sequence s and the columns of q. Both directions of a cross-attention read
-    the R from before it. Returns R - I: what a position has read, without itself.
+    the R from before it. As I is part of R, a region that is itself the answer has read mostly itself.
     """
     S = record.places["both"].stop
     relevance = torch.eye(S)
@@ -245,7 +256,7 @@ def gradient(record):
             else:
                 relevance[q, k] += normalized(before[q, q]).T @ weighted @ normalized(before[k, k])  # (Q, K)
                 relevance[q, q] += weighted @ before[k, q]  # (Q, K) @ (K, Q)
-    return relevance - torch.eye(S)
+    return relevance
 
 
 def normalized(relevance):
@@ -322,3 +333,70 @@ def region_weights(run, task, dataset, i, method="gradient"):
     if weights.sum() == 0:
         weights = torch.ones_like(weights)
     return (weights / weights.sum()).tolist()
+
+
+# ---- does it point at the thing asked for? ---------------------------------------------------------------------------------
+
+
+def pointing(weights, boxes, target):
+    """How well weights of regions, (N,) with sum 1, point at the thing in the box `target` (4,). boxes (N, 4), all in 0..1.
+
+    The right region is the one that overlaps the target most. Returns its weight, and 1 if no other is heavier (of equal
+    ones its share); None if it overlaps the target by no more than one half.
+    """
+    overlaps = evaluation.iou(boxes, target)  # (N,)
+    right = torch.nn.functional.one_hot(overlaps.argmax(), len(boxes)).bool()
+    if overlaps.max() <= 0.5:
+        return None
+    heaviest = evaluation.top_choice_accuracy(weights[None], right[None])  # (1, N) -> (1,)
+    return float(weights[right]), float(heaviest)
+
+
+def all_weights(run, task, dataset, i):
+    """{row of the table: (N,) weights of the regions} of example i, for `measure_pointing`; and the boxes (N, 4).
+
+    "words" is the mean of all words but [CLS] and [SEP]. "left out" is no attention: how much the log probability of the
+    likeliest answer falls without the region. "area" is what weights proportional to the boxes' areas would get.
+    """
+    record = record_example(run, task, dataset, i)[0]
+    boxes = dataset.store.gather([record.picture])["boxes"][0]
+    weights = {"equal": torch.ones(len(boxes)), "area": (boxes[:, 2:] - boxes[:, :2]).prod(1)}
+    matrices = {name: method(record) for name, method in METHODS.items()}
+    for name, matrix in matrices.items():
+        weights[f"answer, {name}"] = answer_regions(record, matrix)
+    if dataset.group == 1:
+        weights["answer, left out"] = leave_out(run, task, dataset, i)
+    for name, matrix in matrices.items():
+        weights[f"words, {name}"] = words_to_regions(record, matrix)[1:-1].mean(0)  # (W, N) -> (N,)
+    if "wra" in run.paper.OBJECTIVES:
+        weights["words, transport"] = transport_plan(run, record)[1:-1].mean(0)  # (T, N) -> (N,)
+    return {name: shares(values) for name, values in weights.items()}, boxes
+
+
+@torch.no_grad()
+def leave_out(run, task, dataset, i):
+    """(N,) how much the log probability of the likeliest answer falls when a region is hidden; 0 where it rises. For tasks
+    with one row an example."""
+    batch = tasks.make_batch(run, dataset, np.array([i]), [task.objective], None)
+    N = batch.region_mask.shape[1]
+    batch = batch.rows(torch.zeros(1 + N, dtype=torch.long))  # row 0 with all regions, row 1 + j without region j
+    batch.region_mask[torch.arange(1, 1 + N), torch.arange(N)] = False
+    _, logits = tasks.loss_and_logits(run, batch, task.objective)
+    log_probs = logits.log_softmax(-1)[:, logits[0].argmax()]  # (1 + N, A) -> (1 + N,)
+    return (log_probs[0] - log_probs[1:]).clamp(min=0)
+
+
+def measure_pointing(run, task, dataset, targets):
+    """{row: (mean weight of the right region, share of the examples in which it is the heaviest)}, and how many examples.
+
+    targets: {example: the box (4,) of the thing asked for, in 0..1}. Examples without a region on it are left out.
+    """
+    found = {}
+    for i, target in targets.items():
+        weights, boxes = all_weights(run, task, dataset, i)
+        for name, values in weights.items():
+            point = pointing(values, boxes, torch.tensor(np.array(target), dtype=torch.float32))
+            if point:
+                found.setdefault(name, []).append(point)
+    means = {name: tuple(np.mean(points, 0).tolist()) for name, points in found.items()}
+    return means, len(next(iter(found.values()), []))

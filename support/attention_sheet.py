@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import attention
-import drawing
+import data
 from common import UserError
-from drawing import GREEN, MARGIN, SIDE, draw_bar, write_text
+from support import attention, drawing
+from support.drawing import GREEN, MARGIN, SIDE, draw_bar, write_text
 
 SPECIALS = ("[CLS]", "[SEP]")  # words that get no picture of their own
 CELL = 180  # width of a small picture in pixels
@@ -149,6 +149,8 @@ def transport_rows(run, record, words, image, boxes):
     """UNITER's transport plan: lines from words to regions, and the plan as a table, each word's row in percent."""
     _, members = attention.join_pieces(record.pieces)
     plan = attention.shares(members @ attention.transport_plan(run, record)).tolist()  # (W, T) @ (T, N)
+    if "wra" not in run.objectives:
+        data.warn("the checkpoint was trained without wra, so nothing has aligned its words with its regions")
     for word, weights in zip(words, plan, strict=True):
         print_heaviest(word, weights)
     thumbnails = [draw_thumbnail(image, box, i) for i, box in enumerate(boxes)]

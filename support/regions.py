@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -31,9 +32,20 @@ from PIL import Image, ImageCms, ImageOps
 
 from common import UserError
 
-VERSION = 13  # raise it whenever region features or columns change: it is part of every cache key
+VERSION = 14  # raise it whenever region features or columns change: it is part of every cache key
 
 # ---- files ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def naming(path):
+    """An OSError in the block that names no file, as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_whole(path, write):
@@ -42,10 +54,11 @@ def write_whole(path, write):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -66,7 +79,8 @@ def make_once(folder, make):
     aside = folder.parent / f".making-{folder.name}-{os.getpid()}-{time.time_ns()}"
     aside.mkdir()  # not tempfile.mkdtemp, whose folders only their owner may read
     try:
-        make(aside)
+        with naming(folder):
+            make(aside)
         aside.rename(folder)
     except OSError:
         if not folder.exists():
@@ -108,7 +122,8 @@ def parallel(work, jobs, label):
     if workers > 1:
         # fork on Linux: a fresh interpreter would spend longer importing torch than on the work
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        with ProcessPoolExecutor(workers, context) as pool:
+        ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started them
+        with ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
             chunk = min(50, 1 + len(jobs) // (100 * workers))  # jobs sent at once, for fewer messages
             yield from show_progress(pool.map(work, jobs, chunksize=chunk), len(jobs), label)
     else:
@@ -143,6 +158,8 @@ def open_picture(where, path):
     this. Of an animation the first frame; info["frames"] says how many there are. UserError if it cannot be read."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            if "transparency" in image.info and image.tile[0][3] == "RGB;16B":
+                raise ValueError("a transparent colour of 16 bits, of which Pillow reads only 8")
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo and its preview
             ImageOps.exif_transpose(image, in_place=True)  # a copy would be as large once more
             picture = to_rgb(image)
@@ -157,24 +174,23 @@ def open_picture(where, path):
 
 def to_rgb(image):
     """An RGB picture of a Pillow picture of any mode. Pixels of 16 or 32 bits or floats are scaled from their range to
-    0..255; what is transparent becomes white."""
+    0..255, NaN is black; what is transparent becomes white. ValueError if all pixels are NaN or infinite."""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image).astype(np.float64)
-        values = np.where(np.isfinite(values), values, 0.0)
         opaque = values != image.info.get("transparency")  # a PNG may name one grey value that is transparent
         if not opaque.any():
             return Image.new("RGB", image.size, "white")
-        low = values[opaque].min()
-        span = max(values[opaque].max() - low, 1e-12)
-        grey = np.rint((values - low).clip(0, span) / span * 255)
+        numbers = values[opaque & np.isfinite(values)]
+        if len(numbers) == 0:
+            raise ValueError("its pixels are no numbers")
+        low = numbers.min()
+        span = max(numbers.max() - low, 1e-12)
+        grey = np.rint((np.nan_to_num(values, nan=low) - low).clip(0, span) / span * 255)
         return Image.fromarray(np.where(opaque, grey, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         lab, srgb = (ImageCms.createProfile(name) for name in ("LAB", "sRGB"))
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     if image.has_transparency_data:
-        transparent = image.info.get("transparency")
-        if isinstance(transparent, tuple) and max(transparent) > 255:  # of a PNG with 16 bits, which Pillow reads as 8
-            image.info["transparency"] = tuple(value >> 8 for value in transparent)
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
@@ -349,6 +365,10 @@ def picture_regions(job):
             image = open_picture(job.where, job.path)
             width, height = image.size
             boxes = job.boxes
+            count = 1 + job.grid**2 if boxes is None else len(boxes)
+            if count * 3 * job.patch**2 > NPZ_BYTES // 4:
+                size = f"{count:,} regions of {job.patch} x {job.patch} pixels"
+                raise UserError(f"{job.where}: {size} fill the memory; take a smaller --patch, --grid or fewer boxes")
             if boxes is None:
                 boxes = grid_boxes(width, height, job.grid)
             boxes = check_boxes(boxes, width, height, job.where, "boxes")

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError
-from regions import (
+from support.regions import (
     STORED,
     FeatureStore,
     PictureJob,
@@ -43,8 +43,11 @@ from regions import (
 
 
 def is_text(value):
-    """A string that says something. NUL is no text: Strings uses it to separate segments."""
-    return isinstance(value, str) and value.strip() != "" and "\0" not in value
+    """A string that says something: not only blanks and invisible characters, which a tokenizer drops. NUL is no text:
+    Strings uses it to separate segments."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return any(unicodedata.category(letter)[0] not in "CZ" for letter in value)  # Control and format, separators
 
 
 def is_texts(value, least=1):
@@ -99,7 +102,8 @@ KEYS = {  # key: test of its value, what to write
     "kind": (is_text, "a word for the sort of question; accuracy is given for each sort"),
     "id": (lambda value: is_text(value) or type(value) is int, "a string or a number"),
 }
-ID_KEYS = ("question_id", "caption_id", "sent_id", "annot_id", "pair_id", "qid", "uid", "Id", "ID")  # read as `id`
+# read as `id`, in any case and with or without _: question_id, questionId, ID
+ID_KEYS = ("questionid", "captionid", "sentid", "sentenceid", "annotid", "annotationid", "pairid", "qid", "uid", "id")
 MEANT = {  # what other data sets call our keys
     "text": ("question", "caption", "sentence", "statement", "expression", "hypothesis", "prompt"),
     "image": ("img", "image_path", "file_name", "filename", "picture", "path"),
@@ -110,6 +114,7 @@ MEANT = {  # what other data sets call our keys
     "reasons": ("rationales", "rationale_choices"),
     "kind": ("type", "question_type", "answer_type"),
 }
+LINE_BYTES = 2**20  # of a line; longer ones are no examples, and would fill the memory
 PROMPT_COLUMN = re.compile(r"\{([^{}]+)\}")
 STORE_ROW = re.compile(r"(.+)#(\d{1,12})")  # regions#17: row 17 of the store in folder regions
 
@@ -141,8 +146,10 @@ def read_records(path, task, splits, mistakes):
     Opens no picture. task: a row of tasks.TASKS.
     """
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
             where = f"{path}:{number}"
+            if len(line) > LINE_BYTES:
+                raise UserError(f"{where}: this line has more than {LINE_BYTES:,} bytes; write one object a line")
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line:
@@ -214,8 +221,8 @@ def unique_keys(pairs):
 
 def check_record(record, task, splits):
     """UserError, without the line's number, where a key or its value is not as KEYS has it or the task needs it."""
-    for key in ID_KEYS:
-        if key in record and "id" not in record:
+    for key in list(record):
+        if key not in KEYS and key.lower().replace("_", "") in ID_KEYS and "id" not in record:
             record["id"] = record.pop(key)
     for key, value in record.items():
         if key not in KEYS:
@@ -243,6 +250,8 @@ def check_record(record, task, splits):
 
 def suggestion(key):
     """What to write in place of an unknown key."""
+    if key.lower().replace("_", "") in ID_KEYS:
+        return "the line has an id already; leave one of them out"
     for meant, names in MEANT.items():
         if key.lower() in names:
             return f"did you mean {meant}?"
@@ -306,6 +315,7 @@ class Pictures:
         self.grid = grid
         self.network = network
         self.jobs = []  # row i of the store to be made is that of job i
+        self.uses = []  # of each job: how many lines have this picture with these boxes
         self.rows = {}  # (name, boxes as JSON) -> row of the store to be made
         self.sizes = {}  # name -> (width, height)
         self.stores = {}  # name -> FeatureStore
@@ -343,6 +353,8 @@ class Pictures:
             self.outside += leaves_folder(name)
             self.rows[key] = len(self.jobs)
             self.jobs.append(PictureJob(where, path, boxes, self.patch, self.grid))
+            self.uses.append(0)
+        self.uses[self.rows[key]] += 1
         return self.rows[key]
 
     def scale_target(self, record, name, row):
@@ -392,9 +404,11 @@ class Pictures:
             results = show_progress(regions_of, len(self.jobs), f"{self.network['network']} of {path}")
         else:
             results = parallel(picture_regions, self.jobs, f"reading {path}")
-        for job, (regions, warned, mistake) in zip(self.jobs, results, strict=True):
+        for job, uses, (regions, warned, mistake) in zip(self.jobs, self.uses, results, strict=True):
             notes += warned
             if mistake:
+                if uses > 1:
+                    mistake += f" (the same in {uses - 1} more places)"
                 mistakes.add(mistake)
                 continue
             shapes = {name: regions[name].shape[1:] for name in STORED if name in regions}
@@ -609,6 +623,9 @@ def make_columns(path, task, splits, patch, grid, cache, network=None):
         if pictures.jobs:
             folders[""] = pictures.extract(path, Path(cache).resolve(), mistakes).folder
             depends.append(folders[""] / "offsets.npy")
+        lost = sum(part.text.count("\ufffd".encode()) for part in columns.values())
+        if lost:
+            warn(f"{path}: {lost} characters were lost before: they are U+FFFD; make the file again from its source")
         if pictures.outside:
             warn(f"{path}: {pictures.outside} pictures or stores lie outside of its folder")
         for split, part in columns.items():

@@ -549,6 +549,7 @@ def cider_d(candidates, references, longest=4, sigma=6.0):
 # ---- answers as a reader sees them -------------------------------------------------------------------------------------
 # `Task.show` returns a dict with some of these keys:
 #   answers   [[answer, probability], ...], the likeliest first; for refer an answer is a box [x1, y1, x2, y2] in pixels
+#   probs     nlvr2, vcr: the probability of each choice, in their own order: false, true; as the line has them
 #   match     probability that text and picture belong together
 #   masked    the text with one word masked, which `answers` fill in
 #   caption   the generated text
@@ -574,8 +575,8 @@ def show_answers(names, probs, dataset, i, top):
 
 
 def show_choices(names, probs, dataset, i, top):
-    """Of nlvr2 and vcr: the likeliest choices, and the right one."""
-    shown = {"answers": rank_answers(names, probs, top)}
+    """Of nlvr2 and vcr: the likeliest choices, all probabilities, and the right choice."""
+    shown = {"answers": rank_answers(names, probs, top), "probs": [round(p, 5) for p in probs.tolist()]}
     if dataset.target is not None and dataset.target[i] >= 0:
         shown["truth"] = names[int(dataset.target[i])]
     return shown

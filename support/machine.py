@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -30,7 +31,7 @@ def pick_device(name):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     if device.type == "cuda":
@@ -98,19 +99,23 @@ def interruptible():
             signal.signal(number, handler)
 
 
-def explain(error):
-    """The one line that says what ended a run; None for a fault of the program, which keeps its traceback."""
+def explain(error, kept=""):
+    """The one line that says what ended a command; None for a fault of the program, which keeps its traceback.
+
+    kept: what to say of the files that are there already."""
     text = str(error)
     if isinstance(error, UserError):
         return text
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; what the last checkpoint holds is saved"
+        return f"interrupted{kept}"
     if isinstance(error, OSError):
         if error.errno is None:
             return None
-        return f"{error.filename or 'a file'}: {error.strerror}; the last checkpoint is kept"
+        return f"{error.filename or 'a file'}: {error.strerror}{kept}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "too little memory; try a smaller --batch-size (with --accumulate), --size, --patch or --grid"
     if "PytorchStreamWriter" in text or "inline_container" in text:  # torch.save, for example on a full disk
-        return "a checkpoint could not be written; is the disk full? The one before it is kept"
+        return f"weights could not be written (is the disk full?){kept}"
     if dist.is_initialized() and ("gloo" in text or "Connection" in text or isinstance(error, dist.DistError)):
         return "another process of this run has ended"
     return None
@@ -167,3 +172,22 @@ def compile_layers(model):
     for module in model.modules():
         if isinstance(module, common.AttentionBlock | common.FeedForward):
             module.compile(dynamic=True)
+
+
+def quantize_layers(model, device):
+    """Dynamic quantisation (torch's own) of the linear maps in all layers, for inference on a CPU.
+
+    Weights become 8-bit integers with a scale for each output. Inputs are rounded to 8 bits when they are multiplied, with a scale
+    for each batch. Embeddings and heads keep float32. UserError where it cannot be done.
+    """
+    if device.type != "cpu":
+        raise UserError("--int8 runs on a CPU only; add --device cpu")
+    try:
+        from torch.ao import quantization  # its authors announce that it will go
+    except ImportError:
+        raise UserError("--int8 takes torch.ao.quantization, which this version of torch no longer has") from None
+    blocks = [m for m in model.modules() if isinstance(m, common.AttentionBlock | common.FeedForward)]
+    with warnings.catch_warnings(action="ignore"):
+        for block in blocks:
+            spec = {torch.nn.Linear: quantization.per_channel_dynamic_qconfig}
+            quantization.quantize_dynamic(block, spec, inplace=True)

@@ -16,11 +16,11 @@ import checkpoints
 import common
 import data
 import distill
-import records
 import tasks
 from common import UserError
-from machine import first_process_first
 from prepare import networks
+from support import records
+from support.machine import first_process_first
 
 # ---- ranges ----------------------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ OPTIONS = {
         ("--out", str, None, "folder of checkpoints, log and result (default: out/MODEL-TASK)"),
         ("--resume", bool, False, "go on from the checkpoint in --out, exactly where it stopped"),
         ("--export-official", str, None, "also write the final weights under the official names to this file *"),
-        ("--seed", COUNT_OR_ZERO, 0, "seed of weights, order and masks"),
+        ("--seed", number(int, 0, 2**32 - 1), 0, "seed of weights, order and masks"),
         ("--seeds", COUNT, 1, "repeat with N seeds, --seed, --seed + 1, ..., and report mean and standard deviation"),
         ("--eval-every", COUNT, None, "steps between evaluations (default: a fifth of the steps)"),
         ("--log-every", COUNT, 50, "steps between progress lines"),
@@ -221,6 +221,8 @@ def resolve_options(args, model_name, seed):
         run_args.out = run_args.out / model_name
     if args.seeds > 1:
         run_args.out = run_args.out / f"seed{seed}"
+    if run_args.out.exists() and not run_args.out.is_dir():
+        raise UserError(f"--out {run_args.out}: is a file; give a folder")
     for name in ("init", "teacher", "export_official"):
         text = getattr(args, name)
         if text:
@@ -439,7 +441,7 @@ def parse_config_options(args, paper):
 def parse_config_value(text, name, value, default):
     """A value of --config from its JSON, of the type of the Config's default. UserError otherwise."""
     try:
-        value = json.loads(value)
+        value = json.loads(value, parse_constant=int)  # so NaN and Infinity are refused
     except ValueError:
         raise UserError(f"--config {text}: write NAME=JSON, as layers=1 or connections=[[0,1]]") from None
     if isinstance(value, list):

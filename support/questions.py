@@ -18,20 +18,19 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-import attention
-import drawing
 import predict
-import records
-import regions
 from common import UserError
 from prepare import preview
+from support import attention, drawing, records, regions
 
+MAX_BODY = 8 * 2**20  # bytes of a request, without its headers
 MAX_PIXELS = 12_500_000  # of one picture; a telephone's has 12.2 million
+MAX_SIDE = 20_000  # pixels of its width and height: cutting a region takes time and memory in proportion to its sides
 SMALL_PICTURE = 1_000_000  # pixels; of larger pictures only one is in memory
 MAX_TEXT = 2000  # characters of a text
 MAX_LIST = 100  # boxes of a picture, choices, fields of a form
 MAX_VALUES = 20_000  # commas and brackets of JSON
-WAIT_SECONDS = 10  # for large requests before this one
+WAIT_SECONDS = 30  # for the requests that are in memory before this one
 SAMPLES = 6
 SAMPLE_SIDE = 480  # pixels of a sample's longer side
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")  # for some others Pillow starts other programs
@@ -58,7 +57,7 @@ class HttpError(Exception):
 def wait_for(slot):
     """Holds a semaphore. HttpError 503 if it is not free in time."""
     if not slot.acquire(timeout=WAIT_SECONDS):
-        raise HttpError(503, "too many large requests; try again in a moment")
+        raise HttpError(503, "too many requests are being read; try again in a moment")
     try:
         yield
     finally:
@@ -68,9 +67,19 @@ def wait_for(slot):
 # ---- the body ----------------------------------------------------------------------------------------------------------
 
 
+def body_length(headers):
+    """Bytes of the body that a request announces. HttpError 411 or 413 if it does not, or too many."""
+    length = headers.get("Content-Length", "")
+    if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in headers:
+        raise HttpError(411, "send the header Content-Length, and the body in one piece")
+    if len(length) > 12 or int(length) > MAX_BODY:
+        raise HttpError(413, f"a body of {length[:12]} bytes; send at most {MAX_BODY:,}")
+    return int(length)
+
+
 def parse_json(body):
     """The object of a JSON body. HttpError 400 if it is none, or so long a list that it would fill the memory."""
-    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_VALUES:
         raise HttpError(400, "too many values")
     try:
         request = json.loads(body)
@@ -83,7 +92,7 @@ def parse_json(body):
 
 def parse_form(body, boundary):
     """The same object of a form's body (RFC 7578). HttpError 400 if it is none."""
-    parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), MAX_LIST + 2)
+    parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), MAX_LIST + 1)
     if len(parts) < 3 or not parts[-1].startswith(b"--"):
         raise HttpError(400, f"the form has no end, or more than {MAX_LIST} fields")
     request = {}
@@ -163,15 +172,28 @@ def count_pixels(content):
                 weight = 2  # it is laid on white
             if image.mode.startswith(("I", "F")):
                 weight = 4  # 16 or 32 bits a pixel become 64
+            several = has_second_page(image)
     except Image.DecompressionBombError:
         raise HttpError(413, f"too large a picture; send one of at most {MAX_PIXELS:,} pixels") from None
     except Exception:  # noqa: BLE001 (damaged pictures end in nearly every kind of error)
         raise HttpError(400, "this is no picture that can be read; send a PNG or JPEG file") from None
-    if width * height * weight > MAX_PIXELS:
-        raise HttpError(
-            413, f"a picture of {width} x {height} pixels; send one of at most {MAX_PIXELS // weight:,} pixels"
-        )
+    if several:
+        raise HttpError(400, "a TIFF of several pages; send one page")
+    if max(width, height) > MAX_SIDE or width * height * weight > MAX_PIXELS:
+        limits = f"at most {MAX_PIXELS // weight:,} pixels, no side longer than {MAX_SIDE:,}"
+        raise HttpError(413, f"a picture of {width} x {height} pixels; send one of {limits}")
     return width * height * weight
+
+
+def has_second_page(image):
+    """Whether a TIFF has several pages. Pillow counts them in a time that grows with the square of their number."""
+    if image.format != "TIFF":
+        return False
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
 
 
 def make_regions(server, content, boxes):

@@ -11,9 +11,10 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 
 import common
 import data
-import evaluation
 import tasks
 from common import UserError
+from support import evaluation, resume
+from support.regions import naming
 
 try:
     import fcntl
@@ -127,7 +128,7 @@ class Log:
 
     def write(self, record):
         if self.run.rank == 0:
-            with self.file.open("a") as file:
+            with naming(self.file), self.file.open("a") as file:
                 file.write(json.dumps(record, default=float) + "\n")
 
 
@@ -266,6 +267,7 @@ def lock_folder(folder, rank):
             ) from None
         except OSError:
             pass  # a file system without locks
+        resume.remove_leftovers(folder)
         try:
             yield
         finally:

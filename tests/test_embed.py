@@ -1,0 +1,123 @@
+"""Tests of embed.py: vectors of texts and pictures, and search, against the model asked one by one."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import predict
+import tasks
+from support import embed
+
+OBJECTIVES = ("--objectives", "itc,mlm")
+
+
+def use(*arguments):
+    """predict.py with these arguments, in float32."""
+    return predict.main([*map(str, arguments), "--device", "cpu", "--dtype", "f32"])
+
+
+def loaded(checkpoint, *options):
+    """(run, its Datasets of captions) of a checkpoint."""
+    args = predict.parse([checkpoint, "--embed", "x.npz", "--device", "cpu", "--dtype", "f32", *options])
+    run, task = predict.load_run(args)
+    return run, predict.load_lines(run, task, args, tasks.CAPTION)
+
+
+@torch.inference_mode()
+def vectors_one_by_one(run, dataset):
+    """The unit vectors of itc, every text and every example's picture alone in a batch: no padding."""
+    head = run.model.heads["itc"]
+    texts = []
+    pictures = []
+    for i in range(len(dataset)):
+        batch = data.collate(dataset, np.array([i]))
+        texts.append(head.text(run.model.encode(batch, regions=False).text)[0])
+        pictures.append(head.image(run.model.encode(batch, text=False).regions, batch.region_mask)[0])
+    return torch.stack(texts), torch.stack(pictures)
+
+
+@pytest.mark.parametrize("model", ["uniter", "vilbert", "lxmert"])
+def test_the_vectors_are_those_of_the_model_asked_one_by_one(model, trained, folder):
+    checkpoint = trained(model, "pretrain", *OBJECTIVES)
+    run, datasets = loaded(checkpoint, "--split", "val")
+    dataset = datasets[0]
+    assert use(checkpoint, "--embed", "out.npz", "--split", "val") == 0
+    found = np.load(folder / "out.npz")
+    texts, pictures = vectors_one_by_one(run, dataset)
+    assert found["text_ids"].tolist() == list(dataset.ids)
+    torch.testing.assert_close(torch.from_numpy(found["text_vectors"]), texts, atol=1e-5, rtol=0)
+    beside = found["picture_vectors"][found["picture_of_text"]]
+    torch.testing.assert_close(torch.from_numpy(beside), pictures, atol=1e-5, rtol=0)
+    assert len(found["picture_vectors"]) == len(found["picture_ids"]) == len(set(dataset.image.tolist()))
+    for row, name in enumerate(found["picture_ids"]):  # the first of the texts that point at it
+        assert found["text_ids"][found["picture_of_text"] == row][0] == name
+    with torch.inference_mode():
+        pooled = run.model.encode(data.collate(dataset, np.arange(3))).pooled
+    torch.testing.assert_close(torch.from_numpy(found["pair_vectors"][:3]), pooled, atol=1e-5, rtol=0)
+    assert not list(folder.glob("tmp*"))
+
+
+def test_without_a_contrast_head_the_vectors_are_the_models_own_unimodal_states(trained, folder, capsys):
+    """LXMERT's `unimodal` is each modality's encoder alone."""
+    checkpoint = trained("lxmert", "vqa")
+    assert use(checkpoint, "--embed", "states.npz") == 0
+    assert "not of one space" in capsys.readouterr().out
+    run, datasets = loaded(checkpoint)
+    found = np.load(folder / "states.npz")
+    batch = data.collate(datasets[0], np.arange(5))
+    with torch.inference_mode():
+        text_states, region_states = run.model.unimodal(batch)
+    torch.testing.assert_close(torch.from_numpy(found["text_vectors"][:5]), text_states[:, 0], atol=1e-5, rtol=0)
+    for i, row in enumerate(found["picture_of_text"][:5]):
+        mean = region_states[i][batch.region_mask[i]].mean(0)
+        torch.testing.assert_close(torch.from_numpy(found["picture_vectors"][row]), mean, atol=1e-5, rtol=0)
+
+
+def test_search_finds_what_sorting_all_cosines_finds(trained, folder, capsys):
+    checkpoint = trained("uniter", "pretrain", *OBJECTIVES)
+    run, datasets = loaded(checkpoint)
+    dataset = datasets[0]
+    text = dataset.text[7]
+    texts, pictures = vectors_one_by_one(run, dataset)
+    cosines = (pictures @ texts[7]).numpy()  # of each example's picture
+    first = embed.first_texts(dataset)
+    expected = first[np.argsort(-cosines[first], kind="stable")[:5]]
+    capsys.readouterr()
+    assert use(checkpoint, "--search", text, "--top", "5", "--out", "found.png") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1].rstrip(":") for line in lines[:5]] == [dataset.ids[i] for i in expected]
+    shown = [float(line.split()[0]) for line in lines[:5]]
+    np.testing.assert_allclose(shown, cosines[expected], atol=6e-4)
+    assert Image.open(folder / "found.png").width > 1000  # three cells beside each other
+
+
+def test_all_splits_of_a_file_without_a_test_split_are_searched(trained, folder, capsys):
+    checkpoint = trained("uniter", "pretrain", *OBJECTIVES)
+    lines = ""
+    for i in range(3):
+        lines += f'{{"image": "{i}.png", "text": "picture {i}", "split": "{("train", "val", "train")[i]}"}}\n'
+    (folder / "three.jsonl").write_text(lines)
+    assert use(checkpoint, "--search", "a star", "--data", "three.jsonl", "--top", "9", "--out", "found.png") == 0
+    printed = capsys.readouterr().out
+    assert all(f"picture {i}" in printed for i in range(3)) and "the best 3 of 3 pictures" in printed
+    assert use(checkpoint, "--embed", "three.npz", "--data", "three.jsonl") == 0
+    found = np.load(folder / "three.npz")
+    assert found["text_ids"].tolist() == ["three.jsonl:1", "three.jsonl:3", "three.jsonl:2"]
+    assert found["picture_of_text"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--search", "a star"], "--objectives ...,itc"),
+        (["--embed", "out.txt"], "ends in .npz"),
+        (["--embed", "out.npz", "--search", "a star"], "give one of"),
+        (["--embed", "out.npz", "--data", "none.jsonl"], "none.jsonl"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, trained, capsys):
+    assert use(trained("uniter", "vqa"), *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
