@@ -24,10 +24,9 @@ import torch
 
 import common
 import data
-import distill
 import tasks
 from common import UserError
-from support import evaluation
+from support import distillation, evaluation
 
 # ---- what a model records --------------------------------------------------------------------------------------------
 
@@ -127,7 +126,7 @@ def row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients,
         lengths[keys] = x.shape[3]
     real = {}  # sequence -> numbers of its positions without padding
     for sequence, length in lengths.items():
-        real[sequence] = distill.real_positions(batch, sequence, length)[row].nonzero()[:, 0]
+        real[sequence] = distillation.real_positions(batch, sequence, length)[row].nonzero()[:, 0]
     T = int(batch.text_mask[row].sum())
     N = int(batch.region_mask[row].sum())
     if "both" in real:

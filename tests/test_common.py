@@ -11,8 +11,7 @@ from helpers import close, lengths_mask, randn
 from torch import nn
 
 import common
-import distill
-from support import contrast, evaluation, formats
+from support import contrast, distillation, evaluation, formats
 
 # ---- elementary formulas ---------------------------------------------------------------------------------------
 
@@ -332,7 +331,11 @@ def test_losses_of_nothing_are_zero():
     nothing = randn(0, 7, requires_grad=True)
     labels = torch.zeros(0, dtype=torch.long)
     total = common.cross_entropy(nothing, labels) + common.squared_error(nothing, nothing.detach())
-    total = total + common.kl_divergence(nothing, nothing.detach()) + distill.soft_label_loss(nothing, nothing.detach())
+    total = (
+        total
+        + common.kl_divergence(nothing, nothing.detach())
+        + distillation.soft_label_loss(nothing, nothing.detach())
+    )
     total.backward()
     assert total == 0
     assert nothing.grad.shape == (0, 7)
@@ -387,7 +390,7 @@ def targets(x, *shape):
 
 
 def attention_losses(x):
-    return distill.attention_loss(x.abs().view(1, 1, 6, 5), targets(x, 1, 1, 6, 5), QUERIES, QUERIES[:, :5])
+    return distillation.attention_loss(x.abs().view(1, 1, 6, 5), targets(x, 1, 1, 6, 5), QUERIES, QUERIES[:, :5])
 
 
 def transport_distance(x):
@@ -399,10 +402,10 @@ LOSSES = {
     "soft_answer_loss": lambda x: common.soft_answer_loss(x, targets(x, 6, 5)),
     "squared_error": lambda x: common.squared_error(x, targets(x, 6, 5)),
     "kl_divergence": lambda x: common.kl_divergence(x, targets(x, 6, 5)),
-    "soft_label_loss": lambda x: distill.soft_label_loss(x, targets(x, 6, 5)),
+    "soft_label_loss": lambda x: distillation.soft_label_loss(x, targets(x, 6, 5)),
     "attention_loss, kl": lambda x: attention_losses(x)[0],
     "attention_loss, mse": lambda x: attention_losses(x)[1],
-    "hidden_loss": lambda x: distill.hidden_loss(x.view(2, 3, 5), targets(x, 2, 3, 5), KEYS),
+    "hidden_loss": lambda x: distillation.hidden_loss(x.view(2, 3, 5), targets(x, 2, 3, 5), KEYS),
     "optimal_transport": transport_distance,
     "info_nce": lambda x: contrast.info_nce(x, targets(x, 6, 5), 0.07),
     "hardest_hinge": lambda x: contrast.hardest_hinge(x, targets(x, 6, 5)),

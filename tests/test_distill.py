@@ -1,4 +1,4 @@
-"""distill.py: the losses of a teacher against sums by hand, and a student trained from the command line."""
+"""distill.py and support/distillation.py: the losses of a teacher against sums by hand, and a student trained from the command line."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ import common
 import distill
 import train
 import uniter
+from support import distillation
 
 
 def taught(student, teacher, distill, **changes):
@@ -197,7 +198,7 @@ def test_the_teacher_computes_without_dropout_and_does_not_learn(name):
     same.load_state_dict(checkpoint["state"])
     with torch.no_grad():
         logits = same(batch, ["mlm"])["mlm"][1]
-    expected = distill.soft_label_loss(run.model(batch, ["mlm"])["mlm"][1], logits)
+    expected = distillation.soft_label_loss(run.model(batch, ["mlm"])["mlm"][1], logits)
     assert soft[0].item() == soft[1].item() == pytest.approx(expected.item())
     assert not any(parameter.requires_grad for parameter in run.teacher.parameters())
 
@@ -259,15 +260,17 @@ def test_soft_label_loss_equals_torch(temperature):
     teacher = randn(4, 5) * 3
     log_probs = F.log_softmax(student / temperature, 1)
     want = F.kl_div(log_probs, F.softmax(teacher / temperature, 1), reduction="batchmean") * temperature**2
-    close(distill.soft_label_loss(student, teacher, temperature), want)
-    assert torch.autograd.gradcheck(lambda s: distill.soft_label_loss(s, teacher, temperature), student)
+    close(distillation.soft_label_loss(student, teacher, temperature), want)
+    assert torch.autograd.gradcheck(lambda s: distillation.soft_label_loss(s, teacher, temperature), student)
 
 
 def test_soft_label_loss_of_special_cases():
     student = randn(4, 5)
     teacher = randn(4, 5)
-    close(distill.soft_label_loss(teacher + 5.0, teacher), torch.zeros(()).double())  # a softmax ignores a constant
-    assert distill.soft_label_loss(student[:0], teacher[:0]) == 0
+    close(
+        distillation.soft_label_loss(teacher + 5.0, teacher), torch.zeros(()).double()
+    )  # a softmax ignores a constant
+    assert distillation.soft_label_loss(student[:0], teacher[:0]) == 0
 
 
 def test_features_are_distilled_by_their_squared_difference():
@@ -281,7 +284,7 @@ def test_the_rows_of_one_example_are_its_classes():
     student = randn(6)
     teacher = randn(6)
     batch = SimpleNamespace(ids=["a", "b"])
-    want = distill.soft_label_loss(student.view(2, 3), teacher.view(2, 3))
+    want = distillation.soft_label_loss(student.view(2, 3), teacher.view(2, 3))
     close(distill.soft_loss(uniter.OBJECTIVES["rank"], student, teacher, batch), want)
 
 
@@ -291,23 +294,23 @@ def test_soft_labels_keep_their_gradient_at_high_temperature():
     student = (student - student.mean()).requires_grad_()
     teacher = randn(1, 5)
     teacher = teacher - teacher.mean()
-    distill.soft_label_loss(student, teacher, 1e4).backward()
+    distillation.soft_label_loss(student, teacher, 1e4).backward()
     close(student.grad, (student - teacher).detach() / 5, 1e-3)
 
 
 def test_layer_map():
-    assert distill.layer_map(2, 6) == [2, 5]
-    assert distill.layer_map(1, 3) == [2]
-    assert distill.layer_map(4, 4) == [0, 1, 2, 3]
-    assert distill.layer_map(4, 2) == [0, 0, 0, 1]
+    assert distillation.layer_map(2, 6) == [2, 5]
+    assert distillation.layer_map(1, 3) == [2]
+    assert distillation.layer_map(4, 4) == [0, 1, 2, 3]
+    assert distillation.layer_map(4, 2) == [0, 0, 0, 1]
 
 
 def test_average_heads():
     maps = randn(2, 4, 3, 3)
-    close(distill.average_heads(maps, 2)[:, 1], (maps[:, 2] + maps[:, 3]) / 2)
-    close(distill.average_heads(maps, 4), maps)
+    close(distillation.average_heads(maps, 2)[:, 1], (maps[:, 2] + maps[:, 3]) / 2)
+    close(distillation.average_heads(maps, 4), maps)
     with pytest.raises(common.UserError, match="4 attention heads of the teacher cannot be shared by 3"):
-        distill.average_heads(maps, 3)
+        distillation.average_heads(maps, 3)
 
 
 @pytest.mark.parametrize("heads", [2, 4])
@@ -319,7 +322,7 @@ def test_attention_losses_by_loops(heads):
     a = randn(2, 2, 3, 5, requires_grad=True)
     b = randn(2, heads, 3, 5)
     teacher = (b + bias).softmax(-1)
-    got = distill.attention_loss((a + bias).softmax(-1), teacher, queries, keys)
+    got = distillation.attention_loss((a + bias).softmax(-1), teacher, queries, keys)
     shared = teacher
     if heads == 4:
         shared = torch.stack([teacher[:, :2].mean(1), teacher[:, 2:].mean(1)], 1)
@@ -336,9 +339,9 @@ def test_attention_losses_by_loops(heads):
     close(got[0], kl)
     close(got[1], mse, 1e-10)
     for part in (0, 1):
-        loss = lambda a, part=part: distill.attention_loss((a + bias).softmax(-1), teacher, queries, keys)[part]
+        loss = lambda a, part=part: distillation.attention_loss((a + bias).softmax(-1), teacher, queries, keys)[part]
         assert torch.autograd.gradcheck(loss, a)
-    nothing = distill.attention_loss(teacher, teacher, queries, torch.zeros(2, 5, dtype=torch.bool))
+    nothing = distillation.attention_loss(teacher, teacher, queries, torch.zeros(2, 5, dtype=torch.bool))
     assert nothing[0] == 0
     assert nothing[1] == 0
 
@@ -348,6 +351,6 @@ def test_hidden_loss_by_hand():
     teacher = randn(2, 4, 3)
     mask = lengths_mask(4, [4, 1])
     want = (F.mse_loss(student[0], teacher[0]) + F.mse_loss(student[1, :1], teacher[1, :1])) / 2
-    close(distill.hidden_loss(student, teacher, mask), want)
-    assert torch.autograd.gradcheck(lambda s: distill.hidden_loss(s, teacher, mask), student)
-    assert distill.hidden_loss(student, teacher, torch.zeros(2, 4, dtype=torch.bool)) == 0
+    close(distillation.hidden_loss(student, teacher, mask), want)
+    assert torch.autograd.gradcheck(lambda s: distillation.hidden_loss(s, teacher, mask), student)
+    assert distillation.hidden_loss(student, teacher, torch.zeros(2, 4, dtype=torch.bool)) == 0

@@ -28,7 +28,7 @@ import train
 import uniter
 import vilbert
 from prepare import scenes
-from support import evaluation, log, options
+from support import distillation, evaluation, log, options
 
 ROOT = Path(__file__).parent.parent
 PAPERS = list(checkpoints.MODELS)
@@ -487,11 +487,11 @@ def test_a_teacher_s_answers_count_as_the_mean_whatever_the_parts():
     parts = []
     for rows in (slice(0, 9), slice(9, 13)):
         batch = SimpleNamespace(text=torch.zeros(13, 3)[rows], answer_labels=labels[rows], matched=matched[rows])
-        loss = distill.soft_label_loss(student[rows], teacher[rows])
+        loss = distillation.soft_label_loss(student[rows], teacher[rows])
         parts.append((distill.items_of(lxmert, "qa_soft", batch), loss))
     items = sum(n for n, _ in parts)
     together = sum(n * loss for n, loss in parts) / items
-    torch.testing.assert_close(together, distill.soft_label_loss(student, teacher))
+    torch.testing.assert_close(together, distillation.soft_label_loss(student, teacher))
 
 
 def test_questions_of_mismatched_pairs_do_not_count():
