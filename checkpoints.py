@@ -24,8 +24,8 @@ import lxmert
 import uniter
 import vilbert
 from common import UserError
-from prepare.lxmert_json import normalize_answer
 from support import formats, weights
+from support.records import normalize_lxmert_answer
 from tasks import TASKS
 
 # ---- the table of models -----------------------------------------------------------------------------------------
@@ -430,12 +430,12 @@ def match_answers(known, wanted):
     normalized = {}
     for place, answer in enumerate(known):
         written.setdefault(answer, place)
-        normalized.setdefault(normalize_answer(answer), place)
+        normalized.setdefault(normalize_lxmert_answer(answer), place)
     places = []
     for answer in wanted:
         place = written.get(answer)
         if place is None:
-            place = normalized.get(normalize_answer(answer), -1)
+            place = normalized.get(normalize_lxmert_answer(answer), -1)
         places.append(place)
     return places
 

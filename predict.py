@@ -51,8 +51,8 @@ CHUNK = 1024  # lines of a file that are answered together
 # ---- command line ------------------------------------------------------------------------------------------------------
 
 
-def parse(argv=None):
-    """The command line. UserError for a mistake in it."""
+def build_parser():
+    """All options, in the groups that --help shows."""
     usage = "predict.py CHECKPOINT WHAT [OPTION ...]"
     parser = data.Parser("predict.py", usage, "Use a checkpoint of train.py.", allow_abbrev=False)
     parser.add_argument("checkpoint", help="checkpoint.pt or best.pt of a run of train.py")
@@ -94,7 +94,12 @@ def parse(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--dtype", choices=["auto", "f32", "bf16"], default="auto", help="number format of matrix products")
     add("--int8", action="store_true", help="layers with weights of 8 bits: a smaller model, on a CPU")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv=None):
+    """The command line. UserError for a mistake in it."""
+    args = build_parser().parse_args(argv)
     modes = ["scenes", "image", "search", "embed", "export", "serve"]
     if args.search is None and args.embed is None:
         modes.append("data")  # else it is what they read

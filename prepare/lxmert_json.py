@@ -16,20 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/lxmert_json.py`
 
 from prepare import published
+from support.records import normalize_lxmert_answer
 
 FILES = {"mscoco_train": "train", "mscoco_nominival": "train", "vgnococo": "train", "mscoco_minival": "val"}
-NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-SYNONYMS = {"grey": "gray", **{word: str(number) for number, word in enumerate(NUMBERS, 1)}}
-
-
-def normalize_answer(text):
-    """LXMERT's normalisation: lower case, without one final period and one of each article, in the order a, an, the."""
-    text = text.lower()
-    if text.endswith("."):
-        text = text[:-1].strip()
-    for article in ("a ", "an ", "the "):
-        text = text.removeprefix(article)
-    return SYNONYMS.get(text, text)
 
 
 def picture_path(image_id):
@@ -54,8 +43,8 @@ def records(folder, out, answers):
                     record["id"] = f"{entry['img_id']}_{source}_{number}"
                     known = {}
                     for answer, score in raw.items():
-                        if normalize_answer(answer) in answers:
-                            known[normalize_answer(answer)] = score
+                        if normalize_lxmert_answer(answer) in answers:
+                            known[normalize_lxmert_answer(answer)] = score
                     if known:
                         record["answer"] = known
                     if record["text"]:

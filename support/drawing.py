@@ -45,12 +45,13 @@ def grid(cells, columns):
 
 
 def save(picture, path, option):
-    """Writes a picture file. UserError, which names the option, where the name is not that of a picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a picture file, whole or not at all. UserError, which names the option, for a name that no picture can have."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
     try:
-        with regions.naming(path):
-            picture.save(path)
-    except (ValueError, OSError) as error:  # an unknown suffix, or one of a format without colours
+        if kind not in Image.SAVE:
+            raise ValueError(f"Pillow writes no files that end in {path.suffix!r}")
+        regions.write_whole(path, lambda temporary: picture.save(temporary, format=kind))
+    except (ValueError, OSError) as error:  # without errno: a format without colours
         if getattr(error, "errno", None) is not None:
             raise
         raise UserError(f"{option} {path}: not the name of a picture file; write one that ends in .png") from None

@@ -298,6 +298,20 @@ def normalize_answer(text):
     return text.rstrip(".").rstrip() or text
 
 
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+SYNONYMS = {"grey": "gray", **{word: str(number) for number, word in enumerate(NUMBERS, 1)}}
+
+
+def normalize_lxmert_answer(text):
+    """LXMERT's normalisation: lower case, without one final period and one of each article, in the order a, an, the."""
+    text = text.lower()
+    if text.endswith("."):
+        text = text[:-1].strip()
+    for article in ("a ", "an ", "the "):
+        text = text.removeprefix(article)
+    return SYNONYMS.get(text, text)
+
+
 def leaves_folder(name):
     """True if a file name leads out of the folder that it is relative to."""
     return Path(name).is_absolute() or ".." in Path(name).parts
@@ -428,6 +442,13 @@ class Pictures:
 # What grows with the data is read once, checked, written column by column, and memory-mapped from then on.
 
 
+def item_number(i, length):
+    """i in 0..length - 1; a negative i counts from the end. IndexError outside, by which a loop over a Sequence ends."""
+    if not -length <= i < length:
+        raise IndexError(i)
+    return i % length
+
+
 class Strings(Sequence):
     """A list of texts on disk: item i is blob[offsets[i]:offsets[i+1]] in UTF-8. A text of several segments is a tuple
     of them; the blob has NUL between them."""
@@ -440,9 +461,7 @@ class Strings(Sequence):
         return len(self.offsets) - 1
 
     def __getitem__(self, i):
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        i %= len(self)
+        i = item_number(i, len(self))
         text = self.blob[self.offsets[i] : self.offsets[i + 1]].tobytes().decode("utf-8")
         return tuple(text.split("\0")) if "\0" in text else text
 
@@ -474,9 +493,7 @@ class Answers(Sequence):
         return len(self.offsets) - 1
 
     def __getitem__(self, i):
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        i %= len(self)
+        i = item_number(i, len(self))
         answers = {}
         for k in range(self.offsets[i], self.offsets[i + 1]):
             answers[self.words[self.index[k]]] = float(self.scores[k])

@@ -18,8 +18,8 @@ import checkpoints
 import lxmert
 import train
 from common import attention_bias
-from prepare import lxmert_json
 from support import formats
+from support.records import normalize_lxmert_answer
 
 REFERENCE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[2] / "shared" / "reference")
 SMALL = {
@@ -127,7 +127,7 @@ def test_answers_are_normalised_as_the_official_table_is():
     if path.exists():
         probes |= {raw: normal for raw, normal, _ in json.loads(path.read_text())["convert"]}
     for raw, normal in probes.items():
-        assert lxmert_json.normalize_answer(raw) == normal, raw
+        assert normalize_lxmert_answer(raw) == normal, raw
 
 
 def test_answer_rows_move_with_their_answers_and_unknown_ones_are_zero():

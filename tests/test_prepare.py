@@ -50,6 +50,7 @@ from prepare import (
     vqa_v2,
 )
 from support import options
+from support.records import normalize_lxmert_answer
 
 
 def make_picture(path, seed=0, size=(40, 30)):
@@ -1243,7 +1244,7 @@ def test_lxmerts_normalisation_of_answers():
     probes = json.loads((REFERENCE / "lxmert_answer_map.json").read_text())["convert"]
     assert len(probes) == 30
     for raw, expected, _ in probes:
-        assert lxmert_json.normalize_answer(raw) == expected
+        assert normalize_lxmert_answer(raw) == expected
 
 
 @pytest.mark.skipif(not (REFERENCE / "sample_obj36.tsv").is_file(), reason="needs ../shared/reference")
