@@ -886,10 +886,11 @@ def print_shared_pictures(sets):
 def preview(source, task, out, split, count, patch, grid):
     """Draws a sheet of `count` examples: pictures with their regions' boxes, text and answer."""
     from prepare.preview import draw_sheet  # here, since it imports this file
+    from support import drawing
 
     path, splits = describe(source, task)
     sheet = draw_sheet(path, task, splits, split, count, patch, grid)
-    sheet.save(out)
+    drawing.save(sheet, Path(out), "--out")
     print(f"{out}: {sheet.width} x {sheet.height} pixels, of {path}")
     return 0
 

@@ -111,6 +111,7 @@ OPTIONS = {
         ("--compile", bool, False, "compile the layers first; pays off in long runs"),
     ],
 }  # fmt: skip
+MOST_LAYERS = 1000
 # fields of a Config that --config may not set
 DECIDED_BY_DATA = {"vocab_size", "feature_size", "types", "classes", "attributes", "answers", "heads", "teacher_widths"}
 
@@ -448,6 +449,8 @@ def parse_config_value(text, name, value, default):
         value = tuple(value)
     if type(value) is int and type(default) is float:
         value = float(value)
+    if name.endswith("layers") and type(value) is int and value > MOST_LAYERS:
+        raise UserError(f"--config {text}: {MOST_LAYERS} layers at most; they are built one by one")
     too_small = type(value) is int and type(default) is int and value < min(1, default)
     if type(value) is not type(default) or too_small:
         raise UserError(f"--config {text}: {name} is something like {default}")
