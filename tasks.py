@@ -199,12 +199,12 @@ def pretraining_examples(record):
 
 
 def evaluate_pretraining(run, dataset, most=1000, candidates=100):
-    """Each objective on held-out captions, masked under a fixed seed, and zero-shot retrieval among `candidates` pictures.
+    """Each objective on held-out captions, masked under a fixed seed, and zero-shot retrieval: itm's among `candidates`
+    pictures, itc's in the test among those of --pool.
 
     Captions: the first one of each of at most `most` pictures; of an objective that answers questions, as many questions.
     Accuracies are over masked words, masked regions or pairs. mlm_content masks one word of every caption of these
-    pictures, of the words that only the picture tells (the data set's `content_words`, such as colours).
-    Chance: always the most frequent label.
+    pictures, one of the data set's `content_words`, such as colours. Chance: always the most frequent label.
     """
     kinds = np.array(dataset.kind)
     captions = evaluation.first_captions(dataset)[:most]
@@ -228,15 +228,19 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
             labelled = total.labels.total()
             metrics[f"{name}_accuracy"] = total.hits / labelled
             chance[f"{name}_accuracy"] = max(total.labels.values()) / labelled
-    index = captions[:candidates]
-    recalls = {}
+    texts = captions[:candidates]
     if "itm" in run.objectives:
-        recalls |= evaluation.recall_of_all_pairs(run, dataset, index, "itm")
+        recalls = evaluation.recall_of_all_pairs(run, dataset, texts, "itm")
+        metrics |= recalls
+        chance |= evaluation.recall_chance(recalls, dataset.image[texts])
     if "itc" in run.objectives:
-        dots = evaluation.dot_products(run, dataset, index, dataset.image[index])
-        for name, value in evaluation.recall_at(dots, torch.arange(len(index))).items():
-            recalls[f"itc_{name}"] = value
-    return metrics | recalls, chance | evaluation.recall_chance(recalls, dataset.image[index])
+        if dataset.split != "val":
+            texts = evaluation.retrieval_captions(run, dataset, run.args.pool)
+        recalls = evaluation.recall_of_dot_products(run, dataset, texts)
+        recalls = {f"itc_{name}": value for name, value in recalls.items()}
+        metrics |= recalls
+        chance |= evaluation.recall_chance(recalls, dataset.image[texts])
+    return metrics, chance
 
 
 def content_pieces(run):

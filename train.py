@@ -98,13 +98,15 @@ def train(args):
     if teacher:
         distill.read_teacher(run, teacher)
     run.model = build_model(run, checkpoint).to(device)
+    if args.resume:
+        run.progress.update(checkpoint["progress"])
     if teacher:
         distill.match_teacher(run, teacher)
     if args.lr is None:
         args.lr = options.default_learning_rate(paper, run.model.config.hidden, args.task)
     if args.compile:
         machine.compile_layers(run.model)
-    run.optimizer = make_optimizer(run.model, args.weight_decay)
+    run.optimizer = make_optimizer(run.model, args.weight_decay, run.progress.get("at_random", ()), args.lr_new)
     run.fingerprint = resume.fingerprint(run)
     if args.resume:
         restore_optimizer(run, checkpoint)
@@ -472,6 +474,7 @@ def build_model(run, checkpoint):
         return model
     state, report = checkpoints.fit_state_dict(args, model.state_dict(), checkpoint, run.answers)
     run.progress["random_heads"] = report.random_heads
+    run.progress["at_random"] = report.at_random
     model.load_state_dict(state)
     common.print0(report)
     return model
@@ -508,11 +511,17 @@ def start_sizes(run, checkpoint):
 # ---- optimizer -------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(model, weight_decay):
-    """AdamW as UNITER sets it: betas .9 and .98; weight decay on matrices, none on biases and norms."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "decay": weight_decay}, {"params": vectors, "decay": 0.0}]
+def make_optimizer(model, weight_decay, at_random=(), lr_new=1.0):
+    """AdamW as UNITER sets it: betas .9 and .98; weight decay on matrices, none on biases and norms.
+
+    Parameters whose name is in `at_random` have `lr_new` times the learning rate of the others.
+    """
+    groups = {}  # (factor, decay): parameters
+    for name, parameter in model.named_parameters():
+        factor = lr_new if name in at_random else 1.0
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((factor, decay), []).append(parameter)
+    groups = [{"params": group, "factor": factor, "decay": decay} for (factor, decay), group in groups.items()]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
 
@@ -538,9 +547,10 @@ def set_learning_rate(optimizer, step, rate):
     The two are equal for r' = r (1 - r d) and d' = d / (1 - r d).
     """
     for group in optimizer.param_groups:
-        decay = group["decay"]
-        group["lr"] = rate * (1 - rate * decay)
-        group["weight_decay"] = decay / (1 - rate * decay)
+        r = rate * group["factor"]
+        d = group["decay"]
+        group["lr"] = r * (1 - r * d)
+        group["weight_decay"] = d / (1 - r * d)
         group["eps"] = 1e-6 / math.sqrt(1 - group["betas"][1] ** step)
 
 
@@ -555,11 +565,10 @@ def set_temperature(run, part):
 
 
 def restore_optimizer(run, checkpoint):
-    """Optimizer, progress and the generators of dropout as the checkpoint has them."""
+    """Optimizer and the generators of dropout as the checkpoint has them."""
     resume.check_fingerprint(checkpoint.get("fingerprint", {}), run.fingerprint)
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
-        run.progress.update(checkpoint["progress"])
         generators = checkpoint["generators"].get(run.device.type, [])  # the state of each process
         machine.seed_dropout(run, generators)
     except ValueError:

@@ -82,6 +82,7 @@ OPTIONS = {
         ("--batch-size", COUNT, None, "examples in one forward pass of one process (default: of the data set, or 64 rows)"),
         ("--accumulate", COUNT, 1, "forward passes of one process in an optimizer step"),
         ("--lr", NOT_NEGATIVE, None, "peak learning rate (default: by the model's width)"),
+        ("--lr-new", POSITIVE, 1.0, "factor of the learning rate for weights that --init lacks; official UNITER: 10"),
         ("--warmup", SHARE, 0.1, "share of the steps in which the learning rate rises"),
         ("--weight-decay", NOT_NEGATIVE, 0.01, "AdamW's weight decay, on matrices only"),
         ("--clip", POSITIVE, 5.0, "largest gradient norm"),
@@ -162,6 +163,8 @@ def check_options(args):
         raise UserError("--fresh says how to use --init; give --init too")
     if args.partial and not args.init:
         raise UserError("--partial says how to use --init; give --init too")
+    if args.lr_new != 1.0 and (args.fresh or not args.init) and not args.resume:
+        raise UserError("--lr-new is for weights that --init lacks; without --init all are new: give --lr")
     if args.objectives and not pretraining:
         raise UserError("--objectives are those of pretraining; a --task has its own")
     for part in args.distill.split(","):

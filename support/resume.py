@@ -99,7 +99,18 @@ def whole_lines(path, datasets):
 # ---- the fingerprint ---------------------------------------------------------------------------------------------
 
 # Options that change what a run computes. The others, as --steps, --device and --log-every, may change on --resume.
-RESULT_OPTIONS = ("seed", "batch_size", "lr", "warmup", "weight_decay", "clip", "mask", "temperature", "ablate")
+RESULT_OPTIONS = (
+    "seed",
+    "batch_size",
+    "lr",
+    "lr_new",
+    "warmup",
+    "weight_decay",
+    "clip",
+    "mask",
+    "temperature",
+    "ablate",
+)
 RESULT_OPTIONS += ("size", "limit", "mine", "patch", "grid", "teacher", "distill")
 
 

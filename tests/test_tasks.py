@@ -762,6 +762,25 @@ def test_pretraining_is_evaluated_on_one_caption_a_picture_and_chance_is_the_usu
     assert seen["itm"] == list(range(1, 21, 3)) and seen["qa"] == list(range(0, 21, 3))
 
 
+def test_contrast_is_tested_among_the_pictures_that_the_command_line_says(monkeypatch):
+    """On val among a hundred, each with its first caption. In the test among --pool, with all of their captions."""
+    run = SimpleNamespace(objectives={"itc": 1}, content_words=[], paper=uniter)
+    run.args = SimpleNamespace(pool=120, captions="all")
+    sizes = []
+
+    def dot_products(run, dataset, texts, images):
+        sizes.append((len(texts), len(images)))
+        return (dataset.image[texts][:, None] == images).astype(float) @ np.eye(len(images))
+
+    monkeypatch.setattr(tasks, "objective_sums", lambda *_: tasks.ObjectiveSums())
+    monkeypatch.setattr(evaluation, "dot_products", lambda *args: torch.from_numpy(dot_products(*args)))
+    for split in ("val", "test"):
+        metrics, chance = tasks.evaluate_pretraining(run, many_captions(split, 150))
+        assert metrics["itc_text_to_image_r1"] == metrics["itc_image_to_text_r1"] == 1.0
+        assert chance["itc_text_to_image_r1"] == pytest.approx(1 / sizes[-1][1])
+    assert sizes == [(100, 100), (240, 120)]
+
+
 def test_evaluation_runs_in_eval_mode_and_without_gradients(monkeypatch):
     model = torch.nn.Dropout(0.5).train()
     seen = []

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -152,6 +153,22 @@ def test_only_matrices_decay():
         assert (group["weight_decay"] > 0) == (parameter.ndim > 1), name
         assert group["lr"] == pytest.approx(0.05, rel=1e-2)
     assert not place
+
+
+def test_new_weights_learn_at_a_rate_of_their_own():
+    """As the optimizer of two groups would: official UNITER has ten times the rate on the head."""
+    model = torch.nn.ModuleDict({"old": torch.nn.Linear(3, 3), "new": torch.nn.Linear(3, 2)})
+    optimizer = train.make_optimizer(model, 0.01, ["new.weight", "new.bias"], 10.0)
+    train.set_learning_rate(optimizer, 1, 1e-3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        rate = 1e-2 if name.startswith("new") else 1e-3
+        decay = 0.01 if p.ndim > 1 else 0.0
+        wanted = (before[name] - rate) * (1 - rate * decay)  # the first step of Adam is the sign of the gradient
+        torch.testing.assert_close(p.detach(), wanted, atol=1e-7, rtol=1e-5)
 
 
 def test_a_step_is_that_of_the_official_optimizer():
@@ -392,6 +409,20 @@ def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path, here):
     logs = [(tmp_path / out / "log.jsonl").read_text().splitlines() for out in ("whole", "parts")]
     lines = [[json.loads(line) for line in log if "grad_norm" in line] for log in logs]
     assert [x["grad_norm"] for x in lines[0]] == [x["grad_norm"] for x in lines[1]]
+
+
+def test_new_weights_keep_their_own_rate_after_a_resume(pictures, tmp_path, here):
+    here("--data", pictures, "--steps", 1, "--out", "start")
+    options = ["--task", "vqa", "--data", pictures, "--steps", 4, "--eval-every", 2, "--lr-new", 10]
+    here(*options, "--init", tmp_path / "start/checkpoint.pt", "--out", "whole")
+    (tmp_path / "parts").mkdir()
+    shutil.copy(tmp_path / "whole/checkpoint.previous.pt", tmp_path / "parts/checkpoint.pt")
+    here(*options, "--out", "parts", "--resume")
+    whole = state_of(tmp_path / "whole")
+    parts = state_of(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    groups = checkpoints.load_checkpoint(tmp_path / "parts/checkpoint.pt")["optimizer"]["param_groups"]
+    assert {group["factor"] for group in groups} == {1.0, 10.0}
 
 
 @pytest.mark.parametrize("model", ["uniter", "lxmert"])
