@@ -663,9 +663,10 @@ def test_a_mistake_in_a_later_line_keeps_the_earlier_file_whole(tmp_path):
     source.write_text(source.read_text() + "{")
     with pytest.raises(UserError, match=":2: not JSON"):
         published.link_lines(source, out, lambda path, record: [5])
+    assert out.read_text() == before and sorted(tmp_path.iterdir()) == [source, out]
     with pytest.raises(UserError, match="hold no examples"):
         published.write_jsonl(out, [])
-    assert out.read_text() == before and sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert out.read_text() == before and sorted(tmp_path.iterdir()) == [source, out]
 
 
 def test_a_folder_of_pictures_becomes_lines_with_their_names(tmp_path, no_network):
