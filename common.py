@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -542,10 +543,8 @@ SHARED_OBJECTIVES = {  # each model's table adds its own, or replaces one of the
 
 
 class UserError(ValueError):
-    """A mistake of the user's in files, options or values. It ends the program with one line and exit code 2.
-
-    The message says where, what is wrong, how to mend it. Line breaks in messages that it quotes are removed.
-    """
+    """A mistake of the user's in files, options or values. It ends the program with one line and exit code 2. The message
+    says where, what is wrong, how to mend it. Line breaks in messages that it quotes are removed."""
 
     def __init__(self, message):
         super().__init__(" ".join(message.split()))
@@ -556,7 +555,8 @@ def rank_and_world():
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group()
+        # the first process may make features for hours, while the others wait for it
+        dist.init_process_group(timeout=timedelta(days=1))
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -37,11 +37,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from common import UserError
+from support.ranges import COUNT, in_range
 from support.records import (
     Answers,
+    CategoricalColumn,
     Mistakes,
     Strings,
-    Words,
     is_text,
     is_texts,
     make_columns,
@@ -200,8 +201,8 @@ class Dataset:
             self.pairs = np.sort(pair_keys(self.text_keys, self.image))
 
     def belong_together(self, examples, images):
-        """(B,) bool: True = the dataset has the text of the example, word for word, with that picture. A caption that is
-        said of several pictures belongs to each."""
+        """True = the dataset has the text of the example, whatever its case, with that picture: both (...) -> (...) bool.
+        A caption that is said of several pictures belongs to each."""
         self.index_pairs()
         keys = pair_keys(self.text_keys[examples], images)
         found = np.searchsorted(self.pairs, keys).clip(max=len(self.pairs) - 1)
@@ -331,7 +332,7 @@ def open_columns(folder, name, split):
         image=column["image"],
         text=Strings(column["text"], column["text_offsets"]),
         answer=Answers(rest["answers"], column["answer"], column["answer_scores"], column["answer_offsets"]),
-        kind=Words(rest["kinds"], column["kind"]),
+        kind=CategoricalColumn(rest["kinds"], column["kind"]),
         ids=Strings(column["ids"], column["ids_offsets"]),
         target=column.get("target"),
         group=rest["group"],
@@ -379,8 +380,8 @@ def read_dataset_json(path):
     for key, value in found.items():
         if key not in DATASET_JSON:
             raise UserError(f"{path}: unknown key {key!r}; dataset.json has {', '.join(DATASET_JSON)}")
-        default, is_right, wanted = DATASET_JSON[key]
-        if value != default and not is_right(value):
+        default, is_valid, wanted = DATASET_JSON[key]
+        if value != default and not is_valid(value):
             raise UserError(f"{path}: {key!r} is {str(value)[:60]!r}; write {wanted}")
     if not found.get("file") and not found.get("files"):
         raise UserError(f"{path}: dataset.json names no 'file' or 'files'")
@@ -415,18 +416,19 @@ def task_file(dataset, task_name):
     return path
 
 
-def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE, network=None):
+def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE, network=None, device=None, checked=False):
     """Dataset of a split. A split that the file lacks is an empty Dataset.
 
     source: see `find`.   task: a row of tasks.TASKS.   limit: at most that many examples, drawn at random.
-    patch, grid: for pictures without features; or network: `regions` of the data set to make them like.
+    patch, grid: for pictures without features. network: `regions` to make them like, on `device` (None: a GPU if any).
+    checked: another split was loaded just now, so the pictures need not be compared with the cache again.
     UserError for whatever is wrong with the request or the files.
     """
     description = read_dataset_json(find(source, cache))
     path = task_file(description, task.name)
     splits = [*SPLITS, *description["extra_splits"]]
     own_network = None if description["regions"] or not is_network(network) else network
-    columns = make_columns(path, task, splits, patch, grid, cache, own_network)
+    columns = make_columns(path, task, splits, patch, grid, cache, own_network, device, checked)
     dataset = open_columns(columns, description["name"], split)
     if split == "train" and len(dataset):
         notes = dataset.store.folder / "warnings.json"
@@ -842,13 +844,14 @@ def check(source, task, vocab, max_words, patch, grid):
             mistakes.add(problem)
         print(*mistakes.first, sep="\n", file=sys.stderr)
         raise UserError(f"{path}: mistakes: {mistakes.count}, the first {len(mistakes.first)} above")
-    sets = {split: load(source, task, split, patch=patch, grid=grid) for split in splits if split in columns}
+    sets = {split: load(source, task, split, None, patch, grid, checked=True) for split in splits if split in columns}
     print_contents(path, sets)
     print_shared_pictures(sets)
     if "train" in sets and task.pictures == 1 and not task.needs:
         repeated = sets["train"].repeated_texts()
         if repeated:
-            print(f"{repeated} texts of train stand with several pictures; they are never a false pair of one of them")
+            print(f"{repeated} examples of train have a text that another picture has too; "
+                  "such a pair is never used as a mismatch")  # fmt: skip
     if "train" in sets:
         tokenizer = read_tokenizer(vocab) if vocab else own_tokenizer([sets["train"]])
         print(describe_lost_text([dataset.encode(tokenizer, max_words) for dataset in sets.values()]))
@@ -913,18 +916,14 @@ def parse(argv):
     for command in (check_command, preview_command):
         command.add_argument("source", help="a .jsonl file, a folder with dataset.json, or scenes")
         command.add_argument("--task", choices=list(tasks.TASKS), default="pretrain")
-        command.add_argument("--patch", type=int, default=12, help="a region becomes patch x patch pixels")
-        command.add_argument("--grid", type=int, default=6, help="regions: the picture and grid x grid parts of it")
+        command.add_argument("--patch", type=COUNT, default=12, help="a region becomes patch x patch pixels")
+        command.add_argument("--grid", type=COUNT, default=6, help="regions: the picture and grid x grid parts of it")
     check_command.add_argument("--vocab", help="a BERT vocab.txt or tokenizer.json (default: trained on the texts)")
-    check_command.add_argument("--max-words", type=int, default=60, help="longest text, in word pieces")
+    check_command.add_argument("--max-words", type=in_range(int, 8), default=60, help="longest text, in word pieces")
     preview_command.add_argument("--out", default="preview.png")
     preview_command.add_argument("--split", default="train")
-    preview_command.add_argument("--count", type=int, default=6, help="examples on the sheet")
+    preview_command.add_argument("--count", type=COUNT, default=6, help="examples on the sheet")
     args = parser.parse_args(argv)
-    for name, least in {"patch": 1, "grid": 1, "count": 1, "max_words": 8}.items():
-        value = getattr(args, name, least)
-        if value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it is too small")
     args.task = tasks.TASKS[args.task]
     return vars(args)
 

@@ -210,9 +210,8 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
     captions = evaluation.first_captions(dataset)[:most]
     questions = np.flatnonzero(kinds != "caption")[:most]
     sums = {}
-    one_picture = (dataset.image == dataset.image[0]).all()
     for name in run.objectives:
-        if one_picture and run.paper.OBJECTIVES[name].mismatch:
+        if run.paper.OBJECTIVES[name].mismatch and not dataset.has_several_pictures:
             continue  # there is no other picture for a false pair
         index = questions if run.paper.OBJECTIVES[name].mean_over == "answers" else captions
         sums[name] = objective_sums(run, dataset, index, name)
@@ -675,7 +674,7 @@ def caption_perplexity(run, dataset, examples):
 
 def generate_captions(run, dataset, index):
     """A caption for the picture of each example: B texts. By beam search with --beams, on val greedily."""
-    batch = data.remove_modality(data.collate(dataset, index), run.args.ablate).to(run.device)
+    batch = evaluation.collate_pairs(run, dataset, index, dataset.image[index])
     first = run.tokenizer.token_to_id("[CLS]")
     last = run.tokenizer.token_to_id("[SEP]")
     beams = 1 if dataset.split == "val" else run.args.beams

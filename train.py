@@ -124,8 +124,7 @@ def train(args):
 
 
 def training_loop(run, log):
-    """The steps: batches, gradients, clipping, update; a line every --log-every, an evaluation every --eval-every, with a
-    line and a checkpoint."""
+    """The steps: batches, gradients, clipping, update. A line every --log-every steps, `validate` every --eval-every."""
     args = run.args
     model = run.model
     progress = run.progress
@@ -165,7 +164,7 @@ def training_loop(run, log):
                 if not due:
                     log.line()
                 checkpoints.save_checkpoint(run, "checkpoint.pt")
-                raise UserError(f"interrupted after step {step}, which is saved; go on with --resume")
+                raise KeyboardInterrupt(f"interrupted after step {step}, which is saved; go on with --resume")
     log.data_time()
 
 
@@ -225,14 +224,13 @@ def sum_over_processes(model, losses):
 
 
 def load_data(run, checkpoint, teacher):
-    """Fills in the run's objectives, sets, tokenizer and answers. The tokenizer is the checkpoint's or the teacher's,
-    if there is one."""
+    """Fills in the run's objectives, regions, sets, content words, tokenizer and answers."""
     args = run.args
     run.objectives = options.objectives_of(args, run.paper)
     run.regions = options.choose_regions(args, checkpoint or teacher)
     run.sets = {}
     for task, (path, description) in zip(args.tasks, args.data_sets, strict=True):
-        run.sets[task] = load_splits(args, task_of_lines(run, task), path, description)
+        run.sets[task] = load_splits(run, task_of_lines(run, task), path, description)
     for number, splits in enumerate(run.sets.values()):
         for split in splits.values():
             split.task_number = number  # which task token ViLBERT reads
@@ -280,16 +278,18 @@ def has_open_answers(paper, names):
     return any(paper.OBJECTIVES[name].open_answers for name in names)
 
 
-def load_splits(args, task, path, description):
+def load_splits(run, task, path, description):
     """{name of a split: Dataset} of a task: train, val, test and the data set's extra test splits that have examples."""
+    args = run.args
     names = ["train", "val", "test"]
     if not tasks.is_pretraining(args.task):
         names += description["extra_splits"]
     splits = {}
+    made_by = {"network": description["regions"], "device": run.device}
     with machine.first_process_first():
         for name in names:
             limit = args.limit if name == "train" else None
-            split = data.load(path, task, name, limit, args.patch, args.grid, network=description["regions"])
+            split = data.load(path, task, name, limit, args.patch, args.grid, checked=name != "train", **made_by)
             if len(split):
                 splits[name] = split
     if "train" not in splits:

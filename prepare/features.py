@@ -12,7 +12,7 @@ prepare/networks.py, which also lists the networks.
 """
 
 import argparse
-import hashlib
+import functools
 import json
 import shutil
 import sys
@@ -29,6 +29,9 @@ import torch
 import data
 from common import UserError
 from prepare import networks, published
+from support.machine import pick_device
+from support.ranges import COUNT, COUNT_OR_ZERO
+from support.regions import content_digest, file_stamp
 
 SHARD = 256  # pictures whose regions are written at once: what an interruption may lose
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -80,8 +83,7 @@ def decode(where, key, network):
     except UserError as error:
         return str(error)
     pixels = image if network.detect is not None else networks.to_pixels(image, network)
-    digest = int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:7])
-    return pixels, boxes, {"size": image.size, "digest": digest}
+    return pixels, boxes, {"size": image.size, "digest": content_digest(image.tobytes())}
 
 
 def shard_regions(jobs, network, args, pool):
@@ -130,9 +132,7 @@ def extract(jobs, network, args, parts):
             if len(errors) > args.skip_bad:
                 raise UserError(f"{errors[0]} ({len(errors)} such so far); --skip-bad N leaves out up to N pictures")
             if not file.exists():
-                aside = file.with_suffix(".tmp")
-                torch.save(results, aside)
-                aside.rename(file)  # a file is whole or absent
+                data.write_whole(file, functools.partial(torch.save, results))
                 done += len(results)
                 rate = done / (time.monotonic() - start)
                 finished = first + len(results)
@@ -159,12 +159,13 @@ def read_parts(parts, rows):
 # ---- own pictures of train.py and predict.py --------------------------------------------------------------------------
 
 
-def picture_regions(jobs, regions, batch_size=32):
+def picture_regions(jobs, regions, device=None, batch_size=32):
     """For each regions.PictureJob what regions.picture_regions returns, (regions, warnings, mistake), but by a network.
 
-    regions: of a dataset.json or a checkpoint, as `region_maker` takes it.
+    regions: of a dataset.json or a checkpoint, as `region_maker` takes it.   device: None = a GPU if there is one.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     network = networks.load_network(regions["network"], regions.get("weights"), device)
     args = argparse.Namespace(grid=regions.get("grid"), device=device, batch_size=batch_size)
     with ThreadPoolExecutor(2) as pool:
@@ -184,15 +185,8 @@ def picture_regions(jobs, regions, batch_size=32):
 
 def find_files(source, out):
     """(JSONL files, content of the dataset.json to be) of what --data names."""
-    if source.is_file():
-        return [source], {"name": source.stem, "file": source.name}
-    if (source / "dataset.json").is_file():
-        description = published.read_json(source / "dataset.json")
-        if "file" in description:
-            names = [description["file"]]
-        else:
-            names = sorted(set(description["files"].values()))
-        return [source / name for name in names], description
+    if source.is_file() or (source / "dataset.json").is_file():
+        return find_named_files(source)
     pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not pictures:
         raise UserError(
@@ -204,6 +198,25 @@ def find_files(source, out):
             record = {"id": str(picture.relative_to(source)), "image": str(picture.resolve())}
             file.write(json.dumps(record) + "\n")
     return [path], {"name": source.name, "file": "pictures.jsonl"}
+
+
+def find_named_files(source):
+    """(JSONL files, content of the dataset.json to be) of a .jsonl file or a folder with dataset.json. The new files all
+    lie beside the new dataset.json; the vocabulary stays where it is."""
+    found = data.read_dataset_json(source)
+    folder = found.pop("folder")
+    names = set(found["files"].values())
+    if found["file"]:
+        names.add(found["file"])
+        found["file"] = Path(found["file"]).name
+    new_names = {Path(name).name for name in names}
+    if len(new_names) < len(names):
+        raise UserError(f"{source}: two of its files have the same name in different folders; rename one")
+    found["files"] = {task: Path(name).name for task, name in found["files"].items()}
+    if found["vocab"]:
+        found["vocab"] = str((folder / found["vocab"]).resolve())
+    description = {key: value for key, value in found.items() if value}
+    return [folder / name for name in sorted(names)], description
 
 
 def find_pictures(files):
@@ -253,7 +266,8 @@ def prepare(args):
     description["regions"] = regions
 
     parts = out / "parts"
-    job = json.dumps([regions, list(pictures), "facts"])
+    stamps = [file_stamp(Path(path)) if Path(path).is_file() else None for path, _ in pictures]
+    job = json.dumps([regions, list(pictures), stamps])
     if not (parts / "job.json").is_file() or (parts / "job.json").read_text() != job:
         shutil.rmtree(parts, ignore_errors=True)  # of another extraction
         parts.mkdir()
@@ -268,7 +282,7 @@ def prepare(args):
 
     for path in files:
         published.link_lines(path, out / path.name, rows_of)
-    (out / "dataset.json").write_text(json.dumps(description, indent=1))
+    published.write_dataset(out, **description)
     shutil.rmtree(parts)
     for error in errors:
         print(f"left out: {error}", file=sys.stderr)
@@ -282,14 +296,17 @@ def main(arguments=None):
     parser.add_argument("--out", required=True, help="folder of the store and the new JSONL")
     parser.add_argument("--network", help="resnet50, a folder, ...; default: the best of those that are installed")
     parser.add_argument("--weights", help="file of a state dict, for torchvision's networks")
-    parser.add_argument("--grid", type=int, help="cells in a row of the grid; default: the feature map's own")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=2, help="threads that decode pictures")
-    parser.add_argument("--threads", type=int, help="threads of the network; default: torch's")
-    parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N unreadable pictures")
+    parser.add_argument("--grid", type=COUNT, help="cells in a row of the grid; default: the feature map's own")
+    parser.add_argument("--batch-size", type=COUNT, default=32)
+    parser.add_argument("--workers", type=COUNT, default=2, help="threads that decode pictures")
+    parser.add_argument("--threads", type=COUNT, help="threads of the network; default: torch's")
+    parser.add_argument(
+        "--skip-bad", type=COUNT_OR_ZERO, default=0, metavar="N", help="leave out up to N unreadable pictures"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     try:
         args = parser.parse_args(arguments)
+        args.device = pick_device(args.device)
         if args.network is None:
             args.network = networks.best_installed() or "efficientnet-lite0"
         if args.threads is not None:

@@ -50,7 +50,7 @@ def predictions(lines):
 
 
 def convert(folder, out):
-    """Writes OUT/gqa.jsonl."""
+    """Writes OUT/gqa.jsonl, and OUT/gqa_test.jsonl where the questions of the submission are there."""
     published.write_jsonl(out / "gqa.jsonl", records(folder, out))
     if (folder / SUBMISSION).is_file():
         published.write_jsonl(out / "gqa_test.jsonl", unanswered(folder, out))

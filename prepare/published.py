@@ -127,6 +127,13 @@ def corner_box(x, y, width, height):
     return [x, y, x + width, y + height]
 
 
+def cut_box(box, width, height):
+    """[x1,y1,x2,y2] cut to a picture of this size, in pixels; None where nothing is left."""
+    x1, y1, x2, y2 = box
+    box = [max(0, x1), max(0, y1), min(x2, width), min(y2, height)]
+    return box if box[0] < box[2] and box[1] < box[3] else None
+
+
 def write_store(folder, pictures):
     """Writes a feature store, in place of an older one. pictures: an iterable of {field of data.STORED: (N,...) array},
     boxes in 0..1, and where it is known `size`, (width, height) in pixels, which a line's `target` needs."""
@@ -138,44 +145,44 @@ def link_lines(path, out, rows_of):
     """Copies a JSONL file with rows of the store OUT's folder/regions in place of its pictures.
     rows_of(path, record) -> a row for each picture, None where the store lacks it: such lines are left out.
     Returns how many lines were written and how many left out."""
-    written = 0
-    left_out = 0
-    aside = out.with_name(out.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        for _, record in read_json_lines(path):
-            rows = rows_of(path, record)
-            if None in rows:
-                left_out += 1
-                continue
-            names = [f"regions#{row}" for row in rows]
-            line = {"features": names if "images" in record else names[0]}
-            for key, value in record.items():
-                if key not in ("image", "images", "boxes"):
-                    line[key] = value
-            file.write(json.dumps(line) + "\n")
-            written += 1
-    aside.rename(out)
-    return written, left_out
+    counts = {"written": 0, "left out": 0}
+
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            for _, record in read_json_lines(path):
+                rows = rows_of(path, record)
+                if None in rows:
+                    counts["left out"] += 1
+                    continue
+                names = [f"regions#{row}" for row in rows]
+                line = {"features": names if "images" in record else names[0]}
+                for key, value in record.items():
+                    if key not in ("image", "images", "boxes"):
+                        line[key] = value
+                file.write(json.dumps(line) + "\n")
+                counts["written"] += 1
+
+    data.write_whole(out, write)
+    return counts["written"], counts["left out"]
 
 
 def write_dataset(out, **description):
     """Writes OUT/dataset.json."""
-    (out / "dataset.json").write_text(json.dumps(description, indent=1))
+    data.write_text(out / "dataset.json", json.dumps(description, indent=1))
 
 
 def write_jsonl(path, records):
     """Writes records one a line, as they come, and prints how many there are of each split. The file is whole or absent."""
     counts = {}
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
+
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
             for record in records:
                 file.write(json.dumps(record) + "\n")
                 counts[record["split"]] = counts.get(record["split"], 0) + 1
         require(counts, path, "the published files hold no examples")
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
+
+    data.write_whole(path, write)
     print(f"{path}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
 
 

@@ -51,9 +51,8 @@ def read_instances(path):
     for where, row in published.entries(path, content["annotations"], ("id", "image_id", "bbox")):
         published.require(row["image_id"] in images, where, f"no image has the id {row['image_id']}")
         image = images[row["image_id"]]
-        x1, y1, x2, y2 = published.corner_box(*row["bbox"])
-        box = [x1, y1, min(x2, image["width"]), min(y2, image["height"])]
-        if box[0] < box[2] and box[1] < box[3]:  # a few boxes have no area
+        box = published.cut_box(published.corner_box(*row["bbox"]), image["width"], image["height"])
+        if box is not None:  # a few boxes have no area
             boxes.setdefault(row["image_id"], []).append((row["id"], box))
     return images, boxes
 

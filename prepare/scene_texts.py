@@ -104,7 +104,7 @@ def make_scene(seed, split, index, row=None):
         if len(scene.things) == goal:
             break
         thing = sample_thing(scene, rng)
-        if not any(hides(thing, other) for other in scene.things):
+        if not any(overlap_too_much(thing, other) for other in scene.things):
             scene.things.append(thing)
     rng.shuffle(scene.things)  # the order of drawing then says nothing about how a thing came to be
     for thing in scene.things:
@@ -131,7 +131,7 @@ def sample_thing(scene, rng):
     return Thing(size, color, shape, x, y, half)
 
 
-def hides(a, b):
+def overlap_too_much(a, b):
     """True if the boxes of two things overlap by more than a quarter of the smaller one."""
     width = a.half + b.half - abs(a.x - b.x)
     height = a.half + b.half - abs(a.y - b.y)

@@ -18,7 +18,7 @@ names one. Every text of split "compose" does. That split measures what a model 
     vqa.jsonl  captions.jsonl  ve.jsonl  nlvr2.jsonl  vcr.jsonl  refer.jsonl
     vocab.txt         word pieces of the texts of all tasks, so that one pretrained model can be fine-tuned on any
 
-All is a function of the seed. Each purpose has its own stream of random numbers (Scene.key), so that a change of the
+The data set depends on the seed alone. Each purpose has its own stream of random numbers (Scene.key), so that a change of the
 texts leaves the pictures as they were.
 """
 
@@ -37,6 +37,7 @@ from PIL import Image, ImageDraw
 import data
 from prepare import scene_texts as texts
 from prepare.scene_texts import COLORS, CONTENT_WORDS, SHAPES, SIDE, make_scene
+from support.ranges import in_range
 
 VERSION = 13  # raise it when `make` writes something else: it is part of the name of the folder in the cache
 COUNTS = {"train": 10_000, "val": 500, "test": 1_000, "compose": 500}  # pictures of each split
@@ -258,14 +259,12 @@ def main():
     """Exit code 0, or 2 with one line on stderr."""
     parser = data.Parser(prog="scenes.py", description="Draw the built-in data set.")
     parser.add_argument("out", help="folder to write")
-    parser.add_argument("--count", type=int, help="at most so many pictures of each split")
+    parser.add_argument("--count", type=in_range(int, 2), help="at most so many pictures of each split")
     parser.add_argument("--seed", type=int, default=0)
     try:
         args = parser.parse_args()
         counts = dict(COUNTS)
         if args.count is not None:
-            if args.count < 2:
-                raise data.UserError(f"--count is {args.count}; give 2 or more")
             counts = {split: min(count, args.count) for split, count in COUNTS.items()}
         make(args.out, counts, args.seed)
     except (data.UserError, OSError) as error:

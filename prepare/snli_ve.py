@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/snli_ve.py`
 
+import data
 from prepare import published
 
 SPLITS = {"train": "train", "dev": "val", "test": "test"}
-LABELS = ("entailment", "neutral", "contradiction")
 
 
 def records(folder, out):
@@ -24,7 +24,7 @@ def records(folder, out):
         for where, row in published.read_json_lines(path, ("Flickr30K_ID", "gold_label", "sentence2", "pairID")):
             if row["gold_label"] == "-":
                 continue
-            published.require(row["gold_label"] in LABELS, where, f"gold_label {row['gold_label']!r}")
+            published.require(row["gold_label"] in data.ENTAILMENT, where, f"gold_label {row['gold_label']!r}")
             yield {
                 "image": published.picture(folder / "flickr30k-images" / f"{row['Flickr30K_ID']}.jpg", out),
                 "text": row["sentence2"],

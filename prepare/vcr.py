@@ -50,12 +50,15 @@ def plain_text(words, objects, where):
 
 
 def read_boxes(path):
-    """[[x1,y1,x2,y2]] of a metadata file, cut to the picture. Its boxes have their confidence as a fifth number."""
+    """[[x1,y1,x2,y2]] of a metadata file, cut to the picture; those with no area in it are left out. A box has its
+    confidence as a fifth number. Texts name an object by its number in `objects`, not in this list."""
     content = published.read_json(path)
     published.check_keys(path, content, ("boxes", "width", "height"))
     boxes = []
     for x1, y1, x2, y2, _ in content["boxes"]:
-        boxes.append([max(0, x1), max(0, y1), min(x2, content["width"]), min(y2, content["height"])])
+        box = published.cut_box([x1, y1, x2, y2], content["width"], content["height"])
+        if box is not None:
+            boxes.append(box)
     return boxes
 
 
@@ -90,25 +93,30 @@ def unanswered(folder, out):
 def predictions(lines):
     """The server's file, a CSV: annot_id, then the probabilities of the four answers, and for each answer those of the
     four reasons, in the order of the published file."""
-    given = [f"rationale_conditioned_on_a{i}" for i in range(4)]
-    groups = dict(zip(["answer", *(f"reason given answer {i}" for i in range(4))], ["answer", *given], strict=True))
+    groups = {"answer": "answer"}  # kind of a line: how the names of its four columns begin
+    for i in range(4):
+        groups[f"reason given answer {i}"] = f"rationale_conditioned_on_a{i}"
     questions = {}  # annot_id -> {kind of a line: its probabilities}
     for where, line in lines:
         kind = line.get("kind")
         published.require(kind in groups, where, f"kind {kind!r}; the server takes the lines of vcr_test.jsonl")
         published.require(len(line.get("probs", ())) == 4, where, "has no four probabilities")
         questions.setdefault(line["id"], {})[kind] = line["probs"]
-    columns = ["annot_id", *(f"{group}_{i}" for group in groups.values() for i in range(4))]
+    columns = ["annot_id"]
+    for group in groups.values():
+        columns += [f"{group}_{i}" for i in range(4)]
     rows = [",".join(columns)]
     for name, probs in questions.items():
         published.require(len(probs) == len(groups), name, "lacks the answer, or the reasons for one of the answers")
-        numbers = [str(p) for kind in groups for p in probs[kind]]
-        rows.append(",".join([name, *numbers]))
+        cells = [name]
+        for kind in groups:
+            cells += map(str, probs[kind])
+        rows.append(",".join(cells))
     return "\n".join(rows) + "\n"
 
 
 def convert(folder, out):
-    """Writes OUT/vcr.jsonl."""
+    """Writes OUT/vcr.jsonl, and OUT/vcr_test.jsonl where the test questions are there."""
     published.write_jsonl(out / "vcr.jsonl", records(folder, out))
     if (folder / "test.jsonl").is_file():
         published.write_jsonl(out / "vcr_test.jsonl", unanswered(folder, out))

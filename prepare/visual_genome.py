@@ -34,10 +34,8 @@ def read_images(folder, out, without_coco):
 def inside(where, row, width, height):
     """The box of an entry with x, y and w, h (regions: width, height), cut to the picture; None without area."""
     published.check_keys(where, row, ("x", "y"))
-    right = row["x"] + row.get("w", row.get("width", 0))
-    bottom = row["y"] + row.get("h", row.get("height", 0))
-    box = [max(0, row["x"]), max(0, row["y"]), min(right, width), min(bottom, height)]
-    return box if box[0] < box[2] and box[1] < box[3] else None
+    size = (row.get("w", row.get("width", 0)), row.get("h", row.get("height", 0)))
+    return published.cut_box(published.corner_box(row["x"], row["y"], *size), width, height)
 
 
 def regions(folder, out, images):

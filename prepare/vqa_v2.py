@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python p
 
 from prepare import published
 from prepare.vqa_accuracy import normalize_answer, soft_score, vqa_accuracy
+from support.ranges import COUNT
 
 
 def read_questions(folder, name):
@@ -95,9 +96,8 @@ def convert(folder, out, min_count):
 
 def add_options(parser):
     """This script's own options."""
-    parser.add_argument(
-        "--min-count", type=int, default=9, help="questions that an answer of the list is the top answer of"
-    )
+    words = "keep an answer that is the most frequent one of at least N questions (default: 9)"
+    parser.add_argument("--min-count", type=COUNT, metavar="N", default=9, help=words)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def check_same_rows(run, task):
 
 
 def why_not_comparable(run, name, task, teacher_tasks):
-    """Why the logits of an objective cannot be distilled, None if they can: both must have logits over one set of classes."""
+    """Why the logits of an objective cannot be distilled, None if they can. Both models must have logits over the same
+    classes."""
     objective = run.paper.OBJECTIVES[name]
     head = objective.head
     if objective.logits == "nothing":

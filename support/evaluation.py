@@ -156,18 +156,6 @@ def retrieval_captions(run, dataset, pool):
     return captions[np.isin(dataset.image[captions], dataset.image[first])]
 
 
-def is_text_of(dataset, texts, images):
-    """True where example `texts` has a text that equals, word for word, a text of the picture `images`. Both (...), examples
-    and store rows."""
-    texts_of = {}  # picture -> its texts
-    for i in np.flatnonzero(np.isin(dataset.image, images)):
-        texts_of.setdefault(int(dataset.image[i]), set()).add(dataset.text[i])
-    found = np.zeros(texts.shape, bool)
-    for position, example in np.ndenumerate(texts):
-        found[position] = dataset.text[example] in texts_of[int(images[position])]
-    return found
-
-
 # ---- retrieval: scores of pairs --------------------------------------------------------------------------------------
 
 
@@ -231,8 +219,8 @@ def sample_negatives(run, dataset, index, rng):
     pair; then comes one mismatched pair for each of the model's NEGATIVES, with another picture or another text.
 
     In the first half of the steps they are drawn at random. In the second half `--mine` are drawn for each, and the one
-    with the highest logit is kept (UNITER 4.1). A text that equals one of the picture's own texts word for word is no
-    mismatch. UserError if no other text is found.
+    with the highest logit is kept (UNITER 4.1). A text that equals one of the picture's own texts, whatever their case, is
+    no mismatch. UserError if no other text is found.
     """
     kinds = run.paper.NEGATIVES
     second_half = 2 * run.progress["step"] >= run.args.steps
@@ -245,7 +233,7 @@ def sample_negatives(run, dataset, index, rng):
         other[again] = rng.integers(len(dataset), size=again.sum())
         texts = np.where(swap_picture, true, other)
         images = dataset.image[np.where(swap_picture, other, true)]
-        again = is_text_of(dataset, texts, images)
+        again = dataset.belong_together(texts, images)
         if not again.any():
             break
     else:
@@ -262,10 +250,10 @@ def sample_negatives(run, dataset, index, rng):
 
 def hardest_pairs(run, dataset, texts, images):
     """Which of the `mine` pairs (B, K, mine) has the highest logit, the model in eval mode: (B, K, 1) int64."""
-    batch = data.remove_modality(data.collate(dataset, texts.ravel(), images.ravel()), run.args.ablate)
+    batch = collate_pairs(run, dataset, texts.ravel(), images.ravel())
     run.model.eval()
     with torch.no_grad(), run.autocast():
-        pooled = run.model.encode(batch.to(run.device)).pooled  # (B*K*mine, C)
+        pooled = run.model.encode(batch).pooled  # (B*K*mine, C)
         logits = match_logits(run.model, pooled, "rank")  # (B*K*mine,)
     run.model.train()
     return logits.view(texts.shape).argmax(2, keepdim=True).numpy()
@@ -307,8 +295,8 @@ def recall_of_dot_products(run, dataset, texts):
 def two_stage(run, dataset, texts, pictures, k, head):
     """Recalls of retrieval in two stages: dot products rank everything, then `match_logits` rank the best k again.
 
-    texts: examples (n,); pictures: store rows (m,), each text's own among them. Every text's k best pictures and every
-    picture's k best texts are scored together, a pair that both want once. The others stay behind, by dot product.
+    texts: examples (n,); pictures: store rows (m,), sorted, each text's own among them. Each text's k best pictures and each
+    picture's k best texts are scored. A pair in both lists is scored once. All other pairs rank below, by dot product.
     """
     dots = dot_products(run, dataset, texts, pictures)  # (n, m)
     nothing = torch.zeros_like(dots, dtype=torch.bool)
@@ -322,8 +310,7 @@ def two_stage(run, dataset, texts, pictures, k, head):
     fine = torch.zeros_like(dots)
     fine[rows, columns] = score_pairs(run, dataset, texts[rows], pictures[columns], head)
     fine = fine - fine.min() + 2.0  # above every cosine
-    column_of = {picture: column for column, picture in enumerate(pictures.tolist())}
-    truth = torch.tensor([column_of[picture] for picture in dataset.image[texts].tolist()])
+    truth = torch.from_numpy(np.searchsorted(pictures, dataset.image[texts]))  # (n,) columns
     recalls = {}
     for way, mask in near.items():
         for name, value in recall_at(torch.where(mask, fine, dots), truth).items():
@@ -349,21 +336,24 @@ def compare_stages(run, dataset, head, measured=200):
     result.json has them, and a text to print.
 
     Of the captions of at most --pool pictures, see `retrieval_captions`. A full matrix of more than LARGE_MATRIX pairs
-    is not computed: its time is extrapolated from `measured` x `measured` pairs, and the result says so.
+    is not computed: its time is extrapolated from at most `measured` x `measured` pairs, and the result says so.
     """
     texts = retrieval_captions(run, dataset, run.args.pool)
     pictures = np.unique(dataset.image[texts])
     pairs = len(texts) * len(pictures)
     extrapolated = pairs > LARGE_MATRIX
+    sample = texts
+    if extrapolated:
+        sample = first_captions(dataset)[:measured]  # with as many pictures
     run.model.eval()
     with torch.inference_mode():
         dot_products(run, dataset, texts[:64], pictures[:64])  # the first pass of a process is slower
         start = time.perf_counter()
-        full = recall_of_all_pairs(run, dataset, first_captions(dataset)[:measured] if extrapolated else texts, head)
+        full = recall_of_all_pairs(run, dataset, sample, head)
         full_seconds = time.perf_counter() - start
         if extrapolated:
             full = {}
-            full_seconds *= pairs / measured**2
+            full_seconds *= pairs / len(sample) ** 2
         start = time.perf_counter()
         dot = recall_of_dot_products(run, dataset, texts)
         dot_seconds = time.perf_counter() - start
@@ -374,14 +364,11 @@ def compare_stages(run, dataset, head, measured=200):
     result = {"pool": len(pictures), "captions": len(texts), "rerank": run.args.rerank}
     result["full_extrapolated"] = extrapolated
     lines = [f"\n{run.args.model}, retrieval among {sizes}, best {run.args.rerank} re-ranked"]
-    for name, recalls, seconds in (
-        ("full", full, full_seconds),
-        ("dot", dot, dot_seconds),
-        ("two_stage", two, two_seconds),
-    ):
+    stages = {"full": (full, full_seconds), "dot": (dot, dot_seconds), "two_stage": (two, two_seconds)}
+    for name, (recalls, seconds) in stages.items():
         shown = [f"  {name:10s} {seconds:9.1f} s"]
         if extrapolated and name == "full":
-            shown.append(f" (extrapolated from {measured} x {measured})")
+            shown.append(f" (extrapolated from {len(sample)} x {len(sample)})")
         for key, value in recalls.items():
             shown.append(f"  {key} {percent(value)}")
             result[f"{name}_{key}"] = round(value, 5)

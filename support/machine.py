@@ -57,8 +57,8 @@ def pick_dtype(name, device):
 def seed_dropout(run, states):
     """Sets the generator that dropout draws from.
 
-    states: the saved generator of each process. A process without one draws numbers of its own, except the first, which
-    goes on from --seed.
+    states: the saved generator of each process. A process without a saved state gets a seed of its own, from --seed and
+    its rank. The first one keeps the generator that --seed set.
     """
     if run.rank < len(states):
         checkpoints.generator_of(run.device).set_rng_state(states[run.rank])
@@ -107,7 +107,7 @@ def explain(error, kept=""):
     if isinstance(error, UserError):
         return text
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted{kept}"
+        return text or f"interrupted{kept}"  # Ctrl-C itself says nothing
     if isinstance(error, OSError):
         if error.errno is None:
             return None
@@ -136,14 +136,21 @@ def print_once(text):
 
 
 # ---- CPU tuning and compilation --------------------------------------------------------------------------------
-# torch's threads wait as torch has it. OMP_WAIT_POLICY=active, which keeps them from sleeping, gains a tenth on an idle
-# machine, but beside one other busy process it costs most of the speed: see docs/speed.md.
+# We leave the waiting of torch's threads at its default. OMP_WAIT_POLICY=active, which keeps them from sleeping, gains
+# a tenth on an idle machine, but beside one other busy process it costs most of the speed: see docs/speed.md.
+
+
+def c_function(name):
+    """A function of the C library on Linux; None elsewhere, or where the library lacks it, as musl does."""
+    if sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None), name, None)
 
 
 def keep_freed_memory():
     """Has the C library keep freed memory for the next step. By default glibc gives large blocks back to the system,
     and getting them again costs a page fault every 4 KiB: an eighth of LXMERT-base's step in bfloat16, or more."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = c_function("mallopt")
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: all blocks, the large ones too, are parts of the heap
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose free end is never given back
@@ -151,7 +158,7 @@ def keep_freed_memory():
 
 def trim_memory():
     """Gives back what is free now, as after millions of lines were loaded: the steps to come need less."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    trim = c_function("malloc_trim")
     if trim:
         trim(0)
 
@@ -159,7 +166,7 @@ def trim_memory():
 def give_back_freed_memory():
     """The opposite, for a program that seldom needs much: large blocks go back to the system when they are freed. By
     default glibc keeps ever larger ones, for each thread."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = c_function("mallopt")
     if mallopt:
         mallopt(-3, 2**22)  # M_MMAP_THRESHOLD: from 4 MiB on, and not raised later
 

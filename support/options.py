@@ -21,33 +21,7 @@ from common import UserError
 from prepare import networks
 from support import records
 from support.machine import first_process_first
-
-# ---- ranges ----------------------------------------------------------------------------------------------------
-
-
-def number(kind, least, most=math.inf, above=False):
-    """A type for argparse: a finite number of this kind, int or float, from `least` to `most`; above: not `least` itself."""
-
-    def parse_number(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
-        if not least <= value <= most or value == math.inf or (above and value == least):
-            wanted = f"{'above' if above else 'at least'} {least}"
-            if most < math.inf:
-                wanted += f" and at most {most}"
-            raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
-        return value
-
-    return parse_number
-
-
-COUNT = number(int, 1)
-COUNT_OR_ZERO = number(int, 0)
-SHARE = number(float, 0, 1)
-POSITIVE = number(float, 0, above=True)
-NOT_NEGATIVE = number(float, 0)
+from support.ranges import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, POSITIVE, SHARE, in_range
 
 # ---- the table of options --------------------------------------------------------------------------------------
 # Each row: name, type or choices (bool: a flag), default, help. Where the default depends on the task, the data or the
@@ -64,7 +38,7 @@ OPTIONS = {
         ("--data", str, "scenes", "scenes (built in), a .jsonl file or a folder with dataset.json; one for all tasks, or a,b,c"),
         ("--limit", COUNT, None, "use N of the training examples, drawn at random"),
         ("--vocab", str, None, "a BERT vocab.txt or a tokenizer.json (default: trained on the training texts)"),
-        ("--max-words", number(int, 8), None, "word pieces of a text, with [CLS] and [SEP]; the rest is cut off (default: 60)"),
+        ("--max-words", in_range(int, 8), None, "word pieces of a text, with [CLS] and [SEP]; the rest is cut off (default: 60)"),
         ("--mask", SHARE, None, "share of the word pieces that pretraining masks (default: of the data set, or 0.15)"),
         ("--features", str, None, "of own pictures: a network, as in prepare/features.py, or patches (default: see docs/your_data.md)"),
         ("--patch", COUNT, 12, "patches: each region of a picture is resized to N x N pixels"),
@@ -103,7 +77,7 @@ OPTIONS = {
         ("--out", str, None, "folder of checkpoints, log and result (default: out/MODEL-TASK)"),
         ("--resume", bool, False, "go on from the checkpoint in --out, exactly where it stopped"),
         ("--export-official", str, None, "also write the final weights under the official names to this file *"),
-        ("--seed", number(int, 0, 2**32 - 1), 0, "seed of weights, order and masks"),
+        ("--seed", in_range(int, 0, 2**32 - 1), 0, "seed of weights, order and masks"),
         ("--seeds", COUNT, 1, "repeat with N seeds, --seed, --seed + 1, ..., and report mean and standard deviation"),
         ("--eval-every", COUNT, None, "steps between evaluations (default: a fifth of the steps)"),
         ("--log-every", COUNT, 50, "steps between progress lines"),
@@ -129,7 +103,7 @@ def parse(argv=None):
             if kind is bool:
                 group.add_argument(name, action="store_true", help=text)
                 continue
-            if default:
+            if default not in (None, []):
                 text += " (default: %(default)s)"
             if kind is list:
                 group.add_argument(name, nargs="+", default=default, metavar="FIELD", help=text)
@@ -253,10 +227,11 @@ def set_data_defaults(args, all_models):
     if one_source(args):
         defaults = read_defaults(*args.data_sets[0])
     made = any(description["regions"] for _, description in args.data_sets)
-    if made and args.patch != 12:
-        raise UserError("--patch is for pictures; the regions of this data set are made already")
-    if made and args.features:
-        raise UserError("--features is for pictures; the regions of this data set are made already")
+    given = patch_options(args)
+    if args.features:
+        given.append("--features")
+    if made and given:
+        raise UserError(f"{given[0]} is for pictures; the regions of this data set are made already")
     if args.mask is None:
         args.mask = defaults.get("mask", 0.15)
     if args.captions is None:
@@ -272,6 +247,16 @@ def set_data_defaults(args, all_models):
         args.steps = defaults[name] if name in defaults else default_steps(args, world)
     if args.eval_every is None:
         args.eval_every = max(1, math.ceil(args.steps / 5))
+
+
+def patch_options(args):
+    """The options that say how pictures are cut into patches, those of them that are not at their default."""
+    names = []
+    if args.patch != 12:
+        names.append("--patch")
+    if args.grid != 6:
+        names.append("--grid")
+    return names
 
 
 def default_steps(args, world):
@@ -332,6 +317,10 @@ def choose_regions(args, start):
         if not description["regions"]:
             record = records.first_record(lines_file(description, task))
             description["regions"], shown = choose_network(args, start, record)
+            given = patch_options(args)
+            if description["regions"] and given:
+                network = description["regions"]["network"]
+                raise UserError(f"{given[0]} is for patches, but the regions are made by {network}; leave it out")
     if shown:
         common.print0(f"data     {shown}")
     return args.data_sets[0][1]["regions"]
@@ -351,7 +340,7 @@ def choose_network(args, start, record):
         if data.is_network(start["regions"]):
             return start["regions"], f"pictures: features of {start['regions']['network']}, as in the start"
         network = "patches"
-    elif network is None and ("boxes" in record or (args.patch, args.grid) != (12, 6)):
+    elif network is None and ("boxes" in record or patch_options(args)):
         network = "patches"
     elif network is None:
         network = networks.best_installed()
@@ -404,9 +393,8 @@ def objectives_of(args, paper):
 def drop_unsupported(paper, objectives, dataset):
     """The objectives that the data have labels for. Those with mismatched pairs need a second picture."""
     missing = {}
-    one_picture = (dataset.image == dataset.image[0]).all()
     for name in objectives:
-        if one_picture and paper.OBJECTIVES[name].mismatch:
+        if paper.OBJECTIVES[name].mismatch and not dataset.has_several_pictures:
             missing[name] = "there is only one picture"
         for field_name in paper.OBJECTIVES[name].fields:
             if field_name == "answers":

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import time
 import unicodedata
 from array import array
 from collections.abc import Sequence
@@ -104,7 +105,7 @@ KEYS = {  # key: test of its value, what to write
 }
 # read as `id`, in any case and with or without _: question_id, questionId, ID
 ID_KEYS = ("questionid", "captionid", "sentid", "sentenceid", "annotid", "annotationid", "pairid", "qid", "uid", "id")
-MEANT = {  # what other data sets call our keys
+KEY_ALIASES = {  # what other data sets call our keys
     "text": ("question", "caption", "sentence", "statement", "expression", "hypothesis", "prompt"),
     "image": ("img", "image_path", "file_name", "filename", "picture", "path"),
     "answer": ("answers", "gold_label"),
@@ -198,11 +199,10 @@ def fill_prompt(record, prompt):
     """Makes the text of a record from a prompt, in place: {column} becomes what the line has under that key. Columns
     that are no keys of ours are then dropped. UserError if the line has no such key."""
     columns = PROMPT_COLUMN.findall(prompt)
-    text = prompt
     for column in columns:
         if column not in record:
             raise UserError(f"--prompt: the line has no key {column!r}; it has {', '.join(record)}")
-        text = text.replace("{" + column + "}", str(record[column]))
+    text = PROMPT_COLUMN.sub(lambda match: str(record[match[1]]), prompt)  # once: a value may hold braces itself
     for column in columns:
         if column not in KEYS:
             record.pop(column, None)
@@ -227,8 +227,8 @@ def check_record(record, task, splits):
     for key, value in record.items():
         if key not in KEYS:
             raise UserError(f"unknown key {key[:60]!r}; {suggestion(key)}")
-        is_right, wanted = KEYS[key]
-        if not is_right(value):
+        is_valid, wanted = KEYS[key]
+        if not is_valid(value):
             raise UserError(f"{key!r} is {str(value)[:60]!r}; write {wanted}")
     for key in ("text", *task.needs):
         if key not in record:
@@ -252,7 +252,7 @@ def suggestion(key):
     """What to write in place of an unknown key."""
     if key.lower().replace("_", "") in ID_KEYS:
         return "the line has an id already; leave one of them out"
-    for meant, names in MEANT.items():
+    for meant, names in KEY_ALIASES.items():
         if key.lower() in names:
             return f"did you mean {meant}?"
     near = difflib.get_close_matches(key, KEYS, 1, 0.5)
@@ -320,18 +320,20 @@ def leaves_folder(name):
 class Pictures:
     """The pictures that the lines of a file name, each once: rows of stores that exist, and jobs for one to be made.
 
-    network: `regions` of a dataset.json, where a network makes the regions; None: they are cut out of the picture.
+    network: `regions` of a dataset.json, where a network makes the regions, on `device`; None: they are cut out of the
+    picture.
     """
 
-    def __init__(self, folder, patch, grid, network=None):
+    def __init__(self, folder, patch, grid, network=None, device=None):
         self.folder = folder
         self.patch = patch
         self.grid = grid
         self.network = network
+        self.device = device
         self.jobs = []  # row i of the store to be made is that of job i
         self.uses = []  # of each job: how many lines have this picture with these boxes
         self.rows = {}  # (name, boxes as JSON) -> row of the store to be made
-        self.sizes = {}  # name -> (width, height)
+        self.sizes = {}  # path -> (width, height)
         self.stores = {}  # name -> FeatureStore
         self.outside = 0  # pictures and stores outside of the file's folder
 
@@ -414,7 +416,7 @@ class Pictures:
         if self.network:
             from prepare import features  # here, since it imports this file
 
-            regions_of = features.picture_regions(self.jobs, self.network)
+            regions_of = features.picture_regions(self.jobs, self.network, self.device)
             results = show_progress(regions_of, len(self.jobs), f"{self.network['network']} of {path}")
         else:
             results = parallel(picture_regions, self.jobs, f"reading {path}")
@@ -433,7 +435,8 @@ class Pictures:
                 mistakes.add(f"{job.where}: {job.path} has features {shapes['features'][0]} wide, {first_path} "
                              f"{first['features'][0]}; extract all alike")  # fmt: skip
             elif shapes != first:
-                mistakes.add(f"{job.where}: {job.path}: 'labels' or 'probs' unlike {first_path}; all or none have them")
+                mistakes.add(f"{job.where}: {job.path}: 'labels' or 'probs' are not as in {first_path}; give them for all "
+                             "pictures, equally wide, or for none")  # fmt: skip
             else:
                 yield regions
 
@@ -466,7 +469,7 @@ class Strings(Sequence):
         return tuple(text.split("\0")) if "\0" in text else text
 
 
-class Words(Sequence):
+class CategoricalColumn(Sequence):
     """A list of few different words on disk: item i is words[index[i]]."""
 
     def __init__(self, words, index):
@@ -600,9 +603,9 @@ def first_record(path):
             return {}
 
 
-def read_columns(path, task, splits, patch, grid, mistakes, network=None):
+def read_columns(path, task, splits, patch, grid, mistakes, network=None, device=None):
     """Reads and checks a JSONL file. Returns {split: Columns} and the Pictures that it names."""
-    pictures = Pictures(path.parent, patch, grid, network)
+    pictures = Pictures(path.parent, patch, grid, network, device)
     columns = {}
     for where, record in read_records(path, task, splits, mistakes):
         try:
@@ -624,8 +627,9 @@ def read_columns(path, task, splits, patch, grid, mistakes, network=None):
     return columns, pictures
 
 
-def make_columns(path, task, splits, patch, grid, cache, network=None):
-    """The folder with the columns of a JSONL file, a subfolder for each split, made unless it is in the cache."""
+def make_columns(path, task, splits, patch, grid, cache, network=None, device=None, checked=False):
+    """The folder with the columns of a JSONL file, a subfolder for each split, made unless it is in the cache and its
+    pictures are as they were. device: what a network computes on. checked: this run has compared the pictures already."""
     key = [*file_stamp(path), task.name, task.needs, task.prompt, splits, patch, grid]
     if network:
         key.append(network)
@@ -633,7 +637,7 @@ def make_columns(path, task, splits, patch, grid, cache, network=None):
 
     def make(aside):
         mistakes = Mistakes()
-        columns, pictures = read_columns(path, task, splits, patch, grid, mistakes, network)
+        columns, pictures = read_columns(path, task, splits, patch, grid, mistakes, network, device)
         mistakes.stop(path)
         folders = {name: store.folder.resolve() for name, store in pictures.stores.items()}
         depends = list(pictures.paths())
@@ -642,7 +646,8 @@ def make_columns(path, task, splits, patch, grid, cache, network=None):
             depends.append(folders[""] / "offsets.npy")
         lost = sum(part.text.count("\ufffd".encode()) for part in columns.values())
         if lost:
-            warn(f"{path}: {lost} characters were lost before: they are U+FFFD; make the file again from its source")
+            problem = f"{lost} characters are U+FFFD: a program that wrote the file could not decode them"
+            warn(f"{path}: {problem}; make the file again from its source")
         if pictures.outside:
             warn(f"{path}: {pictures.outside} pictures or stores lie outside of its folder")
         for split, part in columns.items():
@@ -650,9 +655,23 @@ def make_columns(path, task, splits, patch, grid, cache, network=None):
         stamps = [json.dumps(file_stamp(file)) for file in depends]
         (aside / "depends.jsonl").write_text("\n".join(stamps))
 
-    if folder.exists() and not is_current(folder):
-        shutil.rmtree(folder)
+    if not checked:
+        remove_stale(folder)
     return make_once(folder, make)
+
+
+def remove_stale(folder):
+    """Removes columns whose pictures or stores have changed since. Of runs that see this at the same time one removes
+    them, and none removes what another one has made anew."""
+    aside = folder.with_name(f".making-stale-{folder.name}-{os.getpid()}-{time.time_ns()}")
+    try:
+        seen = file_stamp(folder / "depends.jsonl")
+        if is_current(folder) or file_stamp(folder / "depends.jsonl") != seen:
+            return
+        folder.rename(aside)  # at once, which rmtree is not
+    except FileNotFoundError:  # there are none, or another run was faster
+        return
+    shutil.rmtree(aside, ignore_errors=True)  # another run's make_once may be removing it too
 
 
 def picture_file(dataset, row):

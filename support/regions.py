@@ -39,7 +39,7 @@ VERSION = 14  # raise it whenever region features or columns change: it is part 
 
 @contextlib.contextmanager
 def naming(path):
-    """An OSError in the block that names no file, as that of a full disk, names this one."""
+    """Gives an OSError of the block this file name if it has none, as on a full disk."""
     try:
         yield
     except OSError as error:
@@ -114,6 +114,11 @@ def file_stamp(path):
     """What changes when a file does: [resolved path, size, time of its last change]."""
     state = path.stat()
     return [str(path.resolve()), state.st_size, state.st_mtime_ns]
+
+
+def content_digest(content):
+    """A number (56 bits of SHA-256) that is equal for equal bytes, and differs for others."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:7])
 
 
 def parallel(work, jobs, label):
@@ -390,7 +395,7 @@ def picture_regions(job):
         notes.append("boxes look normalised to 0..1; multiply them by width and height")
     regions["boxes"] = boxes / np.array([width, height, width, height], np.float32)
     regions["size"] = (width, height)
-    regions["digest"] = int.from_bytes(hashlib.sha256(pixels).digest()[:7])  # equal pictures have equal digests
+    regions["digest"] = content_digest(pixels)
     return regions, [f"{job.where}: {job.path.name}: {note}" for note in notes], None
 
 
@@ -471,7 +476,7 @@ class FeatureStore:
     def digest(self, row):
         """A number that is equal for pictures with equal features."""
         content = self.fields["features"][self.offsets[row] : self.offsets[row + 1]].tobytes()
-        return int.from_bytes(hashlib.sha256(content).digest()[:7])
+        return content_digest(content)
 
     def gather(self, images, fields=STORED):
         """images: (B,) int64. Returns Batch's region fields as a dict of (B,N,...) tensors; float16 becomes float32,

@@ -19,7 +19,7 @@ from common import UserError, print0, rank_and_world
 
 # ---- the run's folder --------------------------------------------------------------------------------------------
 
-WRITTEN = (f"{NEWEST}.new", BEST, "log.jsonl", "result.json", "comparison.json")  # by way of NAME.tmp
+WRITTEN = (f"{NEWEST}.new", BEST, "log.jsonl", "result.json")  # by way of NAME.tmp
 
 
 def remove_leftovers(folder):
@@ -154,7 +154,7 @@ def check_fingerprint(saved, now):
         )
 
 
-HASH = "sha256 "  # how a value begins that tells a reader nothing
+HASH = "sha256 "  # prefix of values that an error message does not print
 
 
 def hash_text(text):

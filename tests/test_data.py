@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -1042,10 +1043,10 @@ def test_texts_of_all_scripts_and_line_ends_are_read_as_they_are(own, tmp_path, 
     path = own()
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([lines[0], "", *lines[1:], ""]).encode())
     assert list(load(path, "caption", "train", cache=tmp_path / "c").text) == texts
-    assert "lost before" not in capsys.readouterr().err
+    assert "U+FFFD" not in capsys.readouterr().err
     own({"image": "a.png", "text": "caf\ufffd"})
     load(path, "caption", "train", cache=tmp_path / "c")
-    assert "1 characters were lost before" in capsys.readouterr().err
+    assert "1 characters are U+FFFD: a program that wrote the file" in capsys.readouterr().err
 
 
 def test_equal_answers_are_merged_and_ids_are_kept(own, tmp_path):
@@ -1057,6 +1058,48 @@ def test_equal_answers_are_merged_and_ids_are_kept(own, tmp_path):
     assert list(dataset.ids) == ["17", "b", "my.jsonl:3"]
     assert dataset.answer[0] == pytest.approx({"yes": 0.6, "caf\u00e9": 0.9, "no": 1.0})
     assert dataset.text[1] == "caf\u00e9" and dataset.answer[2] == {".": 1.0}
+
+
+def test_two_runs_that_see_stale_columns_at_once_do_not_remove_each_others(own, tmp_path, monkeypatch):
+    """The second run makes them anew between the first one's look at them and its removal."""
+    path = own(GOOD)
+    cache = tmp_path / "c"
+    load(path, "caption", "train", cache=cache)
+    os.utime(tmp_path / "a.png", ns=(0, 10**18))
+    real = records.is_current
+    others = []
+
+    def slow(folder):
+        current = real(folder)
+        if not others:
+            others.append(None)
+            others[0] = load(path, "caption", "train", cache=cache)
+            others.append((others[0].folder / "text.npy").stat().st_ino)
+        return current
+
+    monkeypatch.setattr(records, "is_current", slow)
+    dataset = load(path, "caption", "train", cache=cache)
+    assert others[0].folder == dataset.folder and (dataset.folder / "text.npy").stat().st_ino == others[1]
+    assert list(dataset.text) == [GOOD["text"]] and not list(cache.glob(".making-*"))
+
+
+def test_a_run_that_finds_stale_columns_half_removed_makes_them(own, tmp_path, monkeypatch):
+    """Another run removes them first."""
+    path = own(GOOD)
+    load(path, "caption", "train", cache=tmp_path / "c")
+
+    def removed_meanwhile(folder):
+        shutil.rmtree(folder)
+        return False
+
+    monkeypatch.setattr(records, "is_current", removed_meanwhile)
+    assert list(load(path, "caption", "train", cache=tmp_path / "c").text) == [GOOD["text"]]
+
+
+def test_a_value_with_braces_is_filled_into_a_prompt_as_it_is():
+    record = {"a": "the {b} of", "b": "x", "kind": "{a}"}
+    records.fill_prompt(record, "{a} {b} {kind}")
+    assert record == {"kind": "{a}", "text": "the {b} of x {a}"}
 
 
 def test_boxes_and_targets_are_cut_to_the_picture(own, tmp_path):

@@ -392,7 +392,16 @@ def test_own_pictures_go_through_the_best_installed_network(tmp_path, no_network
     monkeypatch.setattr(networks, "best_installed", lambda: "a network")
     options = ["--data", str(source), "--task", "vqa", "--steps", "1", "--device", "cpu", "--dtype", "f32"]
     write_lines(source, [record for record in records if "answer" in record])
+    devices = []
+    real = features.picture_regions
+
+    def picture_regions(jobs, regions, device=None):
+        devices.append(device)
+        return real(jobs, regions, device)
+
+    monkeypatch.setattr(features, "picture_regions", picture_regions)
     assert train.main(options) == 0
+    assert devices == [torch.device("cpu")]
     assert "pictures: features of a network; --features patches takes raw pixels" in capsys.readouterr().out
     checkpoint = checkpoints.load_checkpoint("out/uniter-vqa/checkpoint.pt")
     regions = {"kind": "network", "network": "a network", "weights": None, "grid": None, "boxes": "grid"}
@@ -417,6 +426,10 @@ def test_own_pictures_go_through_the_best_installed_network(tmp_path, no_network
     monkeypatch.setattr(networks, "best_installed", lambda: None)
     assert train.main([*options, "--out", "third", "--init", "out/uniter-vqa/best.pt"]) == 0
     assert "features of a network, as in the start" in capsys.readouterr().out
+    for more in (["--init", "out/uniter-vqa/best.pt", "--patch", "8"], ["--features", "a network", "--grid", "3"]):
+        assert train.main([*options, "--out", "fourth", *more]) == 2
+        message = f"train.py: {more[-2]} is for patches, but the regions are made by a network; leave it out\n"
+        assert capsys.readouterr().err == message
 
 
 def test_a_picture_that_a_network_cannot_read_is_one_line(tmp_path, no_network, monkeypatch, capsys):
@@ -574,6 +587,86 @@ def test_pairs_and_data_set_folders_keep_their_files(tmp_path, no_network):
     written = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert written.pop("regions")["boxes"] == "grid"
     assert written == description
+
+
+def test_a_replaced_picture_is_read_again_by_a_run_that_goes_on(tmp_path, no_network, monkeypatch):
+    source = make_jsonl(tmp_path)
+    original = features.shard_regions
+    done = []
+
+    def interrupted(jobs, *rest):
+        if done:
+            raise KeyboardInterrupt
+        done.append(jobs)
+        return original(jobs, *rest)
+
+    monkeypatch.setattr(features, "shard_regions", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(source, tmp_path / "out")
+    monkeypatch.setattr(features, "shard_regions", original)
+    make_picture(tmp_path / "1.png", 77)
+    assert extract(source, tmp_path / "out") == 0
+    made = features.region_maker({"network": "any"})(Image.open(tmp_path / "1.png"))["features"]
+    stored = data.FeatureStore(tmp_path / "out" / "regions").gather(np.array([1]))["features"][0]
+    np.testing.assert_allclose(stored, made, rtol=2**-10, atol=1e-6)
+
+
+def test_a_data_set_keeps_its_words_and_every_file(tmp_path, no_network):
+    """Files in a subfolder, one for a task and one for all others, a vocabulary, a byte order mark."""
+    make_picture(tmp_path / "in" / "sub" / "1.png", 1)
+    write_lines(tmp_path / "in" / "sub" / "vqa.jsonl", [{"image": "1.png", "text": "what is it", "answer": "noise"}])
+    write_lines(tmp_path / "in" / "all.jsonl", [{"image": "sub/1.png", "text": "it is noise"}])
+    (tmp_path / "in" / "vocab.txt").write_text("\n".join([*data.SPECIALS, "it", "is", "noise"]) + "\n")
+    description = {"files": {"vqa": "sub/vqa.jsonl"}, "file": "all.jsonl", "vocab": "vocab.txt"}
+    (tmp_path / "in" / "dataset.json").write_text(json.dumps(description), encoding="utf-8-sig")
+    assert extract(tmp_path / "in", tmp_path / "out") == 0
+    found = data.read_dataset_json(tmp_path / "out")
+    assert data.read_tokenizer(found["folder"] / found["vocab"]).get_vocab_size() == 8
+    for task, text in (("vqa", "what is it"), ("caption", "it is noise")):
+        dataset = data.load(tmp_path / "out", tasks.TASKS[task], "train", cache=tmp_path / "c")
+        assert list(dataset.text) == [text] and dataset.store.folder == tmp_path / "out" / "regions"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"name": "x"}, "names no 'file' or 'files'"),
+        ({"file": "a.jsonl", "vocabulary": "v"}, "unknown key 'vocabulary'"),
+        ({"files": {"vqa": "a.jsonl", "ve": "sub/a.jsonl"}}, "two of its files have the same name"),
+    ],
+)
+def test_mistakes_in_a_dataset_json_are_one_line(content, message, tmp_path, no_network, capsys):
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert extract(tmp_path, tmp_path / "out") == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("batch-size", "0"), ("workers", "0"), ("threads", "0"), ("grid", "0"), ("skip-bad", "-1"), ("device", "foo")],
+)
+def test_numbers_out_of_range_and_unknown_devices_are_one_line(option, value, tmp_path, no_network, capsys):
+    make_jsonl(tmp_path, 1)
+    assert extract(tmp_path / "my.jsonl", tmp_path / "out", f"--{option}", value) == 2
+    err = capsys.readouterr().err
+    assert f"--{option}" in err and err.count("\n") == 1
+
+
+def test_a_mistake_in_a_later_line_keeps_the_earlier_file_whole(tmp_path):
+    """Of the copies with rows of a store, as of the converted files."""
+    source = write_lines(tmp_path / "in.jsonl", [{"image": "1.png", "text": "a"}])
+    out = tmp_path / "out.jsonl"
+    assert published.link_lines(source, out, lambda path, record: [5]) == (1, 0)
+    before = out.read_text()
+    assert json.loads(before) == {"features": "regions#5", "text": "a"}
+    source.write_text(source.read_text() + "{")
+    with pytest.raises(UserError, match=":2: not JSON"):
+        published.link_lines(source, out, lambda path, record: [5])
+    assert out.read_text() == before and sorted(tmp_path.iterdir()) == [source, out]
+    with pytest.raises(UserError, match="hold no examples"):
+        published.write_jsonl(out, [])
+    assert out.read_text() == before and sorted(tmp_path.iterdir()) == [source, out]
 
 
 def test_a_folder_of_pictures_becomes_lines_with_their_names(tmp_path, no_network):
@@ -985,6 +1078,7 @@ def make_refcoco(folder):
         {"id": 1, "image_id": 581857, "bbox": [10.5, 20, 30, 40], "category_id": 1},
         {"id": 2, "image_id": 581857, "bbox": [103.93, 299.99, 134.22, 177.42], "category_id": 1},
         {"id": 3, "image_id": 581857, "bbox": [5, 5, 0, 9], "category_id": 1},  # no area
+        {"id": 4, "image_id": 581857, "bbox": [-2, -3, 12, 13], "category_id": 1},
     ]
     write_json(folder / "instances.json", {"images": images, "annotations": annotations, "categories": []})
 
@@ -998,10 +1092,25 @@ def test_refcoco(tmp_path, capsys):
     assert records[0]["image"] == "../coco/COCO_train2014_000000581857.jpg"
     assert records[0]["text"] == "the lady with the blue shirt" and records[0]["id"] == "7"
     np.testing.assert_allclose(records[0]["target"], [103.93, 299.99, 238.15, 427])  # cut to the picture
-    assert records[0]["boxes"] == [[10.5, 20, 40.5, 60], records[0]["target"]]
+    assert records[0]["boxes"] == [[10.5, 20, 40.5, 60], records[0]["target"], [0, 0, 10, 10]]
     description = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert description == {"name": "refcoco", "file": "refcoco.jsonl", "extra_splits": ["testA", "testB"]}
     assert "refs(umd).p: no such file" in error_of(capsys, refcoco, folder, tmp_path / "out", "--split-by", "umd")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_box_is_cut_to_the_pixels_that_it_has_in_its_picture(seed):
+    """By counting the pixels of whole boxes."""
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        box = [*rng.integers(-6, 12, 2).tolist(), *rng.integers(-6, 16, 2).tolist()]
+        canvas = np.zeros((40, 40), bool)  # with ten pixels around a picture of 10 x 8
+        canvas[box[1] + 10 : max(0, box[3] + 10), box[0] + 10 : max(0, box[2] + 10)] = True
+        rows, columns = canvas[10:18, 10:20].nonzero()
+        expected = None
+        if len(rows):
+            expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert published.cut_box(box, 10, 8) == expected
 
 
 class Harmful:
@@ -1026,7 +1135,7 @@ def test_vcr(tmp_path, capsys):
     row.update(rationale_choices=[[[0], "sees", str(i)] for i in range(4)], img_id="train-0", match_fold="train-0")
     for split in ("train", "val"):
         write_lines(folder / f"{split}.jsonl", [row])
-    boxes = [[10.5, -0.2, 20, 30, 0.99], [0, 0, 1921, 1080, 0.9], [1, 2, 3, 4, 0.8]]
+    boxes = [[10.5, -0.2, 20, 30, 0.99], [1925, 0, 1930, 1080, 0.9], [1, 2, 1921, 4, 0.8]]  # one outside the picture
     metadata = {"boxes": boxes, "segms": [], "names": row["objects"], "width": 1920, "height": 1080}
     write_json(folder / "vcr1images" / "lsmdc" / "1.json", metadata)
     assert convert(vcr, folder, tmp_path / "out") == 0
@@ -1036,7 +1145,7 @@ def test_vcr(tmp_path, capsys):
     assert record["text"] == "How is Riley near Casey and car ?"
     assert record["choices"][2] == "He is 2" and record["label"] == 3
     assert record["reasons"][1] == "Casey sees 1" and record["reason"] == 0
-    assert record["boxes"] == [[10.5, 0, 20, 30], [0, 0, 1920, 1080], [1, 2, 3, 4]]
+    assert record["boxes"] == [[10.5, 0, 20, 30], [1, 2, 1920, 4]]  # texts name objects by the number they had
     assert record["image"] == "../in/vcr1images/lsmdc/1.jpg" and record["id"] == "train-0"
     write_lines(folder / "test.jsonl", [{key: row[key] for key in vcr.NEEDED}])
     assert convert(vcr, folder, tmp_path / "out") == 0

@@ -560,4 +560,5 @@ def test_command_line(tmp_path):
     assert len(data.FeatureStore(tmp_path / "out" / "boxes")) == 120
     command[4] = "0"
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("scenes.py: --count is 0") and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith("scenes.py: argument --count: 0 must be at least 2")
+    assert done.stderr.count("\n") == 1

@@ -414,12 +414,14 @@ def test_false_partners_are_false_and_mined_ones_are_the_hardest(drawn, tokenize
 
 
 def test_a_negative_does_not_repeat_a_caption_of_the_picture():
-    """Six pictures; pictures 0 to 2 share a caption word for word, and so do pictures 3 to 5 another one."""
+    """Six pictures; pictures 0 to 2 share a caption, whatever its case, and so do pictures 3 to 5 another one."""
     image = np.repeat(np.arange(6), 2)
     text = []
     for picture in range(6):
-        text.append("a red disc" if picture < 3 else "a blue ring")
+        shared = "a red disc" if picture < 3 else "a blue ring"
+        text.append(shared.title() if picture % 2 else shared)
         text.append(f"picture number {picture}")
+    lower = [line.lower() for line in text]
     dataset = data.Dataset("", "train", None, image, text, [{}] * 12, ["caption"] * 12, [str(i) for i in range(12)])
     run = SimpleNamespace(args=SimpleNamespace(mine=1, steps=10), paper=vilbert, progress={"step": 0})
     index = np.arange(12)
@@ -428,12 +430,12 @@ def test_a_negative_does_not_repeat_a_caption_of_the_picture():
         texts, images = evaluation.sample_negatives(run, dataset, index, np.random.default_rng(seed))
         for row in range(12):
             for column in (1, 2, 3):
-                own = [text[i] for i in range(12) if image[i] == images[row, column]]
-                assert text[texts[row, column]] not in own
+                own = [lower[i] for i in range(12) if image[i] == images[row, column]]
+                assert lower[texts[row, column]] not in own
         drawn = np.random.default_rng(seed).integers(12, size=(12, 3))
         repeated += ((image[drawn] < 3) == (image[index] < 3)[:, None]).sum()
     assert repeated > 100  # draws that had a chance to go wrong
-    dataset.text = ["the same"] * 12
+    dataset = dataclasses.replace(dataset, text=["the same"] * 12, text_keys=None, pairs=None)
     with pytest.raises(common.UserError, match="different texts"):
         evaluation.sample_negatives(run, dataset, index, np.random.default_rng(0))
 
@@ -935,6 +937,27 @@ def test_recalls_of_five_captions_a_picture_equal_counting(drawn, tokenizer, mon
                 assert result[f"{stage}_{way}_r{k}"] == pytest.approx(np.mean(shares), abs=0.012), (stage, way, k)
 
 
+def test_the_time_of_a_full_matrix_is_extrapolated_from_the_pairs_that_were_scored(monkeypatch):
+    """12 pictures of 5 captions each: a sample of 200 pictures has only 12. A pair takes a second."""
+    dataset = data.Dataset("", "test", None, np.repeat(np.arange(12), 5), [""] * 60, [{}] * 60, ["c"] * 60, [""] * 60)
+    args = SimpleNamespace(pool=12, captions="all", rerank=5, model="uniter")
+    run = SimpleNamespace(args=args, model=torch.nn.Module())
+    clock = [0.0]
+
+    def full(run, dataset, texts, head):
+        clock[0] += len(texts) * len(np.unique(dataset.image[texts]))
+        return {}
+
+    monkeypatch.setattr(evaluation, "LARGE_MATRIX", 60 * 12 - 1)
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(evaluation, "recall_of_all_pairs", full)
+    monkeypatch.setattr(evaluation, "dot_products", lambda run, dataset, texts, pictures: torch.zeros(60, 12))
+    monkeypatch.setattr(evaluation, "two_stage", lambda *_: {})
+    result, text = evaluation.compare_stages(run, dataset, "itm")
+    assert clock == [144] and result["full_seconds"] == 60 * 12
+    assert "extrapolated from 12 x 12" in text
+
+
 @pytest.mark.parametrize("head", ["rank", "itm"])
 def test_pairs_are_ranked_in_float32_whatever_autocast_does(head):
     torch.manual_seed(0)
@@ -1240,6 +1263,7 @@ def test_own_data_of_several_tasks(folder, monkeypatch, capsys):
         (train, ["--task", "vqa", "--objectives", "mlm"], "--objectives"),
         (train, ["--task", "vqa", "--distill", "hidden"], "--teacher"),
         (train, ["--task", "vqa", "--patch", "8"], "--patch"),
+        (train, ["--task", "vqa", "--grid", "3"], "--grid is for pictures; the regions of this data set are made"),
         (predict, ["none.pt", "--image", "0.png"], "none.pt"),
         (predict, ["uniter/checkpoint.pt", "--image", "none.png", "--text", "x"], "none.png"),
         (predict, ["uniter/checkpoint.pt", "--image", "0.png"], "--text"),

@@ -1,0 +1,30 @@
+"""ranges.py: types for argparse that refuse numbers out of range. Knows nothing of this project."""
+
+import argparse
+import math
+
+
+def in_range(kind, least, most=math.inf, above=False):
+    """A type for argparse: a finite number of this kind, int or float, from `least` to `most`. above=True: `least`
+    itself is refused."""
+
+    def parse_number(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+        if not least <= value <= most or value == math.inf or (above and value == least):
+            wanted = f"{'above' if above else 'at least'} {least}"
+            if most < math.inf:
+                wanted += f" and at most {most}"
+            raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
+        return value
+
+    return parse_number
+
+
+COUNT = in_range(int, 1)
+COUNT_OR_ZERO = in_range(int, 0)
+SHARE = in_range(float, 0, 1)
+POSITIVE = in_range(float, 0, above=True)
+NOT_NEGATIVE = in_range(float, 0)
