@@ -512,11 +512,9 @@ def start_sizes(run, checkpoint):
 
 
 def make_optimizer(model, weight_decay, at_random=(), lr_new=1.0):
-    """AdamW as UNITER sets it: betas .9 and .98; weight decay on matrices, none on biases and norms.
-
-    Parameters whose name is in `at_random` have `lr_new` times the learning rate of the others.
-    """
-    groups = {}  # (factor, decay): parameters
+    """AdamW as UNITER sets it: betas .9 and .98; weight decay on matrices, none on biases and norms. Parameters whose name
+    is in `at_random` have `lr_new` times the learning rate of the others."""
+    groups = {}  # (factor of the learning rate, decay): parameters
     for name, parameter in model.named_parameters():
         factor = lr_new if name in at_random else 1.0
         decay = weight_decay if parameter.ndim > 1 else 0.0
@@ -569,8 +567,7 @@ def restore_optimizer(run, checkpoint):
     resume.check_fingerprint(checkpoint.get("fingerprint", {}), run.fingerprint)
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
-        generators = checkpoint["generators"].get(run.device.type, [])  # the state of each process
-        machine.seed_dropout(run, generators)
+        machine.seed_dropout(run, checkpoint["generators"].get(run.device.type, []))  # the state of each process
     except ValueError:
         raise UserError(
             f"--resume: {run.args.init} is of a run with other heads; give the options that it had"
