@@ -885,7 +885,7 @@ def print_shared_pictures(sets):
 
 def preview(source, task, out, split, count, patch, grid):
     """Draws a sheet of `count` examples: pictures with their regions' boxes, text and answer."""
-    from prepare.preview import draw_sheet  # here, since it imports this file
+    from prepare.preview import draw_sheet  # here, since both import this file
     from support import drawing
 
     path, splits = describe(source, task)

@@ -461,6 +461,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, here, capsys):
         (["--max-words", "500"], "128 positions"),
         (["--config", "layers=two"], "layers=two"),
         (["--config", "layers=0.5"], "layers=0.5"),
+        (["--config", "layers=100000000"], "1000 layers at most"),
         (["--config", "depth=2"], "depth"),
         (["--config", "dropout=NaN"], "dropout=NaN"),
         (["--config", "dropout=1e999"], "dropout=1e999"),
