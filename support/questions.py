@@ -21,7 +21,6 @@ from PIL import Image
 import data
 import predict
 from common import UserError
-from prepare import preview
 from support import attention, drawing, records, regions
 
 MAX_BODY = 8 * 2**20  # bytes of a request, without its headers
@@ -302,7 +301,7 @@ def sample_picture(store, row, file):
         picture = regions.open_picture("the sample", file)
         picture.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
     else:
-        picture, _ = preview.paste_regions(store, row, SAMPLE_SIDE)
+        picture, _ = drawing.paste_regions(store, row, SAMPLE_SIDE)
         if store.sizes is not None:
             size = store.sizes[row] * (SAMPLE_SIDE / store.sizes[row].max())
             picture = picture.resize(size.round().astype(int).clip(1).tolist())
