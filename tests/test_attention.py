@@ -15,7 +15,7 @@ import predict
 import tasks
 import train
 from prepare import scene_texts, scenes
-from support import attention, questions, regions
+from support import attention, attention_sheet, questions, regions
 
 MODELS = ("uniter", "vilbert", "lxmert")
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer"
@@ -320,6 +320,14 @@ def test_a_picture_that_the_answer_does_not_depend_on_has_no_weight(trained, mon
     weights = attention.region_weights(run, task, dataset, 0)
     assert len(weights) == left + right and weights[left:] == [0] * right
     assert sum(weights) == pytest.approx(1)
+
+
+def test_a_long_question_is_drawn_whole_above_the_cells():
+    cell = Image.new("RGB", (800, 50), "white")
+    short = attention_sheet.draw_sheet(["what?", "red"], [[cell]])
+    long = attention_sheet.draw_sheet(["what is " * 200, "red"], [[cell]])
+    assert long.height > short.height + 200  # 800 pixels take no 400 words in nine lines
+    assert long.width == short.width
 
 
 def test_layers_of_8_bits_have_no_attention_to_show(trained):

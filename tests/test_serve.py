@@ -408,6 +408,17 @@ def test_without_the_data_set_there_are_no_samples_and_a_line_says_why(start, mo
     assert status == 400 and "has no samples" in answer["error"]
 
 
+def test_a_model_that_cannot_look_at_pictures_is_refused_before_the_samples_are_made(start, monkeypatch):
+    def fail(run):
+        raise UserError("feature files, not pixels")
+
+    server = start("vqa")
+    monkeypatch.setattr(predict, "load_network", fail)
+    monkeypatch.setattr(questions, "make_samples", lambda *arguments: pytest.fail("samples before the network"))
+    with pytest.raises(UserError, match="not pixels"):
+        serve.Server(0, server.run, server.task, 3)
+
+
 def test_a_fault_of_the_model_is_500_and_the_next_request_is_answered(start, monkeypatch, capsys):
     server = start("vqa")
     before = predict.predict
