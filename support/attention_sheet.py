@@ -299,7 +299,7 @@ def draw_lines(image, boxes, words, plan, title):
 def draw_bars(names, weights, title):
     """A cell: names with bars as long as their weights, numbers in 0..1."""
     bars = [(name, weight, ORANGE) for name, weight in zip(names, weights, strict=True)]
-    return drawing.grid([text_cell(title, 14, "black"), bars_cell(bars)], 1)
+    return drawing.grid([drawing.blank(6), text_cell(title, 14, "black"), drawing.blank(6), bars_cell(bars)], 1)
 
 
 def draw_sheet(lines, rows):
