@@ -8,8 +8,8 @@
     python predict.py out/uniter-vqa/best.pt --export vqa.bin                             weights for other programs
     python predict.py out/uniter-vqa/best.pt --serve 8000                                 a page in the browser
 
-All modes make a `data.Dataset` and give one dict for each example, see support/evaluation.py. No task is named: see
-tasks.TASKS.
+`--scenes`, `--image`, `--data` and `--serve` build a `data.Dataset` and return one dict for each example
+(support/evaluation.py). Tasks are looked up in tasks.TASKS.
 
 Regions are made as in training: cut out of the picture (the checkpoint's patch and grid), or computed by the network
 that the checkpoint's `regions` names. best.pt has the weights that were best on the val split, checkpoint.pt the last ones.
@@ -72,7 +72,7 @@ def build_parser():
     add("--choices", nargs="+", metavar="TEXT", help="vcr: what to choose from")
     add("--answer", metavar="TEXT", help="vcr: the answer, if the choices are reasons for it")
     add = parser.add_argument_group("options of --data and --scenes").add_argument
-    add("--split", help="which split (default: test; --data without one: all lines)")
+    add("--split", help="which split (default: test; all lines if --data has no test split)")
     add("--prompt", metavar="TEXT", help='the text of each line of --data, as "what color is the {thing}?"')
     add("--resume", action="store_true", help="go on after the last whole line of --out")
     add = parser.add_argument_group("attention, beside --image or --scenes").add_argument
@@ -103,6 +103,9 @@ def parse(argv=None):
     modes = ["scenes", "image", "search", "embed", "export", "serve"]
     if args.search is None and args.embed is None:
         modes.append("data")  # else it is what they read
+    for name, value in vars(args).items():
+        if value == "" and name not in ("checkpoint", "text"):
+            raise UserError(f"--{name} is empty; give it a value, or leave it out")
     given = [name for name in modes if getattr(args, name) is not None]
     if len(given) != 1:
         raise UserError("give one of --scenes, --image, --data, --search, --embed, --export and --serve")
@@ -177,18 +180,18 @@ def predict(run, task, dataset, index, top):
     return [answers[i] for i in index.tolist()]
 
 
-def describe(answer):
+def describe(answer, separator="  "):
     """An answer as one line of text: "red 0.981  blue 0.012"."""
     parts = []
     if "match" in answer:
         parts.append(f"match {answer['match']:.3f}")
+    names = [f"{drawing.short_name(name)} {prob:.3f}" for name, prob in answer.get("answers", [])]
     if "masked" in answer:
-        parts.append(f"{answer['masked']}:")
-    for name, prob in answer.get("answers", []):
-        parts.append(f"{drawing.short_name(name)} {prob:.3f}")
+        names[0] = f"{answer['masked']}: {names[0]}"
+    parts += names
     if "caption" in answer:
         parts.append(answer["caption"])
-    return "  ".join(parts)
+    return separator.join(parts)
 
 
 # ---- --scenes: held-out examples of the data set that the checkpoint was trained on -----------------------------------
@@ -204,15 +207,19 @@ def held_out(run, task, split, count):
         if len(dataset):
             break
     else:
-        raise UserError(f"{source}: has no examples of split {split}")
+        raise no_examples(source, split)
     if name == "train" and not split:
         data.warn(f"{source} has neither test nor val; these are training examples")
-    dataset = use_dataset(run, task, dataset)
+    part = dataset.subset(varied_examples(dataset, count))
     files = {}  # row of the store: the picture file that it was made of
-    index = varied_examples(dataset, count)
-    for row in dataset.image[dataset.rows(index)].tolist():
+    for row in part.image.tolist():
         files[row] = records.picture_file(dataset, row)
-    return dataset.subset(index), files
+    return use_dataset(run, task, part), files
+
+
+def no_examples(source, split):
+    """The UserError for a data set that has nothing of a split, or of any split."""
+    return UserError(f"{source}: has no examples" + (f" of split {split}" if split else ""))
 
 
 def own_source(run, task):
@@ -242,7 +249,7 @@ def show_scenes(run, task, args):
     for i, answer in enumerate(answers):
         print_answer(task, dataset, i, answer)
     out = Path(args.out or "predictions.png")
-    drawing.draw(run, task, dataset, answers, files, out)
+    drawing.draw(task, dataset, answers, files, out)
     print(f"{out}: {len(dataset)} examples of {dataset.name}, split {dataset.split}")
 
 
@@ -251,7 +258,7 @@ def print_answer(task, dataset, i, answer):
     print(f"{dataset.ids[i]}: {drawing.text_of(task, dataset, i)}")
     print(f"    {describe(answer)}")
     if "truth" in answer:
-        print(f"    truth: {drawing.short_name(answer['truth'])}")
+        print(f"    {drawing.truth_line(answer)}")
 
 
 # ---- --image: pictures and a text from the command line or the server ---------------------------------------------------
@@ -320,13 +327,15 @@ def make_example(task, record):
     """The data.Example of a record without its truth."""
     record = {"id": "", "text": "", **record}
     if task.truth != "text" and not record["text"].strip():
-        raise UserError(f"{task.name} takes a text; give --text")
+        raise UserError(f"{task.name} needs a text")
     for key in task.needs:
         if key != task.truth and len(record.get(key) or ()) < 2:
-            raise UserError(f"{task.name} takes at least two {key}; give --{key}")
+            raise UserError(f"{task.name} needs at least two {key}")
     record["text"] = records.normalize_text(record["text"])
     answer = record.pop("answer", None)
     if answer:  # the choices are reasons for it
+        if "choices" not in task.needs:
+            raise UserError(f"{task.name} takes no answer; leave it out")
         record.update(choices=[answer], label=0, reasons=record["choices"], reason=0)
         return task.examples(record)[-1]._replace(target=-1)
     return task.examples(record)[0]
@@ -379,7 +388,7 @@ def answer_images(run, task, args):
         begin = f"{dataset.ids[i]}: " if len(answers) > 1 else ""
         print(begin + describe(answer))
     if args.out:
-        drawing.draw(run, task, dataset, answers, files, Path(args.out))
+        drawing.draw(task, dataset, answers, files, Path(args.out))
 
 
 # ---- --attention ------------------------------------------------------------------------------------------------------
@@ -393,10 +402,9 @@ def show_attention(run, task, args):
         dataset, files = read_images(run, task, args)
     titles = []
     for i, answer in enumerate(predict(run, task, dataset, np.arange(len(dataset)), args.top)):
-        answers = describe(answer).replace(":  ", ": ").replace("  ", ", ")
-        titles.append([drawing.text_of(task, dataset, i), answers])
+        titles.append([drawing.text_of(task, dataset, i), describe(answer, ", ")])
         if "truth" in answer:
-            titles[-1].append(f"truth: {drawing.short_name(answer['truth'])}")
+            titles[-1].append(drawing.truth_line(answer))
     attention_sheet.show(run, task, dataset, files, titles, args)
 
 
@@ -441,7 +449,7 @@ def load_lines(run, task, args, lines_of):
         if name == "test" and len(dataset):
             break
     if not datasets:
-        raise UserError(f"{source}: has no examples of split {args.split}")
+        raise no_examples(source, args.split)
     return datasets
 
 
@@ -526,7 +534,7 @@ def export_checkpoint(args):
 
 
 def made_up_batch(run, task):
-    """A data.Batch of a task that stands for any other one: two examples without sense."""
+    """An example input for torch.export: two made-up examples."""
     features = np.zeros((7, run.model.config.feature_size), np.float32)
     boxes = np.tile(np.array([0, 0, 1, 1], np.float32), (7, 1))
     picture = {"features": features, "boxes": boxes, "size": (1, 1)}
@@ -547,7 +555,7 @@ def main(argv=None):
             args = parse(argv)
             answer(args)
         except (UserError, OSError, RuntimeError, MemoryError) as error:
-            message = machine.explain(error)
+            message = machine.explain(error, advice="try --dtype bf16 or another --device, with more memory")
             if message is None:
                 raise
             print(f"predict.py: {message}", file=sys.stderr)

@@ -46,7 +46,7 @@ MAX_QUEUE = 256  # requests that wait for the model
 MAX_BATCH = 64  # requests in one forward pass
 READ_SECONDS = 10  # for a client to send its request
 ANSWER_SECONDS = 30  # for an answer
-LINGER_SECONDS = 1  # for a client to read an answer that came before it had sent all
+LINGER_SECONDS = 1  # how long an answered connection stays open, so that the client can read the answer
 PAGE = Path(__file__).parent / "support" / "serve.html"
 LOCAL = ("127.0.0.1", "localhost")
 HEADERS = {  # of every answer: the page uses nothing from elsewhere, and no other site may use anything from here
@@ -69,6 +69,7 @@ class Batcher:
         self.run = run
         self.task = task
         self.top = top
+        self.requests = 0  # that have been answered; counted, like the batches, by the model's thread alone
         self.batches = 0
         self.waiting = queue.Queue(MAX_QUEUE)  # of questions.Job; None ends the thread
         self.thread = threading.Thread(target=self.work, daemon=True)
@@ -119,6 +120,7 @@ class Batcher:
                 self.answer([job])
             return
         for job, answer in zip(jobs, answers, strict=True):
+            self.requests += 1
             job.future.set_result(answer)
 
     def close(self):
@@ -130,8 +132,7 @@ class Batcher:
 
 
 class SocketReader(io.RawIOBase):
-    """Reads at most `left` bytes from a socket, until a deadline, however slowly the client sends. TimeoutError after it,
-    HTTPException where there is more."""
+    """Reads from a socket until about `left` bytes have come or the deadline has passed."""
 
     def __init__(self, connection):
         self.connection = connection
@@ -204,7 +205,8 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/samples":
             return as_json(self.server.description)
         if path == "/healthz":
-            return as_json({"status": "ok", "requests": self.server.requests, "batches": self.server.batcher.batches})
+            batcher = self.server.batcher
+            return as_json({"status": "ok", "requests": batcher.requests, "batches": batcher.batches})
         if path == "/predict":
             raise HttpError(405, "use POST")
         raise HttpError(404, "there are /, /samples, /healthz and POST /predict")
@@ -213,9 +215,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/predict":
             raise HttpError(404, "only /predict takes POST")
         length = questions.body_length(self.headers)
-        answer = self.server.batcher.ask(self.read_question(length))
-        self.server.requests += 1
-        return as_json(answer)
+        return as_json(self.server.batcher.ask(self.read_question(length)))
 
     def read_question(self, length):
         """The questions.Job of the body."""
@@ -266,13 +266,15 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128  # connections that the system keeps until they are accepted
     daemon_threads = False  # so that server_close waits for the requests in progress
 
-    def __init__(self, port, run, task, top, samples):
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, port, run, task, top):
+        try:
+            super().__init__(("127.0.0.1", port), Handler)
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--serve {port}: this port cannot be used ({error}); give another one") from None
         self.run = run
         self.task = task
         self.network = predict.load_network(run)
-        self.samples, self.sample_regions = samples
-        self.requests = 0
+        self.samples, self.sample_regions = questions.make_samples(run, task)  # last: it takes the longest
         self.connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)
         self.large_pictures = threading.BoundedSemaphore(1)  # in memory at the same time
@@ -292,7 +294,11 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         if self.connections.acquire(blocking=False):
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except RuntimeError:  # no thread could be started, so none gives the slot back
+                self.connections.release()
+                raise
             return
         _, body = as_json({"error": "too many connections; try again in a moment"})
         head = f"HTTP/1.1 503 Busy\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -331,11 +337,7 @@ class Server(ThreadingHTTPServer):
 def serve(run, task, args):
     """Serves until SIGTERM or Ctrl-C."""
     machine.give_back_freed_memory()
-    samples = questions.make_samples(run, task)
-    try:
-        server = Server(args.serve, run, task, args.top, samples)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--serve {args.serve}: this port cannot be used ({error}); give another one") from None
+    server = Server(args.serve, run, task, args.top)
     with machine.interruptible() as interrupted:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1})
         thread.start()
@@ -345,4 +347,4 @@ def serve(run, task, args):
         server.shutdown()
         thread.join()
         server.close()
-    print(f"stopped after {server.requests} requests in {server.batcher.batches} batches", flush=True)
+    print(f"stopped after {server.batcher.requests} requests in {server.batcher.batches} batches", flush=True)

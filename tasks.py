@@ -284,7 +284,8 @@ def add_batch(sums, objective, batch, loss, logits):
 def pretraining_logits(run, dataset, index):
     """[(match logit, masked text, logits of the masked word (V,), its label)], None for what the model or the text lacks.
 
-    One word is masked, of those that only the picture tells if the data set names such words. Always the same one.
+    One word is masked, of those that only the picture tells if the data set names such words. It is drawn from a generator
+    whose seed is the batch's first example, so that the same batch has the same words masked.
     """
     found = [[None, None, None, None] for _ in index]
     if "itm" in run.model.heads:
@@ -611,7 +612,7 @@ def evaluate_refer(run, dataset):
 def show_regions(run, dataset, i, logits, top):
     """The likeliest boxes, in pixels; as shares of the picture's width and height where its size is not known."""
     row = dataset.image[i]
-    boxes = dataset.store.gather([row])["boxes"][0].numpy()  # (N, 4)
+    boxes = dataset.store.gather([row], fields=())["boxes"][0].numpy()  # (N, 4)
     scale = np.ones(4)
     digits = 3
     if dataset.store.sizes is not None:

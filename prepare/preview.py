@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common import UserError
+from support import drawing
 from support.records import Mistakes, Pictures, read_records
 from support.regions import open_picture, read_features
 
@@ -23,13 +24,7 @@ def draw_sheet(path, task, splits, split, count, patch, grid):
     mistakes.stop(path)
     if not cells:
         raise UserError(f"{path}: has no examples of split {split}")
-    columns = min(3, len(cells))
-    width = max(cell.width for cell in cells)
-    height = max(cell.height for cell in cells)
-    sheet = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
-    for i, cell in enumerate(cells):
-        sheet.paste(cell, (i % columns * width, i // columns * height))
-    return sheet
+    return drawing.grid(cells, 3)
 
 
 def preview_cell(where, record, pictures, side=336, gap=12):
@@ -61,26 +56,11 @@ def value_as_text(value):
     return str(value)
 
 
-def paste_regions(store, row, side):
-    """(picture, boxes in 0..1) of a store's row: its regions pasted where they were. Dark where there is no region, and
-    where the store has no pixels."""
-    regions = store.gather(np.array([row]))
-    boxes = regions["boxes"][0].tolist()
-    image = Image.new("RGB", (side, side), (50, 50, 50))
-    patch = round((regions["features"].shape[2] / 3) ** 0.5)
-    if regions["features"].shape[2] == 3 * patch * patch:  # pixels: see region_features
-        for features, (left, top, right, bottom) in zip(regions["features"][0].numpy(), boxes, strict=True):
-            pixels = np.clip((features * 0.25 + 0.5) * 255, 0, 255).reshape(patch, patch, 3).astype(np.uint8)
-            size = (max(1, round((right - left) * side)), max(1, round((bottom - top) * side)))
-            image.paste(Image.fromarray(pixels).resize(size), (round(left * side), round(top * side)))
-    return image, boxes
-
-
 def draw_regions(where, record, pictures, store, row, side):
     """A picture with the boxes of its regions, the target's in red. Of a store, which has no pictures, the regions."""
     boxes = []  # 0..1
     if store:
-        image, boxes = paste_regions(pictures.stores[store], row, side)
+        image, boxes = drawing.paste_regions(pictures.stores[store], row, side)
     else:
         job = pictures.jobs[row]
         if job.path.suffix == ".npz":

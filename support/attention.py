@@ -26,7 +26,7 @@ import common
 import data
 import tasks
 from common import UserError
-from support import distillation, evaluation
+from support import distillation, evaluation, machine
 
 # ---- what a model records --------------------------------------------------------------------------------------------
 
@@ -39,21 +39,21 @@ class Record:
     picture: int  # row of the store
     maps: dict  # name -> (H, Q, K) attention probabilities, in the order of computation
     gradients: dict  # name -> (H, Q, K), d logit / d map
-    places: dict  # "text", "regions", "both" -> slice of the S positions: all that the model has of it
-    text: torch.Tensor  # (T, C) last states of the word pieces, which are the last T positions of places["text"]
-    regions: torch.Tensor  # (N, C) last states of the regions, the last N positions of places["regions"]
+    spans: dict  # "text", "regions", "both" -> slice of the S positions: all that the model has of it
+    text: torch.Tensor  # (T, C) last states of the word pieces, which are the last T positions of spans["text"]
+    regions: torch.Tensor  # (N, C) last states of the regions, the last N positions of spans["regions"]
     answer_row: torch.Tensor  # (S,) sums to 1: the positions that the answer's logit is computed from
 
     @property
-    def word_places(self):
+    def word_span(self):
         """The slice of the T word pieces. ViLBERT's task token, where there is one, counts as what stands before."""
-        end = self.places["text"].stop
+        end = self.spans["text"].stop
         return slice(end - len(self.text), end)
 
     @property
-    def region_places(self):
+    def region_span(self):
         """The slice of the N regions. ViLBERT's whole image stands before them."""
-        end = self.places["regions"].stop
+        end = self.spans["regions"].stop
         return slice(end - len(self.regions), end)
 
 
@@ -75,11 +75,13 @@ def sequence_of(name):
 
 
 def record_example(run, task, dataset, i):
-    """[Record] of example i: of each row that its likeliest answer is computed from. With two pictures these are two rows."""
+    """[Record] of example i: of each row that its likeliest answer is computed from, or of each of its two pictures."""
     index = np.array([i])
     with torch.inference_mode(False), torch.enable_grad():
         if task.generates:
-            raise UserError(f"{task.name}: a text that is written from left to right records no attention")
+            raise UserError("the caption decoder does not record attention")
+        if machine.is_quantized(run.model):
+            raise UserError("layers of 8 bits (--int8) have no gradients, so their attention cannot be shown")
         if task.ranks:
             batch = data.remove_modality(data.collate(dataset, index), run.args.ablate)
         else:
@@ -100,7 +102,7 @@ def record_example(run, task, dataset, i):
     state_gradients = dict(zip(last, gradients[len(encoding.maps) :], strict=True))
     records = []
     for row in range(len(batch.text)):
-        if any(bool(gradient[row].any()) for gradient in state_gradients.values()):
+        if task.pictures > 1 or any(bool(gradient[row].any()) for gradient in state_gradients.values()):
             records.append(row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients, row))
     if not records:  # the logit is constant here, as behind a ReLU
         records.append(row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients, 0))
@@ -131,11 +133,11 @@ def row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients,
     N = int(batch.region_mask[row].sum())
     if "both" in real:
         S = len(real["both"])
-        places = {"text": slice(0, T), "regions": slice(S - N, S), "both": slice(0, S)}
+        spans = {"text": slice(0, T), "regions": slice(S - N, S), "both": slice(0, S)}
     else:
         split = len(real["text"])
         S = split + len(real["regions"])
-        places = {"text": slice(0, split), "regions": slice(split, S), "both": slice(0, S)}
+        spans = {"text": slice(0, split), "regions": slice(split, S), "both": slice(0, S)}
 
     maps = {}
     gradients = {}
@@ -145,14 +147,14 @@ def row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients,
         gradients[name] = map_gradients[name][row][:, queries][:, :, keys].float().cpu()
     answer_row = torch.zeros(S)
     for sequence, gradient in state_gradients.items():
-        answer_row[places[sequence]] = gradient[row][real[sequence]].ne(0).any(-1).float().cpu()  # (Q, C) -> (Q,)
+        answer_row[spans[sequence]] = gradient[row][real[sequence]].ne(0).any(-1).float().cpu()  # (Q, C) -> (Q,)
     ids = batch.text[row][batch.text_mask[row]].tolist()
     return Record(
         pieces=[run.tokenizer.id_to_token(piece) for piece in ids],
         picture=int(dataset.image[dataset.rows([i])[row]]),
         maps=maps,
         gradients=gradients,
-        places=places,
+        spans=spans,
         text=encoding.text[row][batch.text_mask[row]].detach().float().cpu(),
         regions=encoding.regions[row][batch.region_mask[row]].detach().float().cpu(),
         answer_row=answer_row / answer_row.sum().clamp(min=1),
@@ -182,7 +184,7 @@ def raw(record, layer=None, head=None):
     blocks = {}  # (queries, keys) -> its maps
     for name, probs in record.maps.items():
         blocks.setdefault(sides(name), []).append(probs)
-    S = record.places["both"].stop
+    S = record.spans["both"].stop
     matrix = torch.zeros(S, S)
     for (queries, keys), maps in blocks.items():
         if layer is not None:
@@ -191,7 +193,7 @@ def raw(record, layer=None, head=None):
             maps = [probs[head : head + 1] for probs in maps]
         if maps:
             means = torch.stack([probs.mean(0) for probs in maps])  # (H, Q, K) -> (layers, Q, K)
-            matrix[record.places[queries], record.places[keys]] = means.mean(0)
+            matrix[record.spans[queries], record.spans[keys]] = means.mean(0)
     return matrix
 
 
@@ -215,16 +217,16 @@ def rollout(record):
     A sub-layer's A is (S, S). Self-attention fills the block on the diagonal of its sequence, cross-attention the blocks
     off the diagonal. Rows of positions that a sub-layer does not change are those of I. Rows of R sum to 1.
     """
-    S = record.places["both"].stop
+    S = record.spans["both"].stop
     relevance = torch.eye(S)
     for names in sub_layers(record.maps):
         matrix = torch.eye(S)
         for name in names:
             queries, keys = sides(name)
             probs = record.maps[name].mean(0)  # (H, Q, K) -> (Q, K)
-            q = record.places[queries]
+            q = record.spans[queries]
             matrix[q] = 0.5 * matrix[q]
-            matrix[q, record.places[keys]] += 0.5 * probs
+            matrix[q, record.spans[keys]] += 0.5 * probs
         matrix = matrix / matrix.sum(1, keepdim=True)
         relevance = matrix @ relevance  # (S, S) @ (S, S)
     return relevance
@@ -241,14 +243,14 @@ def gradient(record):
     R_sq is the block of R with the rows of sequence s and the columns of q. Both directions of a cross-attention read
     the R from before it. As I is part of R, a region that is itself the answer has read mostly itself.
     """
-    S = record.places["both"].stop
+    S = record.spans["both"].stop
     relevance = torch.eye(S)
     for names in sub_layers(record.maps):
         before = relevance.clone()
         for name in names:
             queries, keys = sides(name)
-            q = record.places[queries]
-            k = record.places[keys]
+            q = record.spans[queries]
+            k = record.spans[keys]
             weighted = (record.gradients[name] * record.maps[name]).clamp(min=0).mean(0)  # (H, Q, K) -> (Q, K)
             if queries == keys:
                 relevance[q] += weighted @ before[q]  # (Q, Q) @ (Q, S)
@@ -283,7 +285,7 @@ def transport_plan(run, record):
 # ---- parts of a matrix -----------------------------------------------------------------------------------------------------
 
 
-def shares(weights):
+def normalize_rows(weights):
     """Each row divided by its sum: (..., N). Rows that sum to 0 stay 0."""
     weights = weights.clamp(min=0)
     return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
@@ -291,7 +293,7 @@ def shares(weights):
 
 def answer_regions(record, matrix):
     """(N,) what the answer's rows of a matrix (S, S) have read of each region, not rescaled."""
-    return (record.answer_row @ matrix)[record.region_places]  # (S,) @ (S, S) -> (S,) -> (N,)
+    return (record.answer_row @ matrix)[record.region_span]  # (S,) @ (S, S) -> (S,) -> (N,)
 
 
 def join_pieces(pieces):
@@ -310,13 +312,13 @@ def join_pieces(pieces):
 def words_to_regions(record, matrix):
     """(W, N) what each word has read of each region, in shares of all regions. A word is the mean of its pieces."""
     _, members = join_pieces(record.pieces)
-    return shares(members @ matrix[record.word_places, record.region_places])  # (W, T) @ (T, N)
+    return normalize_rows(members @ matrix[record.word_span, record.region_span])  # (W, T) @ (T, N)
 
 
 def regions_to_words(record, matrix):
     """(N, W) what each region has read of each word, in shares of all words. A word is the sum of its pieces."""
     _, members = join_pieces(record.pieces)
-    return shares(matrix[record.region_places, record.word_places] @ members.T)  # (N, T) @ (T, W)
+    return normalize_rows(matrix[record.region_span, record.word_span] @ members.T)  # (N, T) @ (T, W)
 
 
 def region_weights(run, task, dataset, i, method="gradient"):
@@ -358,7 +360,7 @@ def all_weights(run, task, dataset, i):
     likeliest answer falls without the region. "area" is what weights proportional to the boxes' areas would get.
     """
     record = record_example(run, task, dataset, i)[0]
-    boxes = dataset.store.gather([record.picture])["boxes"][0]
+    boxes = dataset.store.gather([record.picture], fields=())["boxes"][0]
     weights = {"equal": torch.ones(len(boxes)), "area": (boxes[:, 2:] - boxes[:, :2]).prod(1)}
     matrices = {name: method(record) for name, method in METHODS.items()}
     for name, matrix in matrices.items():
@@ -369,7 +371,7 @@ def all_weights(run, task, dataset, i):
         weights[f"words, {name}"] = words_to_regions(record, matrix)[1:-1].mean(0)  # (W, N) -> (N,)
     if "wra" in run.paper.OBJECTIVES:
         weights["words, transport"] = transport_plan(run, record)[1:-1].mean(0)  # (T, N) -> (N,)
-    return {name: shares(values) for name, values in weights.items()}, boxes
+    return {name: normalize_rows(values) for name, values in weights.items()}, boxes
 
 
 @torch.no_grad()

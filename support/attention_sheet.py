@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 from common import UserError
 from support import attention, drawing
-from support.drawing import GREEN, MARGIN, SIDE, draw_bar, write_text
+from support.drawing import GREEN, MARGIN, SIDE, bars_cell, resized, shorten, text_cell
 
 SPECIALS = ("[CLS]", "[SEP]")  # words that get no picture of their own
 CELL = 180  # width of a small picture in pixels
@@ -35,6 +35,8 @@ def check_options(args):
             raise UserError(f"--{name} says what --attention draws; give --attention FILE")
     if args.word and args.region is not None:
         raise UserError("give --word or --region, not both")
+    if args.method == "transport" and (args.word is not None or args.region is not None):
+        raise UserError("--method transport draws all words and regions; leave out --word and --region")
     args.method = args.method or "raw"
     if args.method != "raw" and (args.layer is not None or args.head is not None):
         raise UserError("--layer and --head choose among the maps of --method raw; give it")
@@ -93,9 +95,10 @@ def all_rows(record, words, image, boxes, args):
     small = resized(image, CELL)
     first = [draw_numbers(small, boxes)]
     for method, function in attention.METHODS.items():
-        weights = attention.shares(attention.answer_regions(record, function(record))).tolist()
+        whole = matrix if method == name else function(record)
+        weights = attention.normalize_rows(attention.answer_regions(record, whole)).tolist()
         first.append(draw_heat(small, boxes, weights, f"the answer, {method}"))
-    answer = attention.shares(attention.answer_regions(record, matrix)).tolist()
+    answer = attention.normalize_rows(attention.answer_regions(record, matrix)).tolist()
     print_heaviest("(the answer)", answer)
     pictures = []
     for word, weights in zip(words, attention.words_to_regions(record, matrix).tolist(), strict=True):
@@ -148,7 +151,7 @@ def region_rows(record, words, image, boxes, args):
 def transport_rows(run, record, words, image, boxes):
     """UNITER's transport plan: lines from words to regions, and the plan as a table, each word's row in percent."""
     _, members = attention.join_pieces(record.pieces)
-    plan = attention.shares(members @ attention.transport_plan(run, record)).tolist()  # (W, T) @ (T, N)
+    plan = attention.normalize_rows(members @ attention.transport_plan(run, record)).tolist()  # (W, T) @ (T, N)
     if "wra" not in run.objectives:
         data.warn("the checkpoint was trained without wra, so nothing has aligned its words with its regions")
     for word, weights in zip(words, plan, strict=True):
@@ -161,11 +164,6 @@ def transport_rows(run, record, words, image, boxes):
 def print_heaviest(name, weights):
     best = int(np.argmax(weights))
     print(f"    {name}: region {best} {weights[best]:.3f}")
-
-
-def resized(image, width):
-    """A picture of another width, with its shape."""
-    return image.resize((width, max(1, round(width * image.height / image.width))))
 
 
 # ---- cells -------------------------------------------------------------------------------------------------------------
@@ -181,8 +179,9 @@ def corners_of(image, box):
 
 def titled(picture, title):
     """A cell: a title above a picture."""
+    title = shorten(title, ImageFont.load_default(14), picture.width - MARGIN)
     cell = Image.new("RGB", (picture.width + MARGIN, picture.height + 34), "white")
-    write_text(ImageDraw.Draw(cell), title, 6, 14, "black", 10**6)
+    cell.paste(text_cell(title, 14, "black", cell.width), (0, 6))
     cell.paste(picture, (MARGIN, 28))
     return cell
 
@@ -241,9 +240,10 @@ def draw_table(weights, rows, columns, title):
     height = 26  # of a row
     left = 100
     top = 56
-    cell = Image.new("RGB", (left + width * len(columns) + MARGIN, top + height * len(rows) + MARGIN), "white")
+    shown = max(left + width * len(columns) + MARGIN, SIDE)
+    cell = Image.new("RGB", (shown, top + height * len(rows) + MARGIN), "white")
     pen = ImageDraw.Draw(cell)
-    write_text(pen, title, 6, 14, "black", 10**6)
+    cell.paste(text_cell(shorten(title, ImageFont.load_default(14), shown - 2 * MARGIN), 14, "black", shown), (0, 6))
     for j, name in enumerate(columns):
         draw_name(cell, name, left + j * width, 30, width)
     for i, name in enumerate(rows):
@@ -264,9 +264,7 @@ def draw_name(cell, name, x, y, width):
         cell.paste(name, (x, y))
         return
     font = ImageFont.load_default(13)
-    while font.getlength(name) > width - 4 and len(name) > 1:
-        name = name[:-1]
-    ImageDraw.Draw(cell).text((x, y + 5), name, "black", font)
+    ImageDraw.Draw(cell).text((x, y + 5), shorten(name, font, width - 4), "black", font)
 
 
 def draw_thumbnail(image, box, number, size=22):
@@ -300,21 +298,13 @@ def draw_lines(image, boxes, words, plan, title):
 
 def draw_bars(names, weights, title):
     """A cell: names with bars as long as their weights, numbers in 0..1."""
-    cell = Image.new("RGB", (SIDE, 36 + 20 * len(names) + MARGIN), "white")
-    pen = ImageDraw.Draw(cell)
-    y = write_text(pen, title, 6, 14, "black") + 6
-    for name, weight in zip(names, weights, strict=True):
-        y = draw_bar(pen, name, weight, y, ORANGE)
-    return cell
+    bars = [(name, weight, ORANGE) for name, weight in zip(names, weights, strict=True)]
+    return drawing.grid([drawing.blank(6), text_cell(title, 14, "black"), drawing.blank(6), bars_cell(bars)], 1)
 
 
 def draw_sheet(lines, rows):
     """A sheet: lines of text, and rows of cells under them."""
     body = drawing.grid([drawing.grid(row, len(row)) for row in rows], 1)
-    sheet = Image.new("RGB", (max(body.width + MARGIN, 2 * SIDE), body.height + 26 * len(lines) + 20), "white")
-    pen = ImageDraw.Draw(sheet)
-    y = 12
-    for line in lines:
-        y = write_text(pen, line, y, 17, "black", sheet.width)
-    sheet.paste(body, (0, y))
-    return sheet
+    width = max(body.width + MARGIN, 2 * SIDE)
+    texts = [text_cell(line, 17, "black", width) for line in lines]
+    return drawing.grid([drawing.blank(MARGIN, width), *texts, body], 1)

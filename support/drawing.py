@@ -9,7 +9,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common import UserError
-from prepare import preview
 from support import evaluation, regions
 
 SIDE = 400  # width of a cell in pixels
@@ -20,7 +19,7 @@ RED = (200, 40, 40)
 BLUE = (70, 120, 200)
 
 
-def draw(run, task, dataset, answers, files, out):
+def draw(task, dataset, answers, files, out):
     """Draws examples with their answers as one picture, two side by side. files: {row of the store: picture file}."""
     cells = []
     for i, answer in enumerate(answers):
@@ -60,30 +59,32 @@ def save(picture, path, option):
 def draw_cell(task, dataset, i, answer, files):
     """One example: its one or two pictures with their boxes, the text, the answers as bars, the truth."""
     rows = list(dict.fromkeys(dataset.image[dataset.rows([i])].tolist()))
-    cell = Image.new("RGB", (SIDE, 2 * SIDE), "white")
-    pen = ImageDraw.Draw(cell)
     width = (SIDE - MARGIN * (len(rows) + 1)) // len(rows)
-    bottom = 0
-    for number, row in enumerate(rows):
-        picture = draw_regions(dataset.store, row, files.get(row), answer, width)
-        cell.paste(picture, (MARGIN + number * (width + MARGIN), MARGIN))
-        bottom = max(bottom, MARGIN + picture.height)
-    y = bottom + 8
-    y = write_text(pen, answer.get("masked", text_of(task, dataset, i)), y, 17, "black")
-    y = write_text(pen, answer.get("caption", ""), y, 17, BLUE)
+    pictures = [draw_regions(dataset.store, row, files.get(row), answer, width) for row in rows]
+    texts = [text_cell(answer.get("masked", text_of(task, dataset, i)), 17, "black")]
+    texts.append(text_cell(answer.get("caption", ""), 17, BLUE))
+    bars = []  # (name, probability, colour)
     if "match" in answer:
-        y = draw_bar(pen, "text and picture match", answer["match"], y, BLUE)
+        bars.append(("text and picture match", answer["match"], BLUE))
     for name, prob in answer.get("answers", []):
         color = BLUE
         if "truth" in answer:
             color = GREEN if is_right(name, answer["truth"]) else RED
-        y = draw_bar(pen, short_name(name), prob, y, color)
-    if "truth" in answer:
-        text = f"truth: {short_name(answer['truth'])}"
-        if isinstance(answer["truth"], list):
-            text += " (green frame; blue: the likeliest)"
-        y = write_text(pen, text, y + 2, 14, GREY)
-    return cell.crop((0, 0, SIDE, y + MARGIN))
+        bars.append((short_name(name), prob, color))
+    truth = truth_line(answer)
+    if isinstance(answer.get("truth"), list):
+        truth += " (green frame; blue: the likeliest)"
+    texts_and_bars = [*texts, bars_cell(bars), text_cell(truth, 14, GREY)]
+
+    top = blank(MARGIN + max(picture.height for picture in pictures) + 8)
+    for number, picture in enumerate(pictures):
+        top.paste(picture, (MARGIN + number * (width + MARGIN), MARGIN))
+    return grid([top, *texts_and_bars, blank(MARGIN)], 1)
+
+
+def blank(height, width=SIDE):
+    """An empty cell."""
+    return Image.new("RGB", (width, height), "white")
 
 
 def is_right(name, truth):
@@ -98,6 +99,13 @@ def short_name(name):
     if isinstance(name, list):
         return str([round(value) for value in name])
     return name
+
+
+def truth_line(answer):
+    """ "truth: red", or "" where the truth is not known."""
+    if "truth" not in answer:
+        return ""
+    return f"truth: {short_name(answer['truth'])}"
 
 
 def draw_regions(store, row, file, answer, width):
@@ -123,40 +131,87 @@ def draw_regions(store, row, file, answer, width):
 def picture_of(store, row, file, width):
     """(a picture, `width` pixels wide; the boxes of its regions in 0..1). Without a file it is pasted together from its
     regions."""
-    image, boxes = preview.paste_regions(store, row, width)
+    image, boxes = paste_regions(store, row, width)
     if file:
-        image = regions.open_picture("the picture", file)
-        image = image.resize((width, max(1, round(width * image.height / image.width))))
+        image = resized(regions.open_picture("the picture", file), width)
     return image, boxes
 
 
-def write_text(pen, text, y, size, color, width=SIDE):
-    """Writes a text into a cell, in lines as wide as the cell. Returns the y below it."""
-    font = ImageFont.load_default(size)
+def resized(image, width):
+    """A picture of another width, with its shape."""
+    return image.resize((width, max(1, round(width * image.height / image.width))))
+
+
+def paste_regions(store, row, side):
+    """(picture, boxes in 0..1) of a store's row: its regions pasted where they were. Dark where there is no region, and
+    where the store has no pixels."""
+    fields = store.gather(np.array([row]), fields=())
+    boxes = fields["boxes"][0].tolist()
+    image = Image.new("RGB", (side, side), (50, 50, 50))
+    patch = round((fields["features"].shape[2] / 3) ** 0.5)
+    if fields["features"].shape[2] == 3 * patch * patch:  # pixels: see region_features
+        for values, (left, top, right, bottom) in zip(fields["features"][0].numpy(), boxes, strict=True):
+            pixels = np.clip((values * 0.25 + 0.5) * 255, 0, 255).reshape(patch, patch, 3).astype(np.uint8)
+            size = (max(1, round((right - left) * side)), max(1, round((bottom - top) * side)))
+            image.paste(Image.fromarray(pixels).resize(size), (round(left * side), round(top * side)))
+    return image, boxes
+
+
+def wrap(text, font, width):
+    """A text in lines of at most so many pixels. A word that is wider is cut."""
+    lines = []
     line = ""
     for word in text.split():
         longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > width - 2 * MARGIN:
-            pen.text((MARGIN, y), line, color, font)
-            y += size + 5
-            longer = word
-        line = longer
+        if font.getlength(longer) <= width:
+            line = longer
+            continue
+        if line:
+            lines.append(line)
+        line = ""
+        for letter in word:
+            if line and font.getlength(line + letter) > width:
+                lines.append(line)
+                line = ""
+            line += letter
     if line:
-        pen.text((MARGIN, y), line, color, font)
-        y += size + 5
-    return y
+        lines.append(line)
+    return lines
 
 
-def draw_bar(pen, name, prob, y, color):
-    """An answer, a bar as long as its probability, and the number. Returns the y below it."""
+def text_cell(text, size, color, width=SIDE):
+    """A cell with a text, as high as its lines are together."""
+    font = ImageFont.load_default(size)
+    lines = wrap(text, font, width - 2 * MARGIN)
+    cell = blank(len(lines) * (size + 5), width)
+    pen = ImageDraw.Draw(cell)
+    for number, line in enumerate(lines):
+        pen.text((MARGIN, number * (size + 5)), line, color, font)
+    return cell
+
+
+def shorten(text, font, width):
+    """A text of at most so many pixels: its end becomes "..." where it is too long."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def bars_cell(bars):
+    """A cell with a line for each (answer, its probability, colour): the answer, a bar as long as its probability, and the
+    number."""
+    cell = blank(20 * len(bars))
+    pen = ImageDraw.Draw(cell)
     font = ImageFont.load_default(14)
-    while font.getlength(name) > 190 and len(name) > 4:
-        name = name[:-4] + "..."
-    pen.text((MARGIN, y), name, "black", font)
     left = MARGIN + 200
-    pen.rectangle((left, y + 3, left + round(130 * prob), y + 14), fill=color)
-    pen.text((left + 138, y), f"{100 * prob:.1f}%", "black", font)
-    return y + 20
+    for number, (name, prob, color) in enumerate(bars):
+        y = 20 * number
+        pen.text((MARGIN, y), shorten(name, font, 190), "black", font)
+        pen.rectangle((left, y + 3, left + round(124 * prob), y + 14), fill=color)
+        pen.text((left + 130, y), f"{100 * prob:.1f}%", "black", font)
+    return cell
 
 
 def text_of(task, dataset, i):

@@ -8,7 +8,7 @@
 
 Which metrics a task has, and on which examples, is in tasks.py. Accuracies, recalls and BLEU are in 0..1, CIDEr-D in
 0..10. `run` is train.Run, as in tasks.py. Every process computes its share; the sums are then added over all processes.
-Letters: B rows of a batch, E width of the unit vectors of the objective itc, T text positions, C width, V vocabulary.
+Letters: B rows of a batch, E width of the unit vectors of the objective itc, T text positions, N regions, C width, V vocabulary.
 """
 
 import json
@@ -259,30 +259,57 @@ def hardest_pairs(run, dataset, texts, images):
     return logits.view(texts.shape).argmax(2, keepdim=True).numpy()
 
 
+@torch.inference_mode()
+def text_vectors(run, batch):
+    """(B, W) a vector of each text alone: the unit vector of the objective itc, W = E, or where the model has none the last
+    state of [CLS], W = C."""
+    with run.autocast():
+        states = run.model.encode(batch, regions=False).text
+    states = common.at_least_float32(states)  # (B, T, C)
+    if "itc" in run.model.heads:
+        return run.model.heads["itc"].text(states).cpu()
+    return states[:, 0].cpu()
+
+
+@torch.inference_mode()
+def picture_vectors(run, batch):
+    """(B, W) a vector of each picture alone: the unit vector of the objective itc, W = E, or where the model has none the
+    mean of the regions' last states, W = C."""
+    with run.autocast():
+        states = run.model.encode(batch, text=False).regions
+    states = common.at_least_float32(states)  # (B, N, C)
+    if "itc" in run.model.heads:
+        return run.model.heads["itc"].image(states, batch.region_mask).cpu()
+    return common.masked_mean(states, batch.region_mask).cpu()
+
+
+def all_text_vectors(run, dataset, texts):
+    """Yields (positions in `texts`, `text_vectors`) of the examples `texts` that are this process's share."""
+    for part in data.batches(np.diff(dataset.offsets)[texts], size=256, rank=run.rank, world=run.world):
+        any_picture = np.full(len(part), dataset.image[texts[0]])  # it is not read
+        yield part, text_vectors(run, collate_pairs(run, dataset, texts[part], any_picture))
+
+
+def all_picture_vectors(run, dataset, pictures):
+    """Yields (positions in `pictures`, `picture_vectors`) of the store rows `pictures` that are this process's share."""
+    for part in data.batches(np.diff(dataset.store.offsets)[pictures], size=256, rank=run.rank, world=run.world):
+        any_text = np.zeros(len(part), np.int64)  # it is not read
+        yield part, picture_vectors(run, collate_pairs(run, dataset, any_text, pictures[part]))
+
+
 def dot_products(run, dataset, texts, pictures):
     """Cosines (texts, pictures) of the unit vectors of the objective itc: examples `texts`, store rows `pictures`. Each text
     and each picture is encoded once."""
-    head = run.model.heads["itc"]
-    width = head.project_text.out_features  # E
-    text_vectors = torch.zeros(len(texts), width, dtype=torch.float64)
-    image_vectors = torch.zeros(len(pictures), width, dtype=torch.float64)
-    for part in data.batches(np.diff(dataset.offsets)[texts], size=256, rank=run.rank, world=run.world):
-        any_picture = np.full(len(part), pictures[0])  # it is not read
-        batch = collate_pairs(run, dataset, texts[part], any_picture)
-        with run.autocast():
-            states = run.model.encode(batch, regions=False).text
-        vectors = head.text(common.at_least_float32(states))
-        text_vectors[part] = vectors.cpu().double()
-    for part in data.batches(np.diff(dataset.store.offsets)[pictures], size=256, rank=run.rank, world=run.world):
-        any_text = np.full(len(part), texts[0])  # it is not read
-        batch = collate_pairs(run, dataset, any_text, pictures[part])
-        with run.autocast():
-            states = run.model.encode(batch, text=False).regions
-        vectors = head.image(common.at_least_float32(states), batch.region_mask)
-        image_vectors[part] = vectors.cpu().double()
-    text_vectors = common.all_reduce_sum(text_vectors)
-    image_vectors = common.all_reduce_sum(image_vectors)
-    return text_vectors @ image_vectors.T  # (texts, E) @ (E, pictures)
+    width = run.model.heads["itc"].project_text.out_features  # E
+    text_emb = torch.zeros(len(texts), width, dtype=torch.float64)
+    visual_emb = torch.zeros(len(pictures), width, dtype=torch.float64)
+    for part, vectors in all_text_vectors(run, dataset, texts):
+        text_emb[part] = vectors.double()
+    for part, vectors in all_picture_vectors(run, dataset, pictures):
+        visual_emb[part] = vectors.double()
+    text_emb = common.all_reduce_sum(text_emb)
+    visual_emb = common.all_reduce_sum(visual_emb)
+    return text_emb @ visual_emb.T  # (texts, E) @ (E, pictures)
 
 
 def recall_of_dot_products(run, dataset, texts):

@@ -99,10 +99,10 @@ def interruptible():
             signal.signal(number, handler)
 
 
-def explain(error, kept=""):
+def explain(error, kept="", advice="try a smaller --batch-size (with --accumulate), --size, --patch or --grid"):
     """The one line that says what ended a command; None for a fault of the program, which keeps its traceback.
 
-    kept: what to say of the files that are there already."""
+    kept: what to say of the files that are there already.   advice: what to do where the memory does not suffice."""
     text = str(error)
     if isinstance(error, UserError):
         return text
@@ -113,7 +113,7 @@ def explain(error, kept=""):
             return None
         return f"{error.filename or 'a file'}: {error.strerror}{kept}"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return "too little memory; try a smaller --batch-size (with --accumulate), --size, --patch or --grid"
+        return f"too little memory; {advice}"
     if "PytorchStreamWriter" in text or "inline_container" in text:  # torch.save, for example on a full disk
         return f"weights could not be written (is the disk full?){kept}"
     if dist.is_initialized() and ("gloo" in text or "Connection" in text or isinstance(error, dist.DistError)):
@@ -198,3 +198,8 @@ def quantize_layers(model, device):
         for block in blocks:
             spec = {torch.nn.Linear: quantization.per_channel_dynamic_qconfig}
             quantization.quantize_dynamic(block, spec, inplace=True)
+
+
+def is_quantized(model):
+    """Whether `quantize_layers` has been here. Such layers compute no gradients."""
+    return any(type(module).__module__.startswith("torch.ao.") for module in model.modules())

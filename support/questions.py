@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+import data
 import predict
 from common import UserError
-from prepare import preview
 from support import attention, drawing, records, regions
 
 MAX_BODY = 8 * 2**20  # bytes of a request, without its headers
@@ -216,6 +216,8 @@ def find_regions(server, request):
     """The regions of a request's pictures: those of a sample, or of the pictures that it holds."""
     sample = request.get("sample")
     if sample is not None:
+        if not server.samples:
+            raise HttpError(400, "this server has no samples; send 'images'")
         if type(sample) is not int or not 0 <= sample < len(server.samples):
             raise HttpError(400, f"'sample' must be 0 to {len(server.samples) - 1}")
         return server.sample_regions[sample]
@@ -257,10 +259,12 @@ def weigh_regions(run, task, dataset, i, pictures):
 
 
 def make_samples(run, task):
-    """([sample for the page], [its pictures' regions]): held-out examples; none if the checkpoint's data set is gone."""
+    """([sample for the page], [its pictures' regions]): held-out examples. None, and a warning that says why, if the
+    checkpoint's data set cannot be read."""
     try:
         dataset, files = predict.held_out(run, task, None, SAMPLES)
-    except UserError:
+    except UserError as error:
+        data.warn(f"the page has no samples: {error}")
         return [], []
     answers = predict.predict(run, task, dataset, np.arange(len(dataset)), 1)
     samples = []
@@ -286,7 +290,7 @@ def make_samples(run, task):
 
 def stored_regions(store, row):
     """The regions of a store's row as predict.make_dataset takes them."""
-    fields = {name: values[0].numpy() for name, values in store.gather([row]).items()}
+    fields = {name: values[0].numpy() for name, values in store.gather([row], fields=()).items()}
     fields["size"] = (1.0, 1.0) if store.sizes is None else tuple(store.sizes[row].tolist())
     return fields
 
@@ -297,7 +301,7 @@ def sample_picture(store, row, file):
         picture = regions.open_picture("the sample", file)
         picture.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
     else:
-        picture, _ = preview.paste_regions(store, row, SAMPLE_SIDE)
+        picture, _ = drawing.paste_regions(store, row, SAMPLE_SIDE)
         if store.sizes is not None:
             size = store.sizes[row] * (SAMPLE_SIDE / store.sizes[row].max())
             picture = picture.resize(size.round().astype(int).clip(1).tolist())

@@ -537,11 +537,10 @@ def serve_in_a_process(checkpoint, device, most, pipe):
     """A server that answers at most `most` questions at once. Sends its port; its number of forward passes when asked."""
     import predict
     import serve
-    from support import questions
 
     serve.MAX_BATCH = most
     run, task = predict.load_run(predict.parse([checkpoint, "--serve", "0", "--device", device]))
-    server = serve.Server(0, run, task, 3, questions.make_samples(run, task))
+    server = serve.Server(0, run, task, 3)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     pipe.send(server.server_port)
     while pipe.recv() == "count":

@@ -141,14 +141,13 @@ def start(checkpoints):
     """start(task): a running server of such a checkpoint; it is closed at the end of the test."""
     import predict
     import serve
-    from support import questions
 
     servers = []
 
     def run_server(task):
         args = predict.parse([str(checkpoints(task)), "--serve", "0", "--device", "cpu", "--dtype", "f32"])
         run, row = predict.load_run(args)
-        server = serve.Server(0, run, row, 3, questions.make_samples(run, row))
+        server = serve.Server(0, run, row, 3)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         servers.append(server)
         return server

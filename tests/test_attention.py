@@ -15,7 +15,7 @@ import predict
 import tasks
 import train
 from prepare import scene_texts, scenes
-from support import attention, regions
+from support import attention, attention_sheet, questions, regions
 
 MODELS = ("uniter", "vilbert", "lxmert")
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer"
@@ -81,10 +81,10 @@ def made_up(shapes, S):
     split = T if S == T + N else S // 2
     maps = {name: torch.rand(H, *shape).softmax(-1) for name, shape in shapes.items()}
     gradients = {name: torch.randn(H, *shape) for name, shape in shapes.items()}
-    places = {"text": slice(0, split), "regions": slice(split, S), "both": slice(0, S)}
+    spans = {"text": slice(0, split), "regions": slice(split, S), "both": slice(0, S)}
     pieces = ["[CLS]", "a", "b", "[SEP]"]
     row = torch.eye(S)[0]
-    return attention.Record(pieces, 0, maps, gradients, places, torch.randn(T, 8), torch.randn(N, 8), row)
+    return attention.Record(pieces, 0, maps, gradients, spans, torch.randn(T, 8), torch.randn(N, 8), row)
 
 
 def block(size, rows, columns, matrix):
@@ -233,8 +233,8 @@ def test_raw_maps_are_those_of_torch(trained):
             inputs = [("text.1", "regions.embedding"), ("text.2", "regions.0")]
             blocks = [(layer.text_reads, layer.regions_read) for layer in run.model.connections]
             cells = torch.nn.functional.pad(cells, (1, 0), value=True)  # the whole image
-        text = record.places["text"]
-        image = record.places["regions"]
+        text = record.spans["text"]
+        image = record.spans["regions"]
         forth = []
         back = []
         for (name, other), (reads, is_read) in zip(inputs, blocks, strict=True):
@@ -242,8 +242,8 @@ def test_raw_maps_are_those_of_torch(trained):
             back.append(torch_probs(is_read, states[other], states[name], words)[0])
         torch.testing.assert_close(matrix[text, image], torch.stack(forth).mean(0), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(matrix[image, text], torch.stack(back).mean(0), atol=1e-5, rtol=1e-4)
-        assert record.word_places.stop - record.word_places.start == int(words.sum())
-        assert record.region_places.stop - record.region_places.start == int(batch.region_mask.sum())
+        assert record.word_span.stop - record.word_span.start == int(words.sum())
+        assert record.region_span.stop - record.region_span.start == int(batch.region_mask.sum())
 
 
 def test_gradients_are_finite_differences(trained, monkeypatch):
@@ -295,7 +295,7 @@ def test_the_answers_row_is_where_its_logit_is_read(trained):
         run, row, dataset = load(trained(model), "refer")
         record = attention.record_example(run, row, dataset, 0)[0]
         logits = tasks.example_logits(run, dataset, np.array([0]), "refer")
-        assert record.answer_row.nonzero()[:, 0].tolist() == [record.region_places.start + int(logits.argmax())]
+        assert record.answer_row.nonzero()[:, 0].tolist() == [record.region_span.start + int(logits.argmax())]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -311,6 +311,32 @@ def test_the_weights_of_the_regions_are_shares(model, trained):
                 assert min(weights) >= 0
                 assert abs(sum(weights) - 1) < 1e-5
                 assert max(weights) - min(weights) > 1e-6
+
+
+def test_a_picture_that_the_answer_does_not_depend_on_has_no_weight(trained, monkeypatch):
+    run, task, dataset = load(trained("uniter"), "nlvr2")
+    left, right = np.diff(dataset.store.offsets)[dataset.image[:2]]
+    monkeypatch.setattr(attention, "best_logit", lambda run, task, batch, encoding: encoding.pooled[0].sum())
+    weights = attention.region_weights(run, task, dataset, 0)
+    assert len(weights) == left + right and weights[left:] == [0] * right
+    assert sum(weights) == pytest.approx(1)
+
+
+def test_a_long_question_is_drawn_whole_above_the_cells():
+    cell = Image.new("RGB", (800, 50), "white")
+    short = attention_sheet.draw_sheet(["what?", "red"], [[cell]])
+    long = attention_sheet.draw_sheet(["what is " * 200, "red"], [[cell]])
+    assert long.height > short.height + 200  # 800 pixels take no 400 words in nine lines
+    assert long.width == short.width
+
+
+def test_layers_of_8_bits_have_no_attention_to_show(trained):
+    args = predict.parse([trained("uniter"), "--serve", "--int8", "--device", "cpu"])
+    run, task = predict.load_run(args)
+    dataset, _ = predict.held_out(run, task, None, 1)
+    pictures = [questions.stored_regions(dataset.store, dataset.image[0])]
+    with torch.inference_mode():  # as the server calls it
+        assert "8 bits" in questions.weigh_regions(run, task, dataset, 0, pictures)["note"]
 
 
 def test_a_transport_plan_has_equal_shares_of_all_words_and_all_regions(trained):
@@ -439,6 +465,8 @@ def test_the_transport_plan_is_drawn(trained, capsys):
         (["--scenes", "--attention", "a.nothing"], "--attention a.nothing"),
         (["--scenes", "--attention", "a.png", "--method", "transport"], "no transport plan"),
         (["--scenes", "--attention", "a.png", "--method", "none"], "--method"),
+        (["--scenes", "--attention", "a.png", "--method", "transport", "--word", "a"], "leave out --word and --region"),
+        (["--scenes", "--attention", "a.png", "--method", "transport", "--region", "0"], "leave out --word"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message, trained, capsys):

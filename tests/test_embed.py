@@ -108,6 +108,15 @@ def test_all_splits_of_a_file_without_a_test_split_are_searched(trained, folder,
     assert found["picture_of_text"].tolist() == [0, 1, 2]
 
 
+def test_a_long_text_that_is_searched_is_drawn_whole(trained, folder, capsys):
+    checkpoint = trained("uniter", "pretrain", *OBJECTIVES)
+    heights = []
+    for words in (1, 101):
+        assert use(checkpoint, "--search", "star " * words, "--top", "1", "--out", "long.png") == 0
+        heights.append(Image.open(folder / "long.png").height)
+    assert heights[1] - heights[0] > 100  # 400 pixels take no hundred words in four lines
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -57,7 +57,7 @@ def checkpoint(tmp_path_factory):
 def server(checkpoint):
     """A server of that model."""
     run, task = predict.load_run(predict.parse([*options(checkpoint), "--serve", "0"]))
-    server = serve.Server(0, run, task, 3, questions.make_samples(run, task))
+    server = serve.Server(0, run, task, 3)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield server
     server.shutdown()
@@ -197,6 +197,51 @@ def test_the_attention_button_colors_the_regions(page):
         assert abs(x - region["box"][0]) < 0.01 and abs(opacity - region["weight"] / most) < 1e-3
     page.click("#attention")
     assert page.locator("#pictures .heat").count() == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_late_answer_does_not_land_under_another_picture(fails, page, monkeypatch):
+    held = threading.Event()
+    before = predict.predict
+
+    def slow(*arguments):
+        held.wait(20)
+        assert not fails
+        return before(*arguments)
+
+    monkeypatch.setattr(predict, "predict", slow)
+    with page.expect_response("**/predict"):
+        page.click("#ask")
+        page.click("#samples button:nth-child(2)")
+        page.wait_for_selector("#samples button:nth-child(2)[aria-pressed=true]")
+        held.set()
+    page.wait_for_timeout(200)
+    assert page.inner_text("#answer") == page.inner_text("#error") == ""
+    monkeypatch.setattr(predict, "predict", before)
+    assert len(ask(page)) == 3
+
+
+def test_enter_asks_no_second_question_while_one_is_on_its_way(page, monkeypatch):
+    held = threading.Event()
+    before = predict.predict
+    monkeypatch.setattr(predict, "predict", lambda *arguments: held.wait(20) and before(*arguments))
+    sent = []
+    page.on("request", lambda request: sent.append(request.url))
+    page.press("#text", "Enter")
+    page.press("#text", "Enter")
+    held.set()
+    page.wait_for_selector("#ask:enabled")
+    assert len(sent) == 1 and page.locator("#answer .row").count() == 3
+
+
+def test_the_truth_of_a_sample_is_not_that_of_another_answer(browser, start):
+    page = open_page(browser, start("vcr"))
+    ask(page)
+    assert page.locator("#answer .right").count() == 1
+    page.fill("#reasoned", "another answer")
+    ask(page)
+    assert page.locator("#answer .right").count() == 0
+    page.close()
 
 
 def test_a_form_of_the_browser_is_read(page, checkpoint, capsys, tmp_path):

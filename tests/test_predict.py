@@ -366,6 +366,33 @@ def test_the_masked_word_is_one_that_only_the_picture_tells(trained, folder, cap
     assert len(truths) == 8 and set(truths) <= set(scenes.CONTENT_WORDS)
 
 
+def test_only_the_examples_that_are_shown_become_word_pieces(trained, monkeypatch, capsys):
+    encoded = []
+    before = data.Dataset.encode
+    monkeypatch.setattr(
+        data.Dataset, "encode", lambda self, *a, **k: encoded.append(len(self)) or before(self, *a, **k)
+    )
+    assert use(trained("uniter", "vqa"), "--scenes", 3, "--out", "sheet.png") == 0
+    assert encoded == [3]
+
+
+def test_a_cell_is_as_high_as_its_content(drawn, tmp_path):
+    """Under a picture of 60 x 300 pixels a long text, 50 answers and the truth: each bar and the truth can be seen."""
+    dataset = drawn("test", "vqa", 20).subset(np.arange(1))
+    dataset.text = ["x" * 300 + " and so on" * 60]
+    Image.new("RGB", (60, 300)).save(tmp_path / "tall.png")
+    files = {int(dataset.image[0]): tmp_path / "tall.png"}
+    answer = {"answers": [[f"answer {number}", 1.0] for number in range(50)], "truth": "answer 3"}
+    cell = np.asarray(drawing.draw_cell(tasks.VQA, dataset, 0, answer, files)).astype(int)
+    assert cell.shape[0] > (drawing.SIDE - 2 * drawing.MARGIN) * 5 + 50 * 20
+    assert (cell[:, -drawing.MARGIN + 1 :] == 255).all()  # nothing runs over the margin
+    column = (cell[:, 320] == drawing.RED).all(1)  # where every bar ends
+    column |= (cell[:, 320] == drawing.GREEN).all(1)
+    assert (np.diff(column.astype(int)) == 1).sum() == 50
+    below = cell[np.flatnonzero(column)[-1] + 1 :]
+    assert (below < 200).any() and (cell[-drawing.MARGIN :] == 255).all()  # the truth, and nothing cut off
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -381,8 +408,9 @@ def test_the_masked_word_is_one_that_only_the_picture_tells(trained, folder, cap
         (["CKPT", "--scenes", "--out", "sheet.msp"], "--out sheet.msp"),
         (["CKPT", "--scenes", "--task", "ve"], "trained for vqa"),
         (["CKPT", "--image", "none.png", "--text", "x"], "no such file"),
-        (["CKPT", "--image", "0.png"], "--text"),
-        (["CKPT", "--image", "0.png", "--text", " "], "--text"),
+        (["CKPT", "--image", "0.png"], "vqa needs a text"),
+        (["CKPT", "--image", "0.png", "--text", " "], "vqa needs a text"),
+        (["CKPT", "--image", "0.png", "--text", "x", "--answer", "red"], "vqa takes no answer"),
         (["CKPT", "--image", "vqa.jsonl", "--text", "x"], "cannot read picture"),
         (["CKPT", "--image", "0.png", "--text", "x", "--boxes", "[[1,2]]"], "--boxes"),
         (["CKPT", "--image", "0.png", "--text", "x", "--boxes", "[[1,2,3,999]]"], "outside"),
@@ -396,6 +424,12 @@ def test_the_masked_word_is_one_that_only_the_picture_tells(trained, folder, cap
         (["CKPT", "--export", "x.bin", "--int8"], "--int8 goes with none of"),
         (["CKPT", "--search", "a star", "--scenes"], "give one of --scenes"),
         (["CKPT", "--export", "x.bin", "--to", "transformers"], "transformers has no uniter"),
+        (["CKPT", "--search", ""], "--search is empty"),
+        (["CKPT", "--export", ""], "--export is empty"),
+        (["CKPT", "--embed", ""], "--embed is empty"),
+        (["CKPT", "--data", ""], "--data is empty"),
+        (["CKPT", "--scenes", "--attention", ""], "--attention is empty"),
+        (["CKPT", "--scenes", "--out", ""], "--out is empty"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message, trained, folder, capsys):
@@ -407,3 +441,29 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, trained, fold
     assert use(*[checkpoint if argument == "CKPT" else argument for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "Traceback" not in error, error
+
+
+@pytest.mark.parametrize("task", ["refer", "nlvr2", "caption", "retrieval"])
+def test_only_a_task_with_choices_takes_an_answer(task):
+    with pytest.raises(UserError, match=f"{task} takes no answer"):
+        predict.make_example(tasks.TASKS[task], {"text": "red circle", "choices": ["x", "y"], "answer": "red"})
+
+
+@pytest.mark.parametrize("mode", [["--scenes"], ["--data", "vqa.jsonl"]])
+def test_data_without_any_example_is_one_line(mode, trained, folder, monkeypatch, capsys):
+    own_file(folder, "vqa.jsonl", [{"image": "0.png", "text": "is it?"}])
+    checkpoint = trained("uniter", "vqa")
+    monkeypatch.setattr(data, "load", lambda *arguments, **options: [])
+    assert use(checkpoint, *mode) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(": has no examples\n") and error.count("\n") == 1
+
+
+def test_too_little_memory_advises_options_that_predict_has(trained, monkeypatch, capsys):
+    def fail(args):
+        raise MemoryError
+
+    monkeypatch.setattr(predict, "answer", fail)
+    assert use(trained("uniter", "vqa"), "--scenes") == 2
+    advised = re.findall(r"--\w+", capsys.readouterr().err)
+    assert advised and set(advised) <= set(predict.build_parser().format_help().replace(",", " ").split())

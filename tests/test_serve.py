@@ -21,6 +21,7 @@ from PIL import Image
 
 import predict
 import serve
+from common import UserError
 from prepare import scenes
 from support import questions
 
@@ -139,6 +140,7 @@ def test_requests_that_come_together_are_answered_together(start, scene, monkeyp
         held.set()
         answers = [reply.result() for reply in replies]
     assert len(sizes) == 2 and sum(sizes) == 20
+    assert request(server, "GET", "/healthz")[1] == {"status": "ok", "requests": 20, "batches": 2}
     for status, answer in answers:
         assert status == 200
         for (name, p), (other, q) in zip(answer["answers"], answers[0][1]["answers"], strict=True):
@@ -382,6 +384,41 @@ def test_too_many_connections_are_turned_away(start, monkeypatch):
     assert request(server, "GET", "/healthz")[0] == 200
 
 
+def test_a_thread_that_cannot_start_gives_its_connection_back(start, monkeypatch):
+    monkeypatch.setattr(serve, "MAX_CONNECTIONS", 1)
+    server = start("vqa")
+
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        assert send_raw(server, b"GET /healthz HTTP/1.0\r\n\r\n") == b""
+    assert request(server, "GET", "/healthz")[0] == 200
+
+
+def test_without_the_data_set_there_are_no_samples_and_a_line_says_why(start, monkeypatch, capsys):
+    def fail(*arguments):
+        raise UserError("scenes: gone")
+
+    monkeypatch.setattr(predict, "held_out", fail)
+    server = start("vqa")
+    assert "no samples: scenes: gone" in capsys.readouterr().err
+    status, answer = request(server, "POST", "/predict", {"sample": 0, "text": "what?"})
+    assert status == 400 and "has no samples" in answer["error"]
+
+
+def test_a_model_that_cannot_look_at_pictures_is_refused_before_the_samples_are_made(start, monkeypatch):
+    def fail(run):
+        raise UserError("feature files, not pixels")
+
+    server = start("vqa")
+    monkeypatch.setattr(predict, "load_network", fail)
+    monkeypatch.setattr(questions, "make_samples", lambda *arguments: pytest.fail("samples before the network"))
+    with pytest.raises(UserError, match="not pixels"):
+        serve.Server(0, server.run, server.task, 3)
+
+
 def test_a_fault_of_the_model_is_500_and_the_next_request_is_answered(start, monkeypatch, capsys):
     server = start("vqa")
     before = predict.predict
@@ -401,7 +438,8 @@ def test_sigterm_ends_the_command_cleanly(checkpoints):
     assert process.returncode == 0 and out == "stopped after 0 requests in 0 batches\n" and error == ""
 
 
-def test_a_port_in_use_is_one_line_and_exit_code_2(checkpoints, capsys):
+def test_a_port_in_use_is_one_line_and_exit_code_2(checkpoints, monkeypatch, capsys):
+    monkeypatch.setattr(questions, "make_samples", lambda *arguments: pytest.fail("samples before the port was tried"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
