@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import use
 from PIL import Image
 
 import data
@@ -11,11 +12,6 @@ import tasks
 from support import embed
 
 OBJECTIVES = ("--objectives", "itc,mlm")
-
-
-def use(*arguments):
-    """predict.py with these arguments, in float32."""
-    return predict.main([*map(str, arguments), "--device", "cpu", "--dtype", "f32"])
 
 
 def loaded(checkpoint, *options):

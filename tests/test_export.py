@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import use
 
 import checkpoints
 import data
@@ -16,12 +17,6 @@ import predict
 import tasks
 import train
 from support import evaluation, export
-
-
-def use(*arguments):
-    """predict.py with these arguments."""
-    return predict.main([*map(str, arguments), "--device", "cpu"])
-
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import use
 from PIL import Image
 
 import data
@@ -26,11 +27,6 @@ from support import drawing, regions
 
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer,caption"
 EVALUATED = list(itertools.product(("uniter", "vilbert", "lxmert"), (*TASKS.split(","), "pretrain")))
-
-
-def use(*arguments):
-    """predict.py with these arguments, in float32."""
-    return predict.main([*map(str, arguments), "--device", "cpu", "--dtype", "f32"])
 
 
 def result_of(checkpoint):
