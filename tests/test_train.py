@@ -235,9 +235,10 @@ def test_comparison_has_the_mean_and_the_standard_deviation_of_a_sample(tmp_path
 
 
 @pytest.mark.parametrize("model", ["uniter", "vilbert", "lxmert"])
-@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # else it gives up without a word
 def test_compiled_layers_compute_the_same_and_are_compiled_once(model, monkeypatch):
     """With a back end that counts graphs in place of the real one, which would take minutes."""
+    # else it gives up without a word; not as a decorator, which would import torch._dynamo whichever test is run
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.reset()
     graphs = []
     model = small_model(model)[1].float()
