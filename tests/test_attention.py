@@ -487,7 +487,7 @@ def test_the_thing_asked_for_has_the_asked_property(drawn):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_sheet_of_each_kind(model, trained, folder, capsys):
+def test_a_sheet_of_each_kind_is_drawn(model, trained, folder, capsys):
     checkpoint = trained(model)
     assert use(checkpoint, "--scenes", 2, "--attention", "a-all.png") == 0
     printed = capsys.readouterr().out

@@ -411,6 +411,36 @@ def test_lists_and_texts_have_limits(start, scene):
         assert request(server, "POST", "/predict", asked | many)[0] == 200
 
 
+def test_what_is_within_the_limits_of_a_body_is_read_and_one_more_is_not():
+    for length, status in (("8388608", None), ("8388609", 413), ("0", None), ("-1", 411), ("1e3", 411), ("", 411)):
+        assert status_of(questions.body_length, {"Content-Length": length}) == status, length
+    assert status_of(questions.body_length, {"Content-Length": "5", "Transfer-Encoding": "chunked"}) == 411
+    for values, status in ((20_000, None), (20_001, 400)):
+        numbers = ",".join(["0"] * (values - 1))  # with the two brackets as many as `values`
+        assert status_of(questions.parse_json, f'{{"x": [{numbers}]}}'.encode()) == status, values
+    for fields, status in ((100, None), (101, 400)):
+        body, _ = form([("choices", b"x")] * fields)
+        assert status_of(questions.parse_form, body, "a b") == status, fields
+    for width, height, status in (
+        (20_000, 1, None),
+        (20_001, 1, 413),
+        (1, 20_001, 413),
+        (4000, 3125, None),
+        (4000, 3126, 413),
+    ):
+        picture = hostile.png_of(width, height, 8, 2, b"")
+        assert status_of(questions.count_pixels, picture) == status, (width, height)
+
+
+def status_of(function, *arguments):
+    """The status of what is refused; None if it is not."""
+    try:
+        function(*arguments)
+    except questions.HttpError as error:
+        return error.status
+    return None
+
+
 def test_both_pictures_of_nlvr2_have_their_regions_weights(start):
     server = start("nlvr2")
     question = {"sample": 0, "text": "there is a red circle", "attention": True}

@@ -1166,7 +1166,7 @@ def test_retrieval_in_two_stages(folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("wiring", ["paired", "triplet"])
-def test_the_other_wirings_of_two_pictures(wiring, folder, monkeypatch, capsys):
+def test_nlvr2_trains_with_the_other_wirings_of_two_pictures(wiring, folder, monkeypatch, capsys):
     assert (
         start(
             folder, monkeypatch, "--task", "nlvr2", "--config", f"nlvr2={wiring}", "--out", wiring, "--ablate", "text"

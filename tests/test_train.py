@@ -491,7 +491,7 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert target.read_text() == "old"
 
 
-def test_scenes_by_default(here, tmp_path, monkeypatch):
+def test_the_default_data_are_drawn_scenes(here, tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, "COUNTS", {"train": 20, "val": 20, "test": 130, "compose": 5})
     narrow = ["layers=1", "hidden=32", "attention_heads=2", "intermediate=64"]
     here("--limit", "40", "--steps", 1, "--eval-every", 1, "--patch", 12, "--config", *narrow)
