@@ -74,11 +74,12 @@ def trained(folder, small_scenes, monkeypatch, capsys):
     monkeypatch.chdir(folder)
 
     def run(model, task, *options):
-        out = f"{model}-{task}-{len(options)}"
+        out = "-".join([model, task, *options])  # other options, another run
         if not (folder / out / "result.json").exists():
             command = ["--model", model, "--task", task, "--data", str(small_scenes(20)), "--out", out]
             command += ["--steps", "6", "--batch-size", "8", "--device", "cpu", "--dtype", "f32", "--pool", "15"]
-            assert train.main([*command, "--limit", "64", *options]) == 0
+            command += ["--limit", "64", "--eval-every", "3"]
+            assert train.main([*command, *options]) == 0
         capsys.readouterr()
         return f"{out}/best.pt"
 

@@ -9,9 +9,15 @@ import torch.nn.functional as F
 import checkpoints
 import common
 import data
+import predict
 
 # options of train.py for runs of a few steps
 SMALL = ["--batch-size", "4", "--log-every", "1", "--dtype", "f32", "--device", "cpu", "--patch", "4"]
+
+
+def use(*arguments):
+    """predict.py with these arguments, on the CPU in float32 if they say nothing else. Returns the exit code."""
+    return predict.main(["--device", "cpu", "--dtype", "f32", *map(str, arguments)])
 
 
 def randn(*shape, **options):

@@ -1,12 +1,14 @@
 """Tests of attention.py and attention_sheet.py: the methods against torch's own attention, block matrices multiplied by
 hand, finite differences and the rules written out; the measurement on made-up maps; the commands as a user runs them."""
 
+import dataclasses
 import re
 
 import numpy as np
 import pytest
 import tables
 import torch
+from helpers import use
 from PIL import Image
 
 import common
@@ -37,8 +39,9 @@ def trained(folder, small_scenes, monkeypatch, capsys):
     def run(model, task=TASKS):
         out = f"{model}-{task[:3]}"
         if not (folder / out / "result.json").exists():
-            command = ["--model", model, "--task", task, "--data", str(small_scenes(20)), "--out", out, "--pool", "5"]
+            command = ["--model", model, "--task", task, "--data", str(small_scenes(10)), "--out", out, "--pool", "5"]
             command += ["--steps", "6", "--batch-size", "8", "--device", "cpu", "--dtype", "f32", "--limit", "16"]
+            command += ["--eval-every", "6"]
             assert train.main(command) == 0
         capsys.readouterr()
         return f"{out}/checkpoint.pt"
@@ -52,11 +55,6 @@ def load(checkpoint, task="vqa", count=3):
     run, row = predict.load_run(args)
     dataset, _ = predict.held_out(run, row, None, count)
     return run, row, dataset
-
-
-def use(*arguments):
-    """predict.py with these arguments, in float32."""
-    return predict.main([*map(str, arguments), "--device", "cpu", "--dtype", "f32"])
 
 
 # ---- made-up records -------------------------------------------------------------------------------------------------
@@ -194,6 +192,23 @@ def test_a_word_of_several_pieces_is_their_mean_and_its_part_their_sum():
     torch.testing.assert_close(attention.regions_to_words(record, matrix), columns / columns.sum(1, keepdim=True))
 
 
+def test_one_layer_and_one_head_of_raw_attention_are_the_maps_as_recorded():
+    record = made_up(SINGLE, 7)
+    for number, name in enumerate(SINGLE):
+        for head in range(H):
+            torch.testing.assert_close(attention.raw(record, number, head), record.maps[name][head])
+    both = (record.maps["layer.0"][1] + record.maps["layer.1"][1]) / 2
+    torch.testing.assert_close(attention.raw(record, head=1), both)
+    record = made_up(DOUBLE, 8)
+    maps = record.maps
+    second = attention.raw(record, layer=1, head=1)  # text and regions have one layer of their own before cross.0
+    torch.testing.assert_close(second[:4, 4:], maps["cross.1.text_to_regions"][1])
+    torch.testing.assert_close(second[4:, :4], maps["cross.1.regions_to_text"][1])
+    torch.testing.assert_close(second[:4, :4], maps["cross.0.text"][1])
+    mean = attention.raw(record, head=0)
+    torch.testing.assert_close(mean[4:, 4:], (maps["regions.0"][0] + maps["cross.0.regions"][0]) / 2)
+
+
 # ---- recorded maps -----------------------------------------------------------------------------------------------------
 
 
@@ -246,42 +261,47 @@ def test_raw_maps_are_those_of_torch(trained):
         assert record.region_span.stop - record.region_span.start == int(batch.region_mask.sum())
 
 
-def test_gradients_are_finite_differences(trained, monkeypatch):
-    """Of the answer's logit, when one probability of the first layer is moved by hand."""
-    run, row, dataset = load(trained("uniter"))
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_are_finite_differences(model, trained, monkeypatch):
+    """Of the answer's logit, when one probability of one map is moved by hand: the first map, one of each direction of the
+    cross-attention where there is one, and the last map that the answer depends on."""
+    run, row, dataset = load(trained(model))
     run.model.double()
     batch = tasks.make_batch(run, dataset, np.array([0]), ["vqa"], None)
     batch.features = batch.features.double()
     batch.boxes = batch.boxes.double()
     monkeypatch.setattr(tasks, "make_batch", lambda *arguments: batch)
     record = attention.record_example(run, row, dataset, 0)[0]
+    names = list(record.maps)  # in the order of computation
     before = common.attention
-    calls = []
+    shapes = []  # of the maps computed so far
     moved = {}
 
     def move(query, key, value, bias=None, dropout=0.0):
         _, probs = before(query, key, value, bias, dropout)
         probs = probs.clone()
-        if not calls:
-            head, q, k, step = moved["at"]
-            probs[0, head, q, k] += step
-        calls.append(1)
+        if len(shapes) == names.index(moved["name"]):
+            probs[(0, *moved["place"])] += moved["step"]
+        shapes.append(probs.shape[1:])
         return probs @ value, probs
 
     monkeypatch.setattr(common, "attention", move)
-    answer = None
-    for head, q, k in ((0, 0, 2), (1, 3, 5), (3, 7, 0)):
-        logits = []
-        for step in (1e-4, -1e-4):
-            calls.clear()
-            moved["at"] = (head, q, k, step)
-            with torch.no_grad():
-                logits.append(run.model.heads["vqa"](run.model.encode(batch).pooled)[0])
-        if answer is None:
+    crossing = [name for name in names if name.startswith("cross.0.") and "_to_" in name]
+    slopes = []
+    for name in [names[0], *crossing, names[-1]]:
+        for place in ((0, 0, 2), (1, 3, 4), (1, 1, 0)):  # head, query, key
+            logits = []
+            for step in (1e-4, -1e-4):
+                shapes.clear()
+                moved.update(name=name, place=place, step=step)
+                with torch.no_grad():
+                    logits.append(run.model.heads["vqa"](run.model.encode(batch, record=True).pooled)[0])
+            assert shapes == [probs.shape for probs in record.maps.values()]
             answer = int(logits[0].argmax())
-        slope = float(logits[0][answer] - logits[1][answer]) / 2e-4
-        assert abs(float(record.gradients["layer.0"][head, q, k]) - slope) < 1e-4 * max(1e-2, abs(slope))
-        assert slope != 0
+            slope = float(logits[0][answer] - logits[1][answer]) / 2e-4
+            assert abs(float(record.gradients[name][place]) - slope) < 1e-4 * max(1e-2, abs(slope)), (name, place)
+            slopes.append(abs(slope))
+    assert min(slopes[:3]) > 0 and sum(slope > 1e-6 for slope in slopes) > len(slopes) / 2
 
 
 def test_the_answers_row_is_where_its_logit_is_read(trained):
@@ -347,6 +367,18 @@ def test_a_transport_plan_has_equal_shares_of_all_words_and_all_regions(trained)
     assert words == len(record.pieces) and cells == len(record.regions)
     np.testing.assert_allclose(plan.sum(1).numpy(), 1 / words, rtol=1e-4)
     np.testing.assert_allclose(plan.sum(0).numpy(), 1 / cells, rtol=1e-2)
+    # it moves the most between the positions whose last states are most alike, as a uniform plan does not
+    with torch.inference_mode():
+        found = run.model.encode(data.collate(dataset, np.array([0])))
+    alike = torch.nn.functional.cosine_similarity(found.text[0, :, None], found.regions[0, None], dim=-1)  # (T, N)
+    assert (plan * alike).sum() > alike.mean() + 0.1 * (alike.max() - alike.mean())
+    half_sure = (
+        50 * 2 * alike
+    )  # IPOT multiplies exp(-cost / 0.5) fifty times; the rest is a factor of each row and column
+    rest = plan.log() - half_sure
+    rest = rest - rest.mean(0, keepdim=True) - rest.mean(1, keepdim=True) + rest.mean()
+    visible = plan > 1e-20
+    assert rest[visible].abs().max() < 1e-2 * half_sure.std()
 
 
 # ---- the measurement -----------------------------------------------------------------------------------------------------
@@ -383,6 +415,75 @@ def test_a_region_that_is_left_out_is_as_if_it_were_not_there(model, trained):
     assert max(expected) > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("model", "task"), [("uniter", "vqa"), ("vilbert", "vqa"), ("lxmert", "vqa"), ("uniter", "nlvr2")]
+)
+def test_every_row_of_the_measurement_is_read_off_its_matrix(model, task, trained):
+    """By loops: the rows of the positions that the answer is read from, and of each word."""
+    run, row, dataset = load(trained(model), task)
+    found, boxes = attention.all_weights(run, row, dataset, 0)
+    record = attention.record_example(run, row, dataset, 0)[0]
+    T = len(record.pieces)
+    N = len(boxes)
+    torch.testing.assert_close(boxes, dataset.store.gather(dataset.image[:1])["boxes"][0])
+    expected = {"equal": np.full(N, 1 / N)}
+    areas = [float((x2 - x1) * (y2 - y1)) for x1, y1, x2, y2 in boxes.tolist()]
+    expected["area"] = np.array(areas) / sum(areas)
+    for name, method in attention.METHODS.items():
+        matrix = method(record).double().numpy()
+        read_from = [0]
+        if model == "vilbert":
+            read_from = [0, T]  # and the whole image
+        if task == "nlvr2":
+            read_from = range(T + N)  # the paired attention reads every state
+        answer = sum(matrix[place, -N:] for place in read_from)
+        expected[f"answer, {name}"] = answer / answer.sum()
+        words = []
+        for first, piece in enumerate(record.pieces):
+            if piece in ("[CLS]", "[SEP]") or piece.startswith("##"):
+                continue
+            pieces = [first]
+            while record.pieces[pieces[-1] + 1].startswith("##"):
+                pieces.append(pieces[-1] + 1)
+            word = matrix[pieces, -N:].mean(0)
+            words.append(word / word.sum())
+        expected[f"words, {name}"] = np.mean(words, 0)
+    if task == "vqa":
+        falls = attention.leave_out(run, row, dataset, 0).numpy()
+        expected["answer, left out"] = falls / falls.sum()
+    if model == "uniter":
+        plan = attention.transport_plan(run, record)[1:-1].mean(0).numpy()
+        expected["words, transport"] = plan / plan.sum()
+    assert set(found) == set(expected)
+    for name, weights in expected.items():
+        np.testing.assert_allclose(found[name].numpy(), weights, atol=2e-6, err_msg=name)
+
+
+def test_what_has_no_attention_to_show_is_said(trained, monkeypatch):
+    run, row, dataset = load(trained("uniter"), "retrieval")
+    assert len(attention.record_example(run, row, dataset, 0)) == 1
+    with pytest.raises(common.UserError, match="the checkpoint has no head other"):
+        attention.record_example(run, dataclasses.replace(row, ranks="other"), dataset, 0)
+    with pytest.raises(common.UserError, match="attention"):
+        attention.record_example(run, tasks.CAPTION, dataset, 0)
+    run.args.ablate = "image"
+    with pytest.raises(common.UserError, match="no regions to attend to"):
+        attention.record_example(run, row, dataset, 0)
+    run, row, dataset = load(trained("uniter"), "nlvr2")
+    before = tasks.make_batch
+    monkeypatch.setattr(tasks, "make_batch", lambda *arguments: data.join_pictures(before(*arguments)))  # as a triplet
+    with pytest.raises(common.UserError, match="reads two pictures in one row"):
+        attention.record_example(run, row, dataset, 0)
+
+
+def test_where_the_answer_has_read_nothing_all_regions_weigh_alike(trained, monkeypatch):
+    """The logit is constant: every gradient is zero."""
+    run, row, dataset = load(trained("uniter"))
+    monkeypatch.setattr(attention, "best_logit", lambda run, task, batch, encoding: encoding.pooled.sum() * 0.0)
+    weights = attention.region_weights(run, row, dataset, 0)
+    assert weights == pytest.approx([1 / len(weights)] * len(weights)) and len(weights) > 1
+
+
 def test_the_measurement_is_a_mean_over_examples(trained, monkeypatch):
     run, task, dataset = load(trained("uniter"))
     boxes = torch.tensor([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1.0]])
@@ -412,7 +513,7 @@ def test_the_thing_asked_for_has_the_asked_property(drawn):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_sheet_of_each_kind(model, trained, folder, capsys):
+def test_a_sheet_of_each_kind_is_drawn(model, trained, folder, capsys):
     checkpoint = trained(model)
     assert use(checkpoint, "--scenes", 2, "--attention", "a-all.png") == 0
     printed = capsys.readouterr().out

@@ -13,7 +13,7 @@ import struct
 import sys
 import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +32,7 @@ import uniter
 import vilbert
 from common import UserError
 from support import export, formats, resume, weights
+from support import options as options_of_train
 
 REFERENCE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[2] / "shared" / "reference")
 SENTENCES = """Is there evidence of a pneumothorax?|A café on the naïve coast, 3.5 km off.|UPPER and lower CASE|
@@ -452,10 +453,34 @@ def test_transformers_loads_an_exported_lxmert_completely_and_computes_the_same(
         else:
             pairs = [(model.word_logits(ours.text)[mask], out.prediction_logits[mask])]
             pairs.append((model.heads["itm"](ours.pooled), out.cross_relationship_score))
+            if "qa" in heads:
+                pairs.append((model.heads["qa"](ours.pooled), out.question_answering_score))
     for mine, other in pairs:
         torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5)
     back = checkpoint_of(tmp_path / "hf", "lxmert")
     assert back["answers"] == list("abcd") and back["tokenizer"]
+
+
+@pytest.mark.parametrize(("words", "lowercase"), [("red disc ##s", True), ("Red disc ##s", False)])
+def test_an_exported_vocabulary_has_its_words_in_the_order_of_their_ids(words, lowercase, tmp_path):
+    """Read by the tokenizer of BERT, which takes nothing but vocab.txt and what tokenizer_config.json says."""
+    transformers = pytest.importorskip("transformers")
+    pieces = [*reversed(words.split()), *data.SPECIALS[1:]]  # neither sorted nor grouped
+    (tmp_path / "given.txt").write_text("\n".join([data.SPECIALS[0], *pieces]) + "\n")
+    tokenizer = data.read_tokenizer(tmp_path / "given.txt")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "feature_size": 6, "max_positions": 77, "heads": ("mlm", "itm")}
+    model = lxmert.LXMERT(lxmert.Config(**lxmert.PRESETS["tiny"] | sizes))
+    checkpoint = {"model": "lxmert", "config": asdict(model.config), "state": model.state_dict(), "answers": []}
+    export.export_transformers(checkpoint | {"tokenizer": tokenizer.to_str()}, tmp_path / "hf")
+    assert (tmp_path / "hf/vocab.txt").read_text() == (tmp_path / "given.txt").read_text()
+    described = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert described == {"tokenizer_class": "LxmertTokenizer", "do_lower_case": lowercase, "model_max_length": 77}
+    theirs = transformers.BertTokenizer(str(tmp_path / "hf/vocab.txt"), do_lower_case=described["do_lower_case"])
+    for text in ("Red discs", "red disc", "DISC"):
+        assert (
+            theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text, add_special_tokens=False).ids
+        )
 
 
 def test_models_that_transformers_lacks_are_not_exported_to_it(tmp_path):
@@ -607,6 +632,141 @@ def test_the_hash_of_a_split_covers_words_pictures_regions_targets_and_answers()
         found = resume.hash_data(dataset(**{name: value}))
         changed = {part for part in found if found[part] != same[part]}
         assert changed == {part for part, names in parts.items() if name in names}, name
+
+
+def test_the_hash_of_the_pictures_covers_features_boxes_and_digests(tmp_path):
+    """Of a store on disk. One number in the first region of one picture is changed, in one field alone."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for count in (2, 3, 1):
+        corners = np.sort(rng.random((count, 2, 2)), 1).reshape(count, 4)
+        pictures.append({"features": rng.random((count, 6)), "boxes": corners, "size": (40, 30), "digest": count})
+
+    def hashes(name, number=0, **changes):
+        changed = [dict(picture) for picture in pictures]
+        changed[number] |= changes
+        data.write_store(tmp_path / name, changed)
+        store = data.FeatureStore(tmp_path / name)
+        image = np.array([0, 1, 2, 0])
+        dataset = data.Dataset("x", "train", store, image, ["a b"] * 4, [{}] * 4, [""] * 4, list("0123"))
+        return resume.hash_data(dataset.encode(data.train_tokenizer(["a b"])))
+
+    same = hashes("same")
+    assert hashes("again") == same
+    for number in range(3):
+        for field in ("features", "boxes"):
+            values = pictures[number][field].copy()
+            values[0, 3] += 0.01
+            found = hashes(f"{field}{number}", number, **{field: values})
+            assert {part for part in found if found[part] != same[part]} == {"pictures"}, (field, number)
+        found = hashes(f"digest{number}", number, digest=9)
+        assert {part for part in found if found[part] != same[part]} == {"pictures"}
+
+
+def made_up_run(**changes):
+    """What the fingerprint of a run is made of, with train.py's default options. changes: other options."""
+    args = options_of_train.parse([])
+    run = SimpleNamespace(
+        args=args, objectives={"mlm": 1, "itm": 1}, answers=["no", "yes"], dtype=torch.float32, world=1
+    )
+    run.tokenizer = data.train_tokenizer(["is it so?"])
+    run.model = SimpleNamespace(config=uniter.Config())
+    run.sets = {}
+    for name, value in changes.items():
+        assert hasattr(args, name), name
+        setattr(args, name, value)
+    return run
+
+
+def refused(now):
+    """What a run that goes on as `now` is told that has changed; None if it may go on."""
+    try:
+        resume.check_fingerprint(resume.fingerprint(made_up_run()), resume.fingerprint(now))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_each_option_that_changes_what_a_run_computes_stops_a_resume_alone():
+    """Every option of train.py is in one of these lists."""
+    changed = {
+        "model": "lxmert",
+        "task": "vqa",
+        "ablate": "text",
+        "limit": 9,
+        "mask": 0.3,
+        "patch": 8,
+        "grid": 3,
+        "size": "base",
+        "batch_size": 3,
+        "accumulate": 2,
+        "lr": 0.5,
+        "warmup": 0.2,
+        "weight_decay": 0.0,
+        "clip": 1.0,
+        "mine": 5,
+        "temperature": "0.1",
+        "teacher": "teacher.pt",
+        "distill": "hidden",
+        "seed": 1,
+    }
+    for name, value in changed.items():
+        message = refused(made_up_run(**{name: value}))
+        assert message and message.startswith(f"--resume: --{name.replace('_', '-')} "), (name, message)
+    # noticed by what they lead to
+    for name, value, message in (
+        ("objectives", {"mlm": 1}, "the objectives was mlm,itm, now mlm"),  # --objectives, --rerank
+        ("tokenizer", data.train_tokenizer(["is it not?"]), "the tokenizer changed"),  # --vocab, --init
+        ("answers", ["no", "yes", "maybe"], "the number of answers was 2"),  # --data, --init
+        ("answers", ["yes", "no"], "the list of answers changed"),
+        ("dtype", torch.bfloat16, "--dtype was float32, now bfloat16"),
+        ("world", 2, "--accumulate times processes was 1, now 2"),
+    ):
+        run = made_up_run()
+        setattr(run, name, value)
+        assert message in refused(run), name
+    run = made_up_run(accumulate=4)
+    saved = resume.fingerprint(run)
+    run.args.accumulate, run.world = 2, 2
+    resume.check_fingerprint(saved, resume.fingerprint(run))  # the same step, shared by two processes
+    led_to = {
+        "objectives",
+        "rerank",
+        "vocab",
+        "data",
+        "features",
+        "max_words",
+        "init",
+        "fresh",
+        "partial",
+        "dtype",
+        "config",
+    }
+    may_change = {
+        "steps",
+        "pool",
+        "captions",
+        "beams",
+        "out",
+        "resume",
+        "export_official",
+        "seeds",
+        "eval_every",
+        "log_every",
+    }
+    may_change |= {"device", "compile"}
+    for name in may_change:
+        assert refused(made_up_run(**{name: "another value"})) is None, name
+    assert set(vars(options_of_train.parse([]))) == set(changed) | led_to | may_change
+
+
+def test_each_field_of_the_model_stops_a_resume_alone():
+    for field in fields(uniter.Config):
+        config = uniter.Config()
+        object.__setattr__(config, field.name, "another value")
+        run = made_up_run()
+        run.model.config = config
+        assert refused(run).startswith(f"--resume: the model's {field.name} was "), field.name
 
 
 def test_a_resumed_run_names_what_has_changed(own, tmp_path, capsys):

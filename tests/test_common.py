@@ -304,13 +304,13 @@ def test_where_dropout_acts_nowhere(dropouts):
 # ---- losses ----------------------------------------------------------------------------------------------------
 
 
-def test_gather_positions():
+def test_positions_are_gathered_from_the_rows_laid_end_to_end():
     states = randn(2, 3, 4)
     got = common.gather_positions(states, torch.tensor([5, 0, 3]))
     close(got, torch.stack([states[1, 2], states[0, 0], states[1, 0]]))
 
 
-def test_masked_mean():
+def test_a_masked_mean_leaves_padding_out_and_is_zero_of_nothing():
     states = randn(3, 4, 2)
     states[0, 3] = torch.nan  # padding must not count, whatever it holds
     got = common.masked_mean(states, lengths_mask(4, [3, 4, 0]))
@@ -557,7 +557,7 @@ def test_iou_of_boxes_that_touch_or_are_empty():
     close(evaluation.iou(boxes[:, None], boxes[None]), torch.tensor(want), 1e-6)  # broadcast: (4, 4)
 
 
-def test_recall_at_by_a_loop():
+def test_recall_equals_counting_in_sorted_lists():
     scores, truth = randn(30, 12), torch.randint(0, 11, (30,))  # picture 11 has no text
     got = evaluation.recall_at(scores, truth, ks=(1, 3, 10))
     for k in (1, 3, 10):
@@ -570,7 +570,7 @@ def test_recall_at_by_a_loop():
         assert got[f"image_to_text_r{k}"] == pytest.approx(sum(to_text) / len(to_text))
 
 
-def test_recall_at_extremes():
+def test_recall_of_perfect_useless_and_reversed_scores():
     truth = torch.arange(4)
     assert set(evaluation.recall_at(torch.eye(4), truth, ks=(1,)).values()) == {1.0}
     for useless, chance in ((torch.zeros(4, 4), 0.25), (torch.full((4, 4), torch.nan), 0.25), (-torch.eye(4), 0.0)):

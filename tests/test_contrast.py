@@ -154,7 +154,7 @@ def test_contrast_vectors_are_the_mean_region_and_the_first_word():
     close(head.text(words), want / want.norm(dim=1, keepdim=True))
 
 
-def test_scheduled_temperature():
+def test_the_temperature_falls_by_half_a_cosine():
     values = [contrast.scheduled_temperature(0.2, 0.05, part / 10) for part in range(11)]
     assert values == sorted(values, reverse=True)
     assert [values[0], values[5], values[10]] == pytest.approx([0.2, 0.125, 0.05])

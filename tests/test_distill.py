@@ -298,14 +298,14 @@ def test_soft_labels_keep_their_gradient_at_high_temperature():
     close(student.grad, (student - teacher).detach() / 5, 1e-3)
 
 
-def test_layer_map():
+def test_layers_are_paired_uniformly_and_last_with_last():
     assert distillation.layer_map(2, 6) == [2, 5]
     assert distillation.layer_map(1, 3) == [2]
     assert distillation.layer_map(4, 4) == [0, 1, 2, 3]
     assert distillation.layer_map(4, 2) == [0, 0, 0, 1]
 
 
-def test_average_heads():
+def test_neighbouring_heads_are_averaged_and_must_divide():
     maps = randn(2, 4, 3, 3)
     close(distillation.average_heads(maps, 2)[:, 1], (maps[:, 2] + maps[:, 3]) / 2)
     close(distillation.average_heads(maps, 4), maps)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import use
 from PIL import Image
 
 import data
@@ -11,11 +12,6 @@ import tasks
 from support import embed
 
 OBJECTIVES = ("--objectives", "itc,mlm")
-
-
-def use(*arguments):
-    """predict.py with these arguments, in float32."""
-    return predict.main([*map(str, arguments), "--device", "cpu", "--dtype", "f32"])
 
 
 def loaded(checkpoint, *options):
@@ -57,6 +53,39 @@ def test_the_vectors_are_those_of_the_model_asked_one_by_one(model, trained, fol
         pooled = run.model.encode(data.collate(dataset, np.arange(3))).pooled
     torch.testing.assert_close(torch.from_numpy(found["pair_vectors"][:3]), pooled, atol=1e-5, rtol=0)
     assert not list(folder.glob("tmp*"))
+
+
+def test_several_splits_are_one_file_of_vectors_and_are_searched_together(trained, folder, capsys):
+    """Two texts of a picture in one split, another two in the other: against the model asked one by one."""
+    checkpoint = trained("uniter", "pretrain", *OBJECTIVES)
+    lines = ""
+    for i, (picture, split) in enumerate([(2, "val"), (0, "train"), (1, "val"), (0, "train"), (2, "val")]):
+        lines += f'{{"image": "{picture}.png", "text": "a star of kind {i}", "split": "{split}"}}\n'
+    (folder / "splits.jsonl").write_text(lines)
+    run, datasets = loaded(checkpoint, "--data", "splits.jsonl")
+    assert [len(dataset) for dataset in datasets] == [2, 3]
+    assert use(checkpoint, "--embed", "splits.npz", "--data", "splits.jsonl") == 0
+    found = np.load(folder / "splits.npz")
+    assert found["text_ids"].tolist() == [f"splits.jsonl:{number}" for number in (2, 4, 1, 3, 5)]
+    vectors = [vectors_one_by_one(run, dataset) for dataset in datasets]
+    texts = torch.cat([part for part, _ in vectors])
+    pictures = torch.cat([part for _, part in vectors])
+    torch.testing.assert_close(torch.from_numpy(found["text_vectors"]), texts, atol=1e-5, rtol=0)
+    beside = found["picture_vectors"][found["picture_of_text"]]
+    torch.testing.assert_close(torch.from_numpy(beside), pictures, atol=1e-5, rtol=0)
+    assert (pictures[0] - pictures[2]).abs().max() > 1e-3  # or a wrong picture would do
+    pooled = []
+    for dataset in datasets:
+        for i in range(len(dataset)):
+            with torch.inference_mode():
+                pooled.append(run.model.encode(data.collate(dataset, np.array([i]))).pooled[0])
+    torch.testing.assert_close(torch.from_numpy(found["pair_vectors"]), torch.stack(pooled), atol=1e-5, rtol=0)
+    first = {name: pictures[list(found["text_ids"]).index(name)] for name in found["picture_ids"]}
+    assert set(first) == {"splits.jsonl:2", "splits.jsonl:1", "splits.jsonl:3"}
+    capsys.readouterr()
+    assert use(checkpoint, "--search", "a star of kind 3", "--data", "splits.jsonl", "--out", "found.png") == 0
+    printed = [line.split()[1].rstrip(":") for line in capsys.readouterr().out.splitlines()[:3]]
+    assert printed == sorted(first, key=lambda name: -float(first[name] @ texts[1]))
 
 
 def test_without_a_contrast_head_the_vectors_are_the_models_own_unimodal_states(trained, folder, capsys):

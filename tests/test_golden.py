@@ -130,7 +130,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("path,weights", cases, ids=[f"{path.stem}-{name}" for path, name in cases])
 
 
-def test_task(path, task):
+def test_every_number_of_a_task_is_the_official_one(path, task):
     fixture = fixture_at(path)
     adaptor = TASKS.get(fixture.model, {}).get(task)
     assert adaptor, f"{path.name}: no adaptor for the task {task}"
@@ -142,7 +142,7 @@ def test_task(path, task):
     COMPARED.setdefault(path.name, {})[task] = count
 
 
-def test_weights(path, weights):
+def test_official_weights_come_back_under_their_names(path, weights):
     """Official names -> ours -> official names: nothing missing, nothing left over, every number back in its place."""
     fixture = fixture_at(path)
     assert fixture.model in MODELS, f"{path.name}: no loader for {fixture.model}"
@@ -152,7 +152,7 @@ def test_weights(path, weights):
         assert torch.equal(back[name].to(tensor.dtype), tensor), name
 
 
-def test_summary(capsys):
+def test_how_much_was_compared_is_said(capsys):
     """Last, so that it can say how much was compared."""
     assert paths(), f"no fixtures in {FOLDER}"
     with capsys.disabled():

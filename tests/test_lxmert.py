@@ -270,7 +270,7 @@ def test_task_heads_have_no_dropout(head, monkeypatch):
     assert dropout_places(monkeypatch, lambda: loss(model, encoding, batch)) == {}
 
 
-def test_the_recipe_of_pretraining():
+def test_pretraining_follows_the_official_recipe_but_for_two_choices():
     """Official values: all objectives in every step; boxes 80% zeroed, 10% another box's; sentences exchanged;
     questions in the second half. Own values: a quarter of mismatched pairs, where nothing is predicted (official: half,
     and everything is), and weaker region and answer losses in the tiny model."""

@@ -472,6 +472,8 @@ def test_which_network_makes_the_regions_of_own_pictures(record, given, start, c
     args.data_sets = [(tmp_path / "my.jsonl", data.read_dataset_json(tmp_path / "my.jsonl"))]
     regions = options.choose_regions(args, start)
     assert regions.get("network") == chosen and args.data_sets[0][1]["regions"] == regions
+    if chosen and chosen != "b":  # b's regions are described in the start
+        assert regions["boxes"] == ("given" if "boxes" in record else "grid")
     shown = capsys.readouterr().out
     if chosen:
         assert f"features of {chosen}" in shown

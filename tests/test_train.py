@@ -252,9 +252,10 @@ def test_comparison_has_the_mean_and_the_standard_deviation_of_a_sample(tmp_path
 
 
 @pytest.mark.parametrize("model", ["uniter", "vilbert", "lxmert"])
-@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # else it gives up without a word
 def test_compiled_layers_compute_the_same_and_are_compiled_once(model, monkeypatch):
     """With a back end that counts graphs in place of the real one, which would take minutes."""
+    # else it gives up without a word; not as a decorator, which would import torch._dynamo whichever test is run
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.reset()
     graphs = []
     model = small_model(model)[1].float()
@@ -522,7 +523,7 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert target.read_text() == "old"
 
 
-def test_scenes_by_default(here, tmp_path, monkeypatch):
+def test_the_default_data_are_drawn_scenes(here, tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, "COUNTS", {"train": 20, "val": 20, "test": 130, "compose": 5})
     narrow = ["layers=1", "hidden=32", "attention_heads=2", "intermediate=64"]
     here("--limit", "40", "--steps", 1, "--eval-every", 1, "--patch", 12, "--config", *narrow)

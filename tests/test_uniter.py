@@ -83,7 +83,7 @@ def close(a, b, tolerance=1e-11):
 
 
 @pytest.mark.parametrize(("size", "millions", "tensors"), [("base", 112.94, 230), ("large", 340.52, 422)])
-def test_published_sizes(size, millions, tensors):
+def test_sizes_are_the_published_ones(size, millions, tensors):
     """The parameters that the pretrained checkpoints have, counted without allocating them."""
     with torch.device("meta"):
         model = uniter.UNITER(uniter.Config(**uniter.PRESETS[size]))
@@ -101,7 +101,7 @@ def test_published_sizes(size, millions, tensors):
     assert official[f"uniter.encoder.layer.{last}.attention.output.LayerNorm.weight"].shape == (hidden,)
 
 
-def test_official_names_round_trip():
+def test_official_names_come_back_as_ours():
     state = tiny(heads=NAMED).state_dict()
     official = formats.uniter_to_official(state)
     back, unexpected = formats.uniter_from_official(official, state)
@@ -120,7 +120,7 @@ def test_official_names_round_trip():
     ],
     ids=["module", "bert", "gamma-beta", "all"],
 )
-def test_official_names_in_other_spellings(spell):
+def test_official_names_are_read_in_other_spellings(spell):
     state = tiny(heads=NAMED).state_dict()
     official = {spell(name): tensor for name, tensor in formats.uniter_to_official(state).items()}
     back, unexpected = formats.uniter_from_official(
@@ -130,7 +130,7 @@ def test_official_names_in_other_spellings(spell):
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_transfer():
+def test_the_table_of_types_is_widened_as_the_official_code_does():
     name = "text_embedding.types.weight"
     table = torch.randn(2, 3)
     for task, rows in (("nlvr2", [0, 1, 1]), ("vcr", [0, 1, 0, 0])):
@@ -269,7 +269,7 @@ def test_decoding_sees_the_regions_and_no_later_word():
     assert (other_picture - before).abs().amax(2).min() > 1e-3
 
 
-def test_recorded_states_and_maps():
+def test_recording_changes_nothing_and_maps_sum_to_one():
     model = tiny()
     batch = batch_of()
     plain = model.encode(batch)
@@ -660,7 +660,7 @@ def test_pretraining_is_the_official_recipe():
 @pytest.mark.parametrize(
     ("tasks", "rows"), [(["pretrain"], 2), (["vqa", "nlvr2"], 3), (["nlvr2", "vcr"], 4), (["vcr"], 4)]
 )
-def test_rows_of_the_table_of_types(tasks, rows):
+def test_the_table_of_types_has_a_row_for_each_type(tasks, rows):
     assert len(uniter.text_types(tasks)) == rows
 
 

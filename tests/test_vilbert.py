@@ -64,7 +64,7 @@ def make_batch(rows=4, words=6, regions=5, seed=0):
 
 
 @pytest.mark.parametrize("file", OFFICIAL)
-def test_official_names_and_size(file):
+def test_names_and_sizes_are_the_official_ones(file):
     config, tensors, millions = OFFICIAL[file]
     with torch.device("meta"):
         model = vilbert.ViLBERT(vilbert.Config(**config))
@@ -87,7 +87,7 @@ def test_bert_supplies_the_text_stream():
     assert list(loaded) == ["text_layers.0.feed_forward.norm.weight"] and unexpected == ["bert.pooler.dense.bias"]
 
 
-def test_two_heads_of_one_official_name():
+def test_two_heads_of_one_official_name_are_refused():
     with pytest.raises(ValueError, match="one region head"):
         formats.vilbert_to_official(tiny(heads=("mrc", "mrfr")).state_dict())
 
@@ -115,7 +115,7 @@ def test_schedule_is_the_official_order():
         {"connections": ((0, 2), (1, 5))},
     ],
 )
-def test_impossible_schedules(wrong):
+def test_impossible_schedules_are_refused(wrong):
     with pytest.raises(ValueError, match="connection"):
         vilbert.schedule(vilbert.Config(**{"layers": 4, "visual_layers": 2} | wrong))
 
@@ -189,7 +189,7 @@ def test_the_vector_of_a_pair_is_the_product_or_the_sum_of_two_pooled_vectors(fu
     torch.testing.assert_close(encoding.pooled, expected)
 
 
-def test_one_stream_alone():
+def test_one_stream_alone_has_no_cross_attention():
     model, batch = tiny().eval(), make_batch()
     text, regions = model.encode(batch, regions=False, record=True), model.encode(batch, text=False)
     assert text.regions is None and regions.text is None and not any("cross" in name for name in text.maps)
@@ -199,7 +199,7 @@ def test_one_stream_alone():
     assert regions.regions.shape == (4, 5, 128) and regions.pooled.shape == text.pooled.shape == (4, 128)
 
 
-def test_task_tokens_and_dynamic_attention():
+def test_the_task_token_and_the_text_change_what_is_computed():
     model, batch = tiny(task_tokens=20, dynamic_attention=True).eval(), make_batch()
     batch.task = torch.tensor([0, 0, 0, 0])
     without = model.encode(batch)
@@ -343,7 +343,7 @@ def test_dropout_acts_on_the_vector_of_a_pair_and_of_one_modality_alone(fusion, 
         ("rank", {}),
     ],
 )
-def test_dropout_of_the_heads(head, expected, monkeypatch):
+def test_dropout_acts_in_the_heads_as_in_the_official_code(head, expected, monkeypatch):
     model, batch = tiny(dropout=0.25, heads=(head,)).train(), make_batch()
     batch.ids = ["one"]
     if head == "ve":
@@ -357,7 +357,7 @@ def test_dropout_of_the_heads(head, expected, monkeypatch):
     assert dropout_places(monkeypatch, lambda: loss(model, encoding, batch)) == expected
 
 
-def test_the_recipe_of_pretraining():
+def test_pretraining_follows_the_official_recipe():
     """Official values: all objectives in every step; 90% of the masked regions zeroed, the rest kept; half of the pairs
     get another caption. In these nothing is predicted, as in 12-in-1."""
     recipe = vilbert.PRETRAINING
