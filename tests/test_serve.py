@@ -183,6 +183,7 @@ def test_requests_that_come_together_are_answered_together_each_with_its_own_ans
     alone = [request(server, "POST", "/predict", question) for question in asked]
     found, sizes = ask_together(server, asked)
     assert sizes == [1, 19]
+    assert request(server, "GET", "/healthz")[1] == {"status": "ok", "requests": 40, "batches": 22}
     for (status, answer), (_, expected) in zip(found, alone, strict=True):
         assert status == 200
         assert_same_answer(answer, expected, 5e-5)
