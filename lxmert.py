@@ -51,6 +51,7 @@ class Config:
     dropout: float = 0.1  # everywhere in the trunk; the heads have none
     heads: tuple = ("mlm", "mrfr", "mrc", "attr", "itm", "qa")  # which of the heads below this model has
     contrast: str = "infonce"  # loss of the objective itc; or "hinge", "sigmoid", "dcl"
+    text_vector: str = "cls"  # of a text in itc: the state of [CLS]; or "mean", of all words
     teacher_widths: tuple = ()  # widths (text, regions) of the teacher that the head "hidden" projects to
     region_factor: float = 1 / 0.15  # of the three region losses, undoes the masking rate; Hugging Face has 6.67
     answer_factor: float = 1.0  # of pretraining's question answering
@@ -395,7 +396,7 @@ HEADS = {
     "mrc": lambda c: nn.Linear(c.hidden, c.classes - 1),
     "attr": lambda c: nn.Linear(c.hidden, c.attributes),
     "itm": lambda c: common.Float32Linear(c.hidden, 2),
-    "itc": lambda c: contrast.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
+    "itc": lambda c: contrast.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast, c.text_vector),
     "hidden": lambda c: common.teacher_projections(c.hidden, c.hidden, c.teacher_widths),
     "qa": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, c.answers),
     "vqa": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, c.answers),
@@ -464,7 +465,7 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
 }
 
-CHOICES = {"contrast": ("infonce", "hinge", "sigmoid", "dcl")}  # fields of Config that are words
+CHOICES = {"contrast": ("infonce", "hinge", "sigmoid", "dcl"), "text_vector": ("cls", "mean")}  # fields that are words
 VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
 NEGATIVES = ("image", "text")  # mismatched partners of a true pair in retrieval, in the order of the rows
 MODEL = LXMERT

@@ -45,6 +45,7 @@ class Config:
     dropout: float = 0.1  # everywhere below the heads; the heads have none, but NLVR2's paired attention
     heads: tuple = ("mlm", "mrfr", "mrc", "itm")  # which of HEADS this model has
     contrast: str = "infonce"  # loss of the objective itc; or "hinge", "sigmoid", "dcl"
+    text_vector: str = "cls"  # of a text in itc: the state of [CLS]; or "mean", of all words
     teacher_widths: tuple = ()  # widths (text, regions) of the teacher that the head "hidden" projects to
     nlvr2: str = "paired-attention"  # or "paired", "triplet": how two pictures meet (section 4.1)
     refer_layers: int = 1  # 1: a linear logit for each region; 2: with a hidden layer (RefCOCO+)
@@ -384,7 +385,7 @@ HEADS = {
     "mrfr": FeatureRegressionHead,
     "mrc": lambda c: common.mlp_head(c.hidden, c.hidden, c.classes),
     "itm": lambda c: common.Float32Linear(c.hidden, 2),
-    "itc": lambda c: contrast.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast),
+    "itc": lambda c: contrast.ContrastHead(c.hidden, c.hidden, c.hidden, c.contrast, c.text_vector),
     "hidden": lambda c: common.teacher_projections(c.hidden, c.hidden, c.teacher_widths),
     "vqa": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, c.answers),
     "ve": lambda c: common.mlp_head(c.hidden, 2 * c.hidden, 3),
@@ -438,6 +439,7 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
 
 CHOICES = {  # fields of Config that are words
     "contrast": ("infonce", "hinge", "sigmoid", "dcl"),
+    "text_vector": ("cls", "mean"),
     "nlvr2": ("paired-attention", "paired", "triplet"),
 }
 VCR_TYPES = ((0, 2), (0, 2, 3))  # text types: a question and its answer; a question, its answer and the reason

@@ -58,6 +58,7 @@ class Config:
     dropout: float = 0.1  # everywhere in the trunk, and on what the heads read
     heads: tuple = ("mlm", "mrc", "itm")  # which of the heads below this model has
     contrast: str = "infonce"  # loss of the objective itc; or "hinge", "sigmoid", "dcl"
+    text_vector: str = "cls"  # of a text in itc: the state of [CLS]; or "mean", of all words
     teacher_widths: tuple = ()  # widths (text, regions) of the teacher that the head "hidden" projects to
     twelve_in_one: bool = False  # the answer heads of 12-in-1 in place of the paper's
     task_tokens: int = 0  # 12-in-1: rows of the table of task vectors; batch.task's row is put behind [CLS]
@@ -487,7 +488,7 @@ HEADS = {
     "mrfr": lambda c: common.mlp_head(c.visual_hidden, c.visual_hidden, c.feature_size),
     "mrc": lambda c: common.mlp_head(c.visual_hidden, c.visual_hidden, c.classes),
     "itm": lambda c: common.Float32Linear(c.shared, 2),
-    "itc": lambda c: contrast.ContrastHead(c.hidden, c.visual_hidden, c.hidden, c.contrast),
+    "itc": lambda c: contrast.ContrastHead(c.hidden, c.visual_hidden, c.hidden, c.contrast, c.text_vector),
     "hidden": lambda c: common.teacher_projections(c.hidden, c.visual_hidden, c.teacher_widths),
     "vqa": lambda c: answer_head(c, c.answers),
     "ve": lambda c: nn.Linear(c.shared, 3),
@@ -545,6 +546,7 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
 
 CHOICES = {
     "contrast": ("infonce", "hinge", "sigmoid", "dcl"),
+    "text_vector": ("cls", "mean"),
     "fusion": ("mul", "sum"),
 }  # fields of Config that are words
 VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason

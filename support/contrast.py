@@ -157,21 +157,23 @@ def l2_normalize(x):
 class ContrastHead(nn.Module):
     """The head of image-text contrast. Text and picture, each encoded alone, become unit vectors (E,) of one space.
 
-    The text's vector is a linear map of [CLS], the picture's of the mean over its regions. The temperature is learned
-    as log_scale = log(1 / temperature) (CLIP 2021, section 2.5). It starts at 0.07 and stays in 0.01..1.
+    The text's vector is a linear map of the last state of [CLS], or with text_vector "mean" of the mean over all words. The
+    picture's is one of the mean over its regions. The temperature is learned as log_scale = log(1 / temperature) (CLIP 2021, section 2.5). It starts at 0.07 and stays in 0.01..1.
     """
 
-    def __init__(self, text_width, region_width, width, kind="infonce"):
+    def __init__(self, text_width, region_width, width, kind="infonce", text_vector="cls"):
         super().__init__()
         self.project_text = common.Float32Linear(text_width, width, bias=False)
         self.project_image = common.Float32Linear(region_width, width, bias=False)
         self.kind = kind
+        self.text_vector = text_vector
         self.log_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
         self.bias = nn.Parameter(torch.tensor(-10.0)) if kind == "sigmoid" else None
 
-    def text(self, states):
-        """(B, T, C) -> (B, E)"""
-        return l2_normalize(self.project_text(states[:, 0]))
+    def text(self, states, mask):
+        """(B, T, C), mask (B, T) bool, True = a word -> (B, E)"""
+        pooled = common.masked_mean(states, mask) if self.text_vector == "mean" else states[:, 0]  # (B, C)
+        return l2_normalize(self.project_text(pooled))
 
     def image(self, states, mask):
         """(B, N, C), mask (B, N) bool, True = a region -> (B, E)"""
@@ -207,7 +209,7 @@ def image_text_contrast(model, encoding, batch):
     batch.pictures (B,), are no negatives of each other. Logits (M, M), pictures x texts.
     """
     head = model.heads["itc"]
-    text = head.text(model.encode(batch, regions=False).text)  # (B, E)
+    text = head.text(model.encode(batch, regions=False).text, batch.text_mask)  # (B, E)
     image = head.image(model.encode(batch, text=False).regions, batch.region_mask)  # (B, E)
     image = image.index_select(0, batch.pair_index)  # (B, E) -> (M, E)
     text = text.index_select(0, batch.pair_index)

@@ -267,7 +267,7 @@ def text_vectors(run, batch):
         states = run.model.encode(batch, regions=False).text
     states = common.at_least_float32(states)  # (B, T, C)
     if "itc" in run.model.heads:
-        return run.model.heads["itc"].text(states).cpu()
+        return run.model.heads["itc"].text(states, batch.text_mask).cpu()
     return states[:, 0].cpu()
 
 

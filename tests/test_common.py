@@ -445,7 +445,7 @@ def test_logits_that_rank_are_float32_under_autocast():
             results[autocast] = [
                 linear(states),
                 pooler(states),
-                contrast_head.text(states),
+                contrast_head.text(states, mask),
                 contrast_head.image(states, mask),
             ]
             assert head(states).dtype == torch.float32

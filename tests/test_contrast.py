@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close, lengths_mask, randn, unit_vectors
+from helpers import close, lengths_mask, randn, small_model, unit_vectors
 from torch import nn
 
+import checkpoints
 import common
 from support import contrast
 
@@ -143,7 +144,7 @@ def test_contrast_head_computes_the_loss_of_its_kind(kind):
         assert head.bias.grad.abs() > 1e-3
 
 
-def test_contrast_vectors_are_the_mean_region_and_the_first_word():
+def test_contrast_vectors_are_those_of_the_mean_region_and_of_cls():
     head = contrast.ContrastHead(4, 3, 5).double()
     states = randn(2, 4, 3)
     means = torch.stack([states[0].mean(0), states[1, :2].mean(0)])
@@ -151,7 +152,22 @@ def test_contrast_vectors_are_the_mean_region_and_the_first_word():
     close(head.image(states, lengths_mask(4, [4, 2])), want / want.norm(dim=1, keepdim=True))
     words = randn(2, 3, 4)
     want = words[:, 0] @ head.project_text.weight.T
-    close(head.text(words), want / want.norm(dim=1, keepdim=True))
+    mask = lengths_mask(3, [3, 2])
+    close(head.text(words, mask), want / want.norm(dim=1, keepdim=True))
+
+
+def test_the_text_can_be_the_mean_of_its_words():
+    head = contrast.ContrastHead(4, 3, 5, text_vector="mean").double()
+    words = randn(2, 3, 4)
+    want = torch.stack([words[0].mean(0), words[1, :2].mean(0)]) @ head.project_text.weight.T
+    close(head.text(words, lengths_mask(3, [3, 2])), want / want.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("model", checkpoints.MODELS)
+def test_the_config_says_what_the_vector_of_a_text_is(model):
+    for text_vector in ("cls", "mean"):
+        _, network = small_model(model, text_vector=text_vector)
+        assert network.heads["itc"].text_vector == text_vector
 
 
 def test_the_temperature_falls_by_half_a_cosine():

@@ -29,7 +29,7 @@ def vectors_one_by_one(run, dataset):
     pictures = []
     for i in range(len(dataset)):
         batch = data.collate(dataset, np.array([i]))
-        texts.append(head.text(run.model.encode(batch, regions=False).text)[0])
+        texts.append(head.text(run.model.encode(batch, regions=False).text, batch.text_mask)[0])
         pictures.append(head.image(run.model.encode(batch, text=False).regions, batch.region_mask)[0])
     return torch.stack(texts), torch.stack(pictures)
 
