@@ -413,9 +413,8 @@ def compare_stages(run, dataset, head, measured=200):
 def generate(model, batch, first, last, beams=1, most=40):
     """Captions of a batch's pictures, word piece by word piece, by beam search; beams=1 is greedy search.
 
-    Of all ways to lengthen the `beams` likeliest texts by one piece, the `beams` likeliest are kept. A text that ends
-    with `last` keeps its log probability. The likeliest text at the end is returned, by the plain sum of log
-    probabilities: enough beams find the likeliest caption of all.
+    Texts are compared by the mean log probability of their pieces, the end included: by the sum, short ones would win. Of all
+    ways to lengthen the `beams` best texts by one piece, the `beams` best are kept. The best text at the end is returned.
 
     model.decode(batch, cache) -> (B, T, C) hidden states of the new pieces; model.word_logits(states) -> (B, T, V) logits.
     batch: its text is not read. first, last: ids of the pieces that begin and end a text. Returns a list of B lists of
@@ -427,6 +426,7 @@ def generate(model, batch, first, last, beams=1, most=40):
     text = torch.full((B * beams, 1), first, device=row.device)
     totals = torch.full((B, beams), -math.inf, device=row.device)  # log probability of each text
     totals[:, 0] = 0.0  # all beams begin alike: only one of them counts
+    lengths = torch.zeros_like(totals)  # pieces of each text
     ended = torch.zeros(B * beams, dtype=torch.bool, device=row.device)
     cache = {}
     for _ in range(most):
@@ -439,7 +439,11 @@ def generate(model, batch, first, last, beams=1, most=40):
         log_probs[ended, last] = 0.0
         V = log_probs.shape[-1]
         longer = totals[:, :, None] + log_probs.view(B, beams, V)  # (B, beams, 1) + (B, beams, V)
-        totals, best = longer.flatten(1).topk(beams)  # (B, beams*V) -> (B, beams)
+        lengths = lengths + ~ended.view(B, beams)
+        means = longer / lengths[:, :, None]  # (B, beams, V)
+        best = means.flatten(1).topk(beams).indices  # (B, beams*V) -> (B, beams)
+        totals = longer.flatten(1).gather(1, best)
+        lengths = lengths.gather(1, best // V)
         parent = (row[:, None] * beams + best // V).flatten()  # (B, beams) -> (B*beams,)
         piece = (best % V).flatten()  # (B*beams,)
         text = torch.cat([text[parent], piece[:, None]], 1)  # (B*beams, T) -> (B*beams, T + 1)
@@ -450,7 +454,7 @@ def generate(model, batch, first, last, beams=1, most=40):
         if ended.all():
             break
     captions = []
-    for pieces in text.view(B, beams, -1)[:, 0, 1:].tolist():  # topk sorts: beam 0 is the likeliest
+    for pieces in text.view(B, beams, -1)[:, 0, 1:].tolist():  # topk sorts: beam 0 is the best
         if last in pieces:
             pieces = pieces[: pieces.index(last)]
         captions.append(pieces)
