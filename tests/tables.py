@@ -163,6 +163,7 @@ def table_of_tasks(args):
     """Three models x seven tasks x two starts; then the first model, one seed, without words or without picture, and on
     the tasks of SEEDED at once, in as many steps as the three together."""
     first = args.models[0]
+    names = args.tasks or list(COLUMNS)
     variants = []
     for model in args.models:
         variants += [(model, "pretrained", ()), (model, "untrained", ())]
@@ -172,7 +173,7 @@ def table_of_tasks(args):
     steps_rows = {}
     for model, name, extra in variants:
         row = rows.setdefault(f"{model}, {name}", {})
-        for task in args.tasks:
+        for task in names:
             if task == "caption" and "text" in extra:
                 continue
             pretraining = None if name == "untrained" else (f"{model}-pretrain", ())
@@ -183,11 +184,11 @@ def table_of_tasks(args):
             steps_rows.setdefault(f"{model}, steps", {})[task] = f"{steps:,}"
             if name == "pretrained" and model == first:
                 rows["chance"][task] = cell([results[0]["chance"]], COLUMNS[task])
-    together = [task for task in SEEDED if task in args.tasks]
+    together = [task for task in SEEDED if task in names]
     if len(together) > 1:
         rows[f"{first}, pretrained, {len(together)} tasks at once"] = row_of_several_tasks(args, first, together)
     rows.update(steps_rows)
-    return table(rows, args.tasks)
+    return table(rows, names)
 
 
 def row_of_several_tasks(args, model, names):
@@ -205,8 +206,9 @@ def row_of_several_tasks(args, model, names):
 
 
 def table_of_objectives(args):
-    """UNITER's table 2 in small: which objectives of pretraining help nlvr2 and vqa. The first and the last row are
-    those of the table of tasks."""
+    """UNITER's table 2 in small: which objectives of pretraining help nlvr2 and vqa, or --tasks. The first and the last row
+    are those of the table of tasks."""
+    names = args.tasks or ["nlvr2", "vqa"]
     rows = {}
     for name, objectives in OBJECTIVES.items():
         folder = f"pretrained-{name}"
@@ -217,10 +219,10 @@ def table_of_objectives(args):
         elif objectives is None:
             folder = "pretrained"
             pretraining = ("uniter-pretrain", ())
-        for task in ("nlvr2", "vqa"):
+        for task in names:
             results, _ = task_runs(args, "uniter", task, folder, args.seeds, pretraining)
             rows.setdefault(name, {})[task] = cell(results, COLUMNS[task])
-    return table(rows, ("nlvr2", "vqa"))
+    return table(rows, names)
 
 
 def table_of_temperatures(args):
@@ -285,7 +287,7 @@ def draw(points, learned, path, width=640, height=400):
 
 def table_of_students(args):
     """Teacher, student alone, and the student with each of the three losses and with all, on the first of --tasks."""
-    task = args.tasks[0]
+    task = args.tasks[0] if args.tasks else "vqa"
     metric = COLUMNS[task][0]
     given = ["--model", args.models[0], "--task", task]
     teacher_steps = steps_of(args, f"{task}-teacher", *given, "--config", *args.teacher)
@@ -391,7 +393,7 @@ def main():
     parser.add_argument("--steps", type=int, help="steps of each run, whatever its time")
     parser.add_argument("--pretrain-steps", type=int, help="steps of a pretraining (default: those of train.py)")
     parser.add_argument("--models", nargs="+", default=list(checkpoints.MODELS), choices=checkpoints.MODELS)
-    parser.add_argument("--tasks", nargs="+", default=list(COLUMNS), choices=COLUMNS)
+    parser.add_argument("--tasks", nargs="+", choices=COLUMNS, help="of the table; distill: the first")
     parser.add_argument("--seeds", type=int, default=1, help="runs of a cell; table tasks: of vqa, nlvr2 and refer")
     parser.add_argument("--teacher", nargs="+", default=["layers=6"], help="distill: --config of the teacher")
     parser.add_argument("--student", nargs="+", default=["layers=2"], help="distill: --config of the student")
