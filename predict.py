@@ -327,10 +327,10 @@ def make_example(task, record):
     """The data.Example of a record without its truth."""
     record = {"id": "", "text": "", **record}
     if task.truth != "text" and not record["text"].strip():
-        raise UserError(f"{task.name} needs a text")
+        raise UserError(f"{task.name} needs a text (--text)")
     for key in task.needs:
         if key != task.truth and len(record.get(key) or ()) < 2:
-            raise UserError(f"{task.name} needs at least two {key}")
+            raise UserError(f"{task.name} needs at least two {key} (--{key})")
     record["text"] = records.normalize_text(record["text"])
     answer = record.pop("answer", None)
     if answer:  # the choices are reasons for it

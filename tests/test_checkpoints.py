@@ -590,7 +590,7 @@ def test_a_run_that_began_with_bert_resumes_from_its_own_checkpoint(own, tmp_pat
         assert main(own, whole, *options, *kind) == 0
         with monkeypatch.context() as patch:
             patch.setattr(train.machine, "interruptible", stop_after_two)
-            assert main(own, parts, *options, *kind) == 2
+            assert main(own, parts, *options, *kind) == 130
         assert main(own, parts, *options, *kind, "--resume") == 0
         whole, parts = (checkpoints.load_checkpoint(folder / "out/checkpoint.pt")["state"] for folder in (whole, parts))
         assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -701,6 +701,7 @@ def test_each_option_that_changes_what_a_run_computes_stops_a_resume_alone():
         "batch_size": 3,
         "accumulate": 2,
         "lr": 0.5,
+        "lr_new": 10.0,
         "warmup": 0.2,
         "weight_decay": 0.0,
         "clip": 1.0,

@@ -251,11 +251,16 @@ def test_comparison_has_the_mean_and_the_standard_deviation_of_a_sample(tmp_path
     assert "| accuracy | 60.0 ± 14.1 | 60.0 ± 0.0 | tie | 25.0% |" in (tmp_path / "comparison.md").read_text()
 
 
+@pytest.fixture
+def recompiling_fails():
+    """torch.compile gives up without a word after eight compilations; in the test it shall fail."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # imports torch._dynamo, which takes a second
+        yield
+
+
 @pytest.mark.parametrize("model", ["uniter", "vilbert", "lxmert"])
-def test_compiled_layers_compute_the_same_and_are_compiled_once(model, monkeypatch):
+def test_compiled_layers_compute_the_same_and_are_compiled_once(model, recompiling_fails, monkeypatch):
     """With a back end that counts graphs in place of the real one, which would take minutes."""
-    # else it gives up without a word; not as a decorator, which would import torch._dynamo whichever test is run
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.reset()
     graphs = []
     model = small_model(model)[1].float()
