@@ -102,7 +102,7 @@ class Batch:
     matched: torch.Tensor | None = None  # (B,) int64, 1 = text and picture belong together
     answers: torch.Tensor | None = None  # (B,A) float32 soft targets
     answer_labels: torch.Tensor | None = None  # (B,) int64, one answer of each row, -1 = none
-    target: torch.Tensor | None = None  # (B,) int64, a truth or a choice; (B,N) float, overlap with the target box
+    target: torch.Tensor | None = None  # (B,) int64, 1 = true (nlvr2), right (vcr); (B,N) float, IoU (refer)
     predict_rows: torch.Tensor | None = None  # (B,) bool, True = words and regions are to be predicted; None = all
     task: torch.Tensor | None = None  # (B,) int64, the number of the task among the run's, for ViLBERT's task tokens
     pictures: torch.Tensor | None = None  # (B,) int64, the picture's row in its store
@@ -138,7 +138,7 @@ class Batch:
 
 
 class Example(NamedTuple):
-    """One example: its rows are what a model reads, equally many in every example of a task."""
+    """One example. A row is a text beside a picture; all examples of a data set have equally many rows."""
 
     id: str
     kind: str
@@ -151,9 +151,9 @@ class Example(NamedTuple):
 class Dataset:
     """Examples: texts, answers and the store's row of each one's picture. After encode() also their word pieces.
 
-    An example has `group` rows, side by side in `image`, `text` and what encode() makes of it: two pictures with one
-    statement (nlvr2), a question with each choice (vcr), else one. Everything else has one entry an example. E
-    examples have R rows. Lists may be views of columns on disk.
+    An example has `group` rows: the statement with each picture (nlvr2), the question with each choice (vcr), else one.
+    `image`, `text` and the word pieces have one entry a row, R in all, the rows of an example side by side. `answer`,
+    `kind`, `ids` and `target` have one entry an example, E in all. Lists may be views of columns on disk.
     """
 
     name: str
@@ -179,7 +179,7 @@ class Dataset:
         return len(self.ids)
 
     def parts(self):
-        """Yields all texts, those of segments apart."""
+        """Yields every text; of a text with segments, each segment by itself."""
         for text in self.text:
             if isinstance(text, tuple):
                 yield from text
@@ -201,15 +201,15 @@ class Dataset:
             self.pairs = np.sort(pair_keys(self.text_keys, self.image))
 
     def belong_together(self, examples, images):
-        """True = the dataset has the text of the example, whatever its case, with that picture: both (...) -> (...) bool.
-        A caption that is said of several pictures belongs to each."""
+        """True = some example pairs this text with this picture. examples, images (store rows): (...) -> (...) bool.
+        Upper and lower case count as equal. A caption of several pictures belongs to each of them."""
         self.index_pairs()
         keys = pair_keys(self.text_keys[examples], images)
         found = np.searchsorted(self.pairs, keys).clip(max=len(self.pairs) - 1)
         return self.pairs[found] == keys
 
     def repeated_texts(self):
-        """How many examples have a text that the dataset has with another picture too."""
+        """The number of examples whose text also occurs with another picture."""
         self.index_pairs()
         keys, number = np.unique(self.text_keys, return_inverse=True)
         first = np.zeros(len(keys), np.int64)
@@ -219,8 +219,8 @@ class Dataset:
         return int(several[number].sum())
 
     def encode(self, tokenizer, max_length=64):
-        """Fills tokens, segment, offsets and lost with [CLS] pieces [SEP], see `encode_texts`. Returns self. Where the
-        columns are on disk so are the pieces, for each tokenizer and max_length."""
+        """Fills in tokens, segment, offsets and lost by `encode_texts`. Returns self. If the columns are on disk, the
+        word pieces are cached beside them, in one folder for each tokenizer and max_length."""
         if self.folder is None:
             self.tokens, self.segment, self.offsets, self.lost = encode_texts(tokenizer, self.text, max_length)
             return self
@@ -239,7 +239,7 @@ class Dataset:
         return self
 
     def lengths(self):
-        """(E, 2) int32: word pieces and regions of each example, of the longest of its rows."""
+        """(E, 2) int32: numbers of word pieces and of regions of each example, each the largest among its rows."""
         rows = np.empty((len(self.image), 2), np.int32)  # (R, 2)
         rows[:, 0] = np.diff(self.offsets)
         rows[:, 1] = np.diff(self.store.offsets).astype(np.int32)[self.image]
@@ -276,8 +276,8 @@ def encode_texts(tokenizer, texts, max_length, chunk=10_000):
     """Word pieces of texts: (tokens, segment, offsets, lost), as Dataset has them.
 
     A text becomes [CLS] pieces [SEP], at most max_length of them, [SEP] kept. Segments are each followed by [SEP]. A
-    separator counts to the segment after it, the last one to its own, as in UNITER's VCR. Of texts that are too long
-    the first segment loses its end first: the choices differ in the last.
+    [SEP] has the number of the segment after it, the last [SEP] that of the last segment, as in UNITER's VCR. A text
+    that is too long first loses the end of its first segment, because choices differ in the last one.
     """
     first = tokenizer.token_to_id("[CLS]")
     last = tokenizer.token_to_id("[SEP]")
@@ -343,8 +343,8 @@ def open_columns(folder, name, split):
 
 
 def find(source, cache=CACHE):
-    """The path of a data set: a .jsonl file, or a folder with dataset.json. An existing path is itself; the name of a
-    script in prepare/ that can make its data set from nothing (as scenes) is made once, in the cache."""
+    """The path of a data set: a .jsonl file, or a folder with dataset.json. An existing path is returned unchanged. A
+    script of prepare/ that needs no published files (scenes) is given by its name, and run once, into the cache."""
     path = Path(source)
     if path.exists():
         return path
@@ -359,8 +359,8 @@ def find(source, cache=CACHE):
 
 
 def read_dataset_json(path):
-    """What a data set says of itself, a dict with all keys of DATASET_JSON filled in and `folder`,
-    which its file names are relative to. path: a .jsonl file, or a folder with dataset.json."""
+    """The description of a data set: a dict with all keys of DATASET_JSON, defaults filled in, and `folder`, which its
+    file names are relative to. path: a .jsonl file, or a folder with dataset.json."""
     path = Path(path)
     found = {}
     if path.is_file():
@@ -420,9 +420,9 @@ def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE, network
     """Dataset of a split. A split that the file lacks is an empty Dataset.
 
     source: see `find`.   task: a row of tasks.TASKS.   limit: at most that many examples, drawn at random.
-    patch, grid: for pictures without features. network: `regions` to make them like, on `device` (None: a GPU if any).
-    checked: another split was loaded just now, so the pictures need not be compared with the cache again.
-    UserError for whatever is wrong with the request or the files.
+    patch, grid: how pictures are cut into regions.   network: `regions` of a network that computes them instead, on
+    `device` (None: a GPU if there is one).   checked: True = this run has compared the pictures with the cache already.
+    UserError for a mistake in the arguments or the files.
     """
     description = read_dataset_json(find(source, cache))
     path = task_file(description, task.name)
@@ -443,8 +443,8 @@ def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE, network
 
 
 def drop_unreachable(dataset, path):
-    """Without the examples whose target box overlaps none of the regions: training would call region 0 right. In val
-    and test they stay, and count as wrong."""
+    """The dataset without the examples whose target box overlaps no region: training would take region 0 as right. Such
+    examples stay in val and test, where they count as wrong."""
     reachable = np.zeros(len(dataset), bool)
     for start in range(0, len(dataset), 1000):
         chunk = np.arange(start, min(start + 1000, len(dataset)))
@@ -463,7 +463,7 @@ def drop_unreachable(dataset, path):
 
 
 def answer_list(dataset):
-    """Every answer of the dataset, the most frequent first, equals by text."""
+    """Every answer of the dataset, the most frequent first; equally frequent ones in alphabetical order."""
     if isinstance(dataset.answer, Answers):
         counts = dataset.answer.counts()
     else:
@@ -482,10 +482,10 @@ def wordpiece(vocab, lowercase, strip_accents=False):
     """A BERT tokenizer of vocab {piece: id}: clean, split at blanks and punctuation, greedy longest match first. NFC
     and strip_accents=False keep the marks of Japanese, Hindi and Thai; BERT's own uncased vocabularies strip them."""
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
-    bert = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
-    tokenizer.normalizer = bert
+    bert_normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
+    tokenizer.normalizer = bert_normalizer
     if not strip_accents:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), bert])
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), bert_normalizer])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
@@ -494,8 +494,8 @@ def wordpiece(vocab, lowercase, strip_accents=False):
 def train_tokenizer(texts, vocab_size=8000):
     """Lower-case WordPiece learnt from texts; ids 0..4 are SPECIALS. Equal texts give equal vocabularies.
 
-    The trainer numbers characters in the order of a randomly seeded hash map and breaks ties by number. Handing them
-    over in sorted order fixes the numbers; as they would count as special tokens, the vocabulary gets a new tokenizer.
+    The trainer numbers characters in the order of a randomly seeded hash map and breaks ties by number. Passing them as
+    special tokens, sorted, fixes their numbers. A new tokenizer with that vocabulary has them as ordinary pieces.
     """
     texts = list(texts)
     tokenizer = wordpiece({"[UNK]": 0}, lowercase=True)
@@ -511,7 +511,7 @@ def train_tokenizer(texts, vocab_size=8000):
 
 
 def own_tokenizer(datasets, cache=CACHE, most=300_000):
-    """train_tokenizer on texts of training splits, kept on disk where they are; on every k-th of k times `most`."""
+    """train_tokenizer on every k-th text, k = max(1, rows // most). Cached if all datasets' columns are on disk."""
     every = max(1, sum(len(dataset.text) for dataset in datasets) // most)
     texts = itertools.islice(itertools.chain.from_iterable(dataset.parts() for dataset in datasets), 0, None, every)
     if any(dataset.folder is None for dataset in datasets):
@@ -535,7 +535,7 @@ def read_tokenizer(path):
         text = path.read_bytes().decode("utf-8-sig")
         if path.suffix == ".json":
             tokenizer = tokenizer_from_json(text)
-            tokenizer.no_padding()  # which some files ask for, as for truncation; lengths are a batch's affair
+            tokenizer.no_padding()  # some files ask for padding and truncation; here encode_texts cuts, collate pads
             tokenizer.no_truncation()
         else:
             tokenizer = tokenizer_from_vocab(text)
@@ -551,9 +551,9 @@ def read_tokenizer(path):
 
 
 def tokenizer_from_vocab(text):
-    """Tokenizer of a vocab.txt: a piece a line, its id the line's number from 0. Blank lines, and all but the last of
-    equal lines, keep their id as a piece [blank N] that no text has, so that the size is the highest id + 1. It is
-    cased if a piece has a capital letter, and strips accents unless a piece has one."""
+    """Tokenizer of a vocab.txt: a piece a line, its id the line's number N from 0. A blank line becomes the piece
+    [blank N], which no text has; so do equal lines but the last. So the size is the highest id + 1. The tokenizer is
+    cased if a piece has a capital letter. It strips accents if it is uncased and no piece has an accent."""
     lines = text.removesuffix("\n").split("\n")  # not splitlines(), which also cuts at U+2028 and U+0085
     vocab = {}
     for number, line in enumerate(lines):
@@ -568,13 +568,13 @@ def tokenizer_from_vocab(text):
     letters = unicodedata.normalize("NFD", "".join(words))
     accents = any(unicodedata.category(letter) == "Mn" for letter in set(letters))
     tokenizer = wordpiece(vocab, lowercase=not cased, strip_accents=not cased and not accents)
-    # one that stands in a text is then read as one piece
+    # so that a text which holds "[MASK]" gets that one piece
     tokenizer.add_special_tokens([piece for piece in SPECIALS if piece in vocab])
     return tokenizer
 
 
 def tokenizer_from_json(text):
-    """The tokenizer of a checkpoint, as `tokenizer.to_str()` wrote it."""
+    """The tokenizer of a tokenizer.json's text, or of what `tokenizer.to_str()` wrote into a checkpoint."""
     return Tokenizer.from_str(text)
 
 
@@ -595,9 +595,9 @@ def random_stream(purpose, *numbers):
 def batches(lengths, rng=None, *, size, rank=0, world=1):
     """List of index arrays, `size` examples of like lengths each.
 
-    lengths: (E,), or (E,P) for P parts that are padded apart, as words and regions are: sorted by the first, then by
-    the next. rng: shuffles, by sorting within chunks of 50 batches and shuffling the batches; None: all in order of
-    length. rank r of `world` takes batches r::world.
+    lengths: (E,), or (E,P) for P sequences that are padded separately, as words and regions: sorted by the first, then
+    by the next. rng: examples are shuffled, then sorted by length within chunks of 50 batches, and the batches are
+    shuffled. None: all examples in order of length. rank r of `world` takes batches r::world.
     """
     lengths = np.asarray(lengths).reshape(len(lengths), -1)  # (E,P)
     order = np.arange(len(lengths))
@@ -617,7 +617,7 @@ def batches(lengths, rng=None, *, size, rank=0, world=1):
 
 def collate(dataset, index, images=None, answers=None, fields=()):
     """Batch of the texts of examples `index` (B,) beside the pictures in store rows `images` (B,) (None: their own).
-    Where an example has several rows (`dataset.group`), so has the batch: B below is then their number.
+    An example of several rows (`dataset.group`) takes as many rows of the batch; in the shapes below B counts rows.
 
     answers: {answer: column} for the soft targets (B,A); answers that it lacks are left out, so a row may be all zero.
     fields: what to read of the regions besides features and boxes. Encode the dataset first.
@@ -658,9 +658,9 @@ def sample_mismatches(dataset, index, rng, p=0.5, replace="image", tries=100):
     another example. Returns examples (B,) and store rows (B,), for collate, and matched (B,) int64 tensor, 1 = they
     belong together. ValueError if the dataset has a single picture.
 
-    A text is never a mismatch of a picture that the dataset has it with, also as another example. The few for which
-    `tries` draws find no mismatch stay true pairs. Pictures are drawn from the whole dataset. Sentences are drawn from
-    the batch, where they are of like length: a long one from elsewhere would pad all the others to its length.
+    A text and a picture that any example pairs are never a mismatch (`belong_together`). A pair stays true if `tries`
+    draws find no mismatch. Pictures are drawn from the whole dataset, sentences from the batch: their lengths are alike
+    there, and a long one from elsewhere would pad all others. (A batch of one picture takes them from the dataset.)
     """
     assert replace in ("image", "text")
     index = np.asarray(index)
@@ -692,7 +692,7 @@ def sample_mismatches(dataset, index, rng, p=0.5, replace="image", tries=100):
 
 def join_pictures(batch):
     """Rows 2i and 2i+1, the same text with two pictures, as one row with the regions of both: (2B,N,...) -> (B,2N,...).
-    What belongs to pieces or rows is that of row 2i; target and ids, which are the examples', stay."""
+    All other fields are those of row 2i, but target and ids, which have one entry an example and stay."""
     both = dataclasses.replace(batch, ids=None, target=None)
     left = both.rows(torch.arange(0, len(batch.text), 2))
     right = both.rows(torch.arange(1, len(batch.text), 2))
@@ -710,9 +710,9 @@ def mask_words(batch, tokenizer, rng, p=0.15, mask=0.8, random=0.1, only=None, f
     """BERT's masking: each piece is selected with probability p; a selected one becomes [MASK] with probability
     `mask`, a random piece with probability `random`, and stays itself otherwise. Special pieces are never selected.
 
-    rng: numpy Generator.   only: (V,) bool, True = may be selected.   force_one: in a row where none was drawn the
-    first piece that may be becomes [MASK] (UNITER's rule: no row without a loss).   one: instead of all that, exactly
-    one piece of each row, uniformly drawn, becomes [MASK] (evaluation: what the picture and all other words tell).
+    rng: numpy Generator.   only: (V,) bool, True = may be selected.   force_one: in a row with nothing selected the
+    first selectable piece becomes [MASK] (UNITER's rule: no row without a loss).   one: p, mask and random are ignored;
+    exactly one selectable piece of each row, uniformly drawn, becomes [MASK] (for evaluation).
     Returns a new Batch with text, word_index and word_labels set; the given one keeps its tensors.
     """
     ordinary = torch.ones(tokenizer.get_vocab_size(), dtype=torch.bool)  # (V,)
@@ -773,8 +773,8 @@ def mask_regions(batch, rng, p=0.15, zero=1.0, random=0.0, force_one=True):
 
 
 def remove_modality(batch, what):
-    """The batch without what --ablate names: without "image" every region is masked out and zeroed; without "text" only
-    [CLS] and [SEP] are left. None: the batch as it is."""
+    """The batch without what --ablate names. "image": region_mask becomes False, features and boxes 0. "text": only
+    [CLS] and the last [SEP] are left. None: the batch as it is."""
     if what == "image":
         batch.region_mask = torch.zeros_like(batch.region_mask)
         batch.features = torch.zeros_like(batch.features)
@@ -788,16 +788,16 @@ def remove_modality(batch, what):
 
 
 def drop_mismatched_labels(batch):
-    """Without the masked words and regions of mismatched pairs as labels: the other side says nothing about them. They
-    stay masked, but are not predicted. Returns a new Batch."""
+    """Mismatched pairs lose their labels: their masked words and regions stay masked but are not predicted, because the
+    other modality tells nothing about them. Returns a new Batch."""
     kept = {"predict_rows": batch.matched == 1}
     if batch.word_index is not None:
-        true = batch.matched[batch.word_index // batch.text.shape[1]] == 1  # (M,): rows of flat positions in (B,T)
-        kept["word_index"] = batch.word_index[true]
-        kept["word_labels"] = batch.word_labels[true]
+        keep = batch.matched[batch.word_index // batch.text.shape[1]] == 1  # (M,): rows of flat positions in (B,T)
+        kept["word_index"] = batch.word_index[keep]
+        kept["word_labels"] = batch.word_labels[keep]
     if batch.region_index is not None:
-        true = batch.matched[batch.region_index // batch.region_mask.shape[1]] == 1  # (M,), of positions in (B,N)
-        kept["region_index"] = batch.region_index[true]
+        keep = batch.matched[batch.region_index // batch.region_mask.shape[1]] == 1  # (M,), of positions in (B,N)
+        kept["region_index"] = batch.region_index[keep]
     return dataclasses.replace(batch, **kept)
 
 
@@ -810,8 +810,8 @@ def sample_answers(batch, rng):
 
 
 def next_word_labels(batch):
-    """For captioning: word_index (M,), flat positions of the pieces that another one follows, and word_labels (M,), the
-    ones that follow. Returns a new Batch."""
+    """Labels of captioning: word_index (M,), flat positions of all pieces but the last of each row; word_labels (M,),
+    the piece after each of them. Returns a new Batch."""
     followed = torch.nn.functional.pad(batch.text_mask[:, 1:], (0, 1))  # (B,T)
     word_index = followed.flatten().nonzero()[:, 0]  # (M,) into B*T
     return dataclasses.replace(batch, word_index=word_index, word_labels=batch.text.flatten()[word_index + 1])
@@ -827,7 +827,7 @@ def describe(source, task):
 
 
 def check(source, task, vocab, max_words, patch, grid):
-    """Lists what is wrong with a data set, the first twenty mistakes; else prints what it holds. Returns the exit code."""
+    """Prints what a data set holds, and returns 0. Or prints its first twenty mistakes, and raises UserError."""
     path, splits = describe(source, task)
     mistakes = Mistakes()
     columns, pictures = read_columns(path, task, splits, patch, grid, mistakes)
@@ -872,7 +872,7 @@ def print_contents(path, sets):
 
 
 def print_shared_pictures(sets):
-    """Pictures that training shares with another split: the same row or file, or another one with equal pixels."""
+    """Warns of pictures of other splits that are also in train: the same file or row, equal pixels, equal features."""
     digests = {}  # split -> the digests of its pictures
     for split, dataset in sets.items():
         rows = np.unique(dataset.image)
@@ -880,10 +880,10 @@ def print_shared_pictures(sets):
             digests[split] = {dataset.store.digest(row) for row in rows}
         else:
             digests[split] = set(dataset.store.digests[rows].tolist())
-    for split, own in digests.items():
-        shared = own & digests.get("train", set())
+    for split, own_digests in digests.items():
+        shared = own_digests & digests.get("train", set())
         if split != "train" and shared:
-            print(f"warning: {len(shared)} of the {len(own)} pictures of {split} are in train too")
+            print(f"warning: {len(shared)} of the {len(own_digests)} pictures of {split} are in train too")
 
 
 def preview(source, task, out, split, count, patch, grid):

@@ -8,7 +8,7 @@
     python predict.py out/uniter-vqa/best.pt --export vqa.bin                             weights for other programs
     python predict.py out/uniter-vqa/best.pt --serve 8000                                 a page in the browser
 
-`--scenes`, `--image`, `--data` and `--serve` build a `data.Dataset` and return one dict for each example
+`--scenes`, `--image`, `--data` and `--serve` build a `data.Dataset` and compute one dict for each example
 (support/evaluation.py). Tasks are looked up in tasks.TASKS.
 
 Regions are made as in training: cut out of the picture (the checkpoint's patch and grid), or computed by the network
@@ -102,7 +102,7 @@ def parse(argv=None):
     args = build_parser().parse_args(argv)
     modes = ["scenes", "image", "search", "embed", "export", "serve"]
     if args.search is None and args.embed is None:
-        modes.append("data")  # else it is what they read
+        modes.append("data")  # --search and --embed read --data, so there it is no mode of its own
     for name, value in vars(args).items():
         if value == "" and name not in ("checkpoint", "text"):
             raise UserError(f"--{name} is empty; give it a value, or leave it out")
@@ -198,7 +198,8 @@ def describe(answer, separator="  "):
 
 
 def held_out(run, task, split, count):
-    """`count` examples of a split, always the same ones; of test, or without one of val or train."""
+    """(a Dataset of `count` examples of a split, always the same ones; {row of its store: picture file or None}).
+    By default the split is test; if there is no test, val; if there is neither, train."""
     source = own_source(run, task)
     lines = train.task_of_lines(run, task.name)
     names = [split] if split else ["test", "val", "train"]
@@ -267,7 +268,7 @@ def print_answer(task, dataset, i, answer):
 def make_regions(run, where, path, boxes, network=None):
     """The regions of a picture file, as in training. boxes: a list in pixels, or None.
 
-    network: of prepare.features.region_maker, for a checkpoint whose regions came from one.
+    network: what `load_network` returned; it is None if regions are patches of the picture.
     """
     if network:
         image = regions.open_picture(where, path)
@@ -281,7 +282,8 @@ def make_regions(run, where, path, boxes, network=None):
 
 
 def load_network(run):
-    """What makes the regions of new pictures where a network made those of training; None where they were cut out."""
+    """The function that computes the regions of a new picture by the network that made those of training; None if they
+    were cut out of the pictures. UserError if the checkpoint was trained on feature files."""
     width = run.model.config.feature_size
     if data.is_network(run.regions):
         from prepare.features import region_maker  # here, since few checkpoints need it
@@ -434,8 +436,8 @@ def answer_file(run, task, args):
 
 
 def load_lines(run, task, args, lines_of):
-    """The Datasets of --data, or of the checkpoint's own data: its --split, by default test; all splits where there is no
-    test. lines_of: the row of tasks.TASKS whose lines are read."""
+    """The Datasets of --data, or without it of the checkpoint's own data: the split --split, by default test, or all
+    splits if there is no test. lines_of: the row of tasks.TASKS whose lines are read."""
     source = args.data or own_source(run, task)
     description = data.read_dataset_json(data.find(source))
     lines = optional_truth(lines_of, args.prompt or "")

@@ -11,7 +11,7 @@ A question is JSON or a form (multipart/form-data), with these keys:
     boxes       for each picture its regions, a list of [x1,y1,x2,y2] in pixels; without them they are cut as in training
     text, choices, answer       as the options of predict.py
     sample      the number of a sample, in place of `images`
-    attention   true: `regions` of the answer say how much it has read of each region, see support/attention.py
+    attention   true: the answer also has `regions`, each with its share of the attention, see support/attention.py
 
 Every request has a thread of its own, which reads the picture. One thread runs the model: requests that came while it
 worked are answered together in its next forward pass. Whatever is wrong with a request is a 4xx or 5xx status and
@@ -69,7 +69,7 @@ class Batcher:
         self.run = run
         self.task = task
         self.top = top
-        self.requests = 0  # that have been answered; counted, like the batches, by the model's thread alone
+        self.requests = 0  # answered so far; only the model's thread changes this number and the next
         self.batches = 0
         self.waiting = queue.Queue(MAX_QUEUE)  # of questions.Job; None ends the thread
         self.thread = threading.Thread(target=self.work, daemon=True)
@@ -161,7 +161,7 @@ def as_json(value):
 class Handler(BaseHTTPRequestHandler):
     """One request; the connection is closed after it."""
 
-    protocol_version = "HTTP/1.1"  # so that curl is told to go on with a large body
+    protocol_version = "HTTP/1.1"  # answers "Expect: 100-continue", which curl sends before a large body
     timeout = READ_SECONDS
 
     def setup(self):
@@ -191,8 +191,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(500, "the server failed on this request")
 
     def check_site(self):
-        """HttpError 403 for what a page of another site has the browser send, under its own name (Origin), or under a name
-        that it had point to this machine (DNS rebinding: Host)."""
+        """HttpError 403 for a request that a page of another site makes the browser send: its Origin is that site, or
+        its Host is a name that the site lets point to this machine (DNS rebinding)."""
         host = self.headers.get("Host", LOCAL[0])
         origin = self.headers.get("Origin", f"http://{host}")
         if host.partition(":")[0].lower() not in LOCAL or origin != f"http://{host}":
@@ -227,7 +227,7 @@ class Handler(BaseHTTPRequestHandler):
             return questions.make_job(self.server, self.read_request(length))
 
     def read_request(self, length):
-        """The object of the body. HttpError if it is too slow, cut off or something else."""
+        """The body as a dict. HttpError if it is too slow, cut off, or neither JSON nor a form."""
         try:
             body = self.rfile.read(length)
         except TimeoutError:
@@ -305,7 +305,7 @@ class Server(ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             request.settimeout(0.1)
             request.sendall(head.encode() + body)
-            request.recv(65536)  # what is unread when a connection is closed takes the answer with it
+            request.recv(65536)  # closing with unread bytes would reset the connection before the client has the answer
         self.close_request(request)
 
     def process_request_thread(self, request, client_address):

@@ -2,10 +2,10 @@
 
     python prepare/bottom_up.py SOURCE OUT [--data my.jsonl]
 
-SOURCE is a .tsv file or a folder of .tsv (LXMERT) or .npz files (UNITER). Writes OUT/regions (the store) and OUT/ids.txt, the
-picture's name of each row. With --data also OUT/my.jsonl with "features": "regions#N" in place of `image`, and
-OUT/dataset.json. A line belongs to the row with its picture's file name, without suffix, case, prefixes like "coco_" and
-leading zeros. Files are read one picture at a time.
+SOURCE is a .tsv file or a folder of .tsv (LXMERT) or .npz files (UNITER). Writes OUT/regions (the store) and
+OUT/ids.txt (line N: the name of the picture in row N). With --data also OUT/my.jsonl, with "features": "regions#N" in
+place of `image`, and OUT/dataset.json. A line of the data gets the row whose name equals its picture's file name;
+suffix, case, prefixes like "coco_" and leading zeros do not count. Files are read one picture at a time.
 
 LXMERT's TSV has no header and ten columns: image id, height, width; then in base64 classes and confidence of objects (1,600)
 and of attributes (400); the number of boxes; in base64 boxes in pixels and features (2,048). Classes exclude background.
@@ -107,7 +107,7 @@ def read_all(source):
 
 
 def picture_key(name):
-    """What a picture's file name and its row have in common."""
+    """A picture's name in the form that is compared: lower case, without PREFIXES and leading zeros."""
     name = name.lower()
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)

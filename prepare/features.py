@@ -38,9 +38,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def region_maker(regions, device="cpu"):
-    """What makes the same regions for a new picture. regions: of a dataset.json or a checkpoint, as this file wrote it.
+    """A function that computes regions of a new picture as those of a data set were computed.
 
-    Returns a function (picture, boxes (N,4) in pixels or None) -> dict of arrays: features (N,F) float32, boxes (N,4)
+    regions: `regions` of its dataset.json or of a checkpoint, as this file wrote it.
+    The function: (picture, boxes (N,4) in pixels or None) -> dict of arrays: features (N,F) float32, boxes (N,4)
     in 0..1, and object_probs (N,K), objects (N,), object_conf (N,) where the network has classes.
     """
     network = networks.load_network(regions["network"], regions.get("weights"), device)

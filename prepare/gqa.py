@@ -3,8 +3,9 @@
     python prepare/gqa.py FOLDER OUT        writes OUT/gqa.jsonl, and OUT/gqa_test.jsonl without answers
     python prepare/gqa.py --predictions P.jsonl OUT.json        what predict.py wrote, as the server takes it
 
-FOLDER has images/*.jpg and the balanced questions {train,val,testdev}_balanced_questions.json, of which testdev, the set
-that papers report, becomes the test split. gqa_test.jsonl is made of submission_all_questions.json, if that is there. LXMERT fine-tunes on train and val together.
+FOLDER has images/*.jpg and the balanced questions {train,val,testdev}_balanced_questions.json. testdev, the set that
+papers report, becomes the test split. gqa_test.jsonl is made of submission_all_questions.json, if that is there.
+LXMERT fine-tunes on train and val together.
 """
 
 import json

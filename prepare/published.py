@@ -142,7 +142,7 @@ def write_store(folder, pictures):
 
 
 def link_lines(path, out, rows_of):
-    """Copies a JSONL file with rows of the store OUT's folder/regions in place of its pictures.
+    """Copies a JSONL file to `out`, with rows of the feature store "regions" beside `out` in place of its pictures.
     rows_of(path, record) -> a row for each picture, None where the store lacks it: such lines are left out.
     Returns how many lines were written and how many left out."""
     counts = {"written": 0, "left out": 0}

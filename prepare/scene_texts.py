@@ -154,7 +154,8 @@ def halves(thing):
 def direction(a, b):
     """Where thing a lies as seen from thing b: "left of", "right of", "above", "below"; None if that is not clear.
 
-    It is clear if they are 20 pixels apart along one axis, and 1.5 times as far as along the other.
+    It is clear if their centres are at least 20 pixels apart along one axis, and there at least 1.5 times as far as
+    along the other axis.
     """
     pixels = offsets(a, b.x, b.y)
     where, second = sorted(pixels, key=pixels.get, reverse=True)[:2]
@@ -433,7 +434,8 @@ def fitting_one(scene, form):
 
 
 def sample(rng, pool, expression, counts, tries=50):
-    """A random scene of `pool` with so many things that the expression fits; None if none is found in so many tries."""
+    """A random scene of `pool` in which the number of things that the expression fits is one of `counts`; None if
+    `tries` draws find none."""
     if not pool:
         return None
     for _ in range(tries):

@@ -130,8 +130,8 @@ def soft_classes(rng, truth, alike, classes):
     """Soft classes of n things, (n, classes): rows sum to 1.
 
     truth: (n,) the right class.   alike: (n,) the class it is easily taken for.
-    The top class gets 0.75 to 0.97; most of the rest goes to the other one of the two. The top class is the right one
-    but for 3% of the things.
+    The top class is `truth`, and `alike` for 3% of the things. It gets 0.75 to 0.97. Most of the rest goes to the other
+    of the two, some to each further class.
     """
     rows = np.arange(len(truth))
     wrong = rng.random(len(truth)) < 0.03
@@ -165,8 +165,8 @@ DATASET_JSON = {
     "vocab": "vocab.txt",
     "content_words": sorted(CONTENT_WORDS),
     "regions": {"kind": "patches", "patch": 12, "boxes": "given"},
-    # Captions have a dozen words, not thirty: of a share of 0.15 there is too little to learn in five minutes.
-    # A scene has a dozen captions: with one each, the full matrix of 200 pictures takes seconds.
+    # mask: captions have a dozen words, not thirty; masking 15% of them leaves too little to learn in five minutes.
+    # captions: a scene has up to eight; with one each, the full matrix of 200 pictures takes seconds.
     "defaults": {"steps": 2400, "steps_one_objective": 3600, "mask": 0.3, "batch_size": 256, "captions": "first"},
 }
 

@@ -8,9 +8,9 @@ what position q has read. Three methods, and the transport plan:
     gradient    attention weighted by the gradient of the answer's logit (Chefer et al., ICCV 2021, arXiv 2103.15679)
     transport   the optimal transport plan of words and regions (UNITER, section 3.2), for models with objective wra
 
-A model's maps are found by the names that its `encode` documents. But for the layer's number a name ends in "text",
-"regions", "text_to_regions" or "regions_to_text"; any other map is of both sequences together. Maps are recorded in the
-order in which they are computed; the two directions of one cross-attention read the same inputs.
+Maps are told apart by the names that a model's `encode` gives them. Numbers of layers left out, a name ends in "text",
+"regions", "text_to_regions" or "regions_to_text". Any other map is self-attention of words and regions in one sequence.
+Maps are recorded in the order of computation. Both directions of one cross-attention read the same inputs.
 
 The answer's row is the mean of the rows that the logit of the likeliest answer is computed from: those of the last
 states where its gradient is not zero. In UNITER and LXMERT that is [CLS], in ViLBERT [CLS] and the whole image.
@@ -75,7 +75,8 @@ def sequence_of(name):
 
 
 def record_example(run, task, dataset, i):
-    """[Record] of example i: of each row that its likeliest answer is computed from, or of each of its two pictures."""
+    """A list of Records of example i: of each row that the logit of its likeliest answer depends on; of a task with two
+    pictures, of both rows."""
     index = np.array([i])
     with torch.inference_mode(False), torch.enable_grad():
         if task.generates:
@@ -233,15 +234,16 @@ def rollout(record):
 
 
 def gradient(record):
-    """Gradient-weighted attention (Chefer et al.): relevance R, from I on, by their rules for each sub-layer.
+    """Gradient-weighted attention (Chefer et al.): relevance R, I at first, updated by their rules in each sub-layer.
 
         A = mean over heads of (d logit / d map * map)+                                      eq. 5
         self-attention of s:        R_s: += A R_s:                                           eq. 6, 7
         s attends to q:             R_sq += norm(R_ss)^T A norm(R_qq),   R_ss += A R_qs      eq. 10, 11
         norm(R_ss) = (R_ss - I) / its row sums + I, I where nothing has been attended to     eq. 8, 9
 
-    R_sq is the block of R with the rows of sequence s and the columns of q. Both directions of a cross-attention read
-    the R from before it. As I is part of R, a region that is itself the answer has read mostly itself.
+    R_sq is the block of R with the rows of sequence s and the columns of sequence q; R_s: is all columns of the rows s.
+    Both directions of a cross-attention read the R before this sub-layer. R contains I, so in `refer` the chosen
+    region has read mostly itself.
     """
     S = record.spans["both"].stop
     relevance = torch.eye(S)

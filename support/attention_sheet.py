@@ -207,8 +207,8 @@ def draw_numbers(image, boxes, chosen=None):
 
 
 def draw_heat(image, boxes, weights, title):
-    """A cell: the picture, dark but for its regions. A region is as bright as its weight, the heaviest one as bright as it
-    is. The heavier a region, the thicker its frame. The heaviest regions have their weight in percent.
+    """A cell: the picture, dark outside of its regions. A region is the brighter, and its frame the thicker, the larger
+    its weight; the heaviest region has its full brightness. The 12 heaviest (MOST) have their weight in percent.
 
     boxes: N lists x1, y1, x2, y2 in 0..1.   weights: N numbers in 0..1.
     """
@@ -240,10 +240,10 @@ def draw_table(weights, rows, columns, title):
     height = 26  # of a row
     left = 100
     top = 56
-    shown = max(left + width * len(columns) + MARGIN, SIDE)
-    cell = Image.new("RGB", (shown, top + height * len(rows) + MARGIN), "white")
+    total = max(left + width * len(columns) + MARGIN, SIDE)  # width of the table
+    cell = Image.new("RGB", (total, top + height * len(rows) + MARGIN), "white")
     pen = ImageDraw.Draw(cell)
-    cell.paste(text_cell(shorten(title, ImageFont.load_default(14), shown - 2 * MARGIN), 14, "black", shown), (0, 6))
+    cell.paste(text_cell(shorten(title, ImageFont.load_default(14), total - 2 * MARGIN), 14, "black", total), (0, 6))
     for j, name in enumerate(columns):
         draw_name(cell, name, left + j * width, 30, width)
     for i, name in enumerate(rows):

@@ -1,8 +1,8 @@
 """embed.py: texts and pictures as vectors, and search among them, behind `predict.py CKPT --embed OUT.npz | --search TEXT`.
 
-Text and picture are each encoded without the other. A checkpoint that was trained with the objective itc makes unit
-vectors of one space of them, whose dot products say how well they fit. Of another checkpoint they are the state of
-[CLS] and the mean of the regions' states, which cannot be compared with each other.
+Text and picture are each encoded without the other. If the checkpoint was trained with the objective itc, the vectors
+are unit vectors of one space, and the dot product of a text and a picture is their cosine similarity. Otherwise they
+are the last state of [CLS] and the mean of the regions' last states, which cannot be compared with each other.
 
 The vectors are computed by evaluation.py. Letters: B rows of a batch, E texts, P pictures, T text positions, C width,
 W width of a vector.
@@ -37,15 +37,15 @@ def embed(run, datasets, out):
     if out.suffix != ".npz":
         raise UserError(f"--embed {out}: write the name of a file that ends in .npz")
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [np.unique(dataset.image) for dataset in datasets]  # of each one's store
+    store_rows = [np.unique(dataset.image) for dataset in datasets]  # of each one's store
     texts = sum(len(dataset) for dataset in datasets)
-    pictures = sum(len(part) for part in rows)
+    pictures = sum(len(part) for part in store_rows)
     text_ids = []
     picture_ids = []
     picture_of_text = []
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         arrays = {}
-        for dataset, own_rows in zip(datasets, rows, strict=True):
+        for dataset, own_rows in zip(datasets, store_rows, strict=True):
             first_text = len(text_ids)
             first_picture = len(picture_ids)
             for index, vectors in evaluation.all_text_vectors(run, dataset, np.arange(len(dataset))):
@@ -61,8 +61,8 @@ def embed(run, datasets, out):
         arrays["picture_ids"] = np.array(picture_ids)
         arrays["picture_of_text"] = np.array(picture_of_text)
         data.write_whole(out, lambda file: write_npz(file, arrays))
-    shared = "" if "itc" in run.model.heads else "; texts and pictures are not of one space, since nothing trained itc"
-    print(f"{out}: {texts} texts, {pictures} pictures{shared}")
+    note = "" if "itc" in run.model.heads else "; texts and pictures are not of one space, since nothing trained itc"
+    print(f"{out}: {texts} texts, {pictures} pictures{note}")
 
 
 @torch.inference_mode()

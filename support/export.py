@@ -105,7 +105,8 @@ class Program(torch.nn.Module):
         return outputs
 
     def add_targets(self, batch):
-        """Targets for the loss, which is not used. The logits do not depend on them."""
+        """Adds zeros as targets, because the loss function reads them. Its loss is not used; its logits do not depend
+        on the targets."""
         rows = batch.text.shape[0]
         batch.ids = [""]  # all rows are choices of one example
         batch.answers = batch.features.new_zeros(rows, self.answers)

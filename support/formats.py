@@ -1,6 +1,6 @@
 """formats.py: the names and sizes of published checkpoints: BERT's, those of the three papers' authors, Hugging Face's.
 
-Each paper has one table of names, two functions that apply it and do the rest that a table cannot say (tied matrices,
+Each paper has one table of names, two functions that apply it and do what a table of names cannot (tied matrices,
 stacked projections, rows in another order), and one function that finds the fields of its Config in a state dict.
 FORMATS at the end lists them. A state dict is {parameter name: tensor}.
 """
@@ -454,8 +454,8 @@ def uniter_sizes_of(state, config):
 
 def vilbert_sizes_of(state, config):
     """Config fields that an official state dict, or BERT's, determines (section 3.1: BERT is the text stream, with the
-    masked-word head; all else starts at random). BERT leaves the rest open, which then keeps the paper's proportions:
-    a visual stream half as deep and 4/3 as wide, in heads of 128, co-attention below the last text layers.
+    masked-word head; all else starts at random). BERT's file says nothing of the visual stream, which then gets the
+    paper's proportions: half as deep, 4/3 as wide, heads of width 128, co-attention with the last text layers.
 
     config: as in `text_sizes`. KeyError names what is lacking, ValueError tells why.
     """

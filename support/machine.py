@@ -1,4 +1,4 @@
-"""machine.py: the machine that a run of train.py has: device and number format, processes, signals, CPU tuning."""
+"""machine.py: the machine that a command runs on: device and number format, processes, signals, CPU tuning."""
 
 import ctypes
 import os
@@ -50,7 +50,7 @@ def pick_dtype(name, device):
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        native = any("bf16" in name and has for name, has in torch.cpu.get_capabilities().items())
+        native = any("bf16" in feature and has for feature, has in torch.cpu.get_capabilities().items())
     return torch.bfloat16 if native else torch.float32
 
 
@@ -122,7 +122,7 @@ def explain(error, kept="", advice="try a smaller --batch-size (with --accumulat
 
 
 def print_once(text):
-    """A line on stderr. What several processes have to say alike, only the first of them prints."""
+    """Prints a line on stderr. Of several processes with the same line only one prints it."""
     if "RANK" in os.environ and not dist.is_initialized():
         if os.environ["RANK"] != "0":
             return
@@ -136,8 +136,8 @@ def print_once(text):
 
 
 # ---- CPU tuning and compilation --------------------------------------------------------------------------------
-# We leave the waiting of torch's threads at its default. OMP_WAIT_POLICY=active, which keeps them from sleeping, gains
-# a tenth on an idle machine, but beside one other busy process it costs most of the speed: see docs/speed.md.
+# OMP_WAIT_POLICY, how torch's threads wait for each other, stays at its default. "active" (awake) was 10 to 20% faster
+# than "passive" (asleep) on an idle machine, and eight times slower beside one other busy process: see docs/speed.md.
 
 
 def c_function(name):
@@ -157,15 +157,15 @@ def keep_freed_memory():
 
 
 def trim_memory():
-    """Gives back what is free now, as after millions of lines were loaded: the steps to come need less."""
+    """Gives memory that is free now back to the system. Loading millions of lines takes more than the steps need."""
     trim = c_function("malloc_trim")
     if trim:
         trim(0)
 
 
 def give_back_freed_memory():
-    """The opposite, for a program that seldom needs much: large blocks go back to the system when they are freed. By
-    default glibc keeps ever larger ones, for each thread."""
+    """Has the C library give large blocks back to the system when they are freed, for a server, which seldom needs much
+    memory. By default glibc raises the size from which it does so, and each thread keeps what is smaller."""
     mallopt = c_function("mallopt")
     if mallopt:
         mallopt(-3, 2**22)  # M_MMAP_THRESHOLD: from 4 MiB on, and not raised later
@@ -201,5 +201,5 @@ def quantize_layers(model, device):
 
 
 def is_quantized(model):
-    """Whether `quantize_layers` has been here. Such layers compute no gradients."""
+    """Whether `quantize_layers` has changed this model. Quantised layers compute no gradients."""
     return any(type(module).__module__.startswith("torch.ao.") for module in model.modules())

@@ -76,7 +76,7 @@ OPTIONS = {
     "run": [
         ("--out", str, None, "folder of checkpoints, log and result (default: out/MODEL-TASK)"),
         ("--resume", bool, False, "go on from the checkpoint in --out, exactly where it stopped"),
-        ("--export-official", str, None, "also write the final weights under the official names to this file *"),
+        ("--export-official", str, None, "also write the tested weights under the official names to this file *"),
         ("--seed", in_range(int, 0, 2**32 - 1), 0, "seed of weights, order and masks"),
         ("--seeds", COUNT, 1, "repeat with N seeds, --seed, --seed + 1, ..., and report mean and standard deviation"),
         ("--eval-every", COUNT, None, "steps between evaluations (default: a fifth of the steps)"),
@@ -119,7 +119,7 @@ def parse(argv=None):
 
 
 def check_options(args):
-    """UserError where an option has a value that cannot be, or does not go with another one."""
+    """UserError for an option whose value is impossible, or that does not go with another option."""
     names = args.task.split(",")
     for name in names:
         if name not in tasks.TASKS:
@@ -216,7 +216,8 @@ def resolve_options(args, model_name, seed):
 
 
 def set_data_defaults(args, all_models):
-    """Fills in args.data_sets, one for each task, and what their dataset.json decides: steps, mask and batch size."""
+    """Fills in args.data_sets, (path, description) for each task, and the options that are None: mask, captions, batch
+    size, steps and eval_every. Where all tasks have one data set, its dataset.json may give all but the last."""
     _, world = common.rank_and_world()
     sources = args.data.split(",")
     if len(sources) == 1:
@@ -265,8 +266,8 @@ def default_steps(args, world):
     lines = sum(records.count_lines(file) for file in files)
     if args.limit:
         lines = min(lines, args.limit)
-    passes = math.ceil(4 * lines / (args.batch_size * args.accumulate * world))
-    return min(max(1000, passes), 5000)
+    steps = math.ceil(4 * lines / (args.batch_size * args.accumulate * world))
+    return min(max(1000, steps), 5000)
 
 
 def lines_file(description, task):
@@ -310,8 +311,8 @@ def open_data(source):
 
 
 def choose_regions(args, start):
-    """Decides how the regions of own pictures are made, in the description of each data set that does not say it; see
-    `choose_network`. Returns `regions` of the first data set. start: the checkpoint that the run goes on from, or None."""
+    """Sets `regions`, how regions are made, in the description of each data set that lacks it; see `choose_network`.
+    Returns `regions` of the first data set. start: the checkpoint that the run starts from, or None."""
     shown = ""
     for task, (_, description) in zip(args.tasks, args.data_sets, strict=True):
         if not description["regions"]:
@@ -391,7 +392,8 @@ def objectives_of(args, paper):
 
 
 def drop_unsupported(paper, objectives, dataset):
-    """The objectives that the data have labels for. Those with mismatched pairs need a second picture."""
+    """The objectives that the data have labels for. An objective with mismatched pairs needs a second picture. One that
+    reads fields of the regions (classes, attributes) needs a store with these and with object_probs."""
     missing = {}
     for name in objectives:
         if paper.OBJECTIVES[name].mismatch and not dataset.has_several_pictures:
@@ -416,7 +418,7 @@ def parse_config_options(args, paper):
     for config_field in dataclasses.fields(paper.Config):
         if config_field.name not in DECIDED_BY_DATA:
             known[config_field.name] = config_field.default
-    sizes = {}
+    values = {}
     for text in args.config:
         name, _, value = text.partition("=")
         if name not in known:
@@ -426,8 +428,8 @@ def parse_config_options(args, paper):
                 raise UserError(f"--config {text}: choose from {', '.join(paper.CHOICES[name])}")
         else:
             value = parse_config_value(text, name, value, known[name])
-        sizes[name] = value
-    return sizes
+        values[name] = value
+    return values
 
 
 def parse_config_value(text, name, value, default):
@@ -451,8 +453,8 @@ def parse_config_value(text, name, value, default):
 def default_learning_rate(paper, width, task):
     """Peak learning rate of a model of this width: the papers' for base (768) and large (1024), more for narrow ones.
 
-    By the width and not by --size, as --init may bring any. ViLBERT and LXMERT pretrain at 1e-4, twice the rate at
-    which they fine-tune.
+    The width decides, not --size, because --init may bring any width. ViLBERT and LXMERT pretrain at twice the rate at
+    which they fine-tune: 1e-4 at base size.
     """
     if width <= 256:
         rate = 1e-3

@@ -29,7 +29,7 @@ MAX_SIDE = 20_000  # pixels of its width and height: cutting a region takes time
 SMALL_PICTURE = 1_000_000  # pixels; of larger pictures only one is in memory
 MAX_TEXT = 2000  # characters of a text
 MAX_LIST = 100  # boxes of a picture, choices, fields of a form
-MAX_VALUES = 20_000  # commas and brackets of JSON
+MAX_VALUES = 20_000  # commas and opening brackets of a JSON body
 WAIT_SECONDS = 30  # for the requests that are in memory before this one
 SAMPLES = 6
 SAMPLE_SIDE = 480  # pixels of a sample's longer side
@@ -68,7 +68,7 @@ def wait_for(slot):
 
 
 def body_length(headers):
-    """Bytes of the body that a request announces. HttpError 411 or 413 if it does not, or too many."""
+    """The Content-Length of a request, in bytes. HttpError 411 if it has none, 413 if it is above MAX_BODY."""
     length = headers.get("Content-Length", "")
     if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in headers:
         raise HttpError(411, "send the header Content-Length, and the body in one piece")
@@ -78,7 +78,8 @@ def body_length(headers):
 
 
 def parse_json(body):
-    """The object of a JSON body. HttpError 400 if it is none, or so long a list that it would fill the memory."""
+    """The object of a JSON body. HttpError 400 if it is no JSON object, or has more than MAX_VALUES commas and opening
+    brackets, which would fill the memory."""
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_VALUES:
         raise HttpError(400, "too many values")
     try:
@@ -91,7 +92,7 @@ def parse_json(body):
 
 
 def parse_form(body, boundary):
-    """The same object of a form's body (RFC 7578). HttpError 400 if it is none."""
+    """The same object from a body of multipart/form-data (RFC 7578). HttpError 400 if the body is no such form."""
     parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), MAX_LIST + 1)
     if len(parts) < 3 or not parts[-1].startswith(b"--"):
         raise HttpError(400, f"the form has no end, or more than {MAX_LIST} fields")
@@ -133,8 +134,8 @@ def check_question(request, task):
             raise HttpError(400, f"{key!r} must be a string of at most {MAX_TEXT} characters")
     choices = request.get("choices")
     if choices is not None:
-        right = records.is_texts(choices, 2) and len(choices) <= MAX_LIST and max(map(len, choices)) <= MAX_TEXT
-        if not right:
+        is_valid = records.is_texts(choices, 2) and len(choices) <= MAX_LIST and max(map(len, choices)) <= MAX_TEXT
+        if not is_valid:
             raise HttpError(400, f"'choices' must be 2 to {MAX_LIST} strings")
     record = {"text": request.get("text") or "", "choices": choices, "answer": request.get("answer")}
     try:
@@ -163,7 +164,8 @@ def decode_base64(text):
 
 
 def count_pixels(content):
-    """Pixels of a picture, which is not read for that. HttpError if it is no picture, or too large."""
+    """Pixels of a picture, doubled if it has transparency, times four with 16 or 32 bits a pixel: its need of memory.
+    Reads no pixels. HttpError 400 if it is no picture, 413 if it is too large."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
@@ -240,8 +242,8 @@ def pixel_boxes(picture):
 
 
 def weigh_regions(run, task, dataset, i, pictures):
-    """{"regions": [{"picture": 0, "box": [x1, y1, x2, y2], "weight": share}]}: how much the answer to example i, about
-    these pictures' regions, has read of each; or {"note": why this is not known}."""
+    """{"regions": [{"picture": 0, "box": [x1, y1, x2, y2], "weight": share}]}: each region's share of the attention of
+    the answer to example i. {"note": reason} where it cannot be computed. pictures: the regions of its pictures."""
     try:
         weights = attention.region_weights(run, task, dataset, i)
     except UserError as error:
@@ -259,8 +261,8 @@ def weigh_regions(run, task, dataset, i, pictures):
 
 
 def make_samples(run, task):
-    """([sample for the page], [its pictures' regions]): held-out examples. None, and a warning that says why, if the
-    checkpoint's data set cannot be read."""
+    """([sample for the page], [its pictures' regions]) of held-out examples. If the checkpoint's data set cannot be
+    read, both lists are empty, and a warning says why."""
     try:
         dataset, files = predict.held_out(run, task, None, SAMPLES)
     except UserError as error:

@@ -44,8 +44,8 @@ from support.regions import (
 
 
 def is_text(value):
-    """A string that says something: not only blanks and invisible characters, which a tokenizer drops. NUL is no text:
-    Strings uses it to separate segments."""
+    """Whether a value is a string with a visible character: a tokenizer drops blanks and invisible ones. A string with
+    NUL is no text, because Strings separates segments by it."""
     if not isinstance(value, str) or "\0" in value:
         return False
     return any(unicodedata.category(letter)[0] not in "CZ" for letter in value)  # Control and format, separators
@@ -303,7 +303,8 @@ SYNONYMS = {"grey": "gray", **{word: str(number) for number, word in enumerate(N
 
 
 def normalize_lxmert_answer(text):
-    """LXMERT's normalisation: lower case, without one final period and one of each article, in the order a, an, the."""
+    """LXMERT's normalisation: lower case, without one final period and one of each article, in the order a, an, the.
+    Then "one" to "ten" become digits and "grey" becomes "gray" (SYNONYMS)."""
     text = text.lower()
     if text.endswith("."):
         text = text[:-1].strip()
@@ -318,7 +319,7 @@ def leaves_folder(name):
 
 
 class Pictures:
-    """The pictures that the lines of a file name, each once: rows of stores that exist, and jobs for one to be made.
+    """The pictures that the lines of a file name, each once: rows of existing feature stores, or jobs for a new store.
 
     network: `regions` of a dataset.json, where a network makes the regions, on `device`; None: they are cut out of the
     picture.
@@ -338,7 +339,7 @@ class Pictures:
         self.outside = 0  # pictures and stores outside of the file's folder
 
     def find(self, where, record):
-        """(name of the store, rows in it, one for each picture); the store to be made has the name "". UserError if a
+        """(name of the store, rows in it, one for each picture); the new store has the name "". UserError if a
         file or row does not exist."""
         found = []
         for name in picture_names(record):
@@ -535,7 +536,8 @@ class Columns:
         self.targets = []
 
     def add(self, example, rows):
-        """An Example; rows[k] is the store's row of the line's picture k. UserError if it does not go with the others."""
+        """Adds an Example; rows[k] is the store's row of the line's picture k. UserError if it has another number of
+        rows than the examples before."""
         if self.group is None:
             self.group = len(example.rows)
         if len(example.rows) != self.group:
@@ -628,8 +630,8 @@ def read_columns(path, task, splits, patch, grid, mistakes, network=None, device
 
 
 def make_columns(path, task, splits, patch, grid, cache, network=None, device=None, checked=False):
-    """The folder with the columns of a JSONL file, a subfolder for each split, made unless it is in the cache and its
-    pictures are as they were. device: what a network computes on. checked: this run has compared the pictures already."""
+    """The folder with the columns of a JSONL file, a subfolder for each split. It is made unless it is in the cache and
+    its pictures have not changed. device: that of the network. checked: this run has compared the pictures already."""
     key = [*file_stamp(path), task.name, task.needs, task.prompt, splits, patch, grid]
     if network:
         key.append(network)
@@ -661,8 +663,8 @@ def make_columns(path, task, splits, patch, grid, cache, network=None, device=No
 
 
 def remove_stale(folder):
-    """Removes columns whose pictures or stores have changed since. Of runs that see this at the same time one removes
-    them, and none removes what another one has made anew."""
+    """Removes columns whose pictures or stores have changed since. Several runs may do so at the same time: one of them
+    removes the columns, and none removes columns that another run has made anew."""
     aside = folder.with_name(f".making-stale-{folder.name}-{os.getpid()}-{time.time_ns()}")
     try:
         seen = file_stamp(folder / "depends.jsonl")

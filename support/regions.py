@@ -4,8 +4,8 @@
     .npz feature files -> regions        read_features
     regions -> a feature store           write_store, FeatureStore
 
-Regions stand for the Faster R-CNN detections of the papers (bottom-up attention, Anderson 2018). Without a feature
-store a region is its box cut out of the picture and resized to 12 x 12 pixels.
+Regions stand for the Faster R-CNN detections of the papers (bottom-up attention, Anderson 2018). Without features of a
+network (prepare/features.py) a region is its box cut out of the picture and resized to --patch x --patch pixels.
 
 Letters: B batch rows, N regions, F region-feature width, K object classes with background (class 0), I pictures of a
 store. Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a store.
@@ -159,8 +159,8 @@ def show_progress(results, total, label):
 
 
 def open_picture(where, path):
-    """The picture as RGB with 8 bits a colour, turned as its EXIF says; every other part of the code opens pictures with
-    this. Of an animation the first frame; info["frames"] says how many there are. UserError if it cannot be read."""
+    """The picture as RGB with 8 bits a colour, turned as its EXIF says. All code that needs pixels calls this function.
+    Of an animation the first frame; info["frames"] is their number. UserError if it cannot be read."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if "transparency" in image.info and image.tile[0][3] == "RGB;16B":
@@ -498,8 +498,8 @@ class FeatureStore:
         return out
 
     def open_field(self, name):
-        """All regions of a field, mapped anew: what was read through a map counts as memory of this process until it is
-        closed, and a run reads all of a large store."""
+        """All regions of a field, memory-mapped anew. What was read through a map counts as memory of this process
+        until the map is closed; with one map for the whole run that would become the whole store."""
         return map_array(self.folder / f"{name}.npy")
 
 

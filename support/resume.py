@@ -3,7 +3,7 @@
 load_latest          the newest checkpoint of the run's folder that can be read, and its best weights
 check_fingerprint    refuses what decides the result and has changed
 remove_leftovers     what a killed run left half written
-whole_lines          the same for the predictions of predict.py
+whole_lines          counts the predictions that an interrupted predict.py has written whole
 """
 
 import hashlib
@@ -62,8 +62,8 @@ def check_progress(folder, content):
 
 
 def check_best(folder, content):
-    """Where the best weights of a run cannot be read, forgets their score, so that later ones count as the best, and
-    says so in a line. At the run's end it would be too late."""
+    """If best.pt cannot be read, resets the best score and prints a line; then the best of the steps to come is kept.
+    Checked at the start, because at the run's end it would be too late."""
     if content["progress"]["best"] == -math.inf:
         return  # none were saved so far
     try:
@@ -163,8 +163,11 @@ def hash_text(text):
 
 
 def hash_data(dataset):
-    """Short hashes of a split: {"texts": its word pieces, "pictures": their numbers, and ten thousand of their regions,
-    "answers and targets": ten thousand of its answers, all targets}."""
+    """Short hashes of a split, {"texts", "pictures", "answers and targets"}.
+
+    texts: all word pieces.   pictures: store rows, numbers of regions and digests of all examples, one region of a
+    sample.   answers and targets: the answers of the sample, all targets. Sample: every step-th example, under 20,000.
+    """
     store = dataset.store
     step = max(1, len(dataset) // 10_000)
     regions = store.offsets[dataset.image[::step]]  # the first one of every step-th picture

@@ -16,7 +16,7 @@ import torch
 import data
 from common import UserError
 
-# keys under which codes put the state dict, the plain weights before their moving average
+# keys under which training codes save the state dict, in the order of search: plain weights first, then moving averages
 STATE_KEYS = ("state", "model_state", "model_state_dict", "state_dict", "model", "module", "net", "network")
 STATE_KEYS += ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema", "shadow")
 # what DistributedDataParallel, torch.compile, Lightning and averaging put before a parameter's name
@@ -124,7 +124,7 @@ def read_torch(path):
 
 
 def check_sums(path):
-    """UserError if a byte of a file of torch.save has changed since: torch reads it without comparing the check sums."""
+    """UserError if a file of torch.save does not fit its check sums (CRC-32), which torch.load does not compare."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
