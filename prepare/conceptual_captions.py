@@ -4,8 +4,8 @@
 
 Conceptual Captions: FOLDER has Train_GCC-training.tsv and Validation_GCC-1.1.0-Validation.tsv ("caption<TAB>URL" a line)
 and the pictures that you downloaded in training/ and validation/, named as ViLBERT's downloader does: the CRC-32 of the
-URL, with or without the row's number and "_" before it, and no suffix. SBU: SBU_captioned_photo_dataset_urls.txt,
-SBU_captioned_photo_dataset_captions.txt, line by line in step, and images/ with the names at the end of the URLs.
+URL, with or without the row's number and "_" before it, and no suffix. SBU: SBU_captioned_photo_dataset_urls.txt and
+SBU_captioned_photo_dataset_captions.txt, line N of both for picture N, and images/ with the names at the URLs' ends.
 Many links are dead: lines without a picture are left out and counted. The files are read line by line.
 """
 

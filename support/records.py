@@ -4,7 +4,7 @@
     the pictures that records name       Pictures
     records -> columns                   read_columns, make_columns
 
-Knows no task by name: `task` is a row of tasks.TASKS, of which this file reads name, needs, pictures, check, examples.
+Knows no task by name. `task` is a row of tasks.TASKS, whose name, needs, prompt, pictures, check and examples are read.
 """
 
 import codecs
