@@ -426,8 +426,8 @@ REGION_CLASSES = common.Objective(
     pretraining=True,
     masks="regions",
     mean_over="all regions",
-    fields=("objects", "object_conf", "object_probs"),
-    labels=common.most_likely_class,
+    fields=("objects", "object_conf"),
+    labels=lambda batch, logits: batch.objects.flatten()[batch.region_index],
 )
 
 REGION_ATTRIBUTES = replace(
@@ -452,13 +452,15 @@ QUESTIONS = common.Objective(
     open_answers=True,
 )
 
+SOFT_LABELS = {"fields": ("object_probs",), "labels": common.most_likely_class}
+
 # What no paper has (itc, caption) and the tasks that this file does not define come from SHARED_OBJECTIVES.
 OBJECTIVES = common.SHARED_OBJECTIVES | {
     "itc": contrast.CONTRAST,
     "mlm": MASKED_WORDS,
     "mrfr": REGION_FEATURES,
     "mrc": REGION_CLASSES,
-    "mrc_kl": replace(REGION_CLASSES, loss=masked_region_class_kl, mean_over="regions", fields=("object_probs",)),
+    "mrc_kl": replace(REGION_CLASSES, loss=masked_region_class_kl, mean_over="regions", **SOFT_LABELS),
     "attr": REGION_ATTRIBUTES,
     "itm": MATCHING,
     "qa": QUESTIONS,

@@ -485,11 +485,7 @@ def start_sizes(run, checkpoint):
     args = run.args
     store = run.splits["train"].store
     vocab_size = run.tokenizer.get_vocab_size()
-    of_data = {"feature_size": store.width}
-    if store.classes:
-        of_data["classes"] = store.classes
-    if "attributes" in store.fields:
-        of_data["attributes"] = 1 + int(store.open_field("attributes").max())
+    of_data = {"feature_size": store.width, **store.label_counts(checkpoint["config"] if checkpoint else {})}
     if checkpoint is None:
         preset = run.paper.PRESETS[args.size]
         return {**preset, "vocab_size": vocab_size, "classes": 2, "attributes": 1, **of_data}

@@ -402,8 +402,8 @@ def drop_unsupported(paper, objectives, dataset):
             if field_name == "answers":
                 if not any(dataset.answer):
                     missing[name] = "no text has an answer"
-            elif field_name not in dataset.store.fields or dataset.store.classes is None:
-                missing[name] = "the regions have no classes"
+            elif field_name not in dataset.store.fields:
+                missing[name] = f"the regions have no {field_name}"
     for name, reason in missing.items():
         common.print0(f"data     objective {name} is left out: {reason}")
     if len(missing) == len(objectives):

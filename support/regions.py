@@ -473,6 +473,18 @@ class FeatureStore:
     def __len__(self):
         return len(self.offsets) - 1
 
+    def label_counts(self, config):
+        """Sizes of the heads for the labels that the store has: {"classes": K with background, "attributes": A}. Where only
+        hard labels tell them, at least those of `config`, a checkpoint's, or {}."""
+        counts = {}
+        if self.classes:
+            counts["classes"] = self.classes
+        elif "objects" in self.fields:
+            counts["classes"] = max(2 + int(self.open_field("objects").max()), config.get("classes", 2))
+        if "attributes" in self.fields:
+            counts["attributes"] = max(1 + int(self.open_field("attributes").max()), config.get("attributes", 1))
+        return counts
+
     def digest(self, row):
         """A number that is equal for pictures with equal features."""
         content = self.fields["features"][self.offsets[row] : self.offsets[row + 1]].tobytes()

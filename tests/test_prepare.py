@@ -1417,6 +1417,44 @@ def test_bottom_up_features_of_lxmert(tmp_path, capsys):
     assert "features have NaN" in error_of(capsys, bottom_up, path, tmp_path / "out")
 
 
+def test_lxmert_learns_classes_and_attributes_from_the_hard_labels_of_its_features(tmp_path, monkeypatch, capsys):
+    """Its published features have no class probabilities. The heads have a row for each label, or those of the start."""
+    rng = np.random.default_rng(0)
+    boxes = [[0, 0, 640, 480], [10, 20, 30, 40], [1, 2, 3, 4]]
+    names = [f"COCO_val2014_{i:012d}" for i in range(1, 9)]
+    path = tmp_path / "in" / "val2014_obj36.tsv"
+    path.parent.mkdir()
+    path.write_text("".join(tsv_line(name, rng.random((3, 8)), boxes) for name in names))
+    texts = ["a dog", "a cat", "a red bus", "two men", "a blue door", "an old tree", "the sea", "a white plate"]
+    records = [{"image": f"{name}.jpg", "text": text, "answer": "yes"} for name, text in zip(names, texts, strict=True)]
+    source = write_lines(tmp_path / "my.jsonl", records)
+    assert convert(bottom_up, path, tmp_path / "out", "--data", str(source)) == 0
+    monkeypatch.chdir(tmp_path)
+    given = [
+        "--model",
+        "lxmert",
+        "--data",
+        "out",
+        "--steps",
+        "2",
+        "--batch-size",
+        "8",
+        "--mask",
+        "0.5",
+        "--log-every",
+        "1",
+    ]
+    assert train.main([*given, "--out", "first"]) == 0
+    assert "is left out" not in capsys.readouterr().out
+    losses = json.loads((tmp_path / "first" / "log.jsonl").read_text().splitlines()[1])
+    assert losses["mrc"] > 0 and losses["attr"] > 0
+    config = checkpoints.load_checkpoint(tmp_path / "first" / "checkpoint.pt")["config"]
+    assert (config["classes"], config["attributes"]) == (4, 3)  # the largest label is 2; with background
+    store = data.FeatureStore(tmp_path / "out" / "regions")
+    assert store.label_counts({"classes": 1601, "attributes": 400}) == {"classes": 1601, "attributes": 400}
+    assert store.label_counts({"classes": 2, "attributes": 1}) == {"classes": 4, "attributes": 3}
+
+
 def test_bottom_up_features_of_uniter(tmp_path, capsys):
     rng = np.random.default_rng(0)
     count = 30
