@@ -31,37 +31,37 @@ from tasks import TASKS
 # ---- the table of models -----------------------------------------------------------------------------------------
 
 # The contract: what the file of a model must define. A fourth model is one such file and one line in MODELS.
-#   Config            dataclass of sizes. train.py sets these fields: vocab_size, feature_size, classes, attributes, types,
-#                     answers, heads, teacher_widths. Read besides: hidden (the text's width), max_positions.
+#   Config            dataclass of sizes. train.py sets these fields: vocab_size, feature_size, classes, attributes,
+#                     types, answers, heads, teacher_widths. It also reads hidden (the text's width), max_positions.
 #                     Optional: visual_hidden (the regions' width, if another), task_tokens (how many tasks have one),
 #                     nlvr2 ("triplet": both pictures of NLVR2 are one row)
 #   PRESETS           {"tiny": {field: value}, "base": ...}: what --size changes in Config
 #   MODEL             the class, MODEL(config); ValueError for sizes that do not fit together. Its attributes: `config`,
 #                     `text_embedding` (a common.TextEmbedding), `heads` (a ModuleDict of config.heads). Its methods:
-#     encode(batch, text=True, regions=True, record=False, given=None)   common.Encoding. With record, the names of
-#                                       its maps end in "text", "regions", "text_to_regions" or "regions_to_text", and
-#                                       those of its states hold "text" or "regions"; neither: one sequence of both
-#                                       Both are in the order of computation; heads read the last state of each sequence
+#     encode(batch, text=True, regions=True, record=False, given=None)   common.Encoding. With record, names of maps
+#                                       end in "text", "regions", "text_to_regions" or "regions_to_text", and names of
+#                                       states contain "text" or "regions"; else they are of one sequence of both. All
+#                                       are in the order of computation; heads read the last state of each sequence
 #     unimodal(batch)                   what encode(given=) takes: each modality encoded alone, (text, regions)
 #     decode(batch, cache=None)         states of a text that is read from left to right, (B, T, C)
 #     word_logits(states)               logits of the vocabulary, (..., C) -> (..., V)
 #     forward(batch, objectives)        {objective: (loss, logits)}
-#   HEADS             {head: config -> Module}. Read by name: mlm, itm (2 logits, 1 = match), rank (1 logit), itc, hidden
+#   HEADS             {head: config -> Module}. Read by name: mlm, itm (2 logits, 1 = match), rank (1), itc, hidden
 #   OBJECTIVES        {objective: common.Objective}
 #   PRETRAINING       dict: the paper's objectives with their ratios, masking and false pairs
-#   CHOICES           {field of Config: the words that it may be}, for fields that are words
+#   CHOICES           {field of Config: its allowed values}, for fields that are words
 #   VCR_TYPES         text types of question and answer, and of question, answer and reason
 #   NEGATIVES         which side of a true pair is replaced in each false pair of a retrieval group: "image" or "text"
 #   text_types(tasks) the table of text types for these tasks: for each row, the row of pretraining's that it starts as
 # Keys of PRETRAINING, the last two optional:
 #   objectives        {objective: ratio}, those of the paper
 #   conditional       True: a step trains one of them, drawn by ratio; False: all of them
-#   joined            {objective: others that are trained in the same step}, if conditional
+#   joined            {objective: others that are trained in the same step}; read only if conditional
 #   weights           {objective: factor of its loss}, 1 where none is named
-#   rate              of the learning rate, against fine-tuning
+#   rate              learning rate relative to fine-tuning
 #   region_masking    arguments of data.mask_regions
 #   false_pairs       share of mismatched pairs
-#   mismatch          what another one is drawn for in a mismatched pair: "image" or "text"
+#   mismatch          which side of a mismatched pair is replaced: "image" or "text"
 #   mask_false_pairs  False: nothing is predicted in mismatched pairs
 #   second_half       objectives that are trained in the second half of the steps only
 # Official names and sizes are optional: they stand in formats.FORMATS, not in the model's file.
@@ -72,7 +72,7 @@ MODELS = {
 }
 
 for task in TASKS.values():
-    if task.loss:  # the task brings its objective along: every model has it
+    if task.loss:  # the task defines its objective, for all models
         for paper in MODELS.values():
             paper.OBJECTIVES[task.objective] = task.loss
 
@@ -98,12 +98,12 @@ OTHER_TYPES |= {"regions": dict, "objectives": dict, "content_words": list, "usu
 
 
 def save(content, path):
-    """torch.save, whole or not at all."""
+    """torch.save that writes the whole file or none."""
     data.write_whole(path, lambda file: torch.save(content, file))
 
 
 def save_checkpoint(run, name):
-    """Writes all that is needed to go on or to predict to the file `name` of the run's folder. All processes call it."""
+    """Writes to `name` in the run's folder all that resuming or predicting needs. All processes call it."""
     generators = gather_generators(run)
     if run.rank != 0:
         return
@@ -135,7 +135,7 @@ def save_checkpoint(run, name):
     if name != NEWEST:
         save(content, path)
         return
-    # at every moment one of the last two checkpoints is whole, under its own name
+    # at every moment NEWEST or PREVIOUS is a whole checkpoint
     new = path.with_name(NEWEST + ".new")
     save(content, new)
     if path.is_file():
@@ -144,7 +144,7 @@ def save_checkpoint(run, name):
 
 
 def gather_generators(run):
-    """The state of the generator that dropout draws from, of every process, in the order of their ranks."""
+    """The states of all processes' generators of dropout, in the order of ranks."""
     own = generator_of(run.device).get_rng_state()
     if run.world == 1:
         return [own]
@@ -154,7 +154,7 @@ def gather_generators(run):
 
 
 def generator_of(device):
-    """The torch module whose get_rng_state and set_rng_state are those of a device: torch, torch.cuda or torch.mps."""
+    """The module that has get_rng_state and set_rng_state for a device: torch, torch.cuda or torch.mps."""
     if device.type == "cpu":
         return torch
     return torch.get_device_module(device)
@@ -182,7 +182,7 @@ def check_content(path, content):
             if not isinstance(content.get(key, kind()), kind):
                 raise TypeError(f"{key!r} is no {kind.__name__}")
         paper = MODELS[content["model"]]
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # of sizes that are 0
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # sizes may be 0
             model = paper.MODEL(paper.Config(**content["config"]))
         for name, tensor in model.state_dict().items():
             found = content["state"][name]
@@ -203,9 +203,9 @@ def check_content(path, content):
 def load_weights(args):
     """The file or folder of --init as a checkpoint.
 
-    One of `save_checkpoint` is returned as it is. From the weights of BERT, of an official code or of Hugging Face
-    comes a dict with `kind` ("BERT", or the model's name), `state` under the names found there and `config` with the
-    sizes found. tokenizer.json or vocab.txt, config.json and the list of answers beside the file are used.
+    Our own checkpoint is returned as it is. For weights of BERT, of official code or of Hugging Face the result is a
+    dict with `kind` ("BERT", or the model's name), `state` under the file's names and `config`, the sizes found.
+    tokenizer.json or vocab.txt, config.json and the list of answers beside the file are used.
 
     UserError for anything else, for another model's weights and for numbers that are not finite.
     """
@@ -250,7 +250,7 @@ def load_weights(args):
 
 
 def kind_of(state):
-    """Whose names a state dict has: "uniter", "vilbert", "lxmert", else "BERT"."""
+    """The model whose official names a state dict has: "uniter", "vilbert", "lxmert", else "BERT"."""
     for model, known in formats.FORMATS.items():
         if any(known.mark in name for name in state):
             return model
@@ -269,7 +269,7 @@ class Report:
     resized: list = field(default_factory=list)
     at_random: list = field(default_factory=list)
     ignored: list = field(default_factory=list)
-    new_answers: list = field(default_factory=list)  # answers that the file does not know: their rows start at 0
+    new_answers: list = field(default_factory=list)  # answers that the file lacks: their rows start at 0
 
     @property
     def random_heads(self):
@@ -302,11 +302,11 @@ class Report:
 
 
 def fit_state_dict(args, own, checkpoint, answers):
-    """A full state for a model whose initial one is `own`: the file's tensors where name and shape agree. And a Report.
+    """(state dict, Report): the file's tensors where name and shape agree, else those of `own`, the initial state.
 
     answers: the model's list of answers. A head is loaded whole or not at all.
-    UserError if anything but a head would stay at random, save what BERT has nothing for (all but the paper's
-    `from_bert`) or what --partial permits.
+    UserError if a tensor of the trunk would stay at random without --partial. A file of BERT need only have the tensors
+    whose names begin with the model's `formats.FORMATS[...].from_bert`.
     """
     kind = checkpoint.get("kind")
     state = checkpoint["state"]
@@ -338,7 +338,7 @@ def fit_state_dict(args, own, checkpoint, answers):
 def rename_state(model, kind, state, own, report):
     """A state dict of `kind`, under our names."""
     names = list(own)
-    for name in own:  # heads that the model lacks, but that become one of its heads below
+    for name in own:  # heads of the file that become heads of the model in move_answers and make_rank_head
         names.append(name.replace("heads.vqa.", "heads.qa."))
         if kind != "BERT":
             names.append(name.replace("heads.rank.", "heads.itm."))
@@ -350,7 +350,7 @@ def rename_state(model, kind, state, own, report):
 def widen_text_types(state, own, starts, report):
     """The state dict with the text types that the model has and the file lacks.
 
-    starts: what the model's `text_types` returned: type i starts as row starts[i] of the file, further ones as row 0.
+    starts: what the model's `text_types` returned. New type i starts as the file's row starts[i], or 0 beyond its end.
     """
     name = "text_embedding.types.weight"
     if name not in state or name not in own or len(state[name]) >= len(own[name]):
@@ -366,9 +366,9 @@ def widen_text_types(state, own, starts, report):
 
 
 def make_rank_head(state, own):
-    """The head of retrieval, where the file has none, from its matching head: the log odds of a match.
+    """The state dict with a retrieval head. If the file has none, the matching head gives it: the log odds of a match.
 
-    Official UNITER takes the "match" row alone, which ranks a bit otherwise.
+    Official UNITER takes the "match" row alone, which ranks slightly differently.
     """
     if "heads.rank.weight" not in own or "heads.rank.weight" in state or "heads.itm.weight" not in state:
         return state
@@ -380,16 +380,16 @@ def make_rank_head(state, own):
 
 
 def names_that_fit(state, own):
-    """The names that both have with one shape, and as floats: integers are quantised weights. A head of which a tensor
-    does not fit is left out whole."""
+    """Names of tensors that have the same shape in both and hold floats (integers are quantised weights). A head is
+    left out whole if one of its tensors does not fit."""
     fitting = set()
-    torn = set()
+    incomplete_heads = set()
     for name, tensor in own.items():
         if name in state and state[name].shape == tensor.shape and state[name].is_floating_point():
             fitting.add(name)
         elif name.startswith("heads."):
-            torn.add(component_of(name))
-    return {name for name in fitting if component_of(name) not in torn}
+            incomplete_heads.add(component_of(name))
+    return {name for name in fitting if component_of(name) not in incomplete_heads}
 
 
 def check_trunk(args, kind, at_random):
@@ -407,7 +407,7 @@ def check_trunk(args, kind, at_random):
 
 
 def component_of(name):
-    """What a parameter belongs to: "layers", "heads.vqa"; of official names "cls.predictions", "bert.encoder.layer.9"."""
+    """The part of the model that a parameter belongs to: "layers", "heads.vqa"; officially "bert.encoder.layer.9"."""
     pieces = name.split(".")
     if pieces[0].endswith(("embedding", "layers", "connections", "pooler")):
         return pieces[0]
@@ -418,13 +418,13 @@ def component_of(name):
 
 # ---- answers -----------------------------------------------------------------------------------------------------
 
-ANSWER_HEADS = ("vqa", "qa")  # the heads with a row for each answer; LXMERT's pretraining has the second
+ANSWER_HEADS = ("vqa", "qa")  # heads with a row for each answer; "qa" is LXMERT's in pretraining
 
 
 def match_answers(known, wanted):
-    """For each wanted answer its place in the list `known`, -1 where it is unknown.
+    """For each wanted answer its index in the list `known`, -1 if it is not there.
 
-    Answers that are written alike match first, then those that are alike once normalised.
+    Identical spelling matches first, then identical spelling after normalisation.
     """
     written = {}
     normalized = {}
@@ -459,9 +459,9 @@ def answer_head_of(names):
 def move_answers(state, own, known, wanted, report):
     """The state dict with its answer head as the model `own` has it, for the answers `wanted` in place of `known`.
 
-    A row of the head's last layer goes where its answer goes; answers that the file does not know start at 0, the
-    layers before are kept. LXMERT's pretraining head becomes that of VQA (official code: `load_lxmert_qa`). Where no
-    answer is known the head is left out. ValueError if the head has another number of rows than `known`.
+    The rows of the head's last layer move with their answers. Rows of answers that the file lacks are 0. Earlier layers
+    are kept. LXMERT's pretraining head becomes that of VQA (official code: `load_lxmert_qa`). If no answer is known,
+    the head is left out. ValueError if the head has another number of rows than `known`.
     """
     source = answer_head_of(state)
     target = answer_head_of(own)
@@ -489,7 +489,7 @@ def move_last_layer(state, layer, places, report):
     """Moves the rows of a linear layer inside a state dict; `layer` is the beginning of its names, with the dot."""
     gain = f"{layer}weight_g"
     direction = f"{layer}weight_v"
-    if gain in state:  # weight normalisation, w = g v / |v|: g follows |v|, so that the rows of w stay what they are
+    if gain in state:  # weight normalisation, w = g v / |v|: g is scaled with |v|, which keeps the rows of w
         kept = move_rows(state[direction], places)
         state[gain] = state[gain] * kept.norm() / state[direction].norm()
         report.resized.append(gain)

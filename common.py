@@ -42,7 +42,7 @@ def layer_norm(x, weight, bias, eps=1e-12):
 def attention_bias(mask, dtype, masked_logit=-10000.0):
     """BERT's additive attention mask: 0 where a key is visible, `masked_logit` where it is not.
 
-    mask bool, True = visible: (B, S) for all queries, or (B, T, S) for each query. Returns (B, 1, 1, S) or (B, 1, T, S).
+    mask bool, True = visible: (B, S), or (B, T, S) for each query apart. Returns (B, 1, 1, S) or (B, 1, T, S).
     A query without a visible key attends to all keys: the same constant is added to all its logits.
     """
     if mask.ndim == 2:
@@ -76,7 +76,7 @@ class LayerNorm(nn.LayerNorm):
 class TextEmbedding(nn.Module):
     """BERT's embedding: norm(word + position + type), then dropout. ids, segments (B, T) -> (B, T, C).
 
-    The padding word, row 0 of the word table, gets no gradient. padding_idx=0 does the same to position 0 and type 0.
+    Lookups give no gradient to row 0 of the word table (padding), and with padding_idx=0 none to position 0 and type 0.
     """
 
     def __init__(self, config, padding_idx=None):
@@ -118,8 +118,8 @@ class MultiHeadAttention(nn.Module):
         """Self-attention without a context, cross-attention with one. Returns (B, T, C).
 
         bias: from `attention_bias`.   maps: a list, to which the attention probabilities (B, H, T, S) are appended.
-        cache: a dict {layer: (keys, values)}, for incremental decoding. In self-attention x holds the newest
-        positions, which see the cached ones too. In cross-attention the context is projected in the first call only.
+        cache: a dict {layer: (keys, values)}, for incremental decoding. In self-attention x holds the new
+        positions only, whose keys include the cached ones. In cross-attention only the first call projects the context.
         """
         cached = cache is not None and self in cache
         if cached and context is not None:
@@ -142,7 +142,7 @@ class MultiHeadAttention(nn.Module):
         key = key.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         value = value.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
-        if maps is None and query.is_cuda:  # the same by torch's kernel; on a CPU it is slower at these lengths
+        if maps is None and query.is_cuda:  # on a CPU torch's kernel is slower at these lengths
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         else:
             context, probs = attention(query, key, value, bias, dropout)
@@ -165,7 +165,7 @@ class AttentionBlock(MultiHeadAttention):
 
 
 class FeedForward(nn.Module):
-    """Post-norm feed-forward block: norm(x + dropout(W_2 gelu(W_1 x))). x (B, S, C), `inner` is the width between."""
+    """Post-norm feed-forward block: norm(x + dropout(W_2 gelu(W_1 x))). x (B, S, C), hidden width `inner`."""
 
     def __init__(self, width, inner, dropout=0.0):
         super().__init__()
@@ -193,9 +193,9 @@ class TransformerLayer(nn.Module):
 
 @dataclass
 class Encoding:
-    """What a model's `encode` returns. Values at padded positions mean nothing: use the batch's masks.
+    """What a model's `encode` returns. The states at padded positions are meaningless: apply the batch's masks.
 
-    With `record=True`, `states[name]` (B, S, C) is a layer's output, `maps[name]` (B, H, T, S) its attention probabilities.
+    record=True fills in `states`, layer outputs (B, S, C), and `maps`, their attention probabilities (B, H, T, S).
     """
 
     text: torch.Tensor | None  # (B, T, C), the last layer's states; None if the text was not encoded
@@ -251,7 +251,7 @@ class Float32Linear(nn.Linear):
 
 
 class Pooler(nn.Module):
-    """BERT's pooler: tanh(W x_0 + b) of the first position. x (B, S, C) -> (B, C). ViLBERT has ReLU for tanh."""
+    """BERT's pooler: tanh(W x_0 + b) of the first position. x (B, S, C) -> (B, out). ViLBERT uses ReLU, not tanh."""
 
     def __init__(self, width, out=None, activation=torch.tanh):
         super().__init__()
@@ -275,7 +275,7 @@ class HeadTransform(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
-    """BERT's masked-word head: logits transform(x) E^T + b. x (M, C), word table E (V, C) (tied) -> (M, V)."""
+    """BERT's masked-word head: logits = transform(x) E^T + b, E (V, C) the word table (tied). x (M, C) -> (M, V)."""
 
     def __init__(self, width, vocab_size):
         super().__init__()
@@ -332,12 +332,12 @@ def init_box_projection(linear):
 
 
 def gather_positions(states, index):
-    """States at flat positions: states (B, S, C), index (M,) into B*S -> (M, C). A mask would make a GPU wait."""
+    """States at flat positions: states (B, S, C), index (M,) into B*S -> (M, C). A bool mask would make a GPU wait."""
     return states.flatten(0, 1).index_select(0, index)  # (B, S, C) -> (B*S, C) -> (M, C)
 
 
 def masked_mean(states, mask):
-    """Mean over a row's real positions: states (B, S, C), mask (B, S) bool, True = real -> (B, C); 0 if none is."""
+    """Mean over a row's real positions: states (B, S, C), mask (B, S) bool, True = real -> (B, C); 0 if none."""
     total = states.masked_fill(~mask[:, :, None], 0.0).sum(1)  # (B, S, C) -> (B, C)
     return total / mask.sum(1, keepdim=True).clamp(min=1)
 
@@ -372,7 +372,7 @@ def soft_answer_loss(logits, targets):
 
         L = 1/B sum_b sum_a -[ t log s(x) + (1 - t) log(1 - s(x)) ],   s the sigmoid
 
-    logits x (B, A), targets t (B, A) in 0..1. The papers write it as the mean times A.
+    logits x (B, A), targets t (B, A) in 0..1. The official codes compute it as the mean over B and A, times A.
     """
     return F.binary_cross_entropy_with_logits(logits, targets) * logits.shape[1]
 
@@ -383,8 +383,8 @@ def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iteration
 
         min_P <P, C>,   C_ij = 1 - cos(text_i, regions_j)
 
-    The minimum is over plans P (T, N). Each row of a plan sums to 1 / #words, each column to 1 / #regions.
-    text (B, T, C), regions (B, N, C); text_mask (B, T), region_mask (B, N) bool, True = takes part.
+    The minimum is over plans P (T, N) >= 0. Each word's row sums to 1 / #words, each region's column to 1 / #regions.
+    text (B, T, C), regions (B, N, C); text_mask (B, T), region_mask (B, N) bool, True = not padding.
     Returns distances (B,) in 0..2, plan (B, T, N), cost (B, T, N). The plan has no gradient, as in the official code.
     """
     text = text / text.norm(dim=-1, keepdim=True).clamp(min=1e-5)
@@ -420,7 +420,7 @@ def question_answering(model, encoding, batch, head="vqa"):
 def visual_commonsense_reasoning(model, encoding, batch):
     """VCR (UNITER, section 4): cross-entropy of right against wrong for each choice, one choice a row.
 
-    batch.target (rows,), 1 = the right choice. Logits (rows,): those of "right", to be ranked within a question."""
+    batch.target (rows,), 1 = the right choice. Logits (rows,): of "right", which rank a question's choices."""
     logits = model.heads["vcr"](encoding.pooled)  # (rows, 2)
     return cross_entropy(logits, batch.target), logits[:, 1]
 
@@ -430,7 +430,7 @@ def retrieval_rank(model, encoding, batch, group=3):
 
         L = max(0, 0.2 + s(mismatched) - s(true)),  mean over mismatched pairs, s the sigmoid of a logit
 
-    Rows B = groups x group: a true pair, then one with another picture and one with another text. Logits (B,).
+    Rows B = groups x group: a true pair, its text with another picture, its picture with another text. Logits (B,).
     """
     logits = model.heads["rank"](encoding.pooled).squeeze(-1)  # (B, 1) -> (B,)
     probs = logits.view(-1, group).sigmoid()  # (B,) -> (groups, group)
@@ -440,11 +440,11 @@ def retrieval_rank(model, encoding, batch, group=3):
 def referring_expression(model, encoding, batch):
     """Referring expressions (UNITER, section 4): cross-entropy over the regions, SUMMED over the batch (official code).
 
-    batch.target: (B,) int64, the region referred to; or (B, N) float, overlaps, of which the largest counts.
-    Logits (B, N).
+    batch.target: (B,) int64, the label; or (B, N) float, each region's IoU with the true box: the largest is the label.
+    Logits (B, N), -10000 at padding.
     """
     logits = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
-    logits = logits.masked_fill(~batch.region_mask, -10000.0)  # no logit for padding
+    logits = logits.masked_fill(~batch.region_mask, -10000.0)
     target = batch.target
     if target.ndim == 2:
         target = target.argmax(1)
@@ -452,13 +452,13 @@ def referring_expression(model, encoding, batch):
 
 
 def next_words(model, batch, cache, region_mask):
-    """What the models' `decode` share: a prefix language model (UniLM, Dong 2019; in none of the three papers).
+    """Embeddings and mask for `decode`: a prefix language model (UniLM, Dong 2019; in none of the three papers).
 
-    Every word sees the regions, earlier words and itself; regions see regions only.
-    cache: a dict, empty in the first call, which keeps the states of regions and earlier words. In later calls
-    batch.text holds the next words only.   region_mask (B, N), with N = 0 if the sequence holds words only.
+    Every word attends to the regions, to earlier words and to itself. Regions attend to regions only.
+    cache: a dict, the same in all calls for one text. Its entry "words" counts the words of earlier calls. batch.text
+    holds the words of this call only.   region_mask (B, N), with N = 0 if self-attention is over words only.
     Returns embeddings of batch.text (B, T, C) and a mask (B, T, N + earlier + T) bool, True = visible. Its keys are the
-    regions, then the earlier words, then these words.
+    regions, then the earlier words, then the words of batch.text.
     """
     earlier = cache.get("words", 0)
     B, T = batch.text.shape
@@ -473,8 +473,8 @@ def next_words(model, batch, cache, region_mask):
 def captioning(model, encoding, batch):
     """Captioning as a prefix language model: -log P(next word | regions, earlier words), mean over words.
 
-    batch.word_index (M,): flat positions of the words that another follows; word_labels (M,): the followers.
-    `encoding` is not read, because its words see later words. Logits (M, V).
+    batch.word_index (M,): flat positions of all words but the last of each row; word_labels (M,): the word after each.
+    `encoding` is not used, because its words attend to later words. Logits (M, V).
     """
     logits = model.word_logits(gather_positions(model.decode(batch), batch.word_index))
     return cross_entropy(logits, batch.word_labels), logits
@@ -488,21 +488,21 @@ class Objective:
     """
 
     loss: Callable
-    head: str | None = None  # its entry in the model's HEADS
+    head: str | None = None  # the key in the model's HEADS of the head that it uses
     pretraining: bool = False  # True: --objectives may name it
-    masks: str | None = None  # what its batches mask: "words" or "regions"
+    masks: str | None = None  # what is masked in its batches: "words", "regions" or nothing
     mismatch: bool = False  # True: some pairs of its batches are mismatched
     mean_over: str = "rows"  # what the mean in the loss runs over: see `count_items`
     is_sum: bool = False  # True: the loss is a sum over the batch, not a mean
     encodes: bool = False  # True: it encodes the batch itself and does not read `encoding`
-    fields: tuple = ()  # what the data must have for it: names of fields of a Batch
-    labels: Callable | None = None  # (batch, logits) -> (M,) int64, for its accuracy; None: it has none
+    fields: tuple = ()  # fields of a Batch that it reads and that not all data sets have
+    labels: Callable | None = None  # (batch, logits) -> (M,) int64, -1 = none; for its accuracy. None: no accuracy
     open_answers: bool = False  # True: its logits have a column for each answer of the training split
     logits: str = "classes"  # what a student learns from a teacher's logits: "classes", "numbers" or "nothing"
 
 
 def regions_to_predict(batch):
-    """(B, N) bool, True = a real region, masked or not, of a row in which words and regions are to be predicted."""
+    """(B, N) bool, True = a real region, masked or not, of a row for which batch.predict_rows is True or not given."""
     if batch.predict_rows is None:
         return batch.region_mask
     return batch.region_mask & batch.predict_rows[:, None]
@@ -543,8 +543,8 @@ SHARED_OBJECTIVES = {  # each model's table adds its own, or replaces one of the
 
 
 class UserError(ValueError):
-    """A mistake of the user's in files, options or values. It ends the program with one line and exit code 2. The message
-    says where, what is wrong, how to mend it. Line breaks in messages that it quotes are removed."""
+    """A mistake in the user's files, options or values. It ends the program with one line and exit code 2. The message
+    says where, what is wrong, how to mend it. Line breaks in quoted messages become blanks."""
 
     def __init__(self, message):
         super().__init__(" ".join(message.split()))
@@ -581,7 +581,7 @@ def apply_dropout(x, p):
     """Dropout (Srivastava 2014): each value of x becomes 0 with probability p, else x / (1 - p).
 
     On a CPU torch draws the mask value by value, which takes a tenth of a step in bfloat16. Here one draw of 64 bits
-    serves four values. p is rounded to a multiple of 1/65536.
+    serves four values. p is rounded down to a multiple of 1/65536.
     """
     if p == 0 or p == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)

@@ -1,12 +1,12 @@
 """distill.py: a student learns from a trained teacher, beside its own objectives.
 
     --distill logits       the teacher's logits as soft labels (Hinton 2015), for objectives that both models have
-    --distill attention    its attention maps (MiniLM, TinyBERT), of layers that both have
+    --distill attention    its attention maps (MiniLM, TinyBERT), of kinds that both models record
     --distill hidden       its hidden states (TinyBERT), through a learned projection to the teacher's width
 
-Student and teacher may be different models. What they have in common is read from their tables of objectives and from
-the names of the maps and states that their `encode` records. support/distillation.py has the losses, and what two models
-must agree in.
+Student and teacher may be different models. What they have in common follows from their tables of objectives and from
+the names of the maps and states that their `encode` records. support/distillation.py has the losses, and checks what
+the two models must agree in.
 """
 
 import torch
@@ -25,13 +25,13 @@ from support.distillation import (
     why_not_comparable,
 )
 
-DISTILLATION = {"logits": (), "attention": ("attention_kl", "attention_mse"), "hidden": ("hidden",)}  # and their losses
+DISTILLATION = {"logits": (), "attention": ("attention_kl", "attention_mse"), "hidden": ("hidden",)}  # to its losses
 
-# ---- the teacher ------------------------------------------------------------------------------------------------------
+# ---- the teacher -----------------------------------------------------------------------------------------------------
 
 
 def read_teacher(run, checkpoint):
-    """Sets run.teacher, in eval mode and without gradients, from its checkpoint. UserError if it has seen other features."""
+    """Sets run.teacher, in eval mode and without gradients. UserError if its features have another width."""
     run.teacher_paper = checkpoints.MODELS[checkpoint["model"]]
     config = run.teacher_paper.Config(**checkpoint["config"])
     width = run.splits["train"].store.width
@@ -46,11 +46,11 @@ def read_teacher(run, checkpoint):
 def match_teacher(run, checkpoint):
     """Sets run.soft, the objectives whose logits the student learns, and prints which are left out and why.
 
-    UserError where the teacher cannot read this run's batches, or where nothing is left.
+    UserError if the teacher cannot read this run's batches, or if --distill logits is given and none is left.
     """
     left_out = {}  # objective: reason
     for name in run.objectives:
-        task = tasks.TASK_OF_OBJECTIVE.get(name)  # None: of pretraining, whose rows all models read alike
+        task = tasks.TASK_OF_OBJECTIVE.get(name)  # None: a pretraining objective, whose rows all models read alike
         if task:
             check_same_rows(run, task)
         reason = why_not_comparable(run, name, task, checkpoint["task"].split(","))
@@ -66,23 +66,23 @@ def match_teacher(run, checkpoint):
         common.print0(f"teacher  logits of {name} are not distilled: {reason}")
 
 
-# ---- a step -----------------------------------------------------------------------------------------------------------
+# ---- a step ----------------------------------------------------------------------------------------------------------
 
 
 def items_of(paper, name, batch):
-    """How many items the mean of an objective's loss runs over; of NAME_soft, the loss of its teacher's logits."""
+    """How many items of a batch the mean of a loss runs over. NAME_soft: the loss on the teacher's logits of NAME."""
     objective = paper.OBJECTIVES.get(name.removesuffix("_soft"))
     mean_over = "rows"  # losses of a teacher's attention and states have no row in OBJECTIVES
     if objective:
         mean_over = objective.mean_over
     if name.endswith("_soft"):
-        # the mean runs over all rows of logits, those of masked regions, or of texts with and without an answer
+        # the mean runs over all rows of logits: those of masked regions, or of texts with and without an answer
         mean_over = {"all regions": "regions", "answers": "rows"}.get(mean_over, mean_over)
     return common.count_items(mean_over, batch)
 
 
 def distillation_losses(run, names):
-    """The losses that the teacher adds to these objectives': NAME_soft for logits, and those of DISTILLATION."""
+    """Names of the losses that the teacher adds: NAME_soft for logits, and those of DISTILLATION."""
     losses = []
     if run.teacher is None:
         return losses
@@ -94,7 +94,7 @@ def distillation_losses(run, names):
 
 
 def forward_with_teacher(run, batch, names):
-    """The model's {objective: (loss, logits)}, and beside them the losses of `distillation_losses`, each with None."""
+    """{objective: (loss, logits)} of the model, and {name: (loss, None)} of `distillation_losses`, in one dict."""
     wanted = run.args.distill.split(",")
     record = wanted != ["logits"]
     # objectives that encode the batch themselves need no encoding
@@ -118,7 +118,7 @@ def forward_with_teacher(run, batch, names):
 
 
 def soft_loss(objective, student, teacher, batch):
-    """`soft_label_loss` of an objective's logits, (M, K) or (rows,); the squared difference where they are features."""
+    """`soft_label_loss` on an objective's logits, (M, K) or (rows,); the squared difference if they are numbers."""
     if objective.logits == "numbers":
         return common.squared_error(student, teacher)
     if student.ndim == 1:  # one logit a row: the rows of one example are the classes
@@ -131,14 +131,14 @@ def attention_losses(run, student, teacher, batch):
     """(kl, mse) of `attention_loss`, each the mean over the maps that both models have."""
     losses = []
     for kind, own, other in layer_pairs(student.maps, teacher.maps):
-        # the last part of a kind: "text_to_regions", or "text", whose queries and keys are of one sequence
+        # a kind ends in "text_to_regions" for cross-attention, in "text" for self-attention (queries are keys)
         queries, _, keys = kind.rsplit(".", 1)[-1].partition("_to_")
-        length = min(own.shape[2], other.shape[2])  # without ViLBERT's whole image, if one model lacks it
-        context = min(own.shape[3], other.shape[3])
-        own = own[:, :, -length:, -context:]  # (B, H, T, S)
-        other = other[:, :, -length:, -context:]  # (B, H', T, S)
-        query_mask = real_positions(batch, queries, length)
-        key_mask = real_positions(batch, keys or queries, context)
+        num_queries = min(own.shape[2], other.shape[2])  # without ViLBERT's whole image, if one model lacks it
+        num_keys = min(own.shape[3], other.shape[3])
+        own = own[:, :, -num_queries:, -num_keys:]  # (B, H, T, S)
+        other = other[:, :, -num_queries:, -num_keys:]  # (B, H', T, S)
+        query_mask = real_positions(batch, queries, num_queries)
+        key_mask = real_positions(batch, keys or queries, num_keys)
         losses.append(attention_loss(own, other, query_mask, key_mask))
     if not losses:
         raise UserError(
@@ -148,7 +148,7 @@ def attention_losses(run, student, teacher, batch):
 
 
 def hidden_losses(run, student, teacher, batch):
-    """`hidden_loss`, mean over the states that both models have; where there are none, over their last states."""
+    """`hidden_loss`, mean over the kinds of states that both models record; if there are none, over the last states."""
     pairs = layer_pairs(student.states, teacher.states)
     if not pairs:
         pairs = [("text", student.text, teacher.text), ("regions", student.regions, teacher.regions)]

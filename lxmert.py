@@ -6,14 +6,14 @@ What the model does, in five lines:
 3. In 5 cross-modality layers words attend to regions and regions to words; one attention block serves both directions.
 4. Pretraining masks words AND regions of the same pair. Every step adds up all objectives: masked words, masked objects
    (feature, class, attribute), matching, question answering.
-5. The last state of the first word is pooled; a small head on the pooled vector answers every downstream task.
+5. The last state of [CLS] is pooled. A small head on the pooled vector, or on each region, solves a downstream task.
 
 Known deviations from the official code:
-- It always has 36 regions and never hides one in pretraining. Here their number may vary; means leave padding out.
-- A batch without any label gives a loss of 0 here, NaN there.
-- Its optimizer, BertAdam, is not copied. tests/test_golden.py replays it and lists how it differs.
-- In pretraining a quarter of the pairs is mismatched, and nothing is predicted in those (as in 12-in-1). There a half
-  is, and everything is predicted in them. docs/decisions.md has the numbers.
+- Official pretraining has 36 regions in every picture. Here their number may vary, and means leave padding out.
+- A batch without any label gives a loss of 0. The official code gives NaN.
+- The official optimizer, BertAdam, is not copied. tests/test_golden.py replays it and lists how it differs.
+- In pretraining a quarter of the pairs is mismatched; officially a half is. Nothing is predicted in mismatched pairs,
+  as in 12-in-1; the official code predicts everything there. docs/decisions.md has the numbers.
 Where paper and official code differ, this file follows the code. Feature regression is smooth-L1, not L2. Classes and
 attributes are predicted for all regions, not only for the masked ones, and weighted by the detector's confidence.
 Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
@@ -43,19 +43,19 @@ class Config:
     attention_heads: int = 12  # C / 12 = 64 dimensions each
     intermediate: int = 3072  # 4 C, the feed-forward's inner width
     max_positions: int = 512  # longest text
-    types: int = 2  # segments; all words are in segment 0, regions have none
+    types: int = 2  # segments: 0 for all words, but 1 for VCR's choices; regions have none
     feature_size: int = 2048  # F, of the published detector; 3 x patch x patch for regions cut from pixels
     classes: int = 1601  # K, the detector's classes with 0 = background; the head leaves background out
     attributes: int = 400
-    answers: int = 9500  # A, the answer list's length: 9500 in pretraining, 3129 for VQA, 1842 for GQA
+    answers: int = 9500  # A, length of the answer list: 9500 in pretraining, 3129 for VQA, 1842 for GQA
     dropout: float = 0.1  # everywhere in the trunk; the heads have none
-    heads: tuple = ("mlm", "mrfr", "mrc", "attr", "itm", "qa")  # which of the heads below this model has
+    heads: tuple = ("mlm", "mrfr", "mrc", "attr", "itm", "qa")  # which of HEADS this model has
     contrast: str = "infonce"  # loss of the objective itc; or "hinge", "sigmoid", "dcl"
-    text_vector: str = "cls"  # of a text in itc: the state of [CLS]; or "mean", of all words
-    teacher_widths: tuple = ()  # widths (text, regions) of the teacher that the head "hidden" projects to
-    region_factor: float = 1 / 0.15  # of the three region losses, undoes the masking rate; Hugging Face has 6.67
-    answer_factor: float = 1.0  # of pretraining's question answering
-    hidden_score: float = -10000.0  # added to the attention score of a hidden key; Hugging Face: the dtype's minimum
+    text_vector: str = "cls"  # the text's vector in itc: the state of [CLS]; or "mean", over all words
+    teacher_widths: tuple = ()  # the teacher's (text, region) widths, to which the head "hidden" projects
+    region_factor: float = 1 / 0.15  # factor of the three region losses; undoes the masking rate; Hugging Face: 6.67
+    answer_factor: float = 1.0  # factor of the loss of pretraining's question answering
+    hidden_score: float = -10000.0  # added to the attention logit of a masked key; Hugging Face: the dtype's minimum
 
 
 PRESETS = {
@@ -132,7 +132,7 @@ class LXMERT(nn.Module):
     """Three Transformers: over words, over regions, and across the two.
 
     `model(batch, objectives)` returns {objective: (loss, logits)}. `encode` returns the hidden states alone. With
-    `record=True` they hold besides, for every layer i:
+    `record=True` it also returns, for every layer i:
     states "text.embedding", "regions.embedding", "text.i", "regions.i", "cross.i.text", "cross.i.regions";
     maps "text.i", "regions.i", "cross.i.text_to_regions", "cross.i.regions_to_text", "cross.i.text", "cross.i.regions".
     """
@@ -140,8 +140,7 @@ class LXMERT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # Row 0 of the position and of the segment table is used but never learns, as in the official code, which calls
-        # it padding.
+        # The official code takes position 0 and segment 0 for padding: both are added to words, but get no gradient.
         self.text_embedding = common.TextEmbedding(config, padding_idx=0)
         self.region_embedding = RegionEmbedding(config)
         sizes = (config.hidden, config.attention_heads, config.intermediate, config.dropout)
@@ -164,10 +163,10 @@ class LXMERT(nn.Module):
         return self.region_embedding(batch.features, batch.boxes)
 
     def encode(self, batch, text=True, regions=True, record=False, given=None):
-        """Encodes words and regions together, or one of the two alone (text=False or regions=False), without cross layers.
+        """Encodes words and regions together. text=False: regions alone. regions=False: words alone.
 
-        pooled: the pooler of the first word; without text, the pooler of the regions' mean.
-        given: the result of `unimodal`, which is then not computed again.
+        pooled: the pooled state of [CLS]; without text, the pooled mean of the regions' states.
+        given: what `unimodal` returned, from which the cross-modality layers go on.
         """
         states = {}
         maps = {}
@@ -200,7 +199,7 @@ class LXMERT(nn.Module):
 
     def run_layers(self, name, x, bias, record, states, maps):
         """One modality, "text" or "regions", through its own layers: x (B, S, C), bias (B, 1, 1, S) -> (B, S, C).
-        With `record`, states and maps (dicts) are filled."""
+        With `record`, the layers' outputs and attention maps are added to the dicts `states` and `maps`."""
         layers = self.language_layers if name == "text" else self.relation_layers
         if record:
             states[f"{name}.embedding"] = x
@@ -213,7 +212,7 @@ class LXMERT(nn.Module):
         return x
 
     def run_cross_layers(self, text, regions, biases, record, states, maps):
-        """Both modalities through the cross-modality layers: text (B, T, C) and regions (B, N, C), changed."""
+        """Both modalities through the cross-modality layers. Returns text (B, T, C) and regions (B, N, C)."""
         for i, layer in enumerate(self.cross_layers):
             layer_maps = [] if record else None
             text, regions = layer(text, regions, *biases, layer_maps)
@@ -227,13 +226,13 @@ class LXMERT(nn.Module):
         return text, regions
 
     def unimodal(self, batch):
-        """What each modality computes alone, for `encode(given=)`: its own layers. (B, T, C), (B, N, C)"""
+        """What each modality computes alone, for `encode(given=)`: its own layers' output, (B, T, C) and (B, N, C)."""
         return self.encode(batch, regions=False).text, self.encode(batch, text=False).regions
 
     def decode(self, batch, cache=None):
         """The text read from left to right, for captions (see `common.next_words`). Returns (B, T, C).
 
-        Regions must not see words, or they would pass later words on to earlier ones. So the regions' half of a
+        Regions must not attend to words, or earlier words would see later ones through them. So the regions' half of a
         cross-modality layer has no cross-attention here.
         """
         if cache is None:
@@ -300,8 +299,8 @@ def masked_region_features(model, encoding, batch):
 
         L = region_factor / n  sum over masked regions of  mean_F smooth_l1(h(v_m), f_m)
 
-    n: the number of real regions, masked or not (`common.regions_to_predict`). batch.region_index (M,): flat positions
-    of the masked regions; clean_features (B, N, F): the features f before masking. Logits: the predictions (M, F).
+    n: real regions of matched pairs, masked or not (`common.regions_to_predict`). batch.region_index (M,): flat
+    positions of the masked regions; clean_features (B, N, F): f before masking. Logits: the predictions (M, F).
     """
     states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C) -> (M, C)
     predicted = common.at_least_float32(model.heads["mrfr"](model.heads["regions"](states)))  # (M, C) -> (M, F)
@@ -312,9 +311,9 @@ def masked_region_features(model, encoding, batch):
 
 
 def confident_cross_entropy(model, head, encoding, batch, labels, confidence):
-    """The loss of the two objectives below: L = region_factor x confidence x CE(label, logits),  mean over real regions
+    """The loss of the two objectives below: L = region_factor x confidence x CE(label, logits)
 
-    Masked regions or not; those of mismatched pairs do not count (`common.regions_to_predict`).
+    The mean is over real regions of matched pairs, masked or not (`common.regions_to_predict`).
     labels (B, N), -1 = none; confidence (B, N). Returns the loss and the logits of the masked regions (M, K).
     """
     logits = model.heads[head](model.heads["regions"](encoding.regions))  # (B, N, C) -> (B, N, K)
@@ -364,7 +363,7 @@ def cross_modality_matching(model, encoding, batch):
 def image_question_answering(model, encoding, batch):
     """Image question answering (section 3.1.3): L = answer_factor x CE(answer),  mean over the rows that have an answer
 
-    batch.answer_labels (B,), -1 = no question; of several answers one is drawn in proportion to their scores.
+    batch.answer_labels (B,), -1 = no question; of several answers one is drawn in proportion to the scores.
     Mismatched rows (batch.matched 0) have no answer. config.answer_factor is 1 in the paper. Logits (B, A).
     """
     logits = common.at_least_float32(model.heads["qa"](encoding.pooled))  # (B, C) -> (B, A)
@@ -454,7 +453,7 @@ QUESTIONS = common.Objective(
 
 SOFT_LABELS = {"fields": ("object_probs",), "labels": common.most_likely_class}
 
-# What no paper has (itc, caption) and the tasks that this file does not define come from SHARED_OBJECTIVES.
+# The tasks that this file does not define (vqa, ve, vcr, rank, refer, caption) come from SHARED_OBJECTIVES.
 OBJECTIVES = common.SHARED_OBJECTIVES | {
     "itc": contrast.CONTRAST,
     "mlm": MASKED_WORDS,
@@ -469,7 +468,7 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
 
 CHOICES = {"contrast": ("infonce", "hinge", "sigmoid", "dcl"), "text_vector": ("cls", "mean")}  # fields that are words
 VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
-NEGATIVES = ("image", "text")  # mismatched partners of a true pair in retrieval, in the order of the rows
+NEGATIVES = ("image", "text")  # what each mismatched row of retrieval replaces in the true pair
 MODEL = LXMERT
 
 

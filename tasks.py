@@ -4,7 +4,7 @@ Each of the seven tasks is one block that ends with the task's row, a `Task`. Th
 hold, how its examples become a batch, what is measured, and how an answer is shown. The table TASKS at the end of the
 file lists the rows; train.py and predict.py reach every task through it.
 
-Accuracies and recalls are in 0..1. Chance is what guessing without the model gets. Every process evaluates its share.
+Accuracies and recalls are in 0..1. Chance is the score of guessing without the model. Processes share the examples.
 `run` is train.Run, or anything with the same attributes: args, paper (the model's module), model, tokenizer, answers,
 content_words, device, autocast(), rank, world, sets, objectives, progress, columns().
 Letters: B rows or examples of a batch, E examples, T text positions, N regions, C width, K choices, V vocabulary.
@@ -36,33 +36,33 @@ class Task:
     batch: Callable  # (run, dataset, index, rng) -> data.Batch
     evaluate: Callable  # (run, dataset) -> (metrics, chance)
     show: Callable  # (run, dataset, example's number, its logits, how many answers) -> dict, see support/evaluation.py
-    loss: common.Objective | None = None  # that row, where the models do not have it themselves
-    logits: Callable | None = None  # (run, dataset, index) -> what `show` takes of each; None: `example_logits`
+    loss: common.Objective | None = None  # the row of OBJECTIVES, if the models do not define it themselves
+    logits: Callable | None = None  # (run, dataset, index) -> the logits that `show` takes; None: `example_logits`
     needs: tuple = ()  # keys that a line must have besides text and a picture
-    truth: str = ""  # the key that holds what is to be predicted; predict.py reads lines without it
-    prompt: str = ""  # what a line's text is made of: see records.fill_prompt
+    truth: str = ""  # the key of what is to be predicted; predict.py reads lines without it
+    prompt: str = ""  # template of a line's text: see records.fill_prompt
     pictures: int = 1  # pictures of a line
     rows: int = 1  # rows of a batch that one example takes, for the default batch size
     check: Callable = lambda record: None  # record -> None, or a sentence that says what is wrong with it
-    best: tuple = ("accuracy",)  # metrics that choose the best weights: the first of them that was measured
-    lower_is_better: bool = False  # of that metric
-    first_stage: str = ""  # objective that is trained too if --rerank asks for two stages
-    ranks: str = ""  # head that scores pairs of text and picture in the second stage
-    hard_negatives: bool = False  # True: the model chooses rows of its batches, so they are not made ahead
-    generates: bool = False  # True: the text is what the task predicts, not what it reads
-    without_answers: str = ""  # the task whose lines are read instead if no objective is about answers
-    layout: Callable = lambda paper, config: None  # how the model has its rows; a teacher must have them alike
-    most_pictures: int = 0  # > 0: evaluated on captions of the pictures of --pool, on at most so many pictures
+    best: tuple = ("accuracy",)  # metrics that choose the best weights: the first of these that was measured
+    lower_is_better: bool = False  # True: that metric is better when lower
+    first_stage: str = ""  # a second objective, trained for the first stage of --rerank
+    ranks: str = ""  # head that scores pairs of text and picture in the second stage of --rerank
+    hard_negatives: bool = False  # True: the model chooses negatives, so no batch is prepared ahead
+    generates: bool = False  # True: the text is the task's output, not its input
+    without_answers: str = ""  # the task whose lines are read instead if no objective predicts answers
+    layout: Callable = lambda paper, config: None  # how the model arranges the rows; a teacher must agree
+    most_pictures: int = 0  # > 0: evaluated on the pictures of --pool, at most this many
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------------
 
 
 def make_batch(run, dataset, index, names, rng, false_pairs=None, word_masking=None):
-    """Examples `index` as the objectives `names` need them: a task's batch, or pairs mismatched, words and regions masked.
+    """The batch of examples `index` for objectives `names`: a downstream task's, or one of pretraining.
 
     false_pairs: share of mismatched pairs, by default that of the model's PRETRAINING. word_masking: arguments of
-    data.mask_words in place of the run's. Both are for pretraining objectives only.
+    data.mask_words, by default those of --mask. Both are for pretraining objectives only.
     """
     task = TASK_OF_OBJECTIVE.get(names[0])
     if task is None:
@@ -73,7 +73,7 @@ def make_batch(run, dataset, index, names, rng, false_pairs=None, word_masking=N
 
 
 def pretraining_batch(run, dataset, index, names, rng, false_pairs, word_masking):
-    """Examples `index` for pretraining objectives that are trained on the same batch; see `make_batch`."""
+    """One batch for all objectives `names`: pairs are mismatched, words and regions masked, as they need it."""
     settings = run.paper.PRETRAINING
     objectives = [run.paper.OBJECTIVES[name] for name in names]
     masks = {objective.masks for objective in objectives}
@@ -117,7 +117,7 @@ def is_pretraining(name):
 
 
 def task_objectives(args, name):
-    """The objectives that a downstream task trains: its own, and for retrieval in two stages also that of the first."""
+    """The objectives that a downstream task trains: its own, and with --rerank that of the first stage."""
     task = TASKS[name]
     objectives = [task.objective]
     if task.first_stage and args.rerank is not None:
@@ -143,14 +143,14 @@ def example_logits(run, dataset, index, name):
 
 
 def evaluation_batches(run, dataset, index):
-    """Yields the examples `index` in batches of like lengths, those of this process."""
+    """Yields this process's share of the examples `index`, in batches of similar lengths."""
     for part in data.batches(dataset.lengths()[index], size=256, rank=run.rank, world=run.world):
         yield index[part]
 
 
 def test_examples(run, name, dataset):
-    """Which examples a task is evaluated on: all; of retrieval the captions of the pictures of --pool (val: of 100); where
-    captions are generated, one example of each of these pictures."""
+    """The examples that a task is evaluated on. Most tasks: all. Retrieval: captions of the first --pool pictures (val:
+    100). Captioning: one example of each of these pictures."""
     task = TASKS[name]
     if not task.most_pictures:
         return np.arange(len(dataset))
@@ -161,7 +161,7 @@ def test_examples(run, name, dataset):
 
 
 def targets(dataset, index):
-    """The targets of examples `index`, (B,) int64 tensor; 0 where a line has none, for losses that are not read then."""
+    """The targets of examples `index`, (B,) int64; 0 where a line has no label (its loss is not used then)."""
     if dataset.target is None:
         return torch.zeros(len(index), dtype=torch.long)
     return torch.from_numpy(np.maximum(dataset.target[index], 0))
@@ -199,12 +199,12 @@ def pretraining_examples(record):
 
 
 def evaluate_pretraining(run, dataset, most=1000, candidates=100):
-    """Each objective on held-out captions, masked under a fixed seed, and zero-shot retrieval: itm's among `candidates`
-    pictures, itc's in the test among those of --pool.
+    """Loss and accuracy of each objective, masked under a fixed seed, and zero-shot retrieval among `candidates`
+    pictures (itc in the test: among those of --pool).
 
-    Captions: the first one of each of at most `most` pictures; of an objective that answers questions, as many questions.
-    Accuracies are over masked words, masked regions or pairs. mlm_content masks one word of every caption of these
-    pictures, one of the data set's `content_words`, such as colours. Chance: always the most frequent label.
+    Examples: the first caption of each of at most `most` pictures; for question answering, at most `most` questions.
+    Accuracies are over masked words, masked regions, pairs or questions. mlm_content masks in every caption of these
+    pictures one of the data set's `content_words`, such as colours. Chance: always the most frequent label.
     """
     kinds = np.array(dataset.kind)
     captions = evaluation.first_captions(dataset)[:most]
@@ -212,7 +212,7 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
     sums = {}
     for name in run.objectives:
         if run.paper.OBJECTIVES[name].mismatch and not dataset.has_several_pictures:
-            continue  # there is no other picture for a false pair
+            continue  # there is no other picture for a mismatched pair
         index = questions if run.paper.OBJECTIVES[name].mean_over == "answers" else captions
         sums[name] = objective_sums(run, dataset, index, name)
     if "mlm" in run.objectives and run.content_words:
@@ -253,8 +253,8 @@ def content_pieces(run):
 
 
 def objective_sums(run, dataset, index, name, word_masking=None):
-    """ObjectiveSums of one objective on examples `index`, over all processes. Half of the pairs are mismatched, whatever
-    share training has, so that chance is the same for all models."""
+    """ObjectiveSums of one objective on examples `index`, over all processes. Half of the pairs are
+    mismatched, whatever the share in training, so that chance is the same for all models."""
     own = ObjectiveSums()
     for part in evaluation_batches(run, dataset, index):
         rng = data.random_stream("evaluation", int(part[0]))
@@ -282,10 +282,10 @@ def add_batch(sums, objective, batch, loss, logits):
 
 
 def pretraining_logits(run, dataset, index):
-    """[(match logit, masked text, logits of the masked word (V,), its label)], None for what the model or the text lacks.
+    """[(match logit, masked text, logits of the masked word (V,), its label)]; None for what model or text lacks.
 
-    One word is masked, of those that only the picture tells if the data set names such words. It is drawn from a generator
-    whose seed is the batch's first example, so that the same batch has the same words masked.
+    One word piece of each text is masked: a content word, if the data set names any. The generator's seed is the number
+    of the first example, so that the same batch has the same words masked.
     """
     found = [[None, None, None, None] for _ in index]
     if "itm" in run.model.heads:
@@ -309,7 +309,7 @@ PRETRAIN = Task(
     "pretrain",
     objective="",
     examples=pretraining_examples,
-    batch=None,  # `pretraining_batch`, which needs the names of the objectives
+    batch=None,  # `make_batch` calls `pretraining_batch` instead
     evaluate=evaluate_pretraining,
     logits=pretraining_logits,
     show=evaluation.show_pretraining,
@@ -323,7 +323,7 @@ PRETRAIN = Task(
 
 
 def answer_scores(run, dataset, name, answers):
-    """The soft score of the answer with the highest logit, for every example: (E,) in 0..1. answers: column -> answer."""
+    """The soft score of the answer with the highest logit: (E,) in 0..1, one an example. answers: column -> answer."""
     scores = np.zeros(len(dataset))
     for index in evaluation_batches(run, dataset, np.arange(len(dataset))):
         columns = example_logits(run, dataset, index, name).argmax(-1).tolist()  # (B, A) -> B
@@ -333,9 +333,9 @@ def answer_scores(run, dataset, name, answers):
 
 
 def evaluate_vqa(run, dataset):
-    """Accuracy: the soft score of the answer with the highest logit, mean over questions, and over each kind of question.
+    """Accuracy: the soft score of the answer with the highest logit, mean over all questions and over each kind.
 
-    Chance: to each kind of question the answer that the training split gives to that kind most often.
+    Chance: always the most frequent answer of the training split to this kind of question.
     """
     scores = answer_scores(run, dataset, "vqa", run.answers)
     guess = np.zeros(len(dataset))
@@ -379,7 +379,7 @@ def check_ve(record):
 
 
 def evaluate_ve(run, dataset):
-    """Accuracy as in vqa, of three answers. Chance: always the answer that is most frequent here."""
+    """Accuracy as in vqa, of three answers. Chance: always the most frequent answer of this split."""
     scores = answer_scores(run, dataset, "ve", data.ENTAILMENT)
     guess = np.zeros(len(dataset))
     for answer in data.ENTAILMENT:
@@ -427,7 +427,7 @@ def nlvr2_is_joined(paper, config):
 
 def nlvr2_batch(run, dataset, index, rng):
     """Rows 2i and 2i+1 are statement i with its left and its right picture; region_types tell which. batch.target (B,):
-    1 = true. Joined into one row each where the model's config wants triplets."""
+    1 = true. For a model with nlvr2="triplet" the two rows are joined into one."""
     batch = data.collate(dataset, index)
     batch.target = targets(dataset, index)
     side = torch.arange(len(batch.text))[:, None] % 2  # (2B, 1): 0 the left picture, 1 the right one
@@ -449,7 +449,7 @@ def choice_hits(run, dataset, name):
 
 
 def evaluate_nlvr2(run, dataset):
-    """Accuracy of true against false. Chance: the more frequent truth of each kind of statement."""
+    """Accuracy of true against false. Chance: always the more frequent label of this kind of statement."""
     hits = choice_hits(run, dataset, "nlvr2")
     kinds = np.array(dataset.kind)
     guess = np.zeros(len(dataset))
@@ -492,8 +492,8 @@ def check_vcr(record):
 
 
 def vcr_examples(record):
-    """One row a choice. The answer: (question, choice). The reason, if the line has reasons: (question, right answer,
-    reason); where the right answer is not known, as in VCR's test, the reasons for each answer."""
+    """An example for the answer, with rows (question, choice). If the line has reasons, one for the reason, with rows
+    (question, right answer, reason); without a label, as in VCR's test, one for each answer."""
     right = record.get("label", -1)
     answers = [((record["text"], choice), 0) for choice in record["choices"]]
     examples = [data.Example(record["id"], "answer", answers, target=right)]
@@ -515,8 +515,8 @@ def vcr_batch(run, dataset, index, rng):
 
 
 def vcr_text_types(paper, segments):
-    """The model's text types of question, answer and reason, which depend on how many of them a row has. segments (B, T):
-    0 the question, 1 the answer, 2 the reason -> (B, T)."""
+    """The model's text types (B, T) by its VCR_TYPES, which differ between rows with and without a reason. segments
+    (B, T): 0 the question, 1 the answer, 2 the reason."""
     types = torch.zeros(3, 3, dtype=torch.long)  # (segments of the row - 1, segment)
     for last_segment, row in enumerate(paper.VCR_TYPES, 1):
         types[last_segment, : len(row)] = torch.tensor(row)
@@ -525,8 +525,8 @@ def vcr_text_types(paper, segments):
 
 
 def evaluate_vcr(run, dataset):
-    """Accuracy of the answer (Q-A), of the reason given the right answer (QA-R), and of both (Q-AR). Chance: 1 / choices,
-    of both its square."""
+    """Accuracy of the answer (Q-A), of the reason given the right answer (QA-R), and of both (Q-AR). Chance:
+    1 / choices, for both together its square."""
     hits = choice_hits(run, dataset, "vcr")
     kinds = np.array(dataset.kind)
     metrics = {}
@@ -575,26 +575,26 @@ VCR = Task(
 
 
 def refer_examples(record):
-    """The expression, and the box that it means."""
+    """The expression, and the target box."""
     return [simple_example(record, "refer", target=record.get("target", (0.0, 0.0, 0.0, 0.0)))]
 
 
 def refer_batch(run, dataset, index, rng):
-    """batch.target (B, N): the overlap of each region with the box that is meant."""
+    """batch.target (B, N): the overlap (IoU) of each region with the target box."""
     batch = data.collate(dataset, index)
     batch.target = target_overlaps(dataset, index, batch)
     return batch
 
 
 def target_overlaps(dataset, index, batch):
-    """(B, N) overlap (IoU) of each region with the box that is meant; -1 for padding."""
+    """(B, N) overlap (IoU) of each region with the target box; -1 for padding."""
     target = torch.from_numpy(dataset.target[index]).float()[:, None]  # (B, 4) -> (B, 1, 4)
     return evaluation.iou(batch.boxes, target).masked_fill(~batch.region_mask, -1.0)
 
 
 def evaluate_refer(run, dataset):
-    """Accuracy: the region with the highest logit overlaps the box that is meant by more than one half. `reachable`: the
-    share of expressions for which some region does. Chance: the share of the regions that would be right."""
+    """Accuracy: the region with the highest logit has IoU > 0.5 with the target box. `reachable`: the share of
+    expressions for which some region has. Chance: the mean share of a picture's regions that have."""
     hits, guess, reachable = np.zeros((3, len(dataset)))
     for index in evaluation_batches(run, dataset, np.arange(len(dataset))):
         logits = example_logits(run, dataset, index, "refer")  # (B, N)
@@ -641,8 +641,8 @@ REFER = Task(
 
 
 def evaluate_captions(run, dataset):
-    """Perplexity: exp of the mean loss of a word piece, over all captions of the pictures. BLEU-1 to BLEU-4 and CIDEr-D of
-    one generated caption a picture, against all captions of that picture. Chance: those of a caption of another picture."""
+    """Perplexity: exp of the mean loss of a word piece, over all captions of the pictures. BLEU-1 to BLEU-4 and CIDEr-D
+    of one generated caption a picture, against all its captions. Chance: scores of a caption of another picture."""
     index = test_examples(run, "caption", dataset)
     examples = np.flatnonzero(np.isin(dataset.image, dataset.image[index]))
     perplexity = caption_perplexity(run, dataset, examples)
@@ -719,7 +719,7 @@ def retrieval_batch(run, dataset, index, rng):
 
 
 def evaluate_retrieval(run, dataset):
-    """Recall at 1, 5 and 10, both ways, and their mean, of the texts and pictures of `test_examples`."""
+    """Recall at 1, 5 and 10 in both directions, and their mean, over the texts and pictures of `test_examples`."""
     texts = test_examples(run, "retrieval", dataset)
     metrics = evaluation.test_recalls(run, dataset, texts, "rank")
     chance = evaluation.recall_chance(metrics, dataset.image[texts])
@@ -756,8 +756,8 @@ TASK_OF_OBJECTIVE = {task.objective: task for task in TASKS.values() if task.obj
 
 
 def evaluate(run, split):
-    """(metrics, chance) of the run's tasks on a split, the model in eval mode; empty if no task has the split. With several
-    tasks, each metric's name begins with its task's."""
+    """(metrics, chance) of the run's tasks on a split, the model in eval mode; empty if no task has the split. With
+    several tasks, each metric's name begins with its task's."""
     run.model.eval()
     metrics = {}
     chance = {}
@@ -773,11 +773,11 @@ def evaluate(run, split):
 
 
 def best_score(run, metrics):
-    """(number, its name): best.pt holds the weights with the largest number so far, of the metrics of `evaluate`.
+    """(score, its name) from the metrics of `evaluate`: best.pt holds the weights with the highest score so far.
 
     A task: the first of its `best` metrics that was measured, or 1 / metric if lower is better.
     Pretraining: the mean accuracy of its objectives. If none has an accuracy: minus the sum of their losses.
-    Several tasks: the mean of their numbers. 1 / perplexity is in 0..1 as the other metrics are.
+    Several tasks: the mean of their scores. 1 / perplexity is in 0..1 as the other metrics are.
     """
     values = []
     names = []

@@ -6,13 +6,13 @@
     python train.py --model uniter --task vqa,refer,nlvr2             several tasks at once: one trunk, a head each
     python train.py --model all --task vqa --seeds 3                  compare the models, with the spread over seeds
     torchrun --nproc_per_node=2 train.py --model uniter               several processes, the same gradients
-docs/usage.md has more of them. Read top to bottom: the run and its loop, then what they call: data, batches, model,
-optimizer, evaluation and saving. In support/, options.py has the command line, machine.py devices and processes, log.py the
-log.
+docs/usage.md has more commands. Read top to bottom: the run and its loop, then what they call: data, batches, model,
+optimizer, evaluation and saving. In support/, options.py has the command line, machine.py devices and processes, and
+log.py the log.
 
-Every mean in a loss is a mean over the whole step, however the step is split (see `backward`). So `--accumulate 2` in one
-process and `--accumulate 1` in two processes give the same gradients. One exception: the objective itc contrasts each
-pair with the other pairs of the same forward pass in all processes, so `--accumulate 2` has half as many negatives.
+Every mean in a loss is a mean over the whole step, however the step is split (see `backward`). So `--accumulate 2` in
+one process and `--accumulate 1` in two processes give the same gradients. One exception: the objective itc contrasts
+each pair with the other pairs of one forward pass in all processes, so `--accumulate 2` has half as many negatives.
 """
 
 from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
@@ -58,21 +58,21 @@ class Run:
     objectives: dict = None  # name -> ratio in which pretraining draws it; 1 in fine-tuning
     sets: dict = None  # task -> its splits, {name: data.Dataset}
     tokenizer: object = None
-    content_words: list = ()  # words that only the picture tells, as colours
+    content_words: list = ()  # words that only the picture reveals, such as colours
     answers: list = None  # column -> answer, most frequent first
     usual_answers: dict = field(default_factory=dict)  # vqa: {kind of question: its most frequent answer}, for chance
-    regions: dict = field(default_factory=dict)  # how the regions were made, of dataset.json
+    regions: dict = field(default_factory=dict)  # how the regions were made, from dataset.json
     model: torch.nn.Module = None
     optimizer: torch.optim.Optimizer = None
     teacher: torch.nn.Module = None
     teacher_paper: object = None
     fingerprint: dict = None  # what must not change on --resume
-    soft: tuple = ()  # objectives whose logits the teacher has too
+    soft: tuple = ()  # objectives whose logits are distilled
     progress: dict = field(default_factory=lambda: {"step": 0, "seconds": 0.0, "examples": 0, "best": -math.inf})
 
     @property
     def splits(self):
-        """The splits of the first task; pretraining has only one."""
+        """The splits of the first task; in pretraining it is the only task."""
         return next(iter(self.sets.values()))
 
     def autocast(self):
@@ -87,7 +87,7 @@ class Run:
 
 
 def train(args):
-    """One run, from its options to the test. Returns what result.json holds."""
+    """One run, from its options to the test. Returns the content of result.json."""
     rank, world = common.rank_and_world()
     device = machine.pick_device(args.device)
     paper = checkpoints.MODELS[args.model]
@@ -113,7 +113,7 @@ def train(args):
     else:
         machine.seed_dropout(run, [])
     if args.export_official:
-        formats.export_official(args.model, run.model.state_dict())  # refuses what has no official name at once
+        formats.export_official(args.model, run.model.state_dict())  # fails now, not after training
     print_run(run)
     machine.trim_memory()
     training_loop(run, Log(run))
@@ -124,7 +124,7 @@ def train(args):
 
 
 def training_loop(run, log):
-    """The steps: batches, gradients, clipping, update. A line every --log-every steps, `validate` every --eval-every."""
+    """All steps: batches, gradients, clipping, update. Logs every --log-every steps, validates every --eval-every."""
     args = run.args
     model = run.model
     progress = run.progress
@@ -151,7 +151,7 @@ def training_loop(run, log):
             trained = tasks.heads_for(run.paper, names)
             progress["random_heads"] = [head for head in progress["random_heads"] if head not in trained]
             saved = step == args.steps or step % args.eval_every == 0
-            due = saved or step % args.log_every == 0  # a resumed run does not know the losses before its checkpoint
+            due = saved or step % args.log_every == 0  # log before saving: --resume knows only later losses
             if due and run.device.type != "cpu":
                 float(grad_norm)  # waits for the GPU: its remaining work belongs to the time of these steps
             log.add(losses, grad_norm, rate, batches, waited, time.perf_counter() - start)
@@ -169,38 +169,38 @@ def training_loop(run, log):
 
 
 def backward(run, batches, names):
-    """Gradients of one step's loss, summed into `.grad` of all processes. Returns {name: loss of the step}, 0-d tensors.
+    """Gradients of one step's loss, added up over processes in `.grad`. Returns {name: loss of the step}, 0-d tensors.
 
         L = sum_name w_name L_name,    L_name = sum_part (n_part / n) L_part,    n = sum_part n_part
 
     A part is one batch of `batches`, here or in another process. L_part is a mean over n_part items: masked words,
     masked regions, pairs or rows (`distill.items_of`). So L_name is the mean over all items of the step. A loss that is
-    a sum over its part (`Objective.is_sum`) has the weight 1 / n. names: the objectives of the step; the losses of a
-    teacher come on top. w_name is the paper's factor, 1 where it names none.
+    a sum over its part (`Objective.is_sum`) is divided by n. names: the step's objectives, without a teacher's losses.
+    w_name: the objective's factor in PRETRAINING["weights"], else 1.
     """
     names_with_teacher = names + distill.distillation_losses(run, names)
     counts = []  # of each part: {name: n_part}
     for batch in batches:
         counts.append({name: distill.items_of(run.paper, name, batch) for name in names_with_teacher})
-    sums_here = [sum(count[name] for count in counts) for name in names_with_teacher]
-    totals = dict(zip(names_with_teacher, common.all_reduce_sum(sums_here).tolist(), strict=True))
+    items_here = [sum(count[name] for count in counts) for name in names_with_teacher]
+    items_of_step = dict(zip(names_with_teacher, common.all_reduce_sum(items_here).tolist(), strict=True))
     losses = {name: torch.zeros((), device=run.device) for name in names_with_teacher}
     for batch, count in zip(batches, counts, strict=True):
         batch = batch.to(run.device)
         with run.autocast():
             if run.teacher is None:
-                parts = run.model(batch, names)
+                outputs = run.model(batch, names)
             else:
-                parts = distill.forward_with_teacher(run, batch, names)
-        total = 0.0
+                outputs = distill.forward_with_teacher(run, batch, names)
+        weighted_sum = 0.0
         for name in names_with_teacher:
             objective = run.paper.OBJECTIVES.get(name)
             items = 1 if objective and objective.is_sum else count[name]
-            share = items / max(1.0, totals[name])
-            part, _ = parts[name]
-            total = total + run.paper.PRETRAINING["weights"].get(name, 1.0) * share * part
-            losses[name] += part.detach() * share
-        total.backward()
+            share = items / max(1.0, items_of_step[name])
+            loss, _ = outputs[name]
+            weighted_sum = weighted_sum + run.paper.PRETRAINING["weights"].get(name, 1.0) * share * loss
+            losses[name] += loss.detach() * share
+        weighted_sum.backward()
     if dist.is_initialized():
         sum_over_processes(run.model, losses)
     return losses
@@ -209,7 +209,7 @@ def backward(run, batches, names):
 def sum_over_processes(model, losses):
     """Adds up gradients and losses over all processes, in place: one flat vector, one reduction.
 
-    A head without a gradient was not used in this step, in no process.
+    All processes train the same objectives in a step, so the same parameters have gradients everywhere.
     """
     tensors = [p.grad for p in model.parameters() if p.grad is not None]
     tensors += losses.values()
@@ -266,7 +266,7 @@ def load_data(run, checkpoint, teacher):
 
 
 def task_of_lines(run, name):
-    """The row of the task whose lines are read. Pretraining without question answering reads those of another task."""
+    """The Task whose lines are read. Pretraining without question answering reads the lines of `without_answers`."""
     task = tasks.TASKS[name]
     if task.without_answers and not has_open_answers(run.paper, run.objectives):
         return tasks.TASKS[task.without_answers]  # questions are only there to be answered
@@ -279,7 +279,7 @@ def has_open_answers(paper, names):
 
 
 def load_splits(run, task, path, description):
-    """{name of a split: Dataset} of a task: train, val, test and the data set's extra test splits that have examples."""
+    """{name of a split: Dataset} of a task: train, val, test and the data set's extra splits, if they have examples."""
     args = run.args
     names = ["train", "val", "test"]
     if not tasks.is_pretraining(args.task):
@@ -298,7 +298,7 @@ def load_splits(run, task, path, description):
 
 
 def make_tokenizer(run, start):
-    """The tokenizer: of the checkpoint `start`, of --vocab, of the data set, or trained on the training texts."""
+    """The tokenizer of the checkpoint `start`, else of --vocab, else the data set's, else trained on training texts."""
     args = run.args
     if start and start["tokenizer"]:
         tokenizer = data.tokenizer_from_json(start["tokenizer"])
@@ -321,9 +321,9 @@ def make_tokenizer(run, start):
 
 
 def prepared_steps(run):
-    """Yields (batches, names) of each step to come. A thread makes those of the next step while this one computes.
+    """Yields (batches, names) of each step to come. A thread prepares the next step while the current one computes.
 
-    Retrieval's are made when they are asked for: there the model chooses the negatives.
+    With retrieval no step is prepared ahead, because the model itself chooses the hard negatives.
     """
     args = run.args
     first = run.progress["step"] + 1
@@ -377,8 +377,8 @@ def sample_task(run, step):
 def sample_objectives(paper, objectives, rng, done=1.0):
     """The objectives that one step trains. objectives: {name: ratio}; done: share of the run that is over, 0..1.
 
-    With conditional masking (UNITER 3.2) one is drawn by ratio, with those joined to it. Else all, but those of the
-    paper's second half only from done = 0.5 on.
+    With conditional masking (UNITER 3.2) one is drawn by ratio, with those joined to it. Without, all are
+    trained, those of PRETRAINING["second_half"] from done = 0.5 on (earlier only if there are no others).
     """
     if not paper.PRETRAINING["conditional"]:
         late = paper.PRETRAINING.get("second_half", ())
@@ -392,7 +392,7 @@ def sample_objectives(paper, objectives, rng, done=1.0):
 
 
 def index_streams(run):
-    """{task: iterator over the examples of its steps}. After a resume each begins after the steps that it has had."""
+    """{task: iterator over the examples of its steps}. On --resume each iterator skips the steps already trained."""
     steps_done = Counter(sample_task(run, step) for step in range(1, run.progress["step"] + 1))
     parts = run.world * run.args.accumulate
     streams = {}
@@ -404,8 +404,8 @@ def index_streams(run):
 def index_stream(args, dataset, parts, skip):
     """Yields, without end, the numbers of the examples of one step: (at most parts * batch_size,) int64.
 
-    The order depends on seed and epoch alone. Examples of a step have similar lengths, and forward pass p of `parts` takes
-    index[p::parts]. So no process waits for another one's longer texts. skip: steps to leave out at the start.
+    The order depends on seed and epoch alone. Examples of a step have similar lengths. Forward pass p of `parts` takes
+    index[p::parts], so that no process waits for another one's longer texts. skip: steps to leave out at the start.
     UserError if there are fewer examples than parts.
     """
     if len(dataset) < parts:
@@ -422,7 +422,7 @@ def index_stream(args, dataset, parts, skip):
 
 
 def read_start(args):
-    """The checkpoint that the run starts from: of --resume or of --init; None if all weights start at random."""
+    """The checkpoint of --resume or --init that the run starts from; None if all weights start at random."""
     if args.resume:
         args.init = args.out / "checkpoint.pt"
         args.fresh = False
@@ -433,7 +433,7 @@ def read_start(args):
 
 
 def read_teacher_checkpoint(args, checkpoint):
-    """The checkpoint of --teacher, or None. UserError if the start has another tokenizer."""
+    """The checkpoint of --teacher, or None. UserError if the run starts from a checkpoint with another tokenizer."""
     if not args.teacher:
         return None
     teacher = checkpoints.load_checkpoint(args.teacher)
@@ -445,7 +445,7 @@ def read_teacher_checkpoint(args, checkpoint):
 
 
 def build_model(run, checkpoint):
-    """The model, its weights at random or those of the checkpoint, on the CPU."""
+    """The model on the CPU, with random weights or those of the checkpoint."""
     args = run.args
     sizes = start_sizes(run, checkpoint)
     sizes["heads"] = tasks.heads_for(run.paper, run.objectives)
@@ -508,8 +508,8 @@ def start_sizes(run, checkpoint):
 
 
 def make_optimizer(model, weight_decay, at_random=(), lr_new=1.0):
-    """AdamW as UNITER sets it: betas .9 and .98; weight decay on matrices, none on biases and norms. Parameters whose name
-    is in `at_random` have `lr_new` times the learning rate of the others."""
+    """AdamW as UNITER sets it: betas .9 and .98; weight decay on matrices, none on biases and norms. Parameters
+    named in `at_random` have `lr_new` times the learning rate of the others."""
     groups = {}  # (factor of the learning rate, decay): parameters
     for name, parameter in model.named_parameters():
         factor = lr_new if name in at_random else 1.0
@@ -524,7 +524,7 @@ def learning_rate(step, peak, warmup, steps):
 
         peak * step / warmup  while step < warmup,  then  peak * (steps - step) / (steps - warmup)
 
-    warmup: in steps. The last step, where the second line meets 0, has 1e-8.
+    warmup: in steps. The last step has min(peak, 1e-8), because the decay ends at 0.
     """
     if step < warmup:
         return peak * step / warmup
@@ -536,9 +536,9 @@ def learning_rate(step, peak, warmup, steps):
 def set_learning_rate(optimizer, step, rate):
     """Sets learning rate, weight decay and eps of step 1, 2, ... so that torch's AdamW equals the official code's.
 
-    Official: eps is added before the second moment's bias is corrected. Torch adds it after: eps is divided by that
-    correction. Official: p <- (p - r u)(1 - r d), for an update u, rate r and decay d. Torch: p <- p (1 - r' d') - r' u.
-    The two are equal for r' = r (1 - r d) and d' = d / (1 - r d).
+    Official: eps is added before the second moment's bias correction; torch adds it after, so it gets eps divided by
+    sqrt(1 - beta2^step). Official: p <- (p - r u)(1 - r d), update u, rate r, decay d. Torch: p <- p (1 - r'd') - r'u.
+    The two are equal for r' = r (1 - r d) and d' = d / (1 - r d). eps assumes a gradient in every step so far.
     """
     for group in optimizer.param_groups:
         r = rate * group["factor"]
@@ -549,7 +549,7 @@ def set_learning_rate(optimizer, step, rate):
 
 
 def set_temperature(run, part):
-    """The temperature of itc after `part` (0..1) of the run, where it is not learned."""
+    """Sets the temperature of itc to the one scheduled after a share `part` (0..1) of the run, unless it is learned."""
     ends = options.parse_temperature(run.args.temperature)
     if ends is None or "itc" not in run.model.heads:
         return
@@ -559,7 +559,7 @@ def set_temperature(run, part):
 
 
 def restore_optimizer(run, checkpoint):
-    """Optimizer and the generators of dropout as the checkpoint has them."""
+    """Restores the optimizer and the generators of dropout from the checkpoint."""
     resume.check_fingerprint(checkpoint.get("fingerprint", {}), run.fingerprint)
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -576,7 +576,7 @@ def restore_optimizer(run, checkpoint):
 
 
 def validate(run, log):
-    """Evaluates the val split, keeps the best weights, and saves the checkpoint to go on from."""
+    """Evaluates the val split, saves best.pt if the score is the best so far, and saves checkpoint.pt for --resume."""
     log.check()
     if "val" in split_names(run):
         start = time.perf_counter()
@@ -594,7 +594,7 @@ def validate(run, log):
 
 
 def run_test(run):
-    """Tests the best weights, or the last ones if there is no val split. Returns what result.json holds."""
+    """Tests the best weights, or the last ones if no val split was scored. Returns the content of result.json."""
     args = run.args
     if dist.is_initialized():
         dist.barrier()  # the first process writes best.pt, all read it
@@ -675,7 +675,7 @@ def train_all(args):
             runs.append(options.resolve_options(args, model, seed))
     if args.resume:
         started = [resume.has_checkpoint(run_args.out) for run_args in runs]
-        if any(started):  # the others start now; if none has been started, the first says so
+        if any(started):  # a run without a checkpoint starts anew; if no run has one, the first raises the error
             for run_args, run_started in zip(runs, started, strict=True):
                 run_args.resume = run_started
     results = []

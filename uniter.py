@@ -4,15 +4,17 @@ What the model does, in five lines:
 1. words become vectors (word + position + type), regions too (feature + box + type, from the same table of types);
 2. both sequences are concatenated and pass through one BERT: words and regions attend to each other in every layer;
 3. pretraining masks words OR regions, never both (conditional masking), and draws one objective a step;
-4. a matching objective tells true pairs from false ones, and optimal transport aligns words with regions;
+4. a matching objective tells true pairs from mismatched ones, and optimal transport aligns words with regions;
 5. a small head on the pooled first position, or on each region, solves every downstream task.
 
-Known deviations: sequences are padded, not packed, which changes no valid position. Row 0 of the official mask
-embedding, zeroed there at each use, does not exist here. Widths and heights of boxes are computed; official files hold
-them in float16. A model from scratch has a rescaled box projection and, if narrow, wider initial weights
-(`common.init_box_projection`, `common.init_weights`). docs/details.md lists the errors of the official code.
-Letters: B batch, T text positions, N regions, S = T + N positions of both. C width, F region-feature width, V vocabulary,
-K classes, A answers, M masked words or regions.
+Known deviations from the official code:
+- Regions follow the padded words. Official code puts them right behind the last word. No valid position changes.
+- The mask embedding is one vector. The official table has a row 0 too, which is zeroed at each use.
+- Widths and heights are computed from the corners of a box. Official files hold them in float16.
+- At initialisation the box projection is rescaled, and a model narrower than 768 has larger weights.
+docs/details.md lists the errors of the official code.
+Letters: B batch, T text positions, N regions, S = T + N positions of both. C width, F region-feature width,
+V vocabulary, K classes, A answers, M masked words or regions.
 """
 
 from dataclasses import dataclass, replace
@@ -42,11 +44,11 @@ class Config:
     classes: int = 1601  # K, the detector's classes with 0 = background
     attributes: int = 0  # train.py sets it for all models; only LXMERT has an objective for it
     answers: int = 3129  # A, length of the answer list
-    dropout: float = 0.1  # everywhere below the heads; the heads have none, but NLVR2's paired attention
+    dropout: float = 0.1  # everywhere in the trunk; of the heads only NLVR2's paired attention has it
     heads: tuple = ("mlm", "mrfr", "mrc", "itm")  # which of HEADS this model has
     contrast: str = "infonce"  # loss of the objective itc; or "hinge", "sigmoid", "dcl"
-    text_vector: str = "cls"  # of a text in itc: the state of [CLS]; or "mean", of all words
-    teacher_widths: tuple = ()  # widths (text, regions) of the teacher that the head "hidden" projects to
+    text_vector: str = "cls"  # the text's vector in itc: the state of [CLS]; or "mean", over all words
+    teacher_widths: tuple = ()  # the teacher's (text, region) widths, to which the head "hidden" projects
     nlvr2: str = "paired-attention"  # or "paired", "triplet": how two pictures meet (section 4.1)
     refer_layers: int = 1  # 1: a linear logit for each region; 2: with a hidden layer (RefCOCO+)
 
@@ -71,8 +73,8 @@ class RegionEmbedding(nn.Module):
     """norm( norm(W_f f) + norm(W_b b) + type ), then dropout (section 3.1, figure 1), b = [x1, y1, x2, y2, w, h, w h].
 
     features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1; type_emb (B, N, C), rows of the text's table of types.
-    masked (B, N) bool, True = the feature was zeroed and is to be predicted. A learned vector is added to such a feature
-    before W_f. Returns (B, N, C).
+    masked (B, N) bool, True = the feature is zeroed and to be predicted. A learned vector is added to it before W_f.
+    Returns (B, N, C).
     """
 
     def __init__(self, config):
@@ -134,14 +136,14 @@ class UNITER(nn.Module):
         return self.region_embedding(batch.features, batch.boxes, type_emb, batch.masked_regions)
 
     def unimodal(self, batch):
-        """What each modality computes without the other, for `encode(given=)`: the embeddings (B, T, C), (B, N, C)."""
+        """What each modality computes alone, for `encode(given=)`: the embeddings (B, T, C) and (B, N, C)."""
         return self.embed_text(batch), self.embed_regions(batch)
 
     def encode(self, batch, text=True, regions=True, record=False, given=None):
         """Encodes words and regions together, or one of the two alone (text=False or regions=False).
 
         record: also return the states and attention maps of all layers.
-        given: the result of `unimodal` for both modalities, which is then not computed again.
+        given: what `unimodal` returned. It replaces the embedding of the batch; both modalities are encoded.
         """
         if given is None:
             text_emb = self.embed_text(batch) if text else None
@@ -205,15 +207,15 @@ class UNITER(nn.Module):
 # ---- pretraining objectives: (model, encoding, batch) -> (loss, logits) -----------------------------------------
 
 PRETRAINING = {
-    # ratio in which steps draw them; the official in-domain runs have 2 for mlm, here the short runs need more words
+    # ratio in which steps draw them. Official in-domain pretraining has 2 for mlm; short runs need more masked words
     "objectives": {"mlm": 4, "mrfr": 1, "mrc_kl": 1, "itm": 2},
-    "conditional": True,  # one objective a step: while words are masked no region is, and the other way round
+    "conditional": True,  # one objective a step, so a batch has masked words or masked regions, never both
     "joined": {"itm": ("wra",)},  # computed in the same step, on the same pairs
-    "rate": 1.0,  # of the learning rate, against fine-tuning: 5e-5 at base size
-    "weights": {"wra": 0.1},  # factors of the loss; 1 where none is named
+    "rate": 1.0,  # learning rate relative to fine-tuning: 5e-5 at base size
+    "weights": {"wra": 0.1},  # factors of the losses; 1 where none is named
     "region_masking": {"zero": 1.0, "random": 0.0},  # a masked region's feature is always zeroed (section 3.2)
-    "false_pairs": 0.5,
-    "mismatch": "image",  # a negative pair keeps its sentence and gets another picture
+    "false_pairs": 0.5,  # share of mismatched pairs
+    "mismatch": "image",  # a mismatched pair keeps its sentence and gets another picture
 }
 
 
@@ -272,7 +274,7 @@ def image_text_matching(model, encoding, batch):
 
         L = -[ y log s(w, v) + (1 - y) log(1 - s(w, v)) ],  mean over rows
 
-    s is the softmax of two logits, as in the official code. batch.matched (B,): y, 1 = a true pair.
+    s: the softmax probability of "match", as in the official code. batch.matched (B,): y, 1 = a true pair.
     Logits (B, 2), class 1 = match.
     """
     logits = model.heads["itm"](encoding.pooled)  # (B, C) -> (B, 2)
@@ -282,13 +284,13 @@ def image_text_matching(model, encoding, batch):
 def word_region_alignment(model, encoding, batch):
     """Word-region alignment, WRA (section 3.2, eq. 3), on the pairs of image-text matching:
 
-        L = ( sum over true pairs of D - sum over false pairs of D ) / B
+        L = ( sum over true pairs of D - sum over mismatched pairs of D ) / B
 
     D: the optimal-transport distance of the words' and regions' last states; [CLS] and [SEP] count as words.
     Logits: the distances (B,).
     """
     distances, _, _ = common.optimal_transport(encoding.text, encoding.regions, batch.text_mask, batch.region_mask)
-    sign = 2 * batch.matched - 1  # (B,): 1 for a true pair, -1 for a false one
+    sign = 2 * batch.matched - 1  # (B,): 1 for a true pair, -1 for a mismatched one
     return (distances * sign).mean(), distances
 
 
@@ -313,7 +315,7 @@ class PairedAttentionHead(nn.Module):
         left' = dropout(relu(W [attention(left, right), left]))
         vector = sum over positions of softmax(relu(w left')) left'
 
-    The right side has an attention of its own and the same W and w. The two vectors are concatenated and classified.
+    The right side has its own attention weights; W and w are shared. The two vectors are concatenated and classified.
     x (2B, S, C), mask (2B, S): rows 2i and 2i+1 are the two pictures of statement i. Returns (B, 2).
     """
 
@@ -347,7 +349,7 @@ class PairedAttentionHead(nn.Module):
 
 
 def nlvr2_head(config):
-    """The head that `config.nlvr2` names: two sequences that attend to each other, two pooled vectors, or one."""
+    """The head that `config.nlvr2` names: on two sequences of states, on two pooled vectors, or on one ("triplet")."""
     if config.nlvr2 == "paired-attention":
         return PairedAttentionHead(config)
     if config.nlvr2 == "paired":
@@ -363,10 +365,10 @@ def refer_head(config):
 
 
 def natural_language_for_visual_reasoning(model, encoding, batch):
-    """NLVR2: is the statement true of the two pictures? Cross-entropy. batch.target (B,) int64, 1 = true. Logits (B, 2).
+    """NLVR2: is the statement true of the two pictures? Cross-entropy. batch.target (B,) int64, 1 = true.
 
-    paired, paired-attention: the batch has 2B rows, the statement with each picture in turn. triplet: B rows with the
-    regions of both pictures, told apart by batch.region_types.
+    paired, paired-attention: the batch has 2B rows; rows 2i and 2i+1 are statement i with its left and right picture.
+    triplet: B rows with the regions of both pictures; batch.region_types (B, N) tells which. Logits (B, 2).
     """
     if model.config.nlvr2 == "paired-attention":
         x = torch.cat([encoding.text, encoding.regions], 1)  # (2B, S, C)
@@ -443,7 +445,7 @@ CHOICES = {  # fields of Config that are words
     "nlvr2": ("paired-attention", "paired", "triplet"),
 }
 VCR_TYPES = ((0, 2), (0, 2, 3))  # text types: a question and its answer; a question, its answer and the reason
-NEGATIVES = ("image", "text")  # false partners of a true pair in retrieval, in the order of the rows
+NEGATIVES = ("image", "text")  # what each mismatched row of retrieval replaces in the true pair
 
 
 def text_types(tasks):

@@ -11,9 +11,9 @@ What the model does, in five lines:
 
 Known deviations from the official code:
 - The whole-image region is made here and left out of what `encode` returns. Batches are the same for all models.
-- Class 1 of the matching head means "match", officially class 0. Its rows are swapped when official weights are read
-  or written.
-- Pretraining skips the masked-prediction losses on mismatched pairs, as 12-in-1 does. ViLBERT's code has them there too.
+- Class 1 of the matching head means "match", officially class 0. The head's two rows are swapped when official weights
+  are read or written.
+- Pretraining skips the masked-prediction losses on mismatched pairs, as 12-in-1 does. ViLBERT's code does not.
 docs/details.md lists the errors of the official code.
 Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
 M masked positions, A answers.
@@ -36,7 +36,7 @@ class Config:
     """Sizes of a ViLBERT. The defaults are the paper's (BERT-base and six visual layers); PRESETS gives the others."""
 
     vocab_size: int = 30522  # BERT's uncased word pieces
-    hidden: int = 768  # C of the text; the visual one follows
+    hidden: int = 768  # C of the text
     layers: int = 12
     attention_heads: int = 12
     intermediate: int = 3072
@@ -53,15 +53,15 @@ class Config:
     feature_size: int = 2048  # F, of the published detector; 3 x patch x patch for regions cut from pixels
     classes: int = 1601  # K, the detector's classes with 0 = background
     attributes: int = 0  # for LXMERT's attribute objective; ViLBERT has none
-    answers: int = 3129  # A, the answer list's length
+    answers: int = 3129  # A, length of the answer list
     gqa_answers: int = 1533  # rows of the GQA head in released checkpoints of 12-in-1
-    dropout: float = 0.1  # everywhere in the trunk, and on what the heads read
-    heads: tuple = ("mlm", "mrc", "itm")  # which of the heads below this model has
+    dropout: float = 0.1  # in the trunk, on the pooled vector, and on the regions that the head "refer" reads
+    heads: tuple = ("mlm", "mrc", "itm")  # which of HEADS this model has
     contrast: str = "infonce"  # loss of the objective itc; or "hinge", "sigmoid", "dcl"
-    text_vector: str = "cls"  # of a text in itc: the state of [CLS]; or "mean", of all words
-    teacher_widths: tuple = ()  # widths (text, regions) of the teacher that the head "hidden" projects to
+    text_vector: str = "cls"  # the text's vector in itc: the state of [CLS]; or "mean", over all words
+    teacher_widths: tuple = ()  # the teacher's (text, region) widths, to which the head "hidden" projects
     twelve_in_one: bool = False  # the answer heads of 12-in-1 in place of the paper's
-    task_tokens: int = 0  # 12-in-1: rows of the table of task vectors; batch.task's row is put behind [CLS]
+    task_tokens: int = 0  # 12-in-1: rows of the table of task tokens; row batch.task is inserted after [CLS]
     dynamic_attention: bool = False  # 12-in-1: the text scales the regions' queries and keys
 
 
@@ -88,10 +88,10 @@ PRESETS = {
 
 
 class RegionEmbedding(nn.Module):
-    """norm(W_f f + W_b box), then dropout (section 2.2), with b = [x1, y1, x2, y2, area].
+    """norm(W_f f + W_b b), then dropout (section 2.2), with b = [x1, y1, x2, y2, area].
 
-    The whole image comes first, as a region of its own. Its feature is the mean of the region features, masked (zeroed)
-    ones included. Its box is the picture's.
+    The whole image comes first, as a region of its own. Its feature is the mean of the region features, zeroed ones
+    included. Its box is (0, 0, 1, 1).
     features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1; mask (B, N) bool, True = a region, not padding.
     Returns (B, 1+N, C).
     """
@@ -120,9 +120,9 @@ class RegionEmbedding(nn.Module):
 class CoAttentionLayer(nn.Module):
     """Co-attention (section 2.1, figure 2b): queries come from one stream, keys and values from the other.
 
-    Both directions are computed from the same inputs. Then each stream has its feed-forward. Residual and norm as in BERT.
+    Both directions read the same inputs. A feed-forward block for each stream follows. Residuals and norms as in BERT.
     text (B, T, C), regions (B, 1+N, C'); their biases (B, 1, 1, T) and (B, 1, 1, 1+N) hide padded keys.
-    maps: a list, to which two attention maps are appended: text-to-regions (B, H, T, 1+N), regions-to-text (B, H, 1+N, T).
+    maps: a list, to which the maps text-to-regions (B, H, T, 1+N) and regions-to-text (B, H, 1+N, T) are appended.
     """
 
     def __init__(self, config):
@@ -146,8 +146,8 @@ class CoAttentionLayer(nn.Module):
 def schedule(config):
     """The order in which layers run: a list of ("text", i), ("regions", i) and ("cross", k).
 
-    Before co-attention k the text and the visual layers below its two connected layers have run. After the last
-    co-attention the remaining visual layers run, then the remaining text layers.
+    connections[k] = (i, j): co-attention k runs before visual layer i and text layer j, after all lower ones. After the
+    last co-attention the remaining visual layers run, then the remaining text layers.
     ValueError for connections that are out of order or out of range.
     """
     steps = []
@@ -170,10 +170,10 @@ class ViLBERT(nn.Module):
     """Two Transformers, one over words and one over regions, with co-attention between them.
 
     `model(batch, objectives)` returns {objective: (loss, logits)}. `encode` returns the hidden states alone. With
-    `record=True` they hold besides, in the order of execution:
+    `record=True` it also returns, in the order of execution:
     states "text.embedding", "regions.embedding", "text.i", "regions.i", "cross.k.text", "cross.k.regions";
     maps "text.i", "regions.i", "cross.k.text_to_regions", "cross.k.regions_to_text".
-    Recorded regions begin with the whole image (1+N positions), recorded text has the task token (T+1), if there is one.
+    Recorded regions include the whole image (1+N positions), recorded text the task token, if there is one (T+1).
     """
 
     def __init__(self, config):
@@ -207,7 +207,7 @@ class ViLBERT(nn.Module):
         common.init_box_projection(self.region_embedding.boxes)
 
     def embed_text(self, batch):
-        """(B, T, C). 12-in-1 puts the task's vector, without position or type, behind [CLS]: (B, T+1, C)."""
+        """(B, T, C). 12-in-1 inserts a task token, which has no position or type, after [CLS]: (B, T+1, C)."""
         text_emb = self.text_embedding(batch.text, batch.segments)
         if self.config.task_tokens == 0:
             return text_emb
@@ -220,9 +220,9 @@ class ViLBERT(nn.Module):
         return self.region_embedding(batch.features, batch.boxes, batch.region_mask)
 
     def encode(self, batch, text=True, regions=True, record=False, given=None):
-        """Encodes words and regions together, or one of the two alone (text=False or regions=False), without co-attention.
+        """Encodes words and regions together. text=False: regions alone. regions=False: words alone.
 
-        pooled is (B, shared) in all cases. given: the result of `unimodal`, which is then not computed again.
+        pooled is (B, shared) in all cases. given: what `unimodal` returned, from which the remaining layers go on.
         """
         steps = self.schedule
         text_states = None
@@ -244,15 +244,15 @@ class ViLBERT(nn.Module):
         return common.Encoding(text_states, region_states, pooled, states, maps)
 
     def run_steps(self, batch, steps, text, regions, record=False):
-        """Runs some steps of the schedule on text (B, T, C) and regions (B, 1+N, C). Either may be None: the other then
-        runs through its own layers only. Returns both, and the recorded states and maps."""
+        """Runs some steps of the schedule on text (B, T, C) and regions (B, 1+N, C). If one is None, co-attention and
+        the layers of that modality are skipped. Returns text, regions, and the recorded states and maps."""
         states = {}
         maps = {}
         if text is not None:
             text_mask = batch.text_mask  # (B, T)
             if self.config.task_tokens > 0:
                 text_mask = F.pad(text_mask, (1, 0), value=True)  # (B, T+1)
-            text_bias = common.attention_bias(text_mask, text.dtype)  # (B, 1, 1, T)
+            text_bias = common.attention_bias(text_mask, text.dtype)  # (B, 1, 1, T or T+1)
             if record:
                 states["text.embedding"] = text
         if regions is not None:
@@ -269,7 +269,7 @@ class ViLBERT(nn.Module):
                     maps[f"text.{i}"] = layer_maps[0]
             elif kind == "regions" and regions is not None:
                 if self.config.dynamic_attention and text is not None:
-                    text_mean = common.masked_mean(text, text_mask)[:, None]  # (B, T, C) -> (B, 1, C)
+                    text_mean = common.masked_mean(text, text_mask)[:, None]  # (B, T or T+1, C) -> (B, 1, C)
                     regions = self.region_layers[i](regions, region_bias, layer_maps, text_mean)
                 else:
                     regions = self.region_layers[i](regions, region_bias, layer_maps)
@@ -286,8 +286,8 @@ class ViLBERT(nn.Module):
         return text, regions, states, maps
 
     def fuse(self, text, regions):
-        """The pair's vector (section 2.2): product or sum of the pooled first positions, then dropout. If one is None: the
-        other's pooled first position. text (B, T, C), regions (B, 1+N, C) -> (B, shared)."""
+        """The pair's vector (section 2.2): product or sum of the pooled first positions, then dropout. With a single
+        modality its pooled first position. text (B, T, C), regions (B, 1+N, C') -> (B, shared)."""
         if regions is None:
             return self.dropout(self.text_pooler(text))
         if text is None:
@@ -299,8 +299,8 @@ class ViLBERT(nn.Module):
         return self.dropout(pooled_text * pooled_regions)
 
     def unimodal(self, batch):
-        """What each modality computes alone, for `encode(given=)`: its layers before the first co-attention. Dynamic
-        attention needs the text in every visual layer: then no visual layer is among them. (B, T, C), (B, 1+N, C)"""
+        """What each modality computes alone, for `encode(given=)`: states before the first co-attention, (B, T, C) and
+        (B, 1+N, C). With dynamic attention every visual layer reads the text, so none is computed."""
         steps = self.schedule[: self.steps_alone]
         text = self.run_steps(batch, steps, self.embed_text(batch), None)[0]
         regions = self.run_steps(batch, steps, None, self.embed_regions(batch))[1]
@@ -309,8 +309,8 @@ class ViLBERT(nn.Module):
     def decode(self, batch, cache=None):
         """The text read from left to right, for captions (see `common.next_words`). Returns (B, T, C).
 
-        Regions must not see words, or they would pass later words on to earlier ones. So their half of a co-attention
-        layer is its feed-forward alone. Dynamic attention and task tokens do not act here.
+        Regions must not attend to words, or earlier words would see later ones through them. So the regions' half of a
+        co-attention layer is its feed-forward alone. Dynamic attention and task tokens are not used here.
         """
         if cache is None:
             cache = {}
@@ -374,7 +374,7 @@ def masked_language_modelling(model, encoding, batch):
 
 
 def masked_region_class_kl(model, encoding, batch):
-    """Masked regions (section 2.2, "masked multi-modal modelling"):
+    """Masked region classification with soft labels (section 2.2, "masked multi-modal modelling"):
 
         L = KL(c || g(v_m)) = sum_k c_k (log c_k - log g_k),  mean over masked regions
 
@@ -421,7 +421,7 @@ class WeightNormLinear(nn.Module):
 
     def __init__(self, width, out):
         super().__init__()
-        linear = nn.Linear(width, out)  # torch's own initialisation, which BERT's does not reach in the official code
+        linear = nn.Linear(width, out)  # as officially, these weights keep torch's initialisation, not BERT's
         self.weight_v = linear.weight
         self.weight_g = nn.Parameter(linear.weight.detach().norm())
         self.bias = nn.Parameter(torch.zeros(out))
@@ -439,41 +439,40 @@ def answer_head(config, answers):
     first = WeightNormLinear(config.shared, inner)
     last = WeightNormLinear(inner, answers)
     head = nn.Sequential()
-    head.add_module(
-        "main", nn.Sequential(first, nn.ReLU(), common.Dropout(0.5), last)
-    )  # its name in released checkpoints
+    # "main" is its name in released checkpoints
+    head.add_module("main", nn.Sequential(first, nn.ReLU(), common.Dropout(0.5), last))
     return head
 
 
 def choice_among_rows(model, head, encoding, labels):
-    """Cross-entropy over the rows of each example; labels (examples,), the number of the right row. Logits (rows,)."""
+    """Cross-entropy over the rows of each example. labels (examples,): the index of the right row. Logits (rows,)."""
     logits = model.heads[head](encoding.pooled).squeeze(-1)  # (rows, 1) -> (rows,)
     return common.cross_entropy(logits.view(len(labels), -1), labels), logits
 
 
 def visual_commonsense_reasoning(model, encoding, batch):
-    """VCR: one row a choice, batch.target (rows,) 1 = the right one. Text types: 0 question, 1 choice."""
+    """VCR: cross-entropy over the choices of a question, one row a choice. batch.target (rows,), 1 = the right one."""
     labels = batch.target.view(len(batch.ids), -1).argmax(1)  # (rows,) -> (questions, choices) -> (questions,)
     return choice_among_rows(model, "vcr", encoding, labels)
 
 
 def retrieval_rank(model, encoding, batch):
-    """Retrieval (section 3.2): the first row of each example is the true pair, the others are mismatched (NEGATIVES)."""
+    """Retrieval (section 3.2): cross-entropy over a true pair, the first row, and its mismatched pairs (NEGATIVES)."""
     labels = torch.zeros(len(batch.ids), dtype=torch.long, device=encoding.pooled.device)
     return choice_among_rows(model, "rank", encoding, labels)
 
 
 def refer_logits(model, encoding, batch):
-    """A logit for every region, padding at -10000. (B, N)"""
+    """Logits of the regions (B, N). -10000 is added to those of padding."""
     logits = model.heads["refer"](model.dropout(encoding.regions))  # (B, N, C) -> (B, N, 1)
     logits = logits.squeeze(-1)  # (B, N)
     return logits + (1.0 - batch.region_mask.to(logits.dtype)) * -10000.0
 
 
 def referring_expression(model, encoding, batch):
-    """Referring expressions (section 3.2): binary cross-entropy of every region, summed over regions, mean over the batch.
+    """Referring expressions (section 3.2): binary cross-entropy, summed over the regions, mean over the batch.
 
-    The label of a region is its overlap (IoU) with the target, 0 below one half. batch.target (B, N) float, the overlaps.
+    batch.target (B, N) float: the overlap (IoU) of each region with the true box. Overlaps below 0.5 count as label 0.
     Logits (B, N).
     """
     logits = refer_logits(model, encoding, batch)
@@ -496,7 +495,7 @@ HEADS = {
     "vcr": lambda c: common.Float32Linear(c.shared, 1),
     "rank": lambda c: common.Float32Linear(c.shared, 1),
     "refer": lambda c: common.Float32Linear(c.visual_hidden, 1),
-    # No task uses these two; released checkpoints have them: GQA's answers, and a logit per word.
+    # No task uses these two heads, but released checkpoints have them: GQA's answers, and a logit for each word.
     "gqa": lambda c: answer_head(c, c.gqa_answers),
     "word": lambda c: nn.Linear(c.hidden, 1),
 }
@@ -528,7 +527,7 @@ MATCHING = common.Objective(
     multimodal_alignment, head="itm", pretraining=True, mismatch=True, labels=lambda batch, logits: batch.matched
 )
 
-# What no paper has (itc, caption) and VQA come from SHARED_OBJECTIVES.
+# VQA and captioning come from SHARED_OBJECTIVES.
 OBJECTIVES = common.SHARED_OBJECTIVES | {
     "itc": contrast.CONTRAST,
     "mlm": MASKED_WORDS,
@@ -550,7 +549,7 @@ CHOICES = {
     "fusion": ("mul", "sum"),
 }  # fields of Config that are words
 VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
-NEGATIVES = ("text", "image", "text")  # mismatched partners of a true pair in retrieval, in the order of the rows
+NEGATIVES = ("text", "image", "text")  # what each mismatched row of retrieval replaces in the true pair
 MODEL = ViLBERT
 
 

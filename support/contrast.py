@@ -1,8 +1,8 @@
-"""contrast.py: image-text contrast, the objective `itc`. It is apart because none of the three papers has it.
+"""contrast.py: image-text contrast, the objective `itc`. It is in a file of its own: none of the three papers has it.
 
 Text and picture are encoded without each other. Both become unit vectors of one space, in which true pairs are pulled
 together (CLIP, Radford 2021; ALBEF, Li 2021). All three models can be trained with it. In retrieval with --rerank it
-ranks all pictures fast, and the objective `rank` then ranks the best of them again.
+ranks all pictures fast, and the objective `rank` then re-ranks the best of them.
 
 Letters: B pairs, T text positions, N regions, C width, E width of the contrast space.
 """
@@ -16,19 +16,19 @@ from torch import nn
 
 import common
 
-# ---- losses: image, text (B, C), L2-normalised, row i of each is one pair -> a scalar ---------------------------------
+# ---- losses: image, text (B, E), L2-normalised, row i of each is one pair -> a scalar --------------------------------
 
 
 @common.in_float32
 def pairwise_cosine(image, text, same=None):
     """Cosines (B, B), pictures x texts, and two masks (B, B) bool: which pairs are positives, which are negatives.
 
-    The diagonal is positive. All else is negative but `same` (B, B) bool, symmetric, True = rows i and j show one
-    picture. ValueError if the shapes differ.
+    Positives are the diagonal. same: (B, B) bool, symmetric, True = rows i and j show the same picture. Such pairs off
+    the diagonal are neither positive nor negative. All others are negatives. ValueError if the shapes differ.
     """
     if image.shape != text.shape:
         raise ValueError(f"pictures {tuple(image.shape)} and texts {tuple(text.shape)} are not pairs: shapes differ")
-    cosines = image @ text.T  # (B, C) @ (C, B) -> (B, B)
+    cosines = image @ text.T  # (B, E) @ (E, B) -> (B, B)
     positive = torch.eye(len(image), dtype=torch.bool, device=image.device)
     negative = ~positive
     if same is not None:
@@ -41,7 +41,7 @@ def info_nce(image, text, temperature=0.07, same=None):
 
         L = 1/2 [ CE(s, I) + CE(s^T, I) ],   s_ij = <image_i, text_j> / temperature
 
-    temperature: > 0, float or 0-d tensor.   same: as in `pairwise_cosine`; such pairs are left out of the sums.
+    temperature: > 0, float or 0-d tensor.   same: as in `pairwise_cosine`; pairs that are neither are left out.
     Returns a 0-d tensor in nats; log B is chance.   ValueError if the shapes differ.
     """
     cosines, positive, negative = pairwise_cosine(image, text, same)
@@ -70,11 +70,11 @@ def hardest_hinge(image, text, margin=0.2, same=None):
 
 
 def sigmoid_contrast(image, text, temperature=0.1, bias=-10.0, same=None):
-    """SigLIP (Zhai 2023, section 3.2): each of the B^2 pairs is classified alone, z = 1 for a true one, else -1.
+    """SigLIP (Zhai 2023, section 3.2): each of the B^2 pairs is classified by itself, z = 1 if positive, else -1.
 
         L = -1/B sum_ij log sigmoid( z_ij (<image_i, text_j> / temperature + bias) )
 
-    bias: float or 0-d tensor; starts at -10, as nearly all pairs are false. same, ValueError: as in `pairwise_cosine`.
+    bias: float or 0-d tensor; starts at -10: nearly all pairs are negative. same, ValueError: as in `pairwise_cosine`.
     """
     cosines, positive, negative = pairwise_cosine(image, text, same)
     sign = 2.0 * positive - 1.0  # (B, B)
@@ -87,7 +87,7 @@ def decoupled_contrast(image, text, temperature=0.07, same=None):
 
         L = 1/2B sum_i [ -2 s_ii + log sum_j exp s_ij + log sum_j exp s_ji ],   j a negative of i,  s as in `info_nce`
 
-    The paper's negatives within one modality are left out. A row without negatives counts as 0.
+    The paper also has negatives within a modality, which are not used here. A row without negatives counts as 0.
     same, ValueError: as in `pairwise_cosine`.
     """
     cosines, _, negative = pairwise_cosine(image, text, same)
@@ -102,12 +102,12 @@ def decoupled_contrast(image, text, temperature=0.07, same=None):
 
 
 def scheduled_temperature(first, last, part):
-    """Half a cosine from `first` to `last` while `part` goes from 0 to 1 (cf. Kukleva 2023, section 3.2):
+    """Half a cosine from `first` to `last` as `part` goes from 0 to 1 (cf. Kukleva 2023, section 3.2):
     first + (last - first) (1 - cos(pi part)) / 2."""
     return first + (last - first) * (1.0 - math.cos(math.pi * part)) / 2
 
 
-# ---- one loss over the rows of all processes --------------------------------------------------------------------------
+# ---- one loss over the rows of all processes -------------------------------------------------------------------------
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -127,8 +127,8 @@ class SumOverProcesses(torch.autograd.Function):
 def gather_with_gradient(x):
     """The rows of all processes in the order of ranks: x (n, ...) -> (sum of n, ...). n may differ between processes.
 
-    Each process must weight its copy of the loss by its share of the rows. The gradients then equal those of one process
-    with all rows. Returns x itself in a single process. So it does in evaluation (`torch.inference_mode`), where the
+    Each process must weight its copy of the loss by its share of the rows. The gradients then equal those of one
+    process with all rows. Returns x itself in a single process, and in evaluation (`torch.inference_mode`), where
     processes have different numbers of batches.
     """
     if torch.is_inference_mode_enabled() or not dist.is_initialized():
@@ -141,11 +141,11 @@ def gather_with_gradient(x):
     rows_after = int(counts[rank + 1 :].sum())
     before = x.new_zeros(rows_before, *x.shape[1:])
     after = x.new_zeros(rows_after, *x.shape[1:])
-    # every process has zeros in the rows of the others, so that the sum is a gather that allows unequal sizes
+    # each process has zeros in the other processes' rows: the sum gathers, and allows unequal sizes
     return SumOverProcesses.apply(torch.cat([before, x, after]))
 
 
-# ---- head and objective -----------------------------------------------------------------------------------------------
+# ---- head and objective ----------------------------------------------------------------------------------------------
 
 
 @common.in_float32
@@ -157,8 +157,9 @@ def l2_normalize(x):
 class ContrastHead(nn.Module):
     """The head of image-text contrast. Text and picture, each encoded alone, become unit vectors (E,) of one space.
 
-    The text's vector is a linear map of the last state of [CLS], or with text_vector "mean" of the mean over all words. The
-    picture's is one of the mean over its regions. The temperature is learned as log_scale = log(1 / temperature) (CLIP 2021, section 2.5). It starts at 0.07 and stays in 0.01..1.
+    Text: a linear map of the last state of [CLS], or with text_vector "mean" of the mean over all words, [CLS] and
+    [SEP] included. Picture: a linear map of the mean over its regions. The temperature is learned as log_scale =
+    log(1 / temperature) (CLIP 2021, section 2.5). It starts at 0.07 and stays in 0.01..1.
     """
 
     def __init__(self, text_width, region_width, width, kind="infonce", text_vector="cls"):
@@ -182,9 +183,10 @@ class ContrastHead(nn.Module):
     def forward(self, image, text, pictures):
         """The loss that `kind` names, over the rows of all processes, and its logits (B', B').
 
-        image, text (B, E); pictures (B,) int64, which picture each row shows: rows of one picture are no negatives.
+        image, text (B, E); pictures (B,) int64, each row's picture. Rows of the same picture are not negatives.
+        B' is the sum of B over all processes.
         """
-        vectors = gather_with_gradient(torch.cat([image, text], 1))  # (B, 2E) -> (B', 2E): one exchange for the two
+        vectors = gather_with_gradient(torch.cat([image, text], 1))  # (B, 2E) -> (B', 2E), in one reduction
         image, text = vectors.chunk(2, 1)
         pictures = gather_with_gradient(pictures)
         same = pictures[:, None] == pictures  # (B', B')
@@ -205,8 +207,8 @@ class ContrastHead(nn.Module):
 def image_text_contrast(model, encoding, batch):
     """Image-text contrast: the loss of ContrastHead on text and regions that are encoded without each other.
 
-    `encoding` is not read. The pairs are the rows batch.pair_index (M,) of all processes. Rows of one picture,
-    batch.pictures (B,), are no negatives of each other. Logits (M, M), pictures x texts.
+    `encoding` is not used. The pairs are rows batch.pair_index (M,), gathered from all processes: M' pairs. Rows with
+    the same batch.pictures (B,) are not negatives of each other. Logits (M', M'), pictures x texts.
     """
     head = model.heads["itc"]
     text = head.text(model.encode(batch, regions=False).text, batch.text_mask)  # (B, E)

@@ -1,6 +1,6 @@
 """distillation.py: the losses between a student and its teacher, and what the two models have in common.
 
-distill.py computes them in each step. The losses take tensors alone, so that they can be read beside their papers.
+distill.py uses them in each step. The losses take only tensors, so that they can be read beside their papers.
 Letters: B rows, T queries, S keys or positions, H heads, C width, M rows of logits, K classes.
 """
 
@@ -10,14 +10,14 @@ from torch import nn
 import common
 from common import UserError
 
-# ---- losses on logits, attention maps and hidden states ---------------------------------------------------------------
+# ---- losses on logits, attention maps and hidden states --------------------------------------------------------------
 
 
 @common.in_float32
 def soft_label_loss(student, teacher, temperature=2.0):
     """Soft labels (Hinton 2015, section 2): T^2 KL( softmax(teacher / T) || softmax(student / T) ), mean over rows.
 
-    student, teacher: logits (M, K). T^2 keeps the size of the gradient, which falls as 1 / T^2. No rows count as 0.
+    student, teacher: logits (M, K). T^2 undoes the shrinking of the gradient by 1 / T^2. 0 if M = 0.
     """
     assert student.shape == teacher.shape, (student.shape, teacher.shape)
     if len(student) == 0:
@@ -28,8 +28,8 @@ def soft_label_loss(student, teacher, temperature=2.0):
 
 
 def average_heads(maps, heads):
-    """Attention maps (B, H, T, S) averaged to `heads` heads, each over H / heads neighbours -> (B, heads, T, S).
-    UserError if H is not a multiple."""
+    """Attention maps (B, H, T, S) -> (B, heads, T, S): each the mean of H / heads neighbouring heads. UserError if H is
+    not a multiple of `heads`."""
     if maps.shape[1] % heads:
         raise UserError(
             f"--distill attention: {maps.shape[1]} attention heads of the teacher cannot be shared by {heads} of the "
@@ -39,7 +39,7 @@ def average_heads(maps, heads):
 
 
 def mean_over_rows(values, mask):
-    """Mean over a row's True positions, then over rows: values, mask (B, S) -> (). A row without any counts as 0."""
+    """Mean over a row's True positions, then over rows: values, mask (B, S) -> (). A row without True counts as 0."""
     return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
@@ -58,7 +58,8 @@ def attention_loss(student, teacher, queries, keys):
         mse = mean_s ( (log t_s - mean log t) - (log p_s - mean log p) )^2      logits (TinyBERT, Jiao 2020, eq. 7)
 
     student p (B, H, T, S), teacher t (B, H', T, S), H' a multiple of H; queries (B, T), keys (B, S) bool, True = real.
-    log p is the logit up to a constant of its query, which the mean removes. Returns (2,).
+    mse compares logits: log p is the logit minus a constant for each query, which subtracting the mean over s removes.
+    Returns (2,).
     """
     visible = keys[:, None, None, :]  # (B, 1, 1, S)
     count = visible.sum(-1, keepdim=True).clamp(min=1)  # (B, 1, 1, 1)
@@ -80,11 +81,11 @@ def hidden_loss(student, teacher, mask):
     return mean_over_rows((student - teacher).square().mean(-1), mask)
 
 
-# ---- what two models have in common -----------------------------------------------------------------------------------
+# ---- what two models have in common ----------------------------------------------------------------------------------
 
 
 def check_same_rows(run, task):
-    """UserError if the teacher cannot read the rows of this task's batches, or reads them in another way."""
+    """UserError if the teacher cannot read this task's batches, or expects their rows arranged differently."""
     args = run.args
     if task.generates and args.distill != "logits":
         raise UserError(
@@ -101,19 +102,19 @@ def check_same_rows(run, task):
 
 
 def why_not_comparable(run, name, task, teacher_tasks):
-    """Why the logits of an objective cannot be distilled, None if they can. Both models must have logits over the same
+    """Why the logits of an objective cannot be distilled; None if they can. Both models need logits over the same
     classes."""
     objective = run.paper.OBJECTIVES[name]
     head = objective.head
     if objective.logits == "nothing":
         return "it has no logits of classes"
-    # captioning has the head of masked words, which pretraining trains
+    # a trained head is not enough: captioning uses the masked-word head, which pretraining trains too
     if head not in run.teacher.heads or (task and task.name not in teacher_tasks):
         return "the teacher was not trained for it"
     if "object_probs" in objective.fields:
         student = output_width(run.model.heads[head])
         teacher = output_width(run.teacher.heads[head])
-        if student != teacher:  # one counts background as a class and the other does not
+        if student != teacher:  # one has a logit for background, the other does not
             return f"the student has {student} region classes, the teacher {teacher}"
     return None
 
@@ -124,12 +125,13 @@ def output_width(head):
 
 
 def layer_map(student, teacher):
-    """Which teacher layer each student layer imitates: uniform, last to last, as [2, 5] of 6 (TinyBERT, section 3.1)."""
+    """The teacher layer that each of `student` layers imitates: evenly spaced, last to last; layer_map(2, 6) = [2, 5]
+    (TinyBERT, section 3.1)."""
     return [max(0, (i + 1) * teacher // student - 1) for i in range(student)]
 
 
 def layer_pairs(student, teacher):
-    """(kind, student's layer, teacher's layer) of each kind of recorded map or state that both have, by `layer_map`."""
+    """[(kind, student's tensor, teacher's tensor)] of the kinds of maps or states that both have, by `layer_map`."""
     teacher = group_by_kind(teacher)
     pairs = []
     for kind, layers in group_by_kind(student).items():
@@ -150,9 +152,9 @@ def group_by_kind(recorded):
 
 
 def real_positions(batch, kind, length):
-    """(B, length) bool, True = real, for the positions of text or of regions, which `kind` names, or of both.
+    """(B, length) bool, True = real: positions of text, of regions, or (`kind` names neither) of both.
 
-    ViLBERT's sequences of regions begin with one more position, the whole image.
+    Positions before the first of the mask are real: ViLBERT's recorded regions begin with the whole image.
     """
     if "text" in kind:
         mask = batch.text_mask

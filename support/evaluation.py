@@ -8,7 +8,7 @@
 
 Which metrics a task has, and on which examples, is in tasks.py. Accuracies, recalls and BLEU are in 0..1, CIDEr-D in
 0..10. `run` is train.Run, as in tasks.py. Every process computes its share; the sums are then added over all processes.
-Letters: B rows of a batch, E width of the unit vectors of the objective itc, T text positions, N regions, C width, V vocabulary.
+Letters: B rows of a batch, T text positions, N regions, C width, V vocabulary, E width of the unit vectors of itc.
 """
 
 import json
@@ -29,8 +29,8 @@ import data
 
 
 def accuracy_by_kind(hits, guess, kinds):
-    """({"accuracy": mean of hits, "accuracy_KIND": ...}, the same of guess). Means over all examples and over each kind,
-    where there are several. hits, guess (E,): what the model and what guessing get; kinds: E words."""
+    """({"accuracy": mean of hits, "accuracy_KIND": ...}, the same of guess): means over all examples, and over each
+    kind if there are several. hits, guess (examples,): scores of the model and of guessing. kinds: a word each."""
     kinds = np.array(kinds)
     groups = {"accuracy": np.ones(len(kinds), bool)}
     if len(set(kinds)) > 1:
@@ -44,7 +44,7 @@ def accuracy_by_kind(hits, guess, kinds):
 def top_choice_accuracy(logits, right):
     """Whether the choice with the highest logit is right: logits (B, K), right (B, K) bool -> (B,) in 0..1.
 
-    Where several choices share the highest logit, as they do without picture or words, the share of them that is right.
+    If several choices tie for the highest logit, as they do without picture or words: the share of these that is right.
     """
     best = logits == logits.amax(1, keepdim=True)  # (B, K)
     return (best & right).sum(1) / best.sum(1).clamp(min=1)
@@ -76,12 +76,12 @@ def gather_objects(run, value):
 
 
 def recall_at(scores, truth, ks=(1, 5, 10)):
-    """Retrieval: the expected share of queries with a true match among the first k candidates, both ways.
+    """Recall at k: the expected share of queries with a true match among the first k candidates, in both directions.
 
-    Candidates are ranked by score, those of equal score in random order: the expectation is over that order. A scorer that
-    tells nothing apart gets what guessing gets. Scores that are not a number rank last.
-    scores (texts, pictures); truth (texts,), each text's picture. A picture may have several texts, and one of them among
-    the first k is enough. Pictures without a text are candidates only.
+    Candidates are ranked by score, ties in random order; the expectation is over that order. So equal scores for all
+    get the recall of guessing. NaN scores rank last.
+    scores (texts, pictures); truth (texts,), the column of each text's picture. A picture may have several texts; one
+    of them among the first k is enough. Pictures without a text are candidates only.
     Returns {"text_to_image_r1": .., "image_to_text_r1": .., ...}.
     """
     scores = torch.where(scores.isnan(), -math.inf, scores)
@@ -95,28 +95,28 @@ def recall_at(scores, truth, ks=(1, 5, 10)):
 
 
 def expected_hits(scores, matches, k):
-    """How probable it is that a true match is among the first k candidates, ties in random order: (Q,) float64.
+    """Probability that a true match is among the first k candidates, ties in random order: (Q,) float64.
 
-        1 - C(f, j) / C(f + t, j),   j = min(k - b, f + t), 0 if that is negative
+        1 - C(f, j) / C(f + t, j),   j = max(0, min(k - b, f + t)),   C the binomial coefficient
 
-    b: candidates above the best true match; t true and f false ones share its score; j of them are among the first k.
-    scores, matches (Q, candidates), matches True = a true match, at least one in a row.
+    b: candidates above the best true match. t true and f false candidates have its score; j of these are within k.
+    scores, matches (Q, candidates), matches bool, True = a true match, at least one in a row.
     """
     best = scores.masked_fill(~matches, -math.inf).amax(1, keepdim=True)  # (Q, 1)
     tied = scores == best
     above = (scores > best).sum(1)  # (Q,)
-    false = (tied & ~matches).sum(1)
-    everyone = tied.sum(1)
-    missed = torch.ones(len(scores), dtype=torch.float64)  # probability that all places so far went to false ones
+    num_false = (tied & ~matches).sum(1)
+    num_tied = tied.sum(1)
+    missed = torch.ones(len(scores), dtype=torch.float64)  # probability of no true match so far
     for place in range(k):
-        still_missed = missed * (false - place).clamp(min=0) / (everyone - place).clamp(min=1)
+        still_missed = missed * (num_false - place).clamp(min=0) / (num_tied - place).clamp(min=1)
         missed = torch.where(above + place < k, still_missed, missed)
     return 1 - missed
 
 
 def recall_chance(recalls, pictures):
-    """Recall of guessing, for each name of `recalls`: that of candidates which all have the same score. With one text a
-    picture it is k / candidates. pictures (texts,): the store row of each text's picture."""
+    """Recall of guessing, for each name of `recalls`: the recall when all scores are equal. With one text a picture it
+    is k / candidates. pictures (texts,): the store row of each text's picture."""
     rows, truth = np.unique(pictures, return_inverse=True)
     guess = recall_at(torch.zeros(len(truth), len(rows)), torch.from_numpy(truth))
     return {name: guess[name.removeprefix("itc_")] for name in recalls}
@@ -132,7 +132,7 @@ def pretraining_score(metrics):
 
 
 def caption_examples(dataset):
-    """Numbers of the examples that are captions; of all where none is."""
+    """Indices of the examples that are captions; of all examples if none is."""
     kinds = np.array(dataset.kind)
     if "caption" in kinds:
         return np.flatnonzero(kinds == "caption")
@@ -140,15 +140,15 @@ def caption_examples(dataset):
 
 
 def first_captions(dataset):
-    """The first caption of each picture, (pictures,) numbers of examples, in the order of the pictures' store rows."""
+    """The first caption of each picture: (pictures,) indices of examples, in the order of the pictures' store rows."""
     captions = caption_examples(dataset)
     _, first = np.unique(dataset.image[captions], return_index=True)
     return captions[first]
 
 
 def retrieval_captions(run, dataset, pool):
-    """The captions of the first `pool` pictures, numbers of examples: with --captions all each is a query, as published
-    numbers have it. With --captions first, and on val, the first caption of each picture."""
+    """Indices of the captions of the first `pool` pictures: all of them, as in published results; with --captions
+    first, and on val, only the first of each picture."""
     first = first_captions(dataset)[:pool]
     if run.args.captions == "first" or dataset.split == "val":
         return first
@@ -162,7 +162,7 @@ def retrieval_captions(run, dataset, pool):
 def match_logits(model, pooled, head):
     """How well pairs match: the log odds of head "itm", or the logit of head "rank". (rows, C) -> (rows,) float64
 
-    The head computes in float32 whatever autocast says: in bfloat16 most pairs would be tied.
+    The head computes in float32 under autocast too: in bfloat16 most pairs would be tied.
     """
     with common.full_precision(pooled.device):
         logits = model.heads[head](common.at_least_float32(pooled))  # (rows, 2) or (rows, 1)
@@ -173,8 +173,8 @@ def match_logits(model, pooled, head):
 
 
 def recall_of_all_pairs(run, dataset, texts, head):
-    """Recall at 1, 5 and 10, both ways, by the full matrix: each of the examples `texts` with each of their pictures, by
-    `match_logits`. What the model computes of a text alone or a picture alone is computed once."""
+    """Recall at 1, 5 and 10 by the full matrix: `match_logits` of each of the examples `texts` with each of their
+    pictures. The model's `unimodal` part is computed once for each text and picture."""
     pictures, truth = np.unique(dataset.image[texts], return_inverse=True)
     n = len(texts)
     m = len(pictures)
@@ -198,7 +198,7 @@ def recall_of_all_pairs(run, dataset, texts, head):
 
 
 def collate_pairs(run, dataset, texts, pictures):
-    """Batch of the examples `texts` beside the store rows `pictures`, (B,) each, on the device and as --ablate has it."""
+    """Batch of examples `texts` beside store rows `pictures`, (B,) each, on the device, without what --ablate names."""
     batch = data.collate(dataset, texts, pictures)
     return data.remove_modality(batch, run.args.ablate).to(run.device)
 
@@ -215,12 +215,12 @@ def score_pairs(run, dataset, texts, pictures, head):
 
 
 def sample_negatives(run, dataset, index, rng):
-    """Pairs for retrieval: examples of the texts (B, 1 + K) and store rows of the pictures (B, 1 + K). Column 0 is the true
-    pair; then comes one mismatched pair for each of the model's NEGATIVES, with another picture or another text.
+    """Pairs for retrieval: examples of the texts and store rows of the pictures, (B, 1 + K) each. Column 0 is the true
+    pair. Columns 1 to K are mismatched: by the model's K NEGATIVES they get another picture or another text.
 
-    In the first half of the steps they are drawn at random. In the second half `--mine` are drawn for each, and the one
-    with the highest logit is kept (UNITER 4.1). A text that equals one of the picture's own texts, whatever their case, is
-    no mismatch. UserError if no other text is found.
+    In the first half of the steps each mismatched pair is drawn at random. In the second half --mine candidates are
+    drawn, and the one with the highest logit is kept (UNITER 4.1). A text that equals one of the picture's own texts,
+    ignoring case, is no mismatch. UserError if no mismatch is found.
     """
     kinds = run.paper.NEGATIVES
     second_half = 2 * run.progress["step"] >= run.args.steps
@@ -249,7 +249,7 @@ def sample_negatives(run, dataset, index, rng):
 
 
 def hardest_pairs(run, dataset, texts, images):
-    """Which of the `mine` pairs (B, K, mine) has the highest logit, the model in eval mode: (B, K, 1) int64."""
+    """Index of the pair with the highest logit, the model in eval mode: (B, K, mine) pairs -> (B, K, 1) int64."""
     batch = collate_pairs(run, dataset, texts.ravel(), images.ravel())
     run.model.eval()
     with torch.no_grad(), run.autocast():
@@ -261,8 +261,7 @@ def hardest_pairs(run, dataset, texts, images):
 
 @torch.inference_mode()
 def text_vectors(run, batch):
-    """(B, W) a vector of each text alone: the unit vector of the objective itc, W = E, or where the model has none the last
-    state of [CLS], W = C."""
+    """A vector of each text alone: itc's unit vector (B, E). Without the head "itc": the last state of [CLS] (B, C)."""
     with run.autocast():
         states = run.model.encode(batch, regions=False).text
     states = common.at_least_float32(states)  # (B, T, C)
@@ -273,8 +272,8 @@ def text_vectors(run, batch):
 
 @torch.inference_mode()
 def picture_vectors(run, batch):
-    """(B, W) a vector of each picture alone: the unit vector of the objective itc, W = E, or where the model has none the
-    mean of the regions' last states, W = C."""
+    """A vector of each picture alone: itc's unit vector (B, E). Without the head "itc": the mean of the regions' last
+    states (B, C)."""
     with run.autocast():
         states = run.model.encode(batch, text=False).regions
     states = common.at_least_float32(states)  # (B, N, C)
@@ -284,22 +283,22 @@ def picture_vectors(run, batch):
 
 
 def all_text_vectors(run, dataset, texts):
-    """Yields (positions in `texts`, `text_vectors`) of the examples `texts` that are this process's share."""
+    """Yields (positions in `texts`, `text_vectors`) of this process's share of the examples `texts`."""
     for part in data.batches(np.diff(dataset.offsets)[texts], size=256, rank=run.rank, world=run.world):
-        any_picture = np.full(len(part), dataset.image[texts[0]])  # it is not read
+        any_picture = np.full(len(part), dataset.image[texts[0]])  # not encoded
         yield part, text_vectors(run, collate_pairs(run, dataset, texts[part], any_picture))
 
 
 def all_picture_vectors(run, dataset, pictures):
-    """Yields (positions in `pictures`, `picture_vectors`) of the store rows `pictures` that are this process's share."""
+    """Yields (positions in `pictures`, `picture_vectors`) of this process's share of the store rows `pictures`."""
     for part in data.batches(np.diff(dataset.store.offsets)[pictures], size=256, rank=run.rank, world=run.world):
-        any_text = np.zeros(len(part), np.int64)  # it is not read
+        any_text = np.zeros(len(part), np.int64)  # not encoded
         yield part, picture_vectors(run, collate_pairs(run, dataset, any_text, pictures[part]))
 
 
 def dot_products(run, dataset, texts, pictures):
-    """Cosines (texts, pictures) of the unit vectors of the objective itc: examples `texts`, store rows `pictures`. Each text
-    and each picture is encoded once."""
+    """Cosines (texts, pictures) of the unit vectors of itc: examples `texts`, store rows `pictures`. Each text and each
+    picture is encoded once."""
     width = run.model.heads["itc"].project_text.out_features  # E
     text_emb = torch.zeros(len(texts), width, dtype=torch.float64)
     visual_emb = torch.zeros(len(pictures), width, dtype=torch.float64)
@@ -313,7 +312,7 @@ def dot_products(run, dataset, texts, pictures):
 
 
 def recall_of_dot_products(run, dataset, texts):
-    """Recall at 1, 5 and 10, both ways, by the dot products alone of the examples `texts` and their pictures."""
+    """Recall at 1, 5 and 10 by dot products alone, of the examples `texts` and their pictures."""
     pictures, truth = np.unique(dataset.image[texts], return_inverse=True)
     dots = dot_products(run, dataset, texts, pictures)  # (texts, pictures)
     return recall_at(dots, torch.from_numpy(truth))
@@ -322,7 +321,7 @@ def recall_of_dot_products(run, dataset, texts):
 def two_stage(run, dataset, texts, pictures, k, head):
     """Recalls of retrieval in two stages: dot products rank everything, then `match_logits` rank the best k again.
 
-    texts: examples (n,); pictures: store rows (m,), sorted, each text's own among them. Each text's k best pictures and each
+    texts: examples (n,); pictures: store rows (m,), sorted, with each text's own. Each text's k best pictures and each
     picture's k best texts are scored. A pair in both lists is scored once. All other pairs rank below, by dot product.
     """
     dots = dot_products(run, dataset, texts, pictures)  # (n, m)
@@ -346,12 +345,12 @@ def two_stage(run, dataset, texts, pictures, k, head):
     return recalls
 
 
-LARGE_MATRIX = 1_000_000  # pairs; to score more of them takes too long
+LARGE_MATRIX = 1_000_000  # pairs; scoring more takes too long
 
 
 def test_recalls(run, dataset, texts, head):
-    """Recalls of the examples `texts` and their pictures: by the full matrix, or with --rerank in two stages if the matrix
-    is large."""
+    """Recalls of the examples `texts` and their pictures: by the full matrix; with --rerank and a large matrix, in two
+    stages."""
     pictures = np.unique(dataset.image[texts])
     if run.args.rerank and len(texts) * len(pictures) > LARGE_MATRIX:
         return two_stage(run, dataset, texts, pictures, run.args.rerank, head)
@@ -362,7 +361,7 @@ def compare_stages(run, dataset, head, measured=200):
     """--rerank: recalls and seconds of the full matrix, of dot products alone, and of two stages. Returns them as
     result.json has them, and a text to print.
 
-    Of the captions of at most --pool pictures, see `retrieval_captions`. A full matrix of more than LARGE_MATRIX pairs
+    The texts are `retrieval_captions` of at most --pool pictures. A full matrix of more than LARGE_MATRIX pairs
     is not computed: its time is extrapolated from at most `measured` x `measured` pairs, and the result says so.
     """
     texts = retrieval_captions(run, dataset, run.args.pool)
@@ -371,7 +370,7 @@ def compare_stages(run, dataset, head, measured=200):
     extrapolated = pairs > LARGE_MATRIX
     sample = texts
     if extrapolated:
-        sample = first_captions(dataset)[:measured]  # with as many pictures
+        sample = first_captions(dataset)[:measured]  # one a picture: the matrix is square
     run.model.eval()
     with torch.inference_mode():
         dot_products(run, dataset, texts[:64], pictures[:64])  # the first pass of a process is slower
@@ -413,10 +412,10 @@ def compare_stages(run, dataset, head, measured=200):
 def generate(model, batch, first, last, beams=1, most=40):
     """Captions of a batch's pictures, word piece by word piece, by beam search; beams=1 is greedy search.
 
-    Texts are compared by the mean log probability of their pieces, the end included: by the sum, short ones would win. Of all
-    ways to lengthen the `beams` best texts by one piece, the `beams` best are kept. The best text at the end is returned.
+    Each step extends the `beams` best texts by every piece and keeps the `beams` best results. Texts are compared by
+    the mean log probability of their pieces, the end included; the sum would favour short texts.
 
-    model.decode(batch, cache) -> (B, T, C) hidden states of the new pieces; model.word_logits(states) -> (B, T, V) logits.
+    model.decode(batch, cache): hidden states of the new pieces (B, T, C); model.word_logits(states): logits (..., V).
     batch: its text is not read. first, last: ids of the pieces that begin and end a text. Returns a list of B lists of
     piece ids without first and last, at most `most` long.
     """
@@ -471,11 +470,11 @@ def bleu(candidates, references, longest=4):
 
         BLEU = min(1, exp(1 - r / c)) * (p_1 p_2 ... p_longest)^(1 / longest)
 
-    p_n: the candidates' n-grams that a reference has too, over all their n-grams. An n-gram counts at most as often as in
-    the reference that has it most often.   c: words of all candidates.   r: the sum, over the candidates, of the length of
-    the reference that is nearest in length, the shorter of two that are equally near.
-    candidates: a list of lists of words; references: for each candidate a list of such lists, at least one. Returns 0 if
-    some p_n is 0.
+    p_n: the share of the candidates' n-grams that a reference has too. An n-gram counts at most as often as in the
+    reference that has it most often.   c: words of all candidates.   r: words of the references nearest in length, one
+    for each candidate; of two equally near, the shorter.
+    candidates: a list of lists of words; references: for each candidate a list of such lists, at least one. Returns 0
+    if some p_n is 0.
     """
     matches = [0] * longest
     totals = [0] * longest
@@ -531,8 +530,8 @@ def caption_metrics(generated, references):
 
 
 def cider_d(candidates, references, longest=4, sigma=6.0):
-    """CIDEr-D (Vedantam 2015, section 3 and equation 4), in 0..10: how alike captions and references are in the n-grams
-    that few pictures have. Papers print it times 100.
+    """CIDEr-D (Vedantam 2015, section 3 and equation 4), in 0..10: cosine of the tf-idf weights of n-grams in captions
+    and references. Papers print it times 100.
 
         CIDEr-D = mean over pictures, n and references r of
                   10 exp(-(l_c - l_r)^2 / (2 sigma^2)) min(g_c, g_r) . g_r / (|g_c| |g_r|)
@@ -571,7 +570,7 @@ def cider_d(candidates, references, longest=4, sigma=6.0):
     return total / (longest * len(candidates))
 
 
-# ---- answers as a reader sees them -------------------------------------------------------------------------------------
+# ---- answers as a reader sees them -----------------------------------------------------------------------------------
 # `Task.show` returns a dict with some of these keys:
 #   answers   [[answer, probability], ...], the likeliest first; for refer an answer is a box [x1, y1, x2, y2] in pixels
 #   probs     nlvr2, vcr: the probability of each choice, in their own order: false, true; as the line has them
@@ -582,7 +581,7 @@ def cider_d(candidates, references, longest=4, sigma=6.0):
 
 
 def rank_answers(names, probs, top):
-    """The `top` likeliest names with their probabilities, [[name, probability], ...]. probs (K,), K >= the number of names."""
+    """[[name, probability], ...], the `top` likeliest first. probs (K,), K >= the number of names."""
     best = probs[: len(names)].topk(min(top, len(names)))
     ranked = []
     for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True):
@@ -652,8 +651,8 @@ def format_metrics(title, metrics, chance):
 
 
 def compare_models(results, out):
-    """Mean and spread over seeds of each metric, a column a model, with the best model or "tie" (see `best_model`). Printed,
-    and written as comparison.json and comparison.md. results: what train.py puts into result.json, of all runs."""
+    """Prints and writes (comparison.json, comparison.md) mean and standard deviation over seeds of each metric, one
+    column a model, with the best model or "tie" (see `best_model`). results: the contents of all runs' result.json."""
     models = list(dict.fromkeys(result["model"] for result in results))
     shares = []  # names of metrics that have a chance, without those of single kinds of question
     for result in results:
@@ -686,7 +685,7 @@ def compare_models(results, out):
 
 
 def format_cell(name, entry):
-    """mean ± spread, shares in percent."""
+    """mean ± standard deviation, shares in percent."""
     if entry is None:
         return ""
     if name.endswith(NO_SHARE):

@@ -1,7 +1,7 @@
-"""twelve_in_one.py: what 12-in-1 (Lu et al., CVPR 2020, arXiv 1912.02315) adds to ViLBERT, which it trains on twelve tasks.
+"""twelve_in_one.py: what 12-in-1 (Lu et al., CVPR 2020, arXiv 1912.02315) adds to ViLBERT.
 
-vilbert.py uses all of it: a visual layer that the text steers, an objective on masked regions, and the losses of two tasks
-that ViLBERT's paper lacks. Task tokens stand in vilbert.py, in `embed_text`.
+vilbert.py uses it: visual layers with dynamic attention, an objective on masked regions, and the losses of two tasks
+that ViLBERT's paper lacks. Task tokens are in vilbert.py, in `embed_text`.
 Letters: B batch, T text positions, N regions, C width, F region-feature width, M masked positions.
 """
 
@@ -15,7 +15,7 @@ import common
 class DynamicLayer(common.TransformerLayer):
     """A visual layer whose queries and keys are multiplied by 1 + sigmoid(W t + b) (an option of 12-in-1's code).
 
-    x (B, 1+N, C); t (B, 1, C') the mean of the text's hidden states, None for a plain layer.
+    x (B, 1+N, C). text: t (B, 1, C'), the mean of the text's hidden states; None makes it a plain layer.
     """
 
     def __init__(self, text_width, width, heads, inner, dropout=0.0):
@@ -34,8 +34,8 @@ class DynamicLayer(common.TransformerLayer):
 
 
 def sample_negatives(batch, near, far):
-    """Negatives for each masked region, drawn with replacement: `far` regions of other pictures, then `near` others of
-    its own picture. Where there are none of one kind, the other kind takes their place.
+    """Negatives for each masked region, drawn with replacement: `far` regions of other pictures, then `near` other
+    regions of its own picture. If one kind does not exist, the other kind takes its place.
 
     Returns flat positions in B*N: (M, far + near). ValueError if the batch has no second region.
     """
@@ -46,7 +46,7 @@ def sample_negatives(batch, near, far):
     same_picture = picture_of_masked[:, None] == picture_of_region  # (M, B*N)
     far_pool = real & ~same_picture  # (M, B*N) bool, True = may be drawn
     near_pool = (real & same_picture).scatter(1, batch.region_index[:, None], False)
-    # On a GPU this check would wait for the result; there torch.multinomial fails instead.
+    # This check would make a GPU wait; there torch.multinomial fails instead.
     if real.is_cpu and not (near_pool | far_pool).any(1).all():
         raise ValueError("the NCE objective needs a second region in the batch")
     far_pool = torch.where(far_pool.any(1, keepdim=True), far_pool, near_pool)
@@ -57,12 +57,12 @@ def sample_negatives(batch, near, far):
 
 
 def noise_contrastive_regions(model, encoding, batch, negatives=None):
-    """NCE on masked regions (12-in-1's code): which of 1 + n features is the masked one's own?
+    """NCE on masked regions (12-in-1's code): which of 1 + n features is that of the masked region?
 
-        L = -log exp(h(v_m) f_m) / sum_{j in {m} and negatives} exp(h(v_m) f_j), mean over masked regions
+        L = -log [ exp(h(v_m) f_m) / sum_{j in {m} or negatives} exp(h(v_m) f_j) ],  mean over masked regions
 
     negatives (M, n): flat positions in B*N. None draws 89 from other pictures and 38 from the same picture: 70% and 30%
-    of 128, rounded down. Head and clean features are those of regression. Logits (M, 1 + n), the positive first.
+    of 128, rounded down. h is the head "mrfr", f the clean features. Logits (M, 1 + n), the positive first.
     """
     index = batch.region_index  # (M,)
     states = common.gather_positions(encoding.regions, index)  # (B, N, C) -> (M, C)
@@ -79,8 +79,7 @@ def noise_contrastive_regions(model, encoding, batch, negatives=None):
 
 
 def visual_entailment(model, encoding, batch):
-    """SNLI-VE (12-in-1): binary cross-entropy over the three answers, mean over them. batch.answers (B, 3). Logits
-    (B, 3)."""
+    """SNLI-VE (12-in-1): binary cross-entropy, mean over rows and three answers. batch.answers, logits (B, 3)."""
     logits = common.at_least_float32(model.heads["ve"](encoding.pooled))  # (B, C) -> (B, 3)
     return F.binary_cross_entropy_with_logits(logits, batch.answers), logits
 
