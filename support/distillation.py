@@ -111,7 +111,7 @@ def why_not_comparable(run, name, task, teacher_tasks):
     # a trained head is not enough: captioning uses the masked-word head, which pretraining trains too
     if head not in run.teacher.heads or (task and task.name not in teacher_tasks):
         return "the teacher was not trained for it"
-    if "object_probs" in objective.fields:
+    if objective.masks == "regions" and objective.labels:  # classes or attributes of regions
         student = output_width(run.model.heads[head])
         teacher = output_width(run.teacher.heads[head])
         if student != teacher:  # one has a logit for background, the other does not
