@@ -541,7 +541,7 @@ def set_learning_rate(optimizer, step, rate):
     The two are equal for r' = r (1 - r d) and d' = d / (1 - r d). eps assumes a gradient in every step so far.
     """
     for group in optimizer.param_groups:
-        r = rate * group["factor"]
+        r = rate * group.get("factor", 1.0)  # older checkpoints have none
         d = group["decay"]
         group["lr"] = r * (1 - r * d)
         group["weight_decay"] = d / (1 - r * d)
