@@ -269,7 +269,7 @@ LABELS = {"object_probs", "objects", "object_conf", "attributes", "attribute_con
         ("uniter", ["itm", "wra"], set()),
         ("uniter", ["mrc_kl"], {"object_probs"}),
         ("vilbert", ["mlm", "mrc_kl", "itm"], {"object_probs"}),
-        ("lxmert", ["mrc"], {"object_probs", "objects", "object_conf"}),
+        ("lxmert", ["mrc"], {"objects", "object_conf"}),
         ("lxmert", ["mlm", "attr"], {"attributes", "attribute_conf"}),
     ],
 )
