@@ -350,6 +350,22 @@ def extract(source, out, *options):
     return features.main(["--data", str(source), "--out", str(out), "--batch-size", "2", *options])
 
 
+def extract_one_shard(source, out, monkeypatch):
+    """Interrupts the extraction after its first shard."""
+    original = features.shard_regions
+    done = []
+
+    def interrupted(jobs, *rest):
+        if done:
+            raise KeyboardInterrupt
+        done.append(jobs)
+        return original(jobs, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(features, "shard_regions", interrupted)
+        extract(source, out)
+
+
 def make_jsonl(folder, count=10):
     records = []
     for number in range(count):
@@ -555,18 +571,8 @@ def test_features_that_float16_cannot_hold_are_a_mistake(tmp_path, no_network, m
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, no_network, monkeypatch):
     source = make_jsonl(tmp_path)
     assert extract(source, tmp_path / "whole") == 0
-    done = []
     original = features.shard_regions
-
-    def interrupted(jobs, *rest):
-        if len(done) == 1:
-            raise KeyboardInterrupt
-        done.append(jobs)
-        return original(jobs, *rest)
-
-    monkeypatch.setattr(features, "shard_regions", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        extract(source, tmp_path / "out")
+    extract_one_shard(source, tmp_path / "out", monkeypatch)
     redone = []
     monkeypatch.setattr(features, "shard_regions", lambda jobs, *rest: redone.extend(jobs) or original(jobs, *rest))
     assert extract(source, tmp_path / "out") == 0
@@ -593,19 +599,7 @@ def test_pairs_and_data_set_folders_keep_their_files(tmp_path, no_network):
 
 def test_a_replaced_picture_is_read_again_by_a_run_that_goes_on(tmp_path, no_network, monkeypatch):
     source = make_jsonl(tmp_path)
-    original = features.shard_regions
-    done = []
-
-    def interrupted(jobs, *rest):
-        if done:
-            raise KeyboardInterrupt
-        done.append(jobs)
-        return original(jobs, *rest)
-
-    monkeypatch.setattr(features, "shard_regions", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        extract(source, tmp_path / "out")
-    monkeypatch.setattr(features, "shard_regions", original)
+    extract_one_shard(source, tmp_path / "out", monkeypatch)
     make_picture(tmp_path / "1.png", 77)
     assert extract(source, tmp_path / "out") == 0
     made = features.region_maker({"network": "any"})(Image.open(tmp_path / "1.png"))["features"]
