@@ -393,7 +393,7 @@ def objectives_of(args, paper):
 
 def drop_unsupported(paper, objectives, dataset):
     """The objectives that the data have labels for. An objective with mismatched pairs needs a second picture. One that
-    reads fields of the regions (classes, attributes) needs a store with these and with object_probs."""
+    reads labels of the regions, `Objective.fields`, needs a store that has them."""
     missing = {}
     for name in objectives:
         if paper.OBJECTIVES[name].mismatch and not dataset.has_several_pictures:

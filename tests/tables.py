@@ -2,7 +2,8 @@
 
     python tests/tables.py tasks          three models x seven tasks, from the pretrained and from the untrained start,
                                           and the first model without words or without picture
-    python tests/tables.py objectives     UNITER pretrained with none, mlm, itm, mlm+itm, all but wra, all; then nlvr2, vqa
+    python tests/tables.py objectives     UNITER pretrained with none, mlm, itm, mlm+itm, all but wra, all; then --tasks,
+                                          by default nlvr2 and vqa
     python tests/tables.py temperature    contrast alone: recall of dot products against the temperature, with a picture
     python tests/tables.py distill        how much of the gap between teacher and student each of the losses closes
     python tests/tables.py attention --checkpoints out/uniter-vqa/best.pt ...     whether attention points at the thing asked for
