@@ -118,9 +118,12 @@ def forward_with_teacher(run, batch, names):
 
 
 def soft_loss(objective, student, teacher, batch):
-    """`soft_label_loss` on an objective's logits, (M, K) or (rows,); the squared difference if they are numbers."""
+    """`soft_label_loss` on an objective's logits, (M, K) or (rows,); the squared difference if they are numbers; the mean
+    over both directions if they are pictures x texts, (M, M)."""
     if objective.logits == "numbers":
         return common.squared_error(student, teacher)
+    if objective.logits == "pairs":
+        return (soft_label_loss(student, teacher) + soft_label_loss(student.T, teacher.T)) / 2
     if student.ndim == 1:  # one logit a row: the rows of one example are the classes
         student = student.view(len(batch.ids), -1)  # (rows,) -> (B, choices)
         teacher = teacher.view(len(batch.ids), -1)

@@ -225,5 +225,6 @@ CONTRAST = common.Objective(
     pretraining=True,
     mean_over="pairs",
     encodes=True,
+    logits="pairs",
     labels=lambda batch, logits: torch.arange(len(logits)),  # picture i belongs to text i
 )

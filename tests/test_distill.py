@@ -203,6 +203,25 @@ def test_the_teacher_computes_without_dropout_and_does_not_learn(name):
     assert not any(parameter.requires_grad for parameter in run.teacher.parameters())
 
 
+@pytest.mark.parametrize("name", checkpoints.MODELS)
+def test_soft_labels_of_contrast_go_both_ways(name):
+    """Pictures as classes of a text count as much as texts as classes of a picture; against torch's kl_div."""
+    checkpoint = teacher_checkpoint(name)
+    run = student_of(checkpoint, name, ["itc"])
+    run.model.eval()
+    batch = as_double(masked_batch(3, 0))
+    batch.pair_index, batch.pictures = torch.arange(3), torch.arange(3)
+    with torch.no_grad():
+        soft = distill.forward_with_teacher(run, batch, ["itc"])["itc_soft"][0]
+        logits = run.model(batch, ["itc"])["itc"][1]
+        theirs = run.teacher(batch, ["itc"])["itc"][1]
+    expected = 0.0
+    for axis in (0, 1):
+        log_p, log_t = (logits / 2).log_softmax(axis), (theirs / 2).log_softmax(axis)
+        expected += 4 * F.kl_div(log_p, log_t, log_target=True, reduction="sum") / 3 / 2
+    assert soft.item() == pytest.approx(expected.item(), rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "classes", "reason"),
     [
