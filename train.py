@@ -157,6 +157,8 @@ def training_loop(run, log):
             log.add(losses, grad_norm, rate, batches, waited, time.perf_counter() - start)
             if due:
                 log.line()
+            if step % 50 == 0:
+                machine.trim_memory()
             if saved:
                 validate(run, log)
             # all processes stop after the same step: one that went on would wait for the others for ever
