@@ -3,7 +3,7 @@
     python tests/tables.py tasks          three models x seven tasks, from the pretrained and from the untrained start,
                                           and the first model without words or without picture
     python tests/tables.py objectives     UNITER pretrained with none, mlm, itm, mlm+itm, all but wra, all; then --tasks,
-                                          by default nlvr2 and vqa
+                                          by default nlvr2 and vqa; itc: contrast alone
     python tests/tables.py temperature    contrast alone: recall of dot products against the temperature, with a picture
     python tests/tables.py distill        how much of the gap between teacher and student each of the losses closes
     python tests/tables.py attention --checkpoints out/uniter-vqa/best.pt ...     whether attention points at the thing asked for
@@ -37,7 +37,7 @@ import train
 from prepare import scene_texts
 from support import attention, evaluation, options
 
-COLUMNS = {  # task: the metrics of its cells
+COLUMNS = {  # task, or contrast alone: the metrics of its cells
     "vqa": ("accuracy",),
     "ve": ("accuracy",),
     "nlvr2": ("accuracy",),
@@ -45,6 +45,7 @@ COLUMNS = {  # task: the metrics of its cells
     "retrieval": ("text_to_image_r1", "image_to_text_r1"),
     "refer": ("accuracy", "detected_accuracy"),
     "caption": ("bleu4", "perplexity"),
+    "itc": ("itc_text_to_image_r1", "itc_image_to_text_r1"),
 }
 SEEDED = ("vqa", "nlvr2", "refer")  # tasks whose cells have several seeds
 OBJECTIVES = {  # row: --objectives of the pretraining
@@ -148,6 +149,8 @@ def task_runs(args, model, task, name, seeds, pretraining=None, extra=(), times=
     pretraining: (name, options) of the run that they start from; None: they start at random.
     """
     given = ["--model", model, "--task", task]
+    if task == "itc":
+        given = ["--model", model, "--objectives", "itc"]
     steps = steps_of(args, f"{model}-{task}", *given, times=times)
     if pretraining:
         start_name, start_options = pretraining
@@ -164,7 +167,7 @@ def table_of_tasks(args):
     """Three models x seven tasks x two starts; then the first model, one seed, without words or without picture, and on
     the tasks of SEEDED at once, in as many steps as the three together."""
     first = args.models[0]
-    names = args.tasks or list(COLUMNS)
+    names = args.tasks or [name for name in COLUMNS if name != "itc"]
     variants = []
     for model in args.models:
         variants += [(model, "pretrained", ()), (model, "untrained", ())]
