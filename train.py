@@ -578,7 +578,7 @@ def restore_optimizer(run, checkpoint):
 
 
 def validate(run, log):
-    """Evaluates the val split, saves best.pt if the score is the best so far, and saves checkpoint.pt for --resume."""
+    """Scores the val split. Saves best.pt if the score is the best so far or there is none, and checkpoint.pt."""
     log.check()
     if "val" in split_names(run):
         start = time.perf_counter()
@@ -592,6 +592,8 @@ def validate(run, log):
                 checkpoints.save_checkpoint(run, "best.pt")
                 common.print0(f"best     step {run.progress['step']}: {name} {score:.4f}")
     if run.progress["step"] > 0:
+        if run.progress["best"] == -math.inf:
+            checkpoints.save_checkpoint(run, "best.pt")
         checkpoints.save_checkpoint(run, "checkpoint.pt")
 
 

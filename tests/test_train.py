@@ -1079,6 +1079,22 @@ def test_the_test_has_the_best_weights_not_the_last(pictures, tmp_path, here, mo
     assert values[4] == ("test", values[1][1])
 
 
+def test_without_a_val_split_the_last_weights_are_the_best(pictures, tmp_path, here):
+    """So that the commands of the README, which name best.pt, work for data that have train and test alone."""
+    lines = [json.loads(line) for line in pictures.read_text().splitlines()]
+    for line in lines:
+        line["image"] = str(pictures.parent / line["image"])
+    kept = [line for line in lines if line["split"] != "val"]
+    (tmp_path / "no_val.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    given = ["--data", "no_val.jsonl", "--task", "vqa", "--eval-every", 1]
+    for steps, more in ((2, []), (3, ["--resume"])):
+        here(*given, "--steps", steps, *more)
+        best, last = (checkpoints.load_checkpoint(tmp_path / f"out/uniter-vqa/{n}.pt") for n in ("best", "checkpoint"))
+        assert best["progress"]["step"] == steps
+        for name, value in last["state"].items():
+            assert torch.equal(best["state"][name], value), name
+
+
 def test_a_loss_without_accuracy_chooses_the_best_weights(pictures, tmp_path, here, capsys):
     here("--data", pictures, "--objectives", "mrfr", "--steps", 2, "--eval-every", 1)
     assert "mrfr_loss" in capsys.readouterr().out.split("best     step 2")[1]
