@@ -103,7 +103,7 @@ def train(args):
     if teacher:
         distill.match_teacher(run, teacher)
     if args.lr is None:
-        args.lr = options.default_learning_rate(paper, run.model.config.hidden, args.task)
+        args.lr = options.default_learning_rate(paper, run.model.config.hidden, args, world)
     if args.compile:
         machine.compile_layers(run.model)
     run.optimizer = make_optimizer(run.model, args.weight_decay, run.progress.get("at_random", ()), args.lr_new)

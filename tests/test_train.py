@@ -89,8 +89,9 @@ def test_learning_rate_is_two_straight_lines():
 
 def test_default_rates_at_base_size_are_the_papers():
     for paper, pretraining in ((uniter, 5e-5), (checkpoints.vilbert, 1e-4), (lxmert, 1e-4)):
-        assert options.default_learning_rate(paper, 768, "pretrain") == pretraining
-        assert options.default_learning_rate(paper, 768, "vqa") == 5e-5
+        for task, rate in (("pretrain", pretraining), ("vqa", 5e-5)):
+            given = SimpleNamespace(task=task, tasks=[task], batch_size=8, accumulate=1)
+            assert options.default_learning_rate(paper, 768, given) == rate
 
 
 def test_default_steps_of_pretraining(tmp_path):
@@ -136,11 +137,22 @@ def test_objectives_and_their_ratios_are_the_papers_or_those_asked_for():
     assert options.objectives_of(asked, lxmert) == dict.fromkeys(("mlm", "mrfr", "mrc", "attr", "itm", "qa"), 1)
 
 
-def test_default_rates_follow_the_width():
+def test_default_rates_follow_the_width_and_in_narrow_models_the_rows_of_a_step():
     rates = []
+    given = SimpleNamespace(task="vqa", tasks=["vqa"], batch_size=256, accumulate=1)
     for width in (128, 256, 257, 768, 1023, 1024):
-        rates.append(options.default_learning_rate(uniter, width, "vqa"))
+        rates.append(options.default_learning_rate(uniter, width, given))
     assert rates == [1e-3, 1e-3, 5e-5, 5e-5, 5e-5, 3e-5]
+    four_rows_each = ["vcr"]
+    for names, size, accumulate, world, rate in (
+        (["vqa"], 64, 1, 1, 5e-4),
+        (["vqa"], 16, 2, 2, 5e-4),
+        (["vqa"], 1024, 1, 1, 1e-3),
+        (four_rows_each, 64, 1, 1, 1e-3),
+        (four_rows_each, 4, 1, 1, 2.5e-4),
+    ):
+        given = SimpleNamespace(task=names[0], tasks=names, batch_size=size, accumulate=accumulate)
+        assert options.default_learning_rate(uniter, 128, given, world) == pytest.approx(rate)
 
 
 def test_only_matrices_decay():
