@@ -450,7 +450,7 @@ def parse_config_value(text, name, value, default):
     return value
 
 
-def default_learning_rate(paper, width, args, world=1):
+def default_learning_rate(paper, width, args, world):
     """Peak learning rate of a model of this width: the papers' for base (768) and large (1024), more for narrow ones.
 
     Narrow models: 1e-3 for steps of 256 rows or more, and in proportion to the square root of the rows for fewer, as the
