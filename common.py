@@ -498,7 +498,7 @@ class Objective:
     fields: tuple = ()  # fields of a Batch that it reads and that not all data sets have
     labels: Callable | None = None  # (batch, logits) -> (M,) int64, -1 = none; for its accuracy. None: no accuracy
     open_answers: bool = False  # True: its logits have a column for each answer of the training split
-    logits: str = "classes"  # a student learns from a teacher's: "classes", "pairs" (M, M), "numbers", "nothing"
+    logits: str = "classes"  # a teacher's, as soft labels: "classes", "pairs" (both axes), "numbers" or "nothing"
 
 
 def regions_to_predict(batch):

@@ -118,8 +118,8 @@ def forward_with_teacher(run, batch, names):
 
 
 def soft_loss(objective, student, teacher, batch):
-    """`soft_label_loss` on an objective's logits, (M, K) or (rows,); the squared difference if they are numbers; the mean
-    over both directions if they are pictures x texts, (M, M)."""
+    """`soft_label_loss` on an objective's logits, (M, K) or (rows,). Pictures x texts (M, M): the mean over both
+    directions, as in the contrast itself. Numbers: the squared difference."""
     if objective.logits == "numbers":
         return common.squared_error(student, teacher)
     if objective.logits == "pairs":

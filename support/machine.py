@@ -159,7 +159,7 @@ def keep_freed_memory():
 def trim_memory():
     """Gives memory that is free now back to the system: after loading, which takes more than the steps need, and now and
     then in training. Batches differ in length, so gaps between the blocks in use add up: a small LXMERT with a teacher had
-    10 GB after 700 steps, where one step needs 1.5."""
+    10 GB after 700 steps."""
     trim = c_function("malloc_trim")
     if trim:
         trim(0)

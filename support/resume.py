@@ -65,7 +65,7 @@ def check_best(folder, content):
     """If best.pt cannot be read, resets the best score and prints a line; then the best of the steps to come is kept.
     Checked at the start, because at the run's end it would be too late."""
     if content["progress"]["best"] == -math.inf:
-        return  # none were saved so far
+        return  # nothing was scored so far
     try:
         best = load_checkpoint(folder / BEST)
         if best["config"] != content["config"] or best["answers"] != content["answers"]:
