@@ -78,7 +78,7 @@ def trained(folder, small_scenes, monkeypatch, capsys):
         if not (folder / out / "result.json").exists():
             command = ["--model", model, "--task", task, "--data", str(small_scenes(20)), "--out", out]
             command += ["--steps", "6", "--batch-size", "8", "--device", "cpu", "--dtype", "f32", "--pool", "15"]
-            command += ["--limit", "64", "--eval-every", "3"]
+            command += ["--limit", "64", "--eval-every", "6"]
             assert train.main([*command, *options]) == 0
         capsys.readouterr()
         return f"{out}/best.pt"
