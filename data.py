@@ -15,7 +15,6 @@ Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a store and in a Batch. Every rando
 """
 
 from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
-import argparse
 import dataclasses
 import functools
 import importlib
@@ -37,7 +36,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from common import UserError
-from support.ranges import COUNT, in_range
+from support.ranges import COUNT, Parser, in_range
 from support.records import (
     Answers,
     CategoricalColumn,
@@ -896,13 +895,6 @@ def preview(source, task, out, split, count, patch, grid):
     drawing.save(sheet, Path(out), "--out")
     print(f"{out}: {sheet.width} x {sheet.height} pixels, of {path}")
     return 0
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a UserError, one line: what is wrong, without the whole usage."""
-
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
 
 
 def parse(argv):

@@ -1,7 +1,16 @@
-"""ranges.py: types for argparse that refuse numbers out of range. Knows nothing of this project."""
+"""ranges.py: argparse with mistakes in one line, and types that refuse numbers out of range."""
 
 import argparse
 import math
+
+from common import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a UserError, one line: what is wrong, without the whole usage."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
 
 
 def in_range(kind, least, most=math.inf, above=False):
