@@ -72,6 +72,7 @@ from support.regions import (  # noqa: F401 (some are for other files, which tak
 CACHE = Path(".cache")
 SPLITS = ("train", "val", "test")
 ENTAILMENT = ("contradiction", "entailment", "neutral")  # in the papers' order
+ENTAILMENT_COLUMNS = {answer: column for column, answer in enumerate(ENTAILMENT)}
 
 # ---- a batch ----------------------------------------------------------------------------------------------------------
 
@@ -614,18 +615,22 @@ def batches(lengths, rng=None, *, size, rank=0, world=1):
     return groups[rank::world]
 
 
-def collate(dataset, index, images=None, answers=None, fields=()):
+def collate(dataset, index, images=None, answers=None, fields=(), rng=None):
     """Batch of the texts of examples `index` (B,) beside the pictures in store rows `images` (B,) (None: their own).
     An example of several rows (`dataset.group`) takes as many rows of the batch; in the shapes below B counts rows.
 
     answers: {answer: column} for the soft targets (B,A); answers that it lacks are left out, so a row may be all zero.
-    fields: what to read of the regions besides features and boxes. Encode the dataset first.
+    fields: what to read of the regions besides features and boxes.   rng: shows a random crop of each training picture,
+    or all of it, where the store has crops. Encode the dataset first.
     """
     rows = dataset.rows(index)
     own_images = dataset.image[rows]
     if images is None:
         images = own_images
     matched = images == own_images
+    shown = images
+    if rng is not None and dataset.split == "train":
+        shown = dataset.store.draw_crops(images, rng)
     mask, positions = ragged(dataset.offsets, rows)  # (B,T)
     text = np.zeros(mask.shape, np.int64)
     text[mask] = dataset.tokens[positions]
@@ -648,7 +653,7 @@ def collate(dataset, index, images=None, answers=None, fields=()):
         pictures=torch.from_numpy(np.array(images)),
         pair_index=torch.from_numpy(np.flatnonzero(matched)),
         ids=[dataset.ids[i] for i in index],
-        **dataset.store.gather(images, fields),
+        **dataset.store.gather(shown, fields),
     )
 
 

@@ -85,7 +85,7 @@ def pretraining_batch(run, dataset, index, names, rng, false_pairs, word_masking
         index, images, matched = data.sample_mismatches(dataset, index, rng, false_pairs, settings["mismatch"])
     columns = run.columns() if run.answers else None
     fields = [name for objective in objectives for name in objective.fields]
-    batch = data.collate(dataset, index, images, columns, fields)
+    batch = data.collate(dataset, index, images, columns, fields, rng)
     if mismatch:
         batch.matched = matched
     if any(objective.mean_over == "answers" for objective in objectives):
@@ -362,7 +362,7 @@ VQA = Task(
     needs=("answer",),
     truth="answer",
     examples=lambda record: [simple_example(record, "vqa", record.get("answer"))],
-    batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=run.columns()),
+    batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=run.columns(), rng=rng),
     evaluate=evaluate_vqa,
     show=lambda run, dataset, i, logits, top: evaluation.show_answers(run.answers, logits.sigmoid(), dataset, i, top),
 )
@@ -396,7 +396,7 @@ VE = Task(
     truth="answer",
     check=check_ve,
     examples=lambda record: [simple_example(record, "ve", record.get("answer"))],
-    batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=dict(zip(data.ENTAILMENT, range(3)))),
+    batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=data.ENTAILMENT_COLUMNS, rng=rng),
     evaluate=evaluate_ve,
     show=lambda run, dataset, i, logits, top: evaluation.show_answers(
         data.ENTAILMENT, logits.sigmoid(), dataset, i, top
@@ -428,7 +428,7 @@ def nlvr2_is_joined(paper, config):
 def nlvr2_batch(run, dataset, index, rng):
     """Rows 2i and 2i+1 are statement i with its left and its right picture; region_types tell which. batch.target (B,):
     1 = true. For a model with nlvr2="triplet" the two rows are joined into one."""
-    batch = data.collate(dataset, index)
+    batch = data.collate(dataset, index, rng=rng)
     batch.target = targets(dataset, index)
     side = torch.arange(len(batch.text))[:, None] % 2  # (2B, 1): 0 the left picture, 1 the right one
     batch.region_types = side.expand(batch.region_mask.shape).contiguous()  # an expanded tensor cannot be pinned
@@ -696,7 +696,7 @@ CAPTION = Task(
     "caption",
     objective="caption",
     examples=lambda record: [simple_example(record, "caption")],
-    batch=lambda run, dataset, index, rng: data.next_word_labels(data.collate(dataset, index)),
+    batch=lambda run, dataset, index, rng: data.next_word_labels(data.collate(dataset, index, rng=rng)),
     evaluate=evaluate_captions,
     truth="text",
     logits=generate_captions,  # texts in place of logits
@@ -714,7 +714,7 @@ CAPTION = Task(
 def retrieval_batch(run, dataset, index, rng):
     """Rows B * (1 + negatives): each true pair, followed by its mismatched ones. ids are those of the B examples."""
     texts, images = evaluation.sample_negatives(run, dataset, index, rng)
-    batch = data.collate(dataset, texts.ravel(), images.ravel())  # (B, 1 + negatives) -> rows
+    batch = data.collate(dataset, texts.ravel(), images.ravel(), rng=rng)  # (B, 1 + negatives) -> rows
     return replace(batch, ids=[dataset.ids[i] for i in index])
 
 

@@ -9,11 +9,15 @@ run goes on where it was.
 
 The regions are the boxes of a line where it has any, a detector's own, or else the whole picture and a grid: see
 prepare/networks.py, which also lists the networks.
+
+--crops N also stores N random crops of each training picture, each as a picture of its own: against overfitting, as in
+VSE++ (Faghri et al. 2018). Every time that train.py shows a picture, it draws the whole one or a crop (`data.collate`).
 """
 
 import argparse
 import functools
 import json
+import math
 import shutil
 import sys
 import time
@@ -25,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python p
 from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 
 import torch
+from PIL import ImageOps
 
 import data
 from common import UserError
@@ -34,6 +39,8 @@ from support.ranges import COUNT, COUNT_OR_ZERO
 from support.regions import content_digest, file_stamp
 
 SHARD = 256  # pictures whose regions are written at once: what an interruption may lose
+CROP_AREAS = (0.5, 1.0)  # share of the picture that a crop keeps, drawn uniformly
+CROP_RATIOS = (0.8, 1.25)  # of its width to its height, in units of the picture's own, drawn uniformly in the logarithm
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
@@ -67,11 +74,27 @@ def picture_keys(file, record):
     return [(str(file.parent / name), json.dumps(record.get("boxes"))) for name in names]
 
 
-def decode(where, key, network):
-    """(the network's input, boxes in 0..1 or None, facts) of a picture, or a message if it cannot be read.
+def random_crop(image, rng, mirror):
+    """A random part of an RGB picture, mirrored in half of all cases if `mirror`."""
+    area = rng.uniform(*CROP_AREAS)
+    ratio = math.exp(rng.uniform(*map(math.log, CROP_RATIOS)))
+    width = max(1, round(image.width * min(1, math.sqrt(area * ratio))))
+    height = max(1, round(image.height * min(1, math.sqrt(area / ratio))))
+    left = int(rng.integers(image.width - width + 1))
+    top = int(rng.integers(image.height - height + 1))
+    crop = image.crop((left, top, left + width, top + height))
+    if mirror and rng.random() < 0.5:
+        crop = ImageOps.mirror(crop)
+    return crop
 
+
+def decode(job, network, mirror):
+    """(the network's inputs, boxes in 0..1 or None, facts) of a picture, or a message if it cannot be read.
+
+    job: (where it is named, its key, number of crops).   inputs: the picture's and each crop's.
     facts: `size` (width, height), and `digest`, a number that is equal for equal pictures.
     """
+    where, key, crops = job
     path = Path(key[0])
     boxes = json.loads(key[1])
     if not path.is_file():
@@ -83,37 +106,49 @@ def decode(where, key, network):
             boxes = torch.from_numpy(boxes) / torch.tensor([*image.size, *image.size])
     except UserError as error:
         return str(error)
-    pixels = image if network.detect is not None else networks.to_pixels(image, network)
-    return pixels, boxes, {"size": image.size, "digest": content_digest(image.tobytes())}
+    digest = content_digest(image.tobytes())
+    rng = data.random_stream("crops", digest)
+    images = [image, *(random_crop(image, rng, mirror) for _ in range(crops))]
+    if network.detect is None:
+        images = [networks.to_pixels(image, network) for image in images]
+    return images, boxes, {"size": image.size, "digest": digest}
 
 
 def shard_regions(jobs, network, args, pool):
-    """[(fields, facts), or a message] for each job (where, key). Threads of `pool` decode the next batch while the
-    network works on the one before."""
-    batches = [jobs[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
+    """[(views, facts), or a message] for each job, as `decode` takes it. views: the fields of the picture and of each
+    crop. Threads of `pool` decode the next batch while the network works on the one before."""
+    size = max(1, args.batch_size // (1 + args.crops))
+    batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     results = []
     upcoming = []
     for batch in [*batches, []]:
         decoded = [future.result() for future in upcoming]
-        upcoming = [pool.submit(decode, where, key, network) for where, key in batch]
-        readable = [item for item in decoded if not isinstance(item, str)]
-        if readable:
-            pixels, boxes, _ = zip(*readable)
-            regions = networks.batch_regions(network, pixels, boxes, args.grid, args.device)
+        upcoming = [pool.submit(decode, job, network, args.mirror) for job in batch]
+        images = []
+        boxes = []
+        for item in decoded:
+            if not isinstance(item, str):
+                images += item[0]
+                boxes += [item[1]] * len(item[0])
+        if images:
+            regions = networks.batch_regions(network, images, boxes, args.grid, args.device)
         for item in decoded:
             if isinstance(item, str):
                 results.append(item)
                 continue
-            fields = regions.pop(0)
-            for name in ("features", "object_probs"):
-                if name in fields:
-                    fields[name] = fields[name].half()
-            if not fields["features"].isfinite().all():
-                where, (path, _) = jobs[len(results)]
+            views = [to_half(regions.pop(0)) for _ in item[0]]
+            if all(fields["features"].isfinite().all() for fields in views):
+                results.append((views, item[2]))
+            else:
+                where, (path, _), _ = jobs[len(results)]
                 results.append(f"{where}: features of {path} are NaN or too large for float16")
-                continue
-            results.append((fields, item[2]))
     return results
+
+
+def to_half(fields):
+    """Regions with features and probabilities in float16."""
+    halves = {name: fields[name].half() for name in ("features", "object_probs") if name in fields}
+    return {**fields, **halves}
 
 
 def extract(jobs, network, args, parts):
@@ -145,15 +180,19 @@ def extract(jobs, network, args, parts):
 
 
 def read_parts(parts, rows):
-    """The readable pictures of the files in `parts`, in order, as published.write_store takes them. Fills `rows`,
-    {number of the picture: row of the store}, meanwhile."""
+    """The readable pictures of the files in `parts`, each followed by its crops, in order, as published.write_store
+    takes them. Fills `rows`, {number of the picture: row of the store}, meanwhile."""
     number = 0
+    row = 0
     for file in sorted(parts.glob("*.pt")):
         for result in torch.load(file, weights_only=True):
             if not isinstance(result, str):
-                fields, facts = result
-                rows[number] = len(rows)
-                yield {**{name: values.numpy() for name, values in fields.items()}, **facts}
+                views, facts = result
+                rows[number] = row
+                row += len(views)
+                for view, fields in enumerate(views):
+                    crops = len(views) - 1 if view == 0 else 0
+                    yield {**{name: values.numpy() for name, values in fields.items()}, **facts, "crops": crops}
             number += 1
 
 
@@ -168,16 +207,16 @@ def picture_regions(jobs, regions, device=None, batch_size=32):
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     network = networks.load_network(regions["network"], regions.get("weights"), device)
-    args = argparse.Namespace(grid=regions.get("grid"), device=device, batch_size=batch_size)
+    args = argparse.Namespace(grid=regions.get("grid"), device=device, batch_size=batch_size, crops=0, mirror=False)
     with ThreadPoolExecutor(2) as pool:
         for first in range(0, len(jobs), 2 * batch_size):
             part = jobs[first : first + 2 * batch_size]
-            keys = [(job.where, (str(job.path), json.dumps(job.boxes))) for job in part]
+            keys = [(job.where, (str(job.path), json.dumps(job.boxes)), 0) for job in part]
             for result in shard_regions(keys, network, args, pool):
                 if isinstance(result, str):
                     yield None, [], result
                     continue
-                fields, facts = result
+                (fields,), facts = result
                 yield {**{name: values.numpy() for name, values in fields.items()}, **facts}, [], None
 
 
@@ -220,15 +259,20 @@ def find_named_files(source):
     return [folder / name for name in sorted(names)], description
 
 
-def find_pictures(files):
-    """{(path, boxes as JSON): where it is first named} of all pictures that JSONL files name."""
+def find_pictures(files, crops):
+    """{(path, boxes as JSON): (where it is first named, number of its crops)} of all pictures that JSONL files name.
+    crops: of a picture that a line of split train names."""
     pictures = {}
     for path in files:
         for where, record in published.read_json_lines(path):
             if "image" not in record and "images" not in record:
                 raise UserError(f"{where}: names no picture; write 'image' (nlvr2: 'images')")
+            if crops and ("boxes" in record or "target" in record):
+                raise UserError(f"{where}: has boxes, which are places in the whole picture; leave out --crops")
+            own_crops = crops if record.get("split", "train") == "train" else 0
             for key in picture_keys(path, record):
-                pictures.setdefault(key, where)
+                first, most = pictures.get(key, (where, 0))
+                pictures[key] = (first, max(most, own_crops))
     if not pictures:
         raise UserError(f"{files[0]}: holds no examples; write one JSON object a line")
     return pictures
@@ -261,19 +305,20 @@ def prepare(args):
         raise UserError(f"--out {out}: holds the data; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     files, description = find_files(source, out)
-    pictures = find_pictures(files)
+    pictures = find_pictures(files, args.crops)
     network = networks.load_network(args.network, args.weights, args.device)
     regions = describe_regions(network, pictures, args)
     description["regions"] = regions
 
     parts = out / "parts"
     stamps = [file_stamp(Path(path)) if Path(path).is_file() else None for path, _ in pictures]
-    job = json.dumps([regions, list(pictures), stamps])
+    job = json.dumps([regions, list(pictures.items()), args.mirror, stamps])
     if not (parts / "job.json").is_file() or (parts / "job.json").read_text() != job:
         shutil.rmtree(parts, ignore_errors=True)  # of another extraction
         parts.mkdir()
         (parts / "job.json").write_text(job)
-    errors = extract([(where, key) for key, where in pictures.items()], network, args, parts)
+    jobs = [(where, key, crops) for key, (where, crops) in pictures.items()]
+    errors = extract(jobs, network, args, parts)
     rows = {}
     published.write_store(out / "regions", read_parts(parts, rows))
     numbers = {key: number for number, key in enumerate(pictures)}
@@ -298,6 +343,16 @@ def main(arguments=None):
     parser.add_argument("--network", help="resnet50, a folder, ...; default: the best of those that are installed")
     parser.add_argument("--weights", help="file of a state dict, for torchvision's networks")
     parser.add_argument("--grid", type=COUNT, help="cells in a row of the grid; default: the feature map's own")
+    parser.add_argument(
+        "--crops",
+        type=COUNT_OR_ZERO,
+        default=0,
+        metavar="N",
+        help="random crops of each training picture, of which train.py draws",
+    )
+    parser.add_argument(
+        "--mirror", action="store_true", help="mirror half of the crops; not where left or right matters"
+    )
     parser.add_argument("--batch-size", type=COUNT, default=32)
     parser.add_argument("--workers", type=COUNT, default=2, help="threads that decode pictures")
     parser.add_argument("--threads", type=COUNT, help="threads of the network; default: torch's")
@@ -310,6 +365,8 @@ def main(arguments=None):
         args.device = pick_device(args.device)
         if args.network is None:
             args.network = networks.best_installed() or "efficientnet-lite0"
+        if args.mirror and not args.crops:
+            raise UserError("--mirror is for crops; give --crops too")
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         prepare(args)

@@ -442,6 +442,7 @@ class FeatureStore:
     offsets.npy  (I+1,): picture i has regions offsets[i]:offsets[i+1]
     sizes.npy    (I,2) width and height in pixels; needed only where lines have a `target`
     digests.npy  (I,) equal for equal pictures
+    crops.npy    (I,) the number of pictures after this one that are crops of it
     """
 
     def __init__(self, folder):
@@ -449,6 +450,7 @@ class FeatureStore:
         self.fields = {}
         self.sizes = None
         self.digests = None
+        self.crops = None
         try:
             self.offsets = np.load(self.folder / "offsets.npy")
             for name in STORED:
@@ -459,11 +461,15 @@ class FeatureStore:
                 self.sizes = np.load(self.folder / "sizes.npy")
             if (self.folder / "digests.npy").exists():
                 self.digests = np.load(self.folder / "digests.npy")
+            if (self.folder / "crops.npy").exists():
+                self.crops = np.load(self.folder / "crops.npy")
             self.width = self.fields["features"].shape[1]  # F
             self.fields["boxes"].shape[1]
             lengths = {len(field) for field in self.fields.values()}
             if lengths != {int(self.offsets[-1])} or (np.diff(self.offsets) < 1).any():
                 raise ValueError("its files do not fit each other")
+            if self.crops is not None and (np.arange(len(self)) + self.crops >= len(self)).any():
+                raise ValueError("crops.npy counts more pictures than there are")
         except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
             raise UserError(f"{folder}: not a feature store, or damaged ({error}); write it again") from None
         self.classes = None  # K
@@ -489,6 +495,12 @@ class FeatureStore:
         """A number that is equal for pictures with equal features."""
         content = self.fields["features"][self.offsets[row] : self.offsets[row + 1]].tobytes()
         return content_digest(content)
+
+    def draw_crops(self, images, rng):
+        """For each picture of `images` (B,) int64 the row of itself or of one of its crops, all equally likely: (B,)."""
+        if self.crops is None:
+            return images
+        return images + rng.integers(0, self.crops[images] + 1)
 
     def gather(self, images, fields=STORED):
         """images: (B,) int64. Returns Batch's region fields as a dict of (B,N,...) tensors; float16 becomes float32,
@@ -524,6 +536,7 @@ class MemoryStore(FeatureStore):
     def __init__(self, pictures):
         self.folder = None
         self.digests = None
+        self.crops = None
         self.classes = None
         self.fields = {}
         for name, dtype in STORED.items():
@@ -567,8 +580,8 @@ class ArrayFile:
 def write_store(folder, pictures):
     """Writes a feature store into `folder`, picture by picture, straight to disk.
 
-    pictures: iterable of {field of STORED: (n,...) array}, boxes in 0..1, and `size`: (width, height), `digest`: an
-    integer, if all have them. All pictures have the same fields. ValueError for values that are not finite.
+    pictures: iterable of {field of STORED: (n,...) array}, boxes in 0..1, and `size`: (width, height), `digest` and
+    `crops`: integers, if all have them. All pictures have the same fields. ValueError for values that are not finite.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -576,6 +589,7 @@ def write_store(folder, pictures):
     offsets = [0]
     sizes = []
     digests = []
+    crops = []
     try:
         for picture in pictures:
             for name, dtype in STORED.items():
@@ -592,6 +606,7 @@ def write_store(folder, pictures):
                 sizes.append(picture["size"])
             if "digest" in picture:
                 digests.append(picture["digest"])
+            crops.append(picture.get("crops", 0))
     finally:
         for file in files.values():
             file.close()
@@ -600,3 +615,5 @@ def write_store(folder, pictures):
         np.save(folder / "sizes.npy", np.array(sizes, np.float64))
     if digests:
         np.save(folder / "digests.npy", np.array(digests, np.int64))
+    if any(crops):
+        np.save(folder / "crops.npy", np.array(crops, np.int64))

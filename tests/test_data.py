@@ -176,6 +176,16 @@ def test_a_damaged_store_is_one_line(tmp_path, folder):
             data.FeatureStore(copy)
 
 
+def test_a_store_with_crops_that_it_lacks_is_one_line(tmp_path):
+    pictures = [{"features": np.zeros((1, 3)), "boxes": np.full((1, 4), 0.5), "crops": n} for n in (1, 0, 0)]
+    data.write_store(tmp_path / "s", iter(pictures))
+    assert data.FeatureStore(tmp_path / "s").crops.tolist() == [1, 0, 0]
+    for crops, message in (([1, 0, 1], "counts more pictures than there are"), ([1, 0], "not a feature store")):
+        np.save(tmp_path / "s" / "crops.npy", np.array(crops))
+        with pytest.raises(common.UserError, match=message):
+            data.FeatureStore(tmp_path / "s")
+
+
 def load_in_a_process(path, cache):
     load(path, "vqa", "train", cache=cache)
 

@@ -544,6 +544,103 @@ def test_given_boxes_are_regions_in_their_order(tmp_path, no_network):
     assert "boxes" not in read_lines(tmp_path / "out" / "my.jsonl")[0]
 
 
+def position_network():
+    """Features that say where a pixel of the network's input was in the picture of `make_map`: red and green."""
+
+    def feature_map(pixels):
+        return pixels[:, :2]
+
+    return networks.Network(size=64, mean=(0, 0, 0), std=(1, 1, 1), feature_map=feature_map)
+
+
+def make_map(path, width, height, blue=0):
+    """A picture whose red rises by 2 for each pixel to the right and whose green by 2 for each pixel down."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, :, 0] = 2 * np.arange(width)
+    pixels[:, :, 1] = 2 * np.arange(height)[:, None]
+    pixels[:, :, 2] = blue
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def crop_of(cells, width, height):
+    """(left, right, top, bottom) in 0..1 of what a picture of `make_map` shows, from its 64 x 64 cells (4096, 2)."""
+    red, green = cells.reshape(64, 64, 2).transpose(2, 0, 1) / 2  # (4096, 2) -> (2, 64, 64), in pixels
+    assert np.ptp(red, axis=0).max() < 0.5 and np.ptp(green, axis=1).max() < 0.5  # nothing is turned
+    return red[0, 0] / (width - 1), red[0, -1] / (width - 1), green[0, 0] / (height - 1), green[-1, 0] / (height - 1)
+
+
+def test_crops_are_random_parts_of_training_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(networks, "load_network", lambda *_: position_network())
+    monkeypatch.setattr(features, "SHARD", 4)
+    width, height = 120, 90
+    records = []
+    for number, split in enumerate(["test", "train", "val", *["train"] * 20]):
+        make_map(tmp_path / f"{number}.png", width, height, number)
+        records.append({"image": f"{number}.png", "text": "a", "split": split})
+    records.append({"image": "0.png", "text": "b", "split": "test"})
+    records.append({"image": "1.png", "text": "b", "split": "test"})
+    source = write_lines(tmp_path / "my.jsonl", records)
+    out = tmp_path / "out"
+    assert extract(source, out, "--crops", "5", "--mirror") == 0
+    store = data.FeatureStore(out / "regions")
+    assert store.crops.tolist() == [0, 5, *[0] * 5, 0, *[5, 0, 0, 0, 0, 0] * 20]
+    rows = [int(line["features"].removeprefix("regions#")) for line in read_lines(out / "my.jsonl")]
+    assert rows == [0, 1, 7, *range(8, 128, 6), 0, 1]
+    mirrored = 0
+    crops = []
+    for row in range(len(store)):
+        cells = store.gather(np.array([row]))["features"][0, 1:].numpy()
+        left, right, top, bottom = crop_of(cells, width, height)
+        if row in rows:
+            np.testing.assert_allclose([left, right, top, bottom], [0, 1, 0, 1], atol=0.01)
+            continue
+        mirrored += left > right
+        left, right = sorted([left, right])
+        area = (right - left) * (bottom - top)
+        ratio = (right - left) / (bottom - top)
+        assert 0.46 < area < 1.01 and 0.75 < ratio < 1.35  # the ends of a crop are half a pixel inside it
+        crops.append((left, right, top, bottom))
+    assert len(set(crops)) == len(crops) == 105
+    assert 35 < mirrored < 70
+    left, right, top, bottom = np.array(crops).T
+    assert left.min() < 0.02 and right.max() > 0.98 and top.min() < 0.02 and bottom.max() > 0.98
+    assert np.ptp((right - left) * (bottom - top)) > 0.4
+    # the crops of a picture depend on its pixels alone, not on the batches; without --mirror none is mirrored
+    assert extract(source, tmp_path / "again", "--crops", "5", "--mirror", "--batch-size", "64") == 0
+    whole = (out / "regions" / "features.npy").read_bytes()
+    assert (tmp_path / "again" / "regions" / "features.npy").read_bytes() == whole
+    assert extract(source, tmp_path / "plain", "--crops", "5") == 0
+    plain = data.FeatureStore(tmp_path / "plain" / "regions").fields["features"].reshape(128, 4097, 2)[:, 1:]
+    for cells in plain:
+        left, right, _, _ = crop_of(cells.astype(np.float32), width, height)
+        assert left < right
+
+
+def test_a_run_with_other_crops_starts_anew(tmp_path, no_network, monkeypatch):
+    source = make_jsonl(tmp_path)
+    extract_one_shard(source, tmp_path / "out", monkeypatch)
+    assert extract(source, tmp_path / "out", "--crops", "2") == 0
+    assert data.FeatureStore(tmp_path / "out" / "regions").crops.tolist() == [2, 0, 0] * 10
+
+
+@pytest.mark.parametrize(
+    ("more", "given", "message"),
+    [
+        ({"boxes": [[0, 0, 9, 9]]}, ["--crops", "2"], "my.jsonl:1: has boxes, which are places in the whole picture"),
+        ({"target": [0, 0, 9, 9]}, ["--crops", "2"], "my.jsonl:1: has boxes, which are places in the whole picture"),
+        ({}, ["--crops", "-1"], "--crops"),
+        ({}, ["--mirror"], "--mirror is for crops; give --crops too"),
+    ],
+)
+def test_crops_where_they_cannot_be_are_one_line(more, given, message, tmp_path, no_network, capsys):
+    make_picture(tmp_path / "1.png")
+    source = write_lines(tmp_path / "my.jsonl", [{"image": "1.png", "text": "t", **more}])
+    assert extract(source, tmp_path / "out", *given) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
 def test_unreadable_pictures_are_left_out_and_listed(tmp_path, no_network, capsys):
     source = make_jsonl(tmp_path)
     (tmp_path / "3.png").write_bytes(b"no picture")

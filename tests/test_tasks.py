@@ -28,7 +28,7 @@ import train
 import uniter
 import vilbert
 from prepare import scenes
-from support import distillation, evaluation, log, options
+from support import distillation, evaluation, log, options, regions
 
 ROOT = Path(__file__).parent.parent
 PAPERS = list(checkpoints.MODELS)
@@ -1015,6 +1015,49 @@ def test_a_task_s_batch_can_be_pinned_and_names_its_examples(drawn, task, tokeni
             assert all(stride > 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1), (
                 field
             )
+
+
+@pytest.mark.parametrize("name", ["mlm", "itm", "itc", "vqa", "ve", "nlvr2", "caption", "retrieval", "vcr", "refer"])
+def test_training_shows_a_random_crop_of_each_picture(drawn, name, tokenizer):
+    """Of three rows of the store, the picture and two crops, each is drawn as often. vcr and refer, whose texts or
+    targets name places in the picture, show the whole."""
+    task = name if name in tasks.TASKS else "pretrain"
+    dataset = drawn("train", task, 60).encode(tokenizer)
+    dataset.image = 3 * dataset.image
+    dataset.pairs = None  # of the old rows
+    pictures = []
+    for row in range(3 * len(dataset.store)):
+        features = np.full((2, 4), row, np.float32)
+        pictures.append({"features": features, "boxes": np.tile([0, 0, 1, 1], (2, 1)), "size": (9, 9)})
+    dataset.store = regions.MemoryStore(pictures)
+    dataset.store.crops = np.array([2, 0, 0] * (len(pictures) // 3))
+    args = SimpleNamespace(ablate=None, mine=1, steps=10, mask=0.15, seed=0)
+    run = SimpleNamespace(
+        args=args, paper=uniter, tokenizer=tokenizer, answers=["yes"], sets={task: {"train": dataset}}
+    )
+    run.model, run.progress = make("uniter", heads=("rank",)), {"step": 0}
+    run.columns = lambda: {"yes": 0}
+    objective = tasks.TASKS[name].objective if name in tasks.TASKS else name
+
+    def shown(stream):
+        batch = tasks.make_batch(run, dataset, np.arange(len(dataset)), [objective], stream)
+        rows = batch.features.amax((1, 2)).long()
+        assert torch.equal(rows // 3 * 3, batch.pictures)  # a crop counts as its picture
+        return (rows % 3).tolist()
+
+    views = []
+    for seed in range(8):
+        views += shown(np.random.default_rng(seed))
+    assert shown(np.random.default_rng(0)) == shown(np.random.default_rng(0))
+    shares = [views.count(view) / len(views) for view in range(3)]
+    if name in ("vcr", "refer"):
+        assert shares == [1, 0, 0]
+    else:
+        assert max(abs(share - 1 / 3) for share in shares) < 4 * (2 / 9 / len(views)) ** 0.5
+    if name != "retrieval":  # which draws negatives, so that it needs a stream
+        assert set(shown(None) if name not in ("mlm", "itm") else [0]) == {0}
+    dataset.split = "test"
+    assert set(shown(np.random.default_rng(0))) == {0}
 
 
 @pytest.mark.parametrize("name", PAPERS)
