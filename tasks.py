@@ -42,7 +42,7 @@ class Task:
     truth: str = ""  # the key of what is to be predicted; predict.py reads lines without it
     prompt: str = ""  # template of a line's text: see records.fill_prompt
     pictures: int = 1  # pictures of a line
-    rows: int = 1  # rows of a batch that one example takes, for the default batch size
+    rows: int = 1  # rows that one example takes, about; for the default batch size
     check: Callable = lambda record: None  # record -> None, or a sentence that says what is wrong with it
     best: tuple = ("accuracy",)  # metrics that choose the best weights: the first of these that was measured
     lower_is_better: bool = False  # True: that metric is better when lower
@@ -206,9 +206,9 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
     Accuracies are over masked words, masked regions, pairs or questions. mlm_content masks in every caption of these
     pictures one of the data set's `content_words`, such as colours. Chance: always the most frequent label.
     """
-    kinds = np.array(dataset.kind)
+    is_question = np.array([len(answer) > 0 for answer in dataset.answer])
     captions = evaluation.first_captions(dataset)[:most]
-    questions = np.flatnonzero(kinds != "caption")[:most]
+    questions = np.flatnonzero(is_question)[:most]
     sums = {}
     for name in run.objectives:
         if run.paper.OBJECTIVES[name].mismatch and not dataset.has_several_pictures:
@@ -216,7 +216,7 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
         index = questions if run.paper.OBJECTIVES[name].mean_over == "answers" else captions
         sums[name] = objective_sums(run, dataset, index, name)
     if "mlm" in run.objectives and run.content_words:
-        every = np.flatnonzero((kinds == "caption") & np.isin(dataset.image, dataset.image[captions]))
+        every = np.flatnonzero(~is_question & np.isin(dataset.image, dataset.image[captions]))
         sums["mlm_content"] = objective_sums(run, dataset, every, "mlm", {"only": content_pieces(run), "one": True})
     metrics = {}
     chance = {}
@@ -507,7 +507,7 @@ def vcr_examples(record):
 
 def vcr_batch(run, dataset, index, rng):
     """Rows (B * choices,), those of an example side by side. batch.target (B * choices,): 1 = the right choice."""
-    batch = data.collate(dataset, index)
+    batch = data.collate(dataset, index, rng=rng)
     batch.segments = vcr_text_types(run.paper, batch.segments)
     right = targets(dataset, index)
     batch.target = torch.nn.functional.one_hot(right, dataset.group).flatten()  # (B, choices) -> (rows,)
@@ -535,14 +535,12 @@ def evaluate_vcr(run, dataset):
         if kind in dataset.kind:
             metrics[name] = hits[kinds == kind].mean()
             chance[name] = 1 / dataset.group
-    answer_hits = {}
     both = []
     for i, kind in enumerate(dataset.kind):
         if kind == "answer":
-            answer_hits[dataset.ids[i]] = hits[i]
-    for i, kind in enumerate(dataset.kind):
-        if kind == "reason":
-            both.append(hits[i] * answer_hits[dataset.ids[i]])
+            answer_hit = hits[i]
+        elif kind == "reason":  # stands behind its answer, see vcr_examples
+            both.append(hits[i] * answer_hit)
     if both:
         metrics["q_ar_accuracy"] = float(np.mean(both))
         chance["q_ar_accuracy"] = 1 / dataset.group**2

@@ -61,7 +61,7 @@ class Run:
     content_words: list = ()  # words that only the picture reveals, such as colours
     answers: list = None  # column -> answer, most frequent first
     usual_answers: dict = field(default_factory=dict)  # vqa: {kind of question: its most frequent answer}, for chance
-    regions: dict = field(default_factory=dict)  # how the regions were made, from dataset.json
+    regions: dict = field(default_factory=dict)  # how the regions are made: see options.choose_regions
     model: torch.nn.Module = None
     optimizer: torch.optim.Optimizer = None
     teacher: torch.nn.Module = None
@@ -233,16 +233,15 @@ def load_data(run, checkpoint, teacher):
     run.sets = {}
     for task, (path, description) in zip(args.tasks, args.data_sets, strict=True):
         run.sets[task] = load_splits(run, task_of_lines(run, task), path, description)
+    widths = set()
     for number, splits in enumerate(run.sets.values()):
         for split in splits.values():
             split.task_number = number  # which task token ViLBERT reads
-    widths = sorted({splits["train"].store.width for splits in run.sets.values()})
+            widths.add(str(split.store.width))
     if len(widths) > 1:
-        raise UserError(
-            f"--data: features of {' and '.join(map(str, widths))} numbers; tasks trained together need one --features"
-        )
+        raise UserError(f"--data: features of {' and '.join(sorted(widths))} numbers; all splits need equally many")
     if tasks.is_pretraining(args.task):
-        run.objectives = options.drop_unsupported(run.paper, run.objectives, run.splits["train"])
+        run.objectives = options.drop_unsupported(args, run.paper, run.objectives, run.splits)
     if options.one_source(args):
         run.content_words = args.data_sets[0][1]["content_words"]
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)
@@ -540,7 +539,7 @@ def set_learning_rate(optimizer, step, rate):
 
     Official: eps is added before the second moment's bias correction; torch adds it after, so it gets eps divided by
     sqrt(1 - beta2^step). Official: p <- (p - r u)(1 - r d), update u, rate r, decay d. Torch: p <- p (1 - r'd') - r'u.
-    The two are equal for r' = r (1 - r d) and d' = d / (1 - r d). eps assumes a gradient in every step so far.
+    The two are equal for r' = r (1 - r d) and d' = d / (1 - r d). eps is exact for parameters with a gradient in every step.
     """
     for group in optimizer.param_groups:
         r = rate * group.get("factor", 1.0)  # older checkpoints have none
@@ -578,7 +577,7 @@ def restore_optimizer(run, checkpoint):
 
 
 def validate(run, log):
-    """Scores the val split. Saves best.pt if the score is the best so far or there is none, and checkpoint.pt."""
+    """Scores the val split. Saves checkpoint.pt, and best.pt if the score is the best so far or nothing was scored."""
     log.check()
     if "val" in split_names(run):
         start = time.perf_counter()

@@ -5,7 +5,7 @@ What the model does, in five lines:
 2. both sequences are concatenated and pass through one BERT: words and regions attend to each other in every layer;
 3. pretraining masks words OR regions, never both (conditional masking), and draws one objective a step;
 4. a matching objective tells true pairs from mismatched ones, and optimal transport aligns words with regions;
-5. a small head on the pooled first position, or on each region, solves every downstream task.
+5. a small head on the pooled first position solves a downstream task; some heads read the states of words or regions.
 
 Known deviations from the official code:
 - Regions follow the padded words. Official code puts them right behind the last word. No valid position changes.
@@ -31,7 +31,7 @@ from support import contrast
 
 @dataclass
 class Config:
-    """Sizes of a UNITER. The defaults are the paper's UNITER-base (section 3.1); PRESETS has the others."""
+    """Sizes of a UNITER. The defaults are the paper's UNITER-base (section 4); PRESETS has the others."""
 
     vocab_size: int = 28996  # BERT's cased word pieces
     hidden: int = 768  # C
@@ -49,7 +49,7 @@ class Config:
     contrast: str = "infonce"  # loss of the objective itc; or "hinge", "sigmoid", "dcl"
     text_vector: str = "cls"  # the text's vector in itc: the state of [CLS]; or "mean", over all words
     teacher_widths: tuple = ()  # the teacher's (text, region) widths, to which the head "hidden" projects
-    nlvr2: str = "paired-attention"  # or "paired", "triplet": how two pictures meet (section 4.1)
+    nlvr2: str = "paired-attention"  # or "paired", "triplet": how two pictures meet (section 4.3, appendix A.2)
     refer_layers: int = 1  # 1: a linear logit for each region; 2: with a hidden layer (RefCOCO+)
 
 
@@ -70,8 +70,9 @@ PRESETS = {
 
 
 class RegionEmbedding(nn.Module):
-    """norm( norm(W_f f) + norm(W_b b) + type ), then dropout (section 3.1, figure 1), b = [x1, y1, x2, y2, w, h, w h].
+    """norm( norm(W_f f) + norm(W_b b) + type ), then dropout, with b = [x1, y1, x2, y2, w, h, w h] (section 3.1).
 
+    Section 3.1 has the outer norm only; the inner ones are the official code's.
     features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1; type_emb (B, N, C), rows of the text's table of types.
     masked (B, N) bool, True = the feature is zeroed and to be predicted. A learned vector is added to it before W_f.
     Returns (B, N, C).
@@ -215,7 +216,7 @@ PRETRAINING = {
     "weights": {"wra": 0.1},  # factors of the losses; 1 where none is named
     "region_masking": {"zero": 1.0, "random": 0.0},  # a masked region's feature is always zeroed (section 3.2)
     "false_pairs": 0.5,  # share of mismatched pairs
-    "mismatch": "image",  # a mismatched pair keeps its sentence and gets another picture
+    "mismatch": "image",  # a mismatched pair keeps its sentence and gets another picture; the paper replaces either
 }
 
 
@@ -282,11 +283,12 @@ def image_text_matching(model, encoding, batch):
 
 
 def word_region_alignment(model, encoding, batch):
-    """Word-region alignment, WRA (section 3.2, eq. 3), on the pairs of image-text matching:
+    """Word-region alignment, WRA (section 3.2), on the pairs of image-text matching:
 
         L = ( sum over true pairs of D - sum over mismatched pairs of D ) / B
 
-    D: the optimal-transport distance of the words' and regions' last states; [CLS] and [SEP] count as words.
+    D: eq. 3, the optimal-transport distance of the words' and regions' last states; [CLS] and [SEP] count as words. The
+    paper's loss is D. Its difference between true and mismatched pairs is the official code's.
     Logits: the distances (B,).
     """
     distances, _, _ = common.optimal_transport(encoding.text, encoding.regions, batch.text_mask, batch.region_mask)
@@ -310,7 +312,7 @@ class FeatureRegressionHead(nn.Module):
 
 
 class PairedAttentionHead(nn.Module):
-    """NLVR2: two encodings, one for each picture, attend to each other (section 4.1, "pair-biattn").
+    """NLVR2: two encodings, one for each picture, attend to each other (section 4.3, "Pair-biattn").
 
         left' = dropout(relu(W [attention(left, right), left]))
         vector = sum over positions of softmax(relu(w left')) left'
@@ -359,6 +361,8 @@ def nlvr2_head(config):
 
 def refer_head(config):
     """A logit for each region: linear, or with one hidden layer."""
+    if config.refer_layers not in (1, 2):
+        raise ValueError(f"refer_layers is {config.refer_layers}; it must be 1 or 2")
     if config.refer_layers == 1:
         return common.Float32Linear(config.hidden, 1)
     return common.mlp_head(config.hidden, config.hidden, 1)

@@ -40,7 +40,7 @@ from support.regions import content_digest, file_stamp
 
 SHARD = 256  # pictures whose regions are written at once: what an interruption may lose
 CROP_AREAS = (0.5, 1.0)  # share of the picture that a crop keeps, drawn uniformly
-CROP_RATIOS = (0.8, 1.25)  # of its width to its height, in units of the picture's own, drawn uniformly in the logarithm
+CROP_RATIOS = (0.8, 1.25)  # its aspect ratio by the picture's, log-uniform
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
@@ -283,6 +283,8 @@ def describe_regions(network, pictures, args):
     boxes = "grid"
     if network.detect is not None:
         boxes = "detected"
+        if args.grid:
+            raise UserError(f"--grid {args.grid}: {args.network} finds its own regions; leave it out")
     if any(own_boxes != "null" for _, own_boxes in pictures):
         if network.detect is not None:
             raise UserError(

@@ -132,11 +132,9 @@ def pretraining_score(metrics):
 
 
 def caption_examples(dataset):
-    """Indices of the examples that are captions; of all examples if none is."""
-    kinds = np.array(dataset.kind)
-    if "caption" in kinds:
-        return np.flatnonzero(kinds == "caption")
-    return np.arange(len(dataset))
+    """Indices of the examples that are captions, which have no answer; of all examples if none is."""
+    captions = np.flatnonzero([len(answer) == 0 for answer in dataset.answer])
+    return captions if len(captions) else np.arange(len(dataset))
 
 
 def first_captions(dataset):
@@ -219,7 +217,8 @@ def sample_negatives(run, dataset, index, rng):
     pair. Columns 1 to K are mismatched: by the model's K NEGATIVES they get another picture or another text.
 
     In the first half of the steps each mismatched pair is drawn at random. In the second half --mine candidates are
-    drawn, and the one with the highest logit is kept (UNITER 4.1). A text that equals one of the picture's own texts,
+    drawn, and the one with the highest logit is kept. UNITER (appendix A.2) and ViLBERT (3.2) instead add hard negatives
+    to random ones: the best 20 of 128 by the model, or one of the 100 pictures nearest by features. A text that equals one of the picture's own texts,
     ignoring case, is no mismatch. UserError if no mismatch is found.
     """
     kinds = run.paper.NEGATIVES

@@ -391,9 +391,10 @@ def objectives_of(args, paper):
     return {name: known[name] for name in names}
 
 
-def drop_unsupported(paper, objectives, dataset):
+def drop_unsupported(args, paper, objectives, splits):
     """The objectives that the data have labels for. An objective with mismatched pairs needs a second picture. One that
-    reads labels of the regions, `Objective.fields`, needs a store that has them."""
+    reads labels of the regions, `Objective.fields`, needs them in the stores of all splits, {name: Dataset}."""
+    dataset = splits["train"]
     missing = {}
     for name in objectives:
         if paper.OBJECTIVES[name].mismatch and not dataset.has_several_pictures:
@@ -402,12 +403,16 @@ def drop_unsupported(paper, objectives, dataset):
             if field_name == "answers":
                 if not any(dataset.answer):
                     missing[name] = "no text has an answer"
-            elif field_name not in dataset.store.fields:
-                missing[name] = f"the regions have no {field_name}"
+                continue
+            for split in splits.values():
+                if field_name not in split.store.fields:
+                    missing[name] = f"the regions of {split.split} have no {field_name}"
     for name, reason in missing.items():
         common.print0(f"data     objective {name} is left out: {reason}")
     if len(missing) == len(objectives):
         raise UserError("the data have nothing for any of the objectives; see the table of objectives in docs/usage.md")
+    if args.rerank and missing.keys() & {"itm", "itc"}:
+        raise UserError("--rerank needs the objectives itm and itc; the lines above say why one is left out")
     return {name: ratio for name, ratio in objectives.items() if name not in missing}
 
 

@@ -676,10 +676,11 @@ def test_the_mean_recall_is_the_mean_of_all_six(drawn, tokenizer, monkeypatch):
 
 
 def many_captions(split, pictures):
-    """A dataset of two captions and one question of each picture, without any text."""
+    """A dataset of a question and two captions of each picture, without any text. Captions may be of any kind."""
     image = np.repeat(np.arange(pictures), 3)
-    kind = ["question", "caption", "caption"] * pictures
-    return data.Dataset("", split, None, image, [""] * len(image), [{}] * len(image), kind, [""] * len(image))
+    kind = ["question", "long", "caption"] * pictures
+    answer = [{"yes": 1.0}, {}, {}] * pictures
+    return data.Dataset("", split, None, image, [""] * len(image), answer, kind, [""] * len(image))
 
 
 def test_which_examples_are_evaluated():
@@ -821,14 +822,14 @@ def test_half_of_the_pairs_are_mismatched_in_evaluation_for_every_model(drawn, n
     assert again == sums  # the same pairs at every evaluation
 
 
-def test_an_answer_and_its_reason_belong_together_in_any_order(monkeypatch):
-    """The answers of two questions, then their reasons in another order."""
+def test_an_answer_and_its_reason_belong_together_even_if_lines_have_equal_ids(monkeypatch):
+    """Two lines, an answer and its reason each, evaluated in another order."""
     dataset = type("D", (SimpleNamespace,), {"__len__": lambda self: 4})(
-        target=np.array([0, 1, 1, 0]), kind=["answer", "answer", "reason", "reason"], ids=["a", "b", "b", "a"], group=2
+        target=np.array([0, 0, 1, 1]), kind=["answer", "reason"] * 2, ids=["movie"] * 4, group=2
     )
     monkeypatch.setattr(tasks, "evaluation_batches", lambda run, dataset, index: [index[[3, 1]], index[[0, 2]]])
     monkeypatch.setattr(tasks, "make_batch", lambda run, dataset, index, names, rng: index)
-    scores = {0: [1.0, 0.0], 1: [1.0, 0.0], 2: [0.0, 1.0], 3: [1.0, 0.0]}  # only the answer of b is wrong
+    scores = {0: [1.0, 0.0], 1: [1.0, 0.0], 2: [1.0, 0.0], 3: [0.0, 1.0]}  # only the second answer is wrong
     monkeypatch.setattr(
         tasks, "loss_and_logits", lambda run, index, name: (None, torch.tensor([scores[i] for i in index]).flatten())
     )
@@ -1019,8 +1020,8 @@ def test_a_task_s_batch_can_be_pinned_and_names_its_examples(drawn, task, tokeni
 
 @pytest.mark.parametrize("name", ["mlm", "itm", "itc", "vqa", "ve", "nlvr2", "caption", "retrieval", "vcr", "refer"])
 def test_training_shows_a_random_crop_of_each_picture(drawn, name, tokenizer):
-    """Of three rows of the store, the picture and two crops, each is drawn as often. vcr and refer, whose texts or
-    targets name places in the picture, show the whole."""
+    """Of three rows of the store, the picture and two crops, each is drawn as often. refer, whose target is a place in
+    the picture, shows the whole."""
     task = name if name in tasks.TASKS else "pretrain"
     dataset = drawn("train", task, 60).encode(tokenizer)
     dataset.image = 3 * dataset.image
@@ -1050,7 +1051,7 @@ def test_training_shows_a_random_crop_of_each_picture(drawn, name, tokenizer):
         views += shown(np.random.default_rng(seed))
     assert shown(np.random.default_rng(0)) == shown(np.random.default_rng(0))
     shares = [views.count(view) / len(views) for view in range(3)]
-    if name in ("vcr", "refer"):
+    if name == "refer":
         assert shares == [1, 0, 0]
     else:
         assert max(abs(share - 1 / 3) for share in shares) < 4 * (2 / 9 / len(views)) ** 0.5

@@ -1420,3 +1420,30 @@ def test_the_first_row_of_a_step_is_mismatched_as_often_as_any_other(pictures):
             matched.append(int(batch.matched))
     share = 1 - np.mean(matched)
     assert len(matched) > 150 and abs(share - 0.5) < 4 * math.sqrt(0.25 / len(matched))
+
+
+@pytest.mark.parametrize(
+    ("widths", "probs", "given", "message"),
+    [
+        ({"val": 5}, {}, [], "train.py: --data: features of 4 and 5 numbers; all splits need equally many\n"),
+        ({}, {"train"}, ["--objectives", "mrc_kl"], "the data have nothing for any of the objectives"),
+        ({}, {"train"}, ["--objectives", "mlm,mrc_kl"], ""),
+        ({}, {}, ["--objectives", "itm,itc", "--rerank", "2"], "--rerank needs the objectives itm and itc"),
+    ],
+)
+def test_stores_of_the_splits_that_differ(widths, probs, given, message, tmp_path, monkeypatch, capsys):
+    """Each split may have a store of its own. All need features of one width, and the labels that objectives read."""
+    lines = []
+    for split in ("train", "val", "test"):
+        picture = {"features": np.ones((2, widths.get(split, 4))), "boxes": np.tile([0.0, 0, 1, 1], (2, 1))}
+        if split in probs:
+            picture["object_probs"] = np.full((2, 3), 1 / 3)
+        data.write_store(tmp_path / split, [picture])
+        lines += [json.dumps({"features": f"{split}#0", "text": "a dog runs", "split": split})] * 4
+    (tmp_path / "my.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    code = train.main(["--data", "my.jsonl", "--steps", "1", "--batch-size", "2", "--device", "cpu", *given])
+    shown = capsys.readouterr()
+    assert code == (2 if message else 0) and message in shown.err
+    if probs:
+        assert "objective mrc_kl is left out: the regions of test have no object_probs" in shown.out
