@@ -199,8 +199,8 @@ class Encoding:
     """
 
     text: torch.Tensor | None  # (B, T, C), the last layer's states; None if the text was not encoded
-    regions: torch.Tensor | None  # (B, N, C), the same for regions
-    pooled: torch.Tensor  # (B, C), one vector for each row
+    regions: torch.Tensor | None  # (B, N, C'), the same for regions; C' = C but in ViLBERT
+    pooled: torch.Tensor  # (B, C), one vector for each row; in ViLBERT as wide as `shared`
     states: dict = field(default_factory=dict)
     maps: dict = field(default_factory=dict)
 
@@ -287,7 +287,7 @@ class MaskedLMHead(nn.Module):
 
 
 def mlp_head(width, inner, out, activation=nn.GELU):
-    """The two-layer head of the fine-tuning tasks: W_2 norm(act(W_1 x)). (..., width) -> (..., out)."""
+    """Two-layer head: W_2 norm(act(W_1 x)). (..., width) -> (..., out)."""
     return nn.Sequential(nn.Linear(width, inner), activation(), LayerNorm(inner), Float32Linear(inner, out))
 
 
@@ -498,7 +498,7 @@ class Objective:
     fields: tuple = ()  # fields of a Batch that it reads and that not all data sets have
     labels: Callable | None = None  # (batch, logits) -> (M,) int64, -1 = none; for its accuracy. None: no accuracy
     open_answers: bool = False  # True: its logits have a column for each answer of the training split
-    logits: str = "classes"  # a teacher's, as soft labels: "classes", "pairs" (both axes), "numbers" or "nothing"
+    logits: str = "classes"  # as soft labels: KL over "classes", or rows and columns ("pairs"), "numbers", "nothing"
 
 
 def regions_to_predict(batch):
@@ -525,7 +525,7 @@ def count_items(mean_over, batch):
 
 
 def most_likely_class(batch, logits):
-    """The detector's most likely class of each masked region, never background: (M,), an index into the K logits."""
+    """The detector's most likely class of each masked region, never background: (M,), a column of the logits."""
     classes = gather_positions(batch.object_probs, batch.region_index)[:, 1:].argmax(-1)  # (M, K) -> (M,)
     return classes + logits.shape[-1] - batch.object_probs.shape[-1] + 1  # LXMERT's logits have no background
 
@@ -561,7 +561,7 @@ def rank_and_world():
 
 
 def all_reduce_sum(values):
-    """The sum over all processes of numbers or of a tensor, as a float64 tensor on the CPU, so that no GPU waits."""
+    """The sum over all processes of numbers or of a CPU tensor, as a float64 tensor on the CPU, so that no GPU waits."""
     tensor = torch.as_tensor(values, dtype=torch.float64).clone()
     if dist.is_initialized():
         dist.all_reduce(tensor)

@@ -11,7 +11,7 @@ Pictures and stores are read in support/regions.py, lines of JSONL in support/re
 Letters: B batch rows, T text positions, N regions, F region-feature width, K object classes with background
 (class 0), A answers, V vocabulary, E examples, R rows of a dataset, I pictures of a store.
 Masks: text_mask and region_mask True = real (not padding); masked_regions True = predict this.
-Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a store and in a Batch. Every random draw comes from a Generator.
+Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a store and in a Batch. Every random draw of this file comes from a Generator.
 """
 
 from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
@@ -107,7 +107,7 @@ class Batch:
     task: torch.Tensor | None = None  # (B,) int64, the number of the task among the run's, for ViLBERT's task tokens
     pictures: torch.Tensor | None = None  # (B,) int64, the picture's row in its store
     pair_index: torch.Tensor | None = None  # (M,) int64 into B, rows whose text and picture belong together
-    ids: list | None = None  # B example ids, for error messages
+    ids: list | None = None  # one id an example, whose rows are adjacent
 
     def _map(self, function):
         values = {}
@@ -420,8 +420,9 @@ def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE, network
     """Dataset of a split. A split that the file lacks is an empty Dataset.
 
     source: see `find`.   task: a row of tasks.TASKS.   limit: at most that many examples, drawn at random.
-    patch, grid: how pictures are cut into regions.   network: `regions` of a network that computes them instead, on
-    `device` (None: a GPU if there is one).   checked: True = this run has compared the pictures with the cache already.
+    patch, grid: how pictures are cut into patches.   network: the description of a feature network, as
+    options.choose_network returns it, or None for patches; it runs on `device` (None: a GPU if there is one).
+    checked: True skips the test whether the pictures have changed since they were cached.
     UserError for a mistake in the arguments or the files.
     """
     description = read_dataset_json(find(source, cache))
@@ -584,8 +585,8 @@ def tokenizer_from_json(text):
 def random_stream(purpose, *numbers):
     """The random numbers of one purpose, such as ("masks", seed, step, part): a NumPy Generator.
 
-    Every draw of a run comes from such a stream, so that it depends on these numbers alone and a resumed run goes on
-    with the same ones. The name and the count of the numbers are part of the seed, because NumPy gives
+    Each draw depends on these numbers alone, so that a resumed run goes on with the same ones. Not so: initial weights,
+    dropout and the negatives of `nce`, which torch draws. The name and the count of the numbers are part of the seed, because NumPy gives
     default_rng((3, 5)) and default_rng((3, 5, 0)) the same numbers.
     """
     tag = zlib.crc32(purpose.encode())

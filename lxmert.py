@@ -13,7 +13,9 @@ Known deviations from the official code:
 - A batch without any label gives a loss of 0. The official code gives NaN.
 - The official optimizer, BertAdam, is not copied. tests/test_golden.py replays it and lists how it differs.
 - In pretraining a quarter of the pairs is mismatched; officially a half is. Nothing is predicted in mismatched pairs,
-  as in 12-in-1; the official code predicts everything there. docs/decisions.md has the numbers.
+  as in 12-in-1; the official code predicts words and regions there. docs/decisions.md has the numbers.
+- At least one word of every caption is masked, as in UNITER. A region's feature may be replaced by that of a random
+  region of the batch; officially of the whole data set.
 Where paper and official code differ, this file follows the code. Feature regression is smooth-L1, not L2. Classes and
 attributes are predicted for all regions, not only for the masked ones, and weighted by the detector's confidence.
 Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
@@ -53,7 +55,7 @@ class Config:
     contrast: str = "infonce"  # loss of the objective itc; or "hinge", "sigmoid", "dcl"
     text_vector: str = "cls"  # the text's vector in itc: the state of [CLS]; or "mean", over all words
     teacher_widths: tuple = ()  # the teacher's (text, region) widths, to which the head "hidden" projects
-    region_factor: float = 1 / 0.15  # factor of the three region losses; undoes the masking rate; Hugging Face: 6.67
+    region_factor: float = 1 / 0.15  # factor of the three region losses, as in the official code; Hugging Face: 6.67
     answer_factor: float = 1.0  # factor of the loss of pretraining's question answering
     hidden_score: float = -10000.0  # added to the attention logit of a masked key; Hugging Face: the dtype's minimum
 

@@ -7,12 +7,13 @@ What the model does, in five lines:
 2. Two BERTs, one per modality, are joined by co-attention layers: words attend to regions, regions to words.
 3. Pretraining masks words AND regions of the same pair and adds up all objectives in every step.
 4. A first region stands for the whole image, as [CLS] does for the text. The pair's vector is the product of the two.
-5. A small head on that vector, or on each region, answers every downstream task.
+5. A small head on that vector, or on each region, solves a downstream task; captioning reads the words' states.
 
 Known deviations from the official code:
 - The whole-image region is made here and left out of what `encode` returns. Batches are the same for all models.
 - Class 1 of the matching head means "match", officially class 0. The head's two rows are swapped when official weights
   are read or written.
+- At least one word of every caption is masked, as in UNITER.
 - Pretraining skips the masked-prediction losses on mismatched pairs, as 12-in-1 does. ViLBERT's code does not.
 docs/details.md lists the errors of the official code.
 Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
@@ -118,7 +119,7 @@ class RegionEmbedding(nn.Module):
 
 
 class CoAttentionLayer(nn.Module):
-    """Co-attention (section 2.1, figure 2b): queries come from one stream, keys and values from the other.
+    """Co-attention (section 2.2, figure 2b): queries come from one stream, keys and values from the other.
 
     Both directions read the same inputs. A feed-forward block for each stream follows. Residuals and norms as in BERT.
     text (B, T, C), regions (B, 1+N, C'); their biases (B, 1, 1, T) and (B, 1, 1, 1+N) hide padded keys.
