@@ -162,6 +162,7 @@ def use_dataset(run, task, dataset):
             how = f"make them with `python prepare/features.py --network {run.regions['network']} --data ... --out ...`"
         raise UserError(f"features of {dataset.store.width} numbers, the checkpoint was trained on {width}; {how}")
     dataset.task_number = run.args.tasks.index(task.name)
+    dataset.store.crops = None  # which are for training
     return dataset.encode(run.tokenizer, max_length=run.args.max_words)
 
 

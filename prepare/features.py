@@ -35,6 +35,7 @@ import data
 from common import UserError
 from prepare import networks, published
 from support.machine import pick_device
+from support import records
 from support.ranges import COUNT, COUNT_OR_ZERO
 from support.regions import content_digest, file_stamp
 
@@ -108,9 +109,10 @@ def decode(job, network, mirror):
         return str(error)
     digest = content_digest(image.tobytes())
     rng = data.random_stream("crops", digest)
-    images = [image, *(random_crop(image, rng, mirror) for _ in range(crops))]
-    if network.detect is None:
-        images = [networks.to_pixels(image, network) for image in images]
+    images = []
+    for view in range(1 + crops):  # a crop at a time: a photograph may have 24 million pixels
+        shown = image if view == 0 else random_crop(image, rng, mirror)
+        images.append(shown if network.detect is not None else networks.to_pixels(shown, network))
     return images, boxes, {"size": image.size, "digest": digest}
 
 
@@ -130,8 +132,10 @@ def shard_regions(jobs, network, args, pool):
             if not isinstance(item, str):
                 images += item[0]
                 boxes += [item[1]] * len(item[0])
-        if images:
-            regions = networks.batch_regions(network, images, boxes, args.grid, args.device)
+        regions = []
+        for start in range(0, len(images), args.batch_size):
+            part = slice(start, start + args.batch_size)
+            regions += networks.batch_regions(network, images[part], boxes[part], args.grid, args.device)
         for item in decoded:
             if isinstance(item, str):
                 results.append(item)
@@ -152,18 +156,19 @@ def to_half(fields):
 
 
 def extract(jobs, network, args, parts):
-    """Writes the results of all jobs to files in folder `parts`, SHARD pictures each; files that exist are kept.
+    """Writes the results of all jobs to files in folder `parts`, SHARD pictures and crops each; files that exist are kept.
     Returns the messages of unreadable pictures; UserError if there are more than args.skip_bad."""
     errors = []
     done = 0
     start = time.monotonic()
+    shard = max(1, SHARD // (1 + args.crops))
     with ThreadPoolExecutor(args.workers) as pool:
-        for first in range(0, len(jobs), SHARD):
+        for first in range(0, len(jobs), shard):
             file = parts / f"{first:09d}.pt"
             if file.exists():
                 results = torch.load(file, weights_only=True)
             else:
-                results = shard_regions(jobs[first : first + SHARD], network, args, pool)
+                results = shard_regions(jobs[first : first + shard], network, args, pool)
             errors.extend(result for result in results if isinstance(result, str))
             if len(errors) > args.skip_bad:
                 raise UserError(f"{errors[0]} ({len(errors)} such so far); --skip-bad N leaves out up to N pictures")
@@ -228,11 +233,18 @@ def find_files(source, out):
     if source.is_file() or (source / "dataset.json").is_file():
         return find_named_files(source)
     pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+    lines = next(source.glob("*.jsonl"), None)
+    if lines is not None:
+        raise UserError(f"--data {source}: the folder has {lines.name}; give that file")
     if not pictures:
         raise UserError(
             f"--data {source}: give a .jsonl file, a data set or a folder of pictures ({', '.join(SUFFIXES)})"
         )
     path = out / "pictures.jsonl"
+    if path.exists() and any("text" in record for _, record in published.read_json_lines(path)):
+        raise UserError(f"{path}: has texts, which would be lost; give another --out")
+    path = out / "found" / path.name  # the lines without regions
+    path.parent.mkdir(exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for picture in pictures:
             record = {"id": str(picture.relative_to(source)), "image": str(picture.resolve())}
@@ -265,10 +277,14 @@ def find_pictures(files, crops):
     pictures = {}
     for path in files:
         for where, record in published.read_json_lines(path):
-            if "image" not in record and "images" not in record:
-                raise UserError(f"{where}: names no picture; write 'image' (nlvr2: 'images')")
-            if crops and ("boxes" in record or "target" in record):
-                raise UserError(f"{where}: has boxes, which are places in the whole picture; leave out --crops")
+            if ("image" in record) == ("images" in record) or "features" in record:
+                raise UserError(f"{where}: names no picture, or features too; write 'image' (nlvr2: 'images')")
+            for name in ("image", "images", "boxes", "target", "split"):
+                is_valid, wanted = records.KEYS[name]
+                if name in record and not is_valid(record[name]):
+                    raise UserError(f"{where}: {name!r} is {str(record[name])[:60]!r}; write {wanted}")
+                if crops and name in record and name in ("boxes", "target"):
+                    raise UserError(f"{where}: {name!r} is a place in the whole picture; leave out --crops")
             own_crops = crops if record.get("split", "train") == "train" else 0
             for key in picture_keys(path, record):
                 first, most = pictures.get(key, (where, 0))
@@ -321,20 +337,30 @@ def prepare(args):
         (parts / "job.json").write_text(job)
     jobs = [(where, key, crops) for key, (where, crops) in pictures.items()]
     errors = extract(jobs, network, args, parts)
+    if len(errors) == len(jobs):
+        raise UserError(f"{errors[0]} (no picture can be read)")
     rows = {}
+    for name in (*(path.name for path in files), "dataset.json"):  # no old lines beside a new store
+        (out / name).unlink(missing_ok=True)
     published.write_store(out / "regions", read_parts(parts, rows))
     numbers = {key: number for number, key in enumerate(pictures)}
 
     def rows_of(path, record):
-        return [rows.get(numbers[key]) for key in picture_keys(path, record)]
+        keys = picture_keys(path, record)
+        if not all(key in numbers for key in keys):
+            raise UserError(f"{path}: was changed while its pictures were read; run it again")
+        return [rows.get(numbers[key]) for key in keys]
 
+    lost = 0
     for path in files:
-        published.link_lines(path, out / path.name, rows_of)
+        lost += published.link_lines(path, out / path.name, rows_of)[1]
     published.write_dataset(out, **description)
     shutil.rmtree(parts)
+    shutil.rmtree(out / "found", ignore_errors=True)
     for error in errors:
         print(f"left out: {error}", file=sys.stderr)
-    print(f"{out}: {len(rows)} pictures, {regions['network']}, boxes: {regions['boxes']}; {len(errors)} left out")
+    left_out = f"left out: {len(errors)} pictures, {lost} lines"
+    print(f"{out}: {len(rows)} pictures, {regions['network']}, boxes: {regions['boxes']}; {left_out}")
 
 
 def main(arguments=None):

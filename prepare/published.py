@@ -46,7 +46,7 @@ def read_json_lines(path, needed=()):
     for where, line in read_text_lines(path):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error}); write one object a line") from None
         check_keys(where, row, needed)
         yield where, row

@@ -142,7 +142,12 @@ def print_run(run):
         counts = ", ".join(f"{name} {len(split)}" for name, split in splits.items())
         words, regions = splits["train"].lengths().mean(0)
         name = splits["train"].name
-        common.print0(f"data     {task}, {name}: {counts} examples; {words:.1f} words, {regions:.1f} regions each")
+        crops = ""
+        if splits["train"].store.crops is not None:
+            crops = "; training draws crops of the pictures"
+        common.print0(
+            f"data     {task}, {name}: {counts} examples; {words:.1f} words, {regions:.1f} regions each{crops}"
+        )
     dtype = str(run.dtype).removeprefix("torch.")
     common.print0(
         f"run      {args.steps} steps of {args.batch_size} x {args.accumulate} x {run.world} examples, lr {args.lr:g}, "

@@ -468,8 +468,10 @@ class FeatureStore:
             lengths = {len(field) for field in self.fields.values()}
             if lengths != {int(self.offsets[-1])} or (np.diff(self.offsets) < 1).any():
                 raise ValueError("its files do not fit each other")
-            if self.crops is not None and (np.arange(len(self)) + self.crops >= len(self)).any():
-                raise ValueError("crops.npy counts more pictures than there are")
+            if self.crops is not None:
+                counts = self.crops.dtype.kind in "iu" and self.crops.shape == (len(self),)
+                if not counts or (self.crops < 0).any() or (np.arange(len(self)) + self.crops >= len(self)).any():
+                    raise ValueError("crops.npy is not the number of crops behind each picture")
         except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
             raise UserError(f"{folder}: not a feature store, or damaged ({error}); write it again") from None
         self.classes = None  # K
@@ -585,6 +587,8 @@ def write_store(folder, pictures):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (*STORED, "offsets", "sizes", "digests", "crops"):  # of an older store
+        (folder / f"{name}.npy").unlink(missing_ok=True)
     files = {}
     offsets = [0]
     sizes = []

@@ -180,6 +180,9 @@ def hash_data(dataset):
     columns["pictures"].append(store.open_field("boxes")[regions])
     if store.digests is not None:
         columns["pictures"].append(store.digests[dataset.image])
+    if store.crops is not None:
+        last = dataset.image[::step] + store.crops[dataset.image[::step]]
+        columns["pictures"] += [store.crops[dataset.image], store.open_field("features")[store.offsets[last]]]
     found = {}
     for part, arrays in columns.items():
         digest = hashlib.sha256()

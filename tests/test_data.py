@@ -180,7 +180,13 @@ def test_a_store_with_crops_that_it_lacks_is_one_line(tmp_path):
     pictures = [{"features": np.zeros((1, 3)), "boxes": np.full((1, 4), 0.5), "crops": n} for n in (1, 0, 0)]
     data.write_store(tmp_path / "s", iter(pictures))
     assert data.FeatureStore(tmp_path / "s").crops.tolist() == [1, 0, 0]
-    for crops, message in (([1, 0, 1], "counts more pictures than there are"), ([1, 0], "not a feature store")):
+    for crops, message in (
+        ([1, 0, 1], "crops.npy is not"),
+        ([1, 0], "crops.npy is not"),
+        ([-1, 0, 0], "crops.npy is not"),
+        ([0.5, 0, 0], "crops.npy is not"),
+        (["a", "b", "c"], "crops.npy is not"),
+    ):
         np.save(tmp_path / "s" / "crops.npy", np.array(crops))
         with pytest.raises(common.UserError, match=message):
             data.FeatureStore(tmp_path / "s")

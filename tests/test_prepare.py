@@ -617,6 +617,57 @@ def test_crops_are_random_parts_of_training_pictures(tmp_path, monkeypatch):
         assert left < right
 
 
+def test_a_run_that_stops_between_store_and_lines_leaves_no_old_lines(tmp_path, no_network, monkeypatch, capsys):
+    source = make_jsonl(tmp_path)
+    out = tmp_path / "out"
+    assert extract(source, out) == 0
+    original = features.extract
+
+    def changed(*arguments):
+        errors = original(*arguments)
+        make_picture(tmp_path / "new.png", 99)
+        with open(source, "a") as file:
+            file.write('{"image": "new.png", "text": "a later line"}\n')
+        return errors
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "extract", changed)
+        assert extract(source, out, "--crops", "2") == 2
+    assert capsys.readouterr().err == f"features.py: {source}: was changed while its pictures were read; run it again\n"
+    assert not (out / "my.jsonl").exists() and not (out / "dataset.json").exists()
+    assert extract(source, out, "--crops", "2") == 0
+    assert read_lines(out / "my.jsonl")[-1] == {"features": "regions#30", "text": "a later line"}
+
+
+def test_texts_written_beside_a_folder_s_pictures_are_not_lost(tmp_path, no_network, capsys):
+    make_picture(tmp_path / "in" / "a.png")
+    assert extract(tmp_path / "in", tmp_path / "out") == 0
+    lines = read_lines(tmp_path / "out" / "pictures.jsonl")
+    write_lines(tmp_path / "out" / "pictures.jsonl", [{**lines[0], "text": "long work"}])
+    before = (tmp_path / "out" / "pictures.jsonl").read_text()
+    assert extract(tmp_path / "in", tmp_path / "out") == 2
+    assert "has texts, which would be lost; give another --out" in capsys.readouterr().err
+    assert (tmp_path / "out" / "pictures.jsonl").read_text() == before
+    write_lines(tmp_path / "in" / "my.jsonl", [{"image": "a.png", "text": "t"}])
+    assert extract(tmp_path / "in", tmp_path / "other") == 2
+    assert "the folder has my.jsonl; give that file" in capsys.readouterr().err
+
+
+def test_a_picture_with_many_crops_goes_through_the_network_in_batches(tmp_path, no_network, monkeypatch):
+    sizes = []
+    original = networks.batch_regions
+
+    def counted(network, images, *rest):
+        sizes.append(len(images))
+        return original(network, images, *rest)
+
+    monkeypatch.setattr(networks, "batch_regions", counted)
+    assert extract(make_jsonl(tmp_path, 1), tmp_path / "out", "--crops", "6") == 2  # it has a line of 3.png
+    make_picture(tmp_path / "3.png")
+    assert extract(tmp_path / "my.jsonl", tmp_path / "out", "--crops", "6") == 0
+    assert max(sizes) == 2 and data.FeatureStore(tmp_path / "out" / "regions").crops.tolist() == [6, *[0] * 6] * 2
+
+
 def test_a_run_with_other_crops_starts_anew(tmp_path, no_network, monkeypatch):
     source = make_jsonl(tmp_path)
     extract_one_shard(source, tmp_path / "out", monkeypatch)
@@ -627,8 +678,8 @@ def test_a_run_with_other_crops_starts_anew(tmp_path, no_network, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "given", "message"),
     [
-        ({"boxes": [[0, 0, 9, 9]]}, ["--crops", "2"], "my.jsonl:1: has boxes, which are places in the whole picture"),
-        ({"target": [0, 0, 9, 9]}, ["--crops", "2"], "my.jsonl:1: has boxes, which are places in the whole picture"),
+        ({"boxes": [[0, 0, 9, 9]]}, ["--crops", "2"], "is a place in the whole picture; leave out --crops"),
+        ({"target": [0, 0, 9, 9]}, ["--crops", "2"], "is a place in the whole picture; leave out --crops"),
         ({}, ["--crops", "-1"], "--crops"),
         ({}, ["--mirror"], "--mirror is for crops; give --crops too"),
     ],
@@ -777,6 +828,12 @@ def test_a_folder_of_pictures_becomes_lines_with_their_names(tmp_path, no_networ
         ('{"text": "no picture"}', "my.jsonl:1: names no picture"),
         ("", "holds no examples"),
         ('{"image": "1.png", "text": "t", "boxes": [[0, 0, 999, 9]]}', "outside its picture"),
+        ('{"image": 5, "text": "t"}', "my.jsonl:1: 'image' is '5'; write a file name"),
+        ('{"images": "1.png", "text": "t"}', "my.jsonl:1: 'images' is '1.png'; write a list of two file names"),
+        ('{"image": "1.png", "boxes": [1, 2, 3, 4]}', "my.jsonl:1: 'boxes' is '[1, 2, 3, 4]'; write"),
+        ('{"image": "1.png", "split": null}', "my.jsonl:1: 'split' is 'None'; write train, val or test"),
+        ('{"image": "1.png", "features": "x#1"}', "my.jsonl:1: names no picture, or features too"),
+        ("[" * 200_000, "my.jsonl:1: not JSON"),
     ],
 )
 def test_mistakes_in_own_data_are_one_line(content, message, tmp_path, no_network, capsys):

@@ -28,6 +28,7 @@ import common
 import data
 import distill
 import lxmert
+import predict
 import tasks
 import train
 import uniter
@@ -1447,3 +1448,32 @@ def test_stores_of_the_splits_that_differ(widths, probs, given, message, tmp_pat
     assert code == (2 if message else 0) and message in shown.err
     if probs:
         assert "objective mrc_kl is left out: the regions of test have no object_probs" in shown.out
+
+
+def test_crops_are_for_training_and_belong_to_the_fingerprint(tmp_path, monkeypatch, capsys):
+    """predict.py shows the whole picture of a line of split train too; --resume notices other crops."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for crops in (2, 0, 0) * 4:
+        pictures.append({"features": rng.random((2, 4)), "boxes": np.tile([0.0, 0, 1, 1], (2, 1)), "crops": crops})
+    data.write_store(tmp_path / "store", pictures)
+    lines = [json.dumps({"features": f"store#{row}", "text": "a dog", "answer": "yes"}) for row in range(0, 12, 3)]
+    (tmp_path / "my.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    command = ["--data", "my.jsonl", "--task", "vqa", "--batch-size", "2", "--device", "cpu", "--out", "run"]
+    assert train.main([*command, "--steps", "1"]) == 0
+    assert "training draws crops of the pictures" in capsys.readouterr().out
+    seen = []
+    original = data.FeatureStore.gather
+    monkeypatch.setattr(data.FeatureStore, "gather", lambda self, *rest: seen.extend(rest[0]) or original(self, *rest))
+    assert predict.main(["run/best.pt", "--data", "my.jsonl", "--device", "cpu"]) == 0
+    assert sorted(seen) == [0, 3, 6, 9]
+    for change in ("a crop", "no crops"):
+        if change == "a crop":
+            pictures[2]["features"] = rng.random((2, 4))
+        else:
+            pictures = [{key: value for key, value in picture.items() if key != "crops"} for picture in pictures]
+        data.write_store(tmp_path / "store", pictures)
+        assert data.FeatureStore(tmp_path / "store").crops is None or change == "a crop"
+        assert train.main([*command, "--steps", "2", "--resume"]) == 2
+        assert "pictures" in capsys.readouterr().err
