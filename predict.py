@@ -506,7 +506,7 @@ def measure(run, task, dataset):
     run.sets = {task.name: {dataset.split: dataset}}
     objectives = run.objectives
     if not task.objective:
-        run.objectives = options.drop_unsupported(run.paper, objectives, dataset)
+        run.objectives = options.drop_unsupported(run.paper, objectives, {dataset.split: dataset})
     metrics, chance = tasks.evaluate(run, dataset.split)
     run.objectives = objectives
     count = len(tasks.test_examples(run, task.name, dataset))

@@ -241,7 +241,7 @@ def load_data(run, checkpoint, teacher):
     if len(widths) > 1:
         raise UserError(f"--data: features of {' and '.join(sorted(widths))} numbers; all splits need equally many")
     if tasks.is_pretraining(args.task):
-        run.objectives = options.drop_unsupported(args, run.paper, run.objectives, run.splits)
+        run.objectives = options.drop_unsupported(run.paper, run.objectives, run.splits, args.rerank)
     if options.one_source(args):
         run.content_words = args.data_sets[0][1]["content_words"]
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)

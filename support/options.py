@@ -391,10 +391,11 @@ def objectives_of(args, paper):
     return {name: known[name] for name in names}
 
 
-def drop_unsupported(args, paper, objectives, splits):
+def drop_unsupported(paper, objectives, splits, rerank=None):
     """The objectives that the data have labels for. An objective with mismatched pairs needs a second picture. One that
-    reads labels of the regions, `Objective.fields`, needs them in the stores of all splits, {name: Dataset}."""
-    dataset = splits["train"]
+    reads labels of the regions, `Objective.fields`, needs them in the stores of all splits, {name: Dataset}.
+    UserError if none is left, or not both of those that --rerank needs."""
+    dataset = next(iter(splits.values()))  # train, if it is among them
     missing = {}
     for name in objectives:
         if paper.OBJECTIVES[name].mismatch and not dataset.has_several_pictures:
@@ -411,7 +412,7 @@ def drop_unsupported(args, paper, objectives, splits):
         common.print0(f"data     objective {name} is left out: {reason}")
     if len(missing) == len(objectives):
         raise UserError("the data have nothing for any of the objectives; see the table of objectives in docs/usage.md")
-    if args.rerank and missing.keys() & {"itm", "itc"}:
+    if rerank and missing.keys() & {"itm", "itc"}:
         raise UserError("--rerank needs the objectives itm and itc; the lines above say why one is left out")
     return {name: ratio for name, ratio in objectives.items() if name not in missing}
 

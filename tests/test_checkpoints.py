@@ -601,7 +601,7 @@ def test_a_run_that_began_with_bert_resumes_from_its_own_checkpoint(own, tmp_pat
 
 def test_the_hash_of_a_split_covers_words_pictures_regions_targets_and_answers():
     def dataset(**changes):
-        store = SimpleNamespace(offsets=changes.pop("regions", np.array([0, 2, 5])), digests=None)
+        store = SimpleNamespace(offsets=changes.pop("regions", np.array([0, 2, 5])), digests=None, crops=None)
         fields = {"features": np.arange(200.0).reshape(100, 2), "boxes": np.zeros((100, 4))}
         store.open_field = fields.get
         columns = {"image": np.array([0, 1]), "text": ["a", "b"], "answer": [{"yes": 1.0}, {"no": 1.0}]}
