@@ -237,9 +237,9 @@ def load_data(run, checkpoint, teacher):
     for number, splits in enumerate(run.sets.values()):
         for split in splits.values():
             split.task_number = number  # which task token ViLBERT reads
-            widths.add(str(split.store.width))
+            widths.add(split.store.width)
     if len(widths) > 1:
-        raise UserError(f"--data: features of {' and '.join(sorted(widths))} numbers; all splits need equally many")
+        raise UserError(f"--data: features of {' and '.join(map(str, sorted(widths)))} numbers; all need equally many")
     if tasks.is_pretraining(args.task):
         run.objectives = options.drop_unsupported(run.paper, run.objectives, run.splits, args.rerank)
     if options.one_source(args):

@@ -93,7 +93,7 @@ def decode(job, network, mirror):
     """(the network's inputs, boxes in 0..1 or None, facts) of a picture, or a message if it cannot be read.
 
     job: (where it is named, its key, number of crops).   inputs: the picture's and each crop's.
-    facts: `size` (width, height), and `digest`, a number that is equal for equal pictures.
+    facts: `size` (width, height); `digest`, a number that is equal for equal pictures; `frames` of an animation.
     """
     where, key, crops = job
     path = Path(key[0])
@@ -113,7 +113,7 @@ def decode(job, network, mirror):
     for view in range(1 + crops):  # a crop at a time: a photograph may have 24 million pixels
         shown = image if view == 0 else random_crop(image, rng, mirror)
         images.append(shown if network.detect is not None else networks.to_pixels(shown, network))
-    return images, boxes, {"size": image.size, "digest": digest}
+    return images, boxes, {"size": image.size, "digest": digest, "frames": image.info["frames"]}
 
 
 def shard_regions(jobs, network, args, pool):
@@ -217,12 +217,17 @@ def picture_regions(jobs, regions, device=None, batch_size=32):
         for first in range(0, len(jobs), 2 * batch_size):
             part = jobs[first : first + 2 * batch_size]
             keys = [(job.where, (str(job.path), json.dumps(job.boxes)), 0) for job in part]
-            for result in shard_regions(keys, network, args, pool):
+            for job, result in zip(part, shard_regions(keys, network, args, pool), strict=True):
                 if isinstance(result, str):
                     yield None, [], result
                     continue
                 (fields,), facts = result
-                yield {**{name: values.numpy() for name, values in fields.items()}, **facts}, [], None
+                notes = []
+                if facts["frames"] > 1:
+                    notes.append(
+                        f"{job.where}: {job.path.name}: only the first of its {facts['frames']} frames is used"
+                    )
+                yield {**{name: values.numpy() for name, values in fields.items()}, **facts}, notes, None
 
 
 # ---- command line -----------------------------------------------------------------------------------------------------

@@ -459,6 +459,16 @@ def test_a_picture_that_a_network_cannot_read_is_one_line(tmp_path, no_network, 
     assert "my.jsonl:1: cannot read picture" in err and "(and 1 more; " in err and "Traceback" not in err
 
 
+def test_further_frames_are_named_where_a_network_makes_the_regions(tmp_path, no_network, monkeypatch, capsys):
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue", "green")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    make_picture(tmp_path / "b.png")
+    source = write_lines(tmp_path / "my.jsonl", [{"image": name, "text": "t"} for name in ("b.png", "a.gif")])
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--data", str(source), "--steps", "1", "--features", "any", "--device", "cpu"]) == 0
+    assert "my.jsonl:2: a.gif: only the first of its 3 frames is used" in capsys.readouterr().err
+
+
 OWN = {"image": "a.png", "text": "?"}
 START = {"regions": {"kind": "network", "network": "b"}}
 

@@ -1426,7 +1426,7 @@ def test_the_first_row_of_a_step_is_mismatched_as_often_as_any_other(pictures):
 @pytest.mark.parametrize(
     ("widths", "probs", "given", "message"),
     [
-        ({"val": 5}, {}, [], "train.py: --data: features of 4 and 5 numbers; all splits need equally many\n"),
+        ({"val": 5}, {}, [], "train.py: --data: features of 4 and 5 numbers; all need equally many\n"),
         ({}, {"train"}, ["--objectives", "mrc_kl"], "the data have nothing for any of the objectives"),
         ({}, {"train"}, ["--objectives", "mlm,mrc_kl"], ""),
         ({}, {}, ["--objectives", "itm,itc", "--rerank", "2"], "--rerank needs the objectives itm and itc"),
