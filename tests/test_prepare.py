@@ -663,6 +663,24 @@ def test_texts_written_beside_a_folder_s_pictures_are_not_lost(tmp_path, no_netw
     assert "the folder has my.jsonl; give that file" in capsys.readouterr().err
 
 
+def test_where_no_picture_can_be_read_the_old_store_stays(tmp_path, no_network, capsys):
+    source = make_jsonl(tmp_path, 4)
+    assert extract(source, tmp_path / "out") == 0
+    before = (tmp_path / "out" / "my.jsonl").read_text()
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(b"no picture")
+    assert extract(source, tmp_path / "out", "--skip-bad", "9") == 2
+    assert "(no picture can be read)" in capsys.readouterr().err
+    assert (tmp_path / "out" / "my.jsonl").read_text() == before
+    assert len(data.FeatureStore(tmp_path / "out" / "regions")) == 4
+
+
+def test_a_grid_for_a_detector_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(networks, "load_network", lambda *_: networks.Network(detect=lambda image: None))
+    assert extract(make_jsonl(tmp_path, 4), tmp_path / "out", "--network", "d", "--grid", "3") == 2
+    assert "--grid 3: d finds its own regions; leave it out" in capsys.readouterr().err
+
+
 def test_a_picture_with_many_crops_goes_through_the_network_in_batches(tmp_path, no_network, monkeypatch):
     sizes = []
     original = networks.batch_regions

@@ -667,3 +667,11 @@ def test_the_table_of_types_has_a_row_for_each_type(tasks, rows):
 def test_two_heads_with_one_official_name_are_refused():
     with pytest.raises(ValueError, match="vqa and ve"):
         formats.uniter_to_official(tiny(heads=("vqa", "ve")).state_dict())
+
+
+def test_the_head_of_refer_has_one_layer_or_two():
+    for layers, linears in ((1, 1), (2, 2)):
+        head = uniter.refer_head(uniter.Config(hidden=8, refer_layers=layers))
+        assert sum(isinstance(module, torch.nn.Linear) for module in head.modules()) == linears
+    with pytest.raises(ValueError, match="refer_layers is 3; it must be 1 or 2"):
+        uniter.refer_head(uniter.Config(hidden=8, refer_layers=3))
