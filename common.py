@@ -498,7 +498,7 @@ class Objective:
     fields: tuple = ()  # fields of a Batch that it reads and that not all data sets have
     labels: Callable | None = None  # (batch, logits) -> (M,) int64, -1 = none; for its accuracy. None: no accuracy
     open_answers: bool = False  # True: its logits have a column for each answer of the training split
-    logits: str = "classes"  # as soft labels: KL over "classes", or rows and columns ("pairs"), "numbers", "nothing"
+    logits: str = "classes"  # distilled as "classes" (KL), "pairs" (KL of both axes), "numbers" (squares), "nothing"
 
 
 def regions_to_predict(batch):
@@ -561,7 +561,7 @@ def rank_and_world():
 
 
 def all_reduce_sum(values):
-    """The sum over all processes of numbers or of a CPU tensor, as a float64 tensor on the CPU, so that no GPU waits."""
+    """The sum over all processes of numbers or of a CPU tensor, as float64 on the CPU, so that no GPU waits."""
     tensor = torch.as_tensor(values, dtype=torch.float64).clone()
     if dist.is_initialized():
         dist.all_reduce(tensor)

@@ -11,7 +11,7 @@ Pictures and stores are read in support/regions.py, lines of JSONL in support/re
 Letters: B batch rows, T text positions, N regions, F region-feature width, K object classes with background
 (class 0), A answers, V vocabulary, E examples, R rows of a dataset, I pictures of a store.
 Masks: text_mask and region_mask True = real (not padding); masked_regions True = predict this.
-Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a store and in a Batch. Every random draw of this file comes from a Generator.
+Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a store and in a Batch. Random draws come from a Generator.
 """
 
 from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
@@ -585,9 +585,9 @@ def tokenizer_from_json(text):
 def random_stream(purpose, *numbers):
     """The random numbers of one purpose, such as ("masks", seed, step, part): a NumPy Generator.
 
-    Each draw depends on these numbers alone, so that a resumed run goes on with the same ones. Not so: initial weights,
-    dropout and the negatives of `nce`, which torch draws. The name and the count of the numbers are part of the seed, because NumPy gives
-    default_rng((3, 5)) and default_rng((3, 5, 0)) the same numbers.
+    A draw depends on these numbers alone, so that a resumed run goes on with the same ones. Initial weights, dropout and
+    the negatives of `nce` are drawn by torch instead. The name and the count of the numbers are part of the seed,
+    because NumPy gives default_rng((3, 5)) and default_rng((3, 5, 0)) the same numbers.
     """
     tag = zlib.crc32(purpose.encode())
     return np.random.default_rng([tag, len(numbers), *numbers])
@@ -621,8 +621,8 @@ def collate(dataset, index, images=None, answers=None, fields=(), rng=None):
     An example of several rows (`dataset.group`) takes as many rows of the batch; in the shapes below B counts rows.
 
     answers: {answer: column} for the soft targets (B,A); answers that it lacks are left out, so a row may be all zero.
-    fields: what to read of the regions besides features and boxes.   rng: shows a random crop of each training picture,
-    or all of it, where the store has crops. Encode the dataset first.
+    fields: what to read of the regions besides features and boxes.   rng: in split train each row shows its picture or
+    one of the crops that the store has of it, drawn at random; None: the picture. Encode the dataset first.
     """
     rows = dataset.rows(index)
     own_images = dataset.image[rows]

@@ -539,7 +539,7 @@ def set_learning_rate(optimizer, step, rate):
 
     Official: eps is added before the second moment's bias correction; torch adds it after, so it gets eps divided by
     sqrt(1 - beta2^step). Official: p <- (p - r u)(1 - r d), update u, rate r, decay d. Torch: p <- p (1 - r'd') - r'u.
-    The two are equal for r' = r (1 - r d) and d' = d / (1 - r d). eps is exact for parameters with a gradient in every step.
+    The two are equal for r' = r (1 - r d) and d' = d / (1 - r d). eps fits parameters with a gradient in every step.
     """
     for group in optimizer.param_groups:
         r = rate * group.get("factor", 1.0)  # older checkpoints have none

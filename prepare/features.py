@@ -39,7 +39,7 @@ from support import records
 from support.ranges import COUNT, COUNT_OR_ZERO
 from support.regions import content_digest, file_stamp
 
-SHARD = 256  # pictures whose regions are written at once: what an interruption may lose
+SHARD = 256  # pictures and crops whose regions are written at once: what an interruption may lose
 CROP_AREAS = (0.5, 1.0)  # share of the picture that a crop keeps, drawn uniformly
 CROP_RATIOS = (0.8, 1.25)  # its aspect ratio by the picture's, log-uniform
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -156,7 +156,7 @@ def to_half(fields):
 
 
 def extract(jobs, network, args, parts):
-    """Writes the results of all jobs to files in folder `parts`, SHARD pictures and crops each; files that exist are kept.
+    """Writes the results of all jobs to files in folder `parts`, about SHARD pictures and crops each. Existing ones stay.
     Returns the messages of unreadable pictures; UserError if there are more than args.skip_bad."""
     errors = []
     done = 0
@@ -278,17 +278,18 @@ def find_named_files(source):
 
 def find_pictures(files, crops):
     """{(path, boxes as JSON): (where it is first named, number of its crops)} of all pictures that JSONL files name.
-    crops: of a picture that a line of split train names."""
+    A picture that a line of split train names has `crops` crops, any other has none."""
     pictures = {}
     for path in files:
         for where, record in published.read_json_lines(path):
             if ("image" in record) == ("images" in record) or "features" in record:
-                raise UserError(f"{where}: names no picture, or features too; write 'image' (nlvr2: 'images')")
+                raise UserError(f"{where}: names no picture, or names it twice; write 'image' (nlvr2: 'images') alone")
             for name in ("image", "images", "boxes", "target", "split"):
                 is_valid, wanted = records.KEYS[name]
                 if name in record and not is_valid(record[name]):
                     raise UserError(f"{where}: {name!r} is {str(record[name])[:60]!r}; write {wanted}")
-                if crops and name in record and name in ("boxes", "target"):
+            for name in ("boxes", "target"):
+                if crops and name in record:
                     raise UserError(f"{where}: {name!r} is a place in the whole picture; leave out --crops")
             own_crops = crops if record.get("split", "train") == "train" else 0
             for key in picture_keys(path, record):

@@ -217,9 +217,9 @@ def sample_negatives(run, dataset, index, rng):
     pair. Columns 1 to K are mismatched: by the model's K NEGATIVES they get another picture or another text.
 
     In the first half of the steps each mismatched pair is drawn at random. In the second half --mine candidates are
-    drawn, and the one with the highest logit is kept. UNITER (appendix A.2) and ViLBERT (3.2) instead add hard negatives
-    to random ones: the best 20 of 128 by the model, or one of the 100 pictures nearest by features. A text that equals one of the picture's own texts,
-    ignoring case, is no mismatch. UserError if no mismatch is found.
+    drawn, and the one with the highest logit is kept. UNITER (appendix A.2) adds two of the best 20 of 128 to random
+    ones; ViLBERT (3.2) adds one of the 100 pictures nearest by features. A text that equals one of the picture's own
+    texts, ignoring case, is no mismatch. UserError if no mismatch is found.
     """
     kinds = run.paper.NEGATIVES
     second_half = 2 * run.progress["step"] >= run.args.steps

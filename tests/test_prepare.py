@@ -860,7 +860,7 @@ def test_a_folder_of_pictures_becomes_lines_with_their_names(tmp_path, no_networ
         ('{"images": "1.png", "text": "t"}', "my.jsonl:1: 'images' is '1.png'; write a list of two file names"),
         ('{"image": "1.png", "boxes": [1, 2, 3, 4]}', "my.jsonl:1: 'boxes' is '[1, 2, 3, 4]'; write"),
         ('{"image": "1.png", "split": null}', "my.jsonl:1: 'split' is 'None'; write train, val or test"),
-        ('{"image": "1.png", "features": "x#1"}', "my.jsonl:1: names no picture, or features too"),
+        ('{"image": "1.png", "features": "x#1"}', "my.jsonl:1: names no picture, or names it twice"),
         ("[" * 200_000, "my.jsonl:1: not JSON"),
     ],
 )
