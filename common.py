@@ -551,12 +551,12 @@ class UserError(ValueError):
 
 
 def rank_and_world():
-    """(rank, world) under torchrun, (0, 1) without it. Tensors on GPUs travel by NCCL, those on CPUs by gloo."""
+    """(rank, world) under torchrun, (0, 1) without it. On a GPU tensors travel by NCCL, on a CPU by gloo: both are needed."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():
-        # the first process may make features for hours, while the others wait for it
-        dist.init_process_group(timeout=timedelta(days=1))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # the first one may make features for hours
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -515,7 +515,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, here, capsys):
         (["--config", "depth=2"], "depth"),
         (["--config", "dropout=NaN"], "dropout=NaN"),
         (["--config", "dropout=1e999"], "dropout=1e999"),
-        (["--config", "hidden=4294967296"], "too little memory"),
+        (["--config", f"hidden={2**44}"], "too little memory"),
         (["--config", "contrast=softmax"], "infonce"),
         (["--config", "answers=7"], "answers"),
         (["--config", "hidden=65"], "65 is not a multiple"),
@@ -854,16 +854,23 @@ def test_texts_are_cut_at_max_words(pictures, here, monkeypatch):
     assert longest[0] > 8 and longest[1] == 8
 
 
-def test_processes_wait_a_day_while_the_first_one_makes_features(monkeypatch):
-    waits = []
+@pytest.mark.parametrize(
+    ("gpus", "nccl", "backend"), [(True, True, "cpu:gloo,cuda:nccl"), (True, False, "gloo"), (False, True, "gloo")]
+)
+def test_processes_reduce_on_gpus_and_cpus_and_wait_a_day_for_features(gpus, nccl, backend, monkeypatch):
+    """Counts are summed on the CPU also where the gradients are on GPUs."""
+    given = []
+    monkeypatch.setattr(common.torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(common.dist, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(common.dist, "is_initialized", lambda: False)
-    monkeypatch.setattr(common.dist, "init_process_group", lambda **options: waits.append(options["timeout"]))
+    monkeypatch.setattr(common.dist, "init_process_group", lambda backend, timeout: given.append((backend, timeout)))
     monkeypatch.setattr(common.dist, "get_rank", lambda: 1)
     monkeypatch.setattr(common.dist, "get_world_size", lambda: 2)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert common.rank_and_world() == (1, 2)
-    assert [wait.total_seconds() for wait in waits] == [24 * 60 * 60]
+    ((used, wait),) = given
+    assert used == backend and wait.total_seconds() == 24 * 60 * 60
 
 
 def test_a_run_compares_the_pictures_with_the_cache_once(pictures, here, monkeypatch):
