@@ -77,6 +77,7 @@ def weights_module(name):
 def load_network(name, weights=None, device="cpu"):
     """The Network of that name (see the top of this file). weights: a state dict's file, for torchvision's networks.
     UserError if a package is missing or there is no such network."""
+    torch.backends.cudnn.allow_tf32 = False  # by default a GPU's convolutions keep ten bits of each number
     if name.startswith("efficientnet-lite"):
         return efficientnet_lite(name, device)
     if "/" in name or Path(name).is_dir():
@@ -257,23 +258,16 @@ def roi_align(feature_map, boxes):
     return torch.einsum("fhw,nh,nw->nf", feature_map, rows, columns)
 
 
-def map_regions(network, feature_map, boxes=None, grid=None):
-    """Regions of a picture as a dict of tensors. feature_map: (F,H,W). boxes: (N,4) in 0..1; None: the whole picture and
-    the cells of the map, averaged to grid x grid cells unless grid is None."""
-    if boxes is None:
-        whole = feature_map.mean((1, 2))  # (F,)
-        if grid is not None:
-            feature_map = F.adaptive_avg_pool2d(feature_map, grid)
-        cells = feature_map.flatten(1).T  # (F,H,W) -> (H*W,F), row by row
-        features = torch.cat([whole[None], cells])  # (1+H*W,F)
-        boxes = torch.from_numpy(data.grid_boxes(1, 1, feature_map.shape[2]))
-    else:
-        features = roi_align(feature_map, boxes.to(feature_map.device))
-    probs = None
-    if network.class_logits is not None:
-        probs = network.class_logits(features).softmax(1)  # (N,K-1)
-        probs = F.pad(probs, (1, 0))  # a classifier knows no background: its probability is 0
-    return region_fields(features, boxes, probs)
+def map_features(feature_map, boxes=None, grid=None):
+    """Features (N,F) and boxes (N,4) of a picture's regions. feature_map: (F,H,W). boxes: (N,4) in 0..1; None: the whole
+    picture and the cells of the map, averaged to grid x grid cells unless grid is None."""
+    if boxes is not None:
+        return roi_align(feature_map, boxes.to(feature_map.device)), boxes
+    whole = feature_map.mean((1, 2))  # (F,)
+    if grid is not None:
+        feature_map = F.adaptive_avg_pool2d(feature_map, grid)
+    cells = feature_map.flatten(1).T  # (F,H,W) -> (H*W,F), row by row
+    return torch.cat([whole[None], cells]), torch.from_numpy(data.grid_boxes(1, 1, feature_map.shape[2]))
 
 
 def region_fields(features, boxes, probs):
@@ -292,7 +286,13 @@ def batch_regions(network, images, boxes, grid=None, device="cpu"):
     if network.detect is not None:
         return [region_fields(*network.detect(image)) for image in images]
     maps = network.feature_map(torch.stack(images).to(device))  # (B,F,H,W)
-    regions = []
-    for feature_map, own_boxes in zip(maps, boxes):
-        regions.append(map_regions(network, feature_map, own_boxes, grid))
-    return regions
+    found = [map_features(feature_map, own, grid) for feature_map, own in zip(maps, boxes, strict=True)]
+    features = torch.cat([own for own, _ in found])  # (N of all pictures, F)
+    probs = None
+    if network.class_logits is not None:
+        probs = network.class_logits(features).softmax(1)  # (N,K-1)
+        probs = F.pad(probs, (1, 0))  # a classifier knows no background: its probability is 0
+    counts = [len(own) for _, own in found]
+    fields = region_fields(features, torch.cat([own for _, own in found]), probs)
+    parts = {name: values.split(counts) for name, values in fields.items()}
+    return [{name: part[i] for name, part in parts.items()} for i in range(len(images))]

@@ -75,15 +75,15 @@ def read_lines(path):
 # ---- features: regions ------------------------------------------------------------------------------------------------
 
 
-def pooling_network(side=8):
-    """A stand-in for a pretrained network: the feature map is the picture itself, 4 x 4 pixels averaged to a cell."""
+def pooling_network(side=8, cell=4, device="cpu"):
+    """A stand-in for a pretrained network: the feature map is the picture itself, cell x cell pixels averaged."""
     torch.manual_seed(0)
     return networks.Network(
         size=4 * side,
         mean=(0.0, 0.0, 0.0),
         std=(255.0, 255.0, 255.0),
-        feature_map=lambda pixels: torch.nn.functional.avg_pool2d(pixels, 4),
-        class_logits=torch.nn.Linear(3, 5),
+        feature_map=lambda pixels: torch.nn.functional.avg_pool2d(pixels, cell),
+        class_logits=torch.nn.Linear(3, 5).to(device),
     )
 
 
@@ -130,9 +130,9 @@ def test_roi_align_equals_torchvision():
 
 
 def test_grid_regions_are_the_mean_and_the_cells_row_by_row():
-    network = pooling_network(side=2)
+    network = pooling_network(cell=1)
     feature_map = torch.arange(12.0).reshape(3, 2, 2)
-    regions = networks.map_regions(network, feature_map)
+    regions = networks.batch_regions(network, [feature_map], [None])[0]
     expected = [[1.5, 5.5, 9.5], [0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
     assert regions["features"].tolist() == expected
     boxes = [[0, 0, 1, 1], [0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1], [0.5, 0.5, 1, 1]]
@@ -146,10 +146,24 @@ def test_grid_regions_are_the_mean_and_the_cells_row_by_row():
 
 def test_a_coarser_grid_averages_the_map():
     feature_map = torch.randn(3, 4, 4)
-    regions = networks.map_regions(pooling_network(), feature_map, grid=2)
+    regions = networks.batch_regions(pooling_network(cell=1), [feature_map], [None], grid=2)[0]
     assert regions["features"].shape == (5, 3)
     torch.testing.assert_close(regions["features"][1], feature_map[:, :2, :2].mean((1, 2)))
     torch.testing.assert_close(regions["features"][0], feature_map.mean((1, 2)))
+
+
+def test_pictures_of_a_batch_have_the_regions_that_each_has_alone():
+    torch.manual_seed(1)
+    network = pooling_network(cell=1)
+    images = list(torch.randn(4, 3, 8, 8))
+    boxes = [None, torch.tensor([[0.1, 0.2, 0.7, 0.8]]), None, torch.tensor([[0, 0, 0.5, 1], [0.5, 0, 1, 1]])]
+    together = networks.batch_regions(network, images, boxes, grid=2)
+    assert [len(fields["boxes"]) for fields in together] == [5, 1, 5, 2]
+    for fields, image, own_boxes in zip(together, images, boxes, strict=True):
+        alone = networks.batch_regions(network, [image], [own_boxes], grid=2)[0]
+        assert fields.keys() == alone.keys() and len(fields) == 5
+        for name, values in fields.items():
+            torch.testing.assert_close(values, alone[name])
 
 
 # ---- features: networks -----------------------------------------------------------------------------------------------
@@ -342,7 +356,7 @@ def test_a_missing_package_is_one_line(monkeypatch):
 @pytest.fixture
 def no_network(monkeypatch):
     """The command with pooling_network() in place of a pretrained one, four pictures a shard and two a batch."""
-    monkeypatch.setattr(networks, "load_network", lambda *_: pooling_network())
+    monkeypatch.setattr(networks, "load_network", lambda name, weights, device: pooling_network(device=device))
     monkeypatch.setattr(features, "SHARD", 4)
 
 
