@@ -46,6 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoints
+import common
 import data
 import tasks
 import train
@@ -279,13 +280,16 @@ class Peer:
 
     def inputs(self, index, step):
         batch, _ = batch_of(self.run, index, step)
-        labels = torch.full(batch.text.shape, -100)
+        batch = batch.to(self.run.device)
+        labels = torch.full_like(batch.text, -100)
         labels.view(-1)[batch.word_index] = batch.word_labels
         more = (0, max(0, 20 - batch.text.shape[1]))  # (B, T) -> (B, 20)
-        masked = torch.zeros(batch.region_mask.shape)
-        masked.view(-1)[batch.region_index] = 1.0
+        counted = common.regions_to_predict(batch)  # (B, N) bool: the mean of ours is over these, the peer's over all
+        share = counted * counted.numel() / counted.sum()
+        masked = torch.zeros_like(share)
+        masked.view(-1)[batch.region_index] = share.view(-1)[batch.region_index]
         answers = torch.where((batch.answer_labels >= 0) & (batch.matched == 1), batch.answer_labels, -100)
-        tensors = {
+        return {
             "input_ids": F.pad(batch.text, more),
             "attention_mask": F.pad(batch.text_mask, more).long(),
             "visual_feats": batch.features,
@@ -294,14 +298,12 @@ class Peer:
             "labels": F.pad(labels, more, value=-100),
             "matched_label": batch.matched,
             "ans": answers,
+            "obj_labels": {
+                "obj": (batch.objects, batch.object_conf * share),
+                "attr": (batch.attributes, batch.attribute_conf * share),
+                "feat": (batch.clean_features, masked),
+            },
         }
-        regions = {
-            "obj": (batch.objects, batch.object_conf),
-            "attr": (batch.attributes, batch.attribute_conf),
-            "feat": (batch.clean_features, masked),
-        }
-        moved = {name: tensor.to(self.run.device) for name, tensor in tensors.items()}
-        return moved | {"obj_labels": {k: tuple(x.to(self.run.device) for x in pair) for k, pair in regions.items()}}
 
     def loss(self, inputs):
         with self.run.autocast():
@@ -316,8 +318,8 @@ def side(args, dtype, name, pipe):
     in float32; then for every True that it gets, the seconds of each of STAGES over all examples; at last its peak memory.
     """
     hidden = torch.finfo(torch.float32).min if dtype == "f32" else torch.finfo(torch.bfloat16).min
-    with tempfile.TemporaryDirectory() as folder:
-        run, groups = make_run(args, "lxmert", "base", dtype, Path(folder), hidden_score=hidden, region_factor=6.67)
+    folder = tempfile.TemporaryDirectory()  # its features are read in every step
+    run, groups = make_run(args, "lxmert", "base", dtype, Path(folder.name), hidden_score=hidden, region_factor=6.67)
     if name != "transformers":
         machine.keep_freed_memory()
     if name == "ours":
@@ -347,12 +349,16 @@ def compare_peer(args, dtype):
     spawn = multiprocessing.get_context("spawn")
     sides = {}
     times = {}
+    losses = []
     for name in ("ours", "transformers", "transformers, freed memory kept"):
         sides[name], end = spawn.Pipe()
         spawn.Process(target=side, args=(args, dtype, name, end), daemon=True).start()
         end.close()  # else this process would wait for ever for one that failed
         times[name] = []
-        print(f"{name}: loss without dropout {sides[name].recv():.5f}", flush=True)
+        losses.append(sides[name].recv())
+        print(f"{name}: loss without dropout {losses[-1]:.5f}", flush=True)
+    if not math.isclose(min(losses), max(losses), rel_tol=1e-5):
+        sys.exit("the two compute different things; nothing to compare")
     for turn in range(-WARM_UP, args.repeats):
         for name, pipe in sides.items():
             pipe.send(True)
