@@ -86,6 +86,7 @@ OPTIONS = {
         ("--compile", bool, False, "compile the layers first; pays off in long runs"),
     ],
 }  # fmt: skip
+DEFAULTS = {name: default for rows in OPTIONS.values() for name, _, default, _ in rows}
 MOST_LAYERS = 1000
 # fields of a Config that --config may not set
 DECIDED_BY_DATA = {"vocab_size", "feature_size", "types", "classes", "attributes", "answers", "heads", "teacher_widths"}
@@ -148,6 +149,18 @@ def check_options(args):
         raise UserError(f"--distill {args.distill} says what to learn from --teacher; give --teacher too")
     if args.rerank and not any(tasks.TASKS[name].ranks for name in names):
         raise UserError("--rerank is for --task retrieval, or for pretraining with --objectives ...,itm,itc")
+    contrasts = bool(args.rerank) or "itc" in (args.objectives or "").split(",")
+    mines = any(tasks.TASKS[name].hard_negatives for name in names)
+    generates = any(tasks.TASKS[name].generates for name in names)
+    for name, purpose, is_read in (
+        ("mask", "pretraining", pretraining),
+        ("mine", "--task retrieval", mines),
+        ("captions", "retrieval and itc", mines or contrasts),
+        ("beams", "--task caption", generates),
+        ("temperature", "the objective itc", contrasts),
+    ):
+        if getattr(args, name) != DEFAULTS[f"--{name}"] and not is_read:
+            raise UserError(f"--{name} {getattr(args, name)}: is for {purpose}, and changes nothing here; leave it out")
     if args.export_official:
         if args.seeds > 1 and "{seed}" not in args.export_official:
             raise UserError("--export-official: put {seed} into the name, or each run writes over the one before")

@@ -488,6 +488,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, here, capsys):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--objectives", "mlm,itc", "--temperature", "0.5", "--captions", "first", "--mask", "0.2"],
+        ["--task", "retrieval", "--rerank", "5", "--temperature", "0.5", "--captions", "first", "--mine", "9"],
+        ["--task", "vqa,caption", "--beams", "3"],
+    ],
+)
+def test_options_are_taken_where_something_reads_them(arguments):
+    assert options.parse(arguments).task
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--nonsense"], "--nonsense"),
@@ -508,6 +520,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, here, capsys):
         (["--temperature", "0.2:2"], "0.2:2"),
         (["--rerank", "5"], "--objectives"),
         (["--task", "vqa", "--rerank", "5"], "--task retrieval"),
+        (["--temperature", "0.5"], "--temperature 0.5: is for the objective itc, and changes nothing here"),
+        (["--task", "retrieval", "--temperature", "0.5"], "for the objective itc"),
+        (["--task", "vqa", "--mask", "0.2"], "--mask 0.2: is for pretraining"),
+        (["--task", "vqa,refer", "--beams", "3"], "--beams 3: is for --task caption"),
+        (["--objectives", "mlm", "--captions", "first"], "--captions first: is for retrieval and itc"),
+        (["--task", "caption", "--mine", "9"], "--mine 9: is for --task retrieval"),
         (["--max-words", "500"], "128 positions"),
         (["--config", "layers=two"], "layers=two"),
         (["--config", "layers=0.5"], "layers=0.5"),
