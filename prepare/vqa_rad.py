@@ -1,10 +1,15 @@
 """VQA-RAD (Lau et al. 2018, CC0): 315 radiology pictures, 2,248 questions by clinicians, to JSONL.
 
-    python prepare/vqa_rad.py FOLDER OUT        writes OUT/vqa_rad.jsonl
+    python prepare/vqa_rad.py FOLDER OUT [--frames train|all]        writes OUT/vqa_rad.jsonl
 
 FOLDER has "VQA_RAD Dataset Public.json" and the folder "VQA_RAD Image Folder". A question whose phrase_type starts with
 "test" belongs to the test split (451 questions). As published, pictures of the test split also occur in the train split.
 Quirks of the file: some answers are numbers, and "CLOSED " stands beside "CLOSED".
+
+Most questions also stand there in other words, their `question_frame`: "Is/Are the spleen normal size?". --frames train
+adds those of training questions to train: 1,797 + 983 questions. --frames all adds those of test questions too. These
+3,064 questions are the usual training set of published results, in which 284 test questions stand with their answers,
+only in other words. Results with it cannot be compared with others.
 """
 
 import sys
@@ -17,7 +22,16 @@ from prepare import published
 NEEDED = ("image_name", "question", "answer", "answer_type", "phrase_type", "qid")
 
 
-def convert(folder, out):
+def add_options(parser):
+    parser.add_argument(
+        "--frames",
+        choices=["none", "train", "all"],
+        default="none",
+        help="add to train the rewordings of its questions; all: and those of test, as published results have it",
+    )
+
+
+def convert(folder, out, frames):
     """Writes OUT/vqa_rad.jsonl."""
     path = folder / "VQA_RAD Dataset Public.json"
     records = []
@@ -31,8 +45,11 @@ def convert(folder, out):
             "id": str(row["qid"]),
         }
         records.append(record)
+        reworded = row.get("question_frame", "NULL")
+        if reworded != "NULL" and (frames == "all" or frames == record["split"]):
+            records.append({**record, "text": reworded.strip(), "split": "train", "id": f"{row['qid']}-frame"})
     published.write_jsonl(out / "vqa_rad.jsonl", records)
 
 
 if __name__ == "__main__":
-    sys.exit(published.main(convert, __doc__))
+    sys.exit(published.main(convert, __doc__, add_options))

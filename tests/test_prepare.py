@@ -935,6 +935,19 @@ def test_vqa_rad(tmp_path, capsys):
     assert records[0] == expected
     assert [records[1][key] for key in ("answer", "kind", "split")] == ["left lung", "open", "train"]
 
+    row["question_frame"] = "Is/Are there how many? "
+    other["question_frame"] = "Is/Are it left?"
+    path.write_text(json.dumps([row, other, {**other, "qid": 9, "question_frame": "NULL"}]))
+    added = {"none": [], "train": ["8-frame"], "all": ["7-frame", "8-frame"]}
+    for frames, ids in added.items():
+        assert convert(vqa_rad, folder, tmp_path / frames, "--frames", frames) == 0
+        records = read_lines(tmp_path / frames / "vqa_rad.jsonl")
+        assert [record["id"] for record in records if "-" in record["id"]] == ids
+        assert [record["split"] for record in records if record["id"] == "7"] == ["test"]
+    image = "../vqa_rad/VQA_RAD Image Folder/synpic1.jpg"
+    reworded = {"image": image, "text": "Is/Are there how many?", "answer": "5", "kind": "closed"}
+    assert records[1] == {**reworded, "split": "train", "id": "7-frame"}
+
     del row["answer"]
     path.write_text(json.dumps([row]))
     assert convert(vqa_rad, folder, tmp_path / "out") == 2
