@@ -8,8 +8,8 @@ Quirks of the file: some answers are numbers, and "CLOSED " stands beside "CLOSE
 
 Most questions also stand there in other words, their `question_frame`: "Is/Are the spleen normal size?". --frames train
 adds those of training questions to train: 1,797 + 983 questions. --frames all adds those of test questions too. These
-3,064 questions are the usual training set of published results, in which 284 test questions stand with their answers,
-only in other words. Results with it cannot be compared with others.
+3,064 questions are the usual training set of published results: 284 test questions stand in it with their answers, only
+in other words. So compare results of either set only with results of the same.
 """
 
 import sys

@@ -41,8 +41,8 @@ OPTIONS = {
         ("--max-words", in_range(int, 8), None, "word pieces of a text, with [CLS] and [SEP]; the rest is cut off (default: 60)"),
         ("--mask", SHARE, None, "share of the word pieces that pretraining masks (default: of the data set, or 0.15)"),
         ("--features", str, None, "of own pictures: a network, as in prepare/features.py, or patches (default: see docs/your_data.md)"),
-        ("--patch", COUNT, 12, "patches: each region of a picture is resized to N x N pixels"),
-        ("--grid", COUNT, 6, "patches: a picture without boxes is cut into N x N regions"),
+        ("--patch", COUNT, None, "patches: each region of a picture is resized to N x N pixels (default: 12)"),
+        ("--grid", COUNT, None, "patches: a picture without boxes is cut into N x N regions (default: 6)"),
     ],
     "size and start": [
         ("--size", ["tiny", "base", "large"], "tiny", "preset of layer sizes"),
@@ -229,8 +229,9 @@ def resolve_options(args, model_name, seed):
 
 
 def set_data_defaults(args, all_models):
-    """Fills in args.data_sets, (path, description) for each task, and the options that are None: mask, captions, batch
-    size, steps and eval_every. Where all tasks have one data set, its dataset.json may give all but the last."""
+    """Fills in args.data_sets, (path, description) for each task, and the options that are None: patch, grid, mask,
+    captions, batch size, steps and eval_every. Where all tasks have one data set, its dataset.json may give mask, captions,
+    batch size and steps. args.patch_options: --patch and --grid, those of them that were given."""
     _, world = common.rank_and_world()
     sources = args.data.split(",")
     if len(sources) == 1:
@@ -241,9 +242,10 @@ def set_data_defaults(args, all_models):
     if one_source(args):
         defaults = read_defaults(*args.data_sets[0])
     made = any(description["regions"] for _, description in args.data_sets)
-    given = patch_options(args)
-    if args.features:
-        given.append("--features")
+    args.patch_options = [f"--{name}" for name in ("patch", "grid") if getattr(args, name) is not None]
+    args.patch = args.patch or 12
+    args.grid = args.grid or 6
+    given = [*args.patch_options, *(["--features"] if args.features else [])]
     if made and given:
         raise UserError(f"{given[0]} is for pictures; the regions of this data set are made already")
     if args.mask is None:
@@ -261,16 +263,6 @@ def set_data_defaults(args, all_models):
         args.steps = defaults[name] if name in defaults else default_steps(args, world)
     if args.eval_every is None:
         args.eval_every = max(1, math.ceil(args.steps / 5))
-
-
-def patch_options(args):
-    """The options that say how pictures are cut into patches, those of them that are not at their default."""
-    names = []
-    if args.patch != 12:
-        names.append("--patch")
-    if args.grid != 6:
-        names.append("--grid")
-    return names
 
 
 def default_steps(args, world):
@@ -331,10 +323,10 @@ def choose_regions(args, start):
         if not description["regions"]:
             record = records.first_record(lines_file(description, task))
             description["regions"], shown = choose_network(args, start, record)
-            given = patch_options(args)
-            if description["regions"] and given:
+            if description["regions"] and args.patch_options:
                 network = description["regions"]["network"]
-                raise UserError(f"{given[0]} is for patches, but the regions are made by {network}; leave it out")
+                option = args.patch_options[0]
+                raise UserError(f"{option} is for patches, but the regions are made by {network}; leave it out")
     if shown:
         common.print0(f"data     {shown}")
     return args.data_sets[0][1]["regions"]
@@ -354,7 +346,7 @@ def choose_network(args, start, record):
         if data.is_network(start["regions"]):
             return start["regions"], f"pictures: features of {start['regions']['network']}, as in the start"
         network = "patches"
-    elif network is None and ("boxes" in record or patch_options(args)):
+    elif network is None and ("boxes" in record or args.patch_options):
         network = "patches"
     elif network is None:
         network = networks.best_installed()

@@ -496,8 +496,8 @@ START = {"regions": {"kind": "network", "network": "b"}}
         (OWN, {}, START, "b"),
         (OWN, {}, {"regions": {}}, None),  # a checkpoint that was trained on pixels
         (OWN, {}, {"model": "weights of BERT"}, "best"),
-        (OWN, {"patch": 8}, None, None),
-        (OWN, {"grid": 3}, None, None),
+        (OWN, {"patch_options": ["--patch"]}, None, None),
+        (OWN, {"patch_options": ["--grid"]}, None, None),
         ({"images": ["a.png", "b.png"]}, {}, None, "best"),
         ({**OWN, "boxes": [[0, 0, 1, 1]]}, {}, None, None),
         ({**OWN, "boxes": [[0, 0, 1, 1]]}, {"features": "c"}, None, "c"),
@@ -508,7 +508,7 @@ START = {"regions": {"kind": "network", "network": "b"}}
 def test_which_network_makes_the_regions_of_own_pictures(record, given, start, chosen, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(networks, "best_installed", lambda: "best")
     write_lines(tmp_path / "my.jsonl", [record])
-    args = argparse.Namespace(**{"features": None, "patch": 12, "grid": 6, "tasks": ["vqa"], **given})
+    args = argparse.Namespace(**{"features": None, "patch_options": [], "tasks": ["vqa"], **given})
     args.data_sets = [(tmp_path / "my.jsonl", data.read_dataset_json(tmp_path / "my.jsonl"))]
     regions = options.choose_regions(args, start)
     assert regions.get("network") == chosen and args.data_sets[0][1]["regions"] == regions
@@ -542,7 +542,7 @@ def test_the_default_number_of_steps_is_four_passes_within_bounds(tmp_path):
 
 def test_without_a_network_the_line_says_what_to_install(tmp_path, capsys):
     write_lines(tmp_path / "my.jsonl", [OWN])
-    args = argparse.Namespace(features=None, patch=12, grid=6, tasks=["vqa"])
+    args = argparse.Namespace(features=None, patch_options=[], tasks=["vqa"])
     args.data_sets = [(tmp_path / "my.jsonl", data.read_dataset_json(tmp_path / "my.jsonl"))]
     assert options.choose_regions(args, None) == {}
     shown = capsys.readouterr().out

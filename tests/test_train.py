@@ -105,7 +105,7 @@ def test_default_steps_of_pretraining(tmp_path):
 
 def test_defaults_that_the_documented_results_were_measured_with():
     args = vars(options.parse([]))
-    expected = {"model": "uniter", "task": "pretrain", "data": "scenes", "size": "tiny", "patch": 12, "grid": 6}
+    expected = {"model": "uniter", "task": "pretrain", "data": "scenes", "size": "tiny"}
     expected |= {"accumulate": 1, "lr": None, "warmup": 0.1, "weight_decay": 0.01, "clip": 5.0, "mask": None}
     expected |= {"mine": 4, "pool": 200, "beams": 1, "temperature": "learned", "distill": "logits", "seed": 0}
     for name, value in expected.items():
@@ -122,6 +122,7 @@ def test_defaults_of_one_run_in_two_processes(tmp_path, monkeypatch):
             args = options.parse(["--data", str(tmp_path), "--task", task, "--steps", "12"])
             args = options.resolve_options(args, "uniter", 0)
             sizes[task, world] = args.batch_size
+            assert (args.patch, args.grid, args.patch_options) == (12, 6, [])
             assert args.eval_every == 3  # after steps 3, 6, 9, 12; every second step would be six times
     assert sizes == {
         ("pretrain", 1): 256, ("nlvr2", 1): 128, ("vqa,vcr", 1): 64,
@@ -558,10 +559,29 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert target.read_text() == "old"
 
 
-def test_the_default_data_are_drawn_scenes(here, tmp_path, monkeypatch):
+def test_the_default_data_are_drawn_scenes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scenes, "COUNTS", {"train": 20, "val": 20, "test": 130, "compose": 5})
-    narrow = ["layers=1", "hidden=32", "attention_heads=2", "intermediate=64"]
-    here("--limit", "40", "--steps", 1, "--eval-every", 1, "--patch", 12, "--config", *narrow)
+    narrow = ["--config", "layers=1", "hidden=32", "attention_heads=2", "intermediate=64"]
+    few = [
+        "--limit",
+        "40",
+        "--batch-size",
+        "4",
+        "--steps",
+        "1",
+        "--eval-every",
+        "1",
+        "--device",
+        "cpu",
+        "--dtype",
+        "f32",
+    ]
+    for option in ("--patch=12", "--grid=6"):  # also at its default
+        assert train.main([*few, *narrow, option]) == 2
+        name, _, _ = option.partition("=")
+        assert f"{name} is for pictures; the regions of this data set are made already" in capsys.readouterr().err
+    assert train.main([*few, *narrow]) == 0
     result = json.loads((tmp_path / "out/uniter-pretrain/result.json").read_text())
     assert result["data"] == "scenes" and result["chance"]["text_to_image_r1"] == 0.01
 
