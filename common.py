@@ -551,7 +551,7 @@ class UserError(ValueError):
 
 
 def rank_and_world():
-    """(rank, world) under torchrun, (0, 1) without it. On a GPU tensors travel by NCCL, on a CPU by gloo: both are needed."""
+    """(rank, world) under torchrun, (0, 1) without it. NCCL adds up tensors on GPUs, gloo those on CPUs."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():

@@ -77,7 +77,7 @@ def weights_module(name):
 def load_network(name, weights=None, device="cpu"):
     """The Network of that name (see the top of this file). weights: a state dict's file, for torchvision's networks.
     UserError if a package is missing or there is no such network."""
-    torch.backends.cudnn.allow_tf32 = False  # else a GPU's convolutions keep ten bits of each number
+    torch.backends.cudnn.allow_tf32 = False  # torch's default on a GPU would round inputs to ten bits
     if name.startswith("efficientnet-lite"):
         return efficientnet_lite(name, device)
     if "/" in name or Path(name).is_dir():

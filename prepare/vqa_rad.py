@@ -7,9 +7,9 @@ FOLDER has "VQA_RAD Dataset Public.json" and the folder "VQA_RAD Image Folder". 
 Quirks of the file: some answers are numbers, and "CLOSED " stands beside "CLOSED".
 
 Most questions also stand there in other words, their `question_frame`: "Is/Are the spleen normal size?". --frames train
-adds those of training questions to train: 1,797 + 983 questions. --frames all adds those of test questions too. These
-3,064 questions are the usual training set of published results: 284 test questions stand in it with their answers, only
-in other words. So compare results of either set only with results of the same.
+adds those of training questions to train: 1,797 + 983 questions. --frames all adds those of 284 test questions too, which
+makes 3,064: as many as the usual training set of published results has. 284 test questions then stand in the training
+set in other words, with their answers. So compare results of a training set only with results of the same one.
 """
 
 import sys
@@ -23,11 +23,12 @@ NEEDED = ("image_name", "question", "answer", "answer_type", "phrase_type", "qid
 
 
 def add_options(parser):
+    """This script's own options."""
     parser.add_argument(
         "--frames",
         choices=["none", "train", "all"],
         default="none",
-        help="add to train the rewordings of its questions; all: and those of test, as published results have it",
+        help="add rewordings to train: of its own questions, or of all questions, those of test too",
     )
 
 

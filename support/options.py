@@ -86,7 +86,10 @@ OPTIONS = {
         ("--compile", bool, False, "compile the layers first; pays off in long runs"),
     ],
 }  # fmt: skip
-DEFAULTS = {name: default for rows in OPTIONS.values() for name, _, default, _ in rows}
+DEFAULTS = {}
+for _rows in OPTIONS.values():
+    for _name, _, _default, _ in _rows:
+        DEFAULTS[_name] = _default
 MOST_LAYERS = 1000
 # fields of a Config that --config may not set
 DECIDED_BY_DATA = {"vocab_size", "feature_size", "types", "classes", "attributes", "answers", "heads", "teacher_widths"}
@@ -245,7 +248,9 @@ def set_data_defaults(args, all_models):
     args.patch_options = [f"--{name}" for name in ("patch", "grid") if getattr(args, name) is not None]
     args.patch = args.patch or 12
     args.grid = args.grid or 6
-    given = [*args.patch_options, *(["--features"] if args.features else [])]
+    given = list(args.patch_options)
+    if args.features:
+        given.append("--features")
     if made and given:
         raise UserError(f"{given[0]} is for pictures; the regions of this data set are made already")
     if args.mask is None:

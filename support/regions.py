@@ -431,8 +431,8 @@ def ragged(offsets, index):
 
 
 def map_array(path):
-    """A .npy file, memory-mapped, as a plain array: numpy's memmap class is slow where single numbers are read. What is
-    written into the array (torch asks for that) does not reach the file."""
+    """A .npy file, memory-mapped, as a plain array: numpy's memmap class is slow where single numbers are read. It is
+    copy-on-write, because torch takes only arrays that can be written; nothing reaches the file."""
     return np.asarray(np.load(path, mmap_mode="c"))
 
 

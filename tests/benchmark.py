@@ -284,7 +284,7 @@ class Peer:
         labels = torch.full_like(batch.text, -100)
         labels.view(-1)[batch.word_index] = batch.word_labels
         more = (0, max(0, 20 - batch.text.shape[1]))  # (B, T) -> (B, 20)
-        counted = common.regions_to_predict(batch)  # (B, N) bool: the mean of ours is over these, the peer's over all
+        counted = common.regions_to_predict(batch)  # (B, N) bool: ours averages over these, the peer over all
         share = counted * counted.numel() / counted.sum()
         masked = torch.zeros_like(share)
         masked.view(-1)[batch.region_index] = share.view(-1)[batch.region_index]
@@ -358,7 +358,7 @@ def compare_peer(args, dtype):
         losses.append(sides[name].recv())
         print(f"{name}: loss without dropout {losses[-1]:.5f}", flush=True)
     if not math.isclose(min(losses), max(losses), rel_tol=1e-5):
-        sys.exit("the two compute different things; nothing to compare")
+        sys.exit("the losses differ, so the speeds cannot be compared")
     for turn in range(-WARM_UP, args.repeats):
         for name, pipe in sides.items():
             pipe.send(True)

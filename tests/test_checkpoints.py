@@ -1368,9 +1368,9 @@ def test_a_wrong_file_is_one_line_and_exit_code_2(kind, own, tmp_path, capsys, r
     assert main(own, tmp_path, "--task", "vqa", "--init", given) == 2
     error = capsys.readouterr().err
     assert WRONG[kind] in error and error.count("\n") == 1 and error.startswith("train.py: "), error
-    assert not (tmp_path / "harm").exists() and not (tmp_path / "out").exists()
-    shown = [one for one in recwarn if not issubclass(one.category, DeprecationWarning)]
-    assert not shown, shown[0].message
+    # Python 3.12 warns of every fork in a process that has threads; regions.parallel forks
+    shown = [one for one in recwarn if "use of fork() may lead to deadlocks" not in str(one.message)]
+    assert not (tmp_path / "harm").exists() and not (tmp_path / "out").exists() and not shown
     if kind.startswith("code"):  # the order is a real one
         pickle.loads(pickle.dumps(Harm(tmp_path / "harm")))
         assert (tmp_path / "harm").exists()
