@@ -563,7 +563,8 @@ def test_the_default_data_are_drawn_scenes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scenes, "COUNTS", {"train": 20, "val": 20, "test": 130, "compose": 5})
     narrow = ["--config", "layers=1", "hidden=32", "attention_heads=2", "intermediate=64"]
-    few = ["--limit", "40", "--batch-size", "4", "--steps", "1", "--eval-every", "1", "--device", "cpu", "--dtype", "f32"]
+    few = ["--limit", "40", "--batch-size", "4", "--steps", "1", "--eval-every", "1"]
+    few += ["--device", "cpu", "--dtype", "f32"]
     for option in ("--patch=12", "--grid=6"):  # also at its default
         assert train.main([*few, *narrow, option]) == 2
         name, _, _ = option.partition("=")
