@@ -116,7 +116,7 @@ def save_checkpoint(run, name):
         "tasks": run.args.tasks,
         "config": config,
         "state": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": run.optimizer.state,
         "generators": {run.device.type: generators},
         "progress": dict(run.progress),
         "tokenizer": run.tokenizer.to_str(),

@@ -41,6 +41,7 @@ import tasks
 from common import UserError
 from support import contrast, evaluation, formats, machine, options, resume
 from support.log import Log, describe_result, lock_folder, print_run, safe_output, warn_at_chance
+from support.optimizer import AdamW
 
 # ---- the run and its loop --------------------------------------------------------------------------------------
 
@@ -63,7 +64,7 @@ class Run:
     usual_answers: dict = field(default_factory=dict)  # vqa: {kind of question: its most frequent answer}, for chance
     regions: dict = field(default_factory=dict)  # how the regions are made: see options.choose_regions
     model: torch.nn.Module = None
-    optimizer: torch.optim.Optimizer = None
+    optimizer: AdamW = None
     teacher: torch.nn.Module = None
     teacher_paper: object = None
     fingerprint: dict = None  # what must not change on --resume
@@ -106,7 +107,7 @@ def train(args):
         args.lr = options.default_learning_rate(paper, run.model.config.hidden, args, world)
     if args.compile:
         machine.compile_layers(run.model)
-    run.optimizer = make_optimizer(run.model, args.weight_decay, run.progress.get("at_random", ()), args.lr_new)
+    run.optimizer = AdamW(run.model, args.weight_decay, run.progress.get("at_random", ()), args.lr_new)
     run.fingerprint = resume.fingerprint(run)
     if args.resume:
         restore_optimizer(run, checkpoint)
@@ -143,9 +144,8 @@ def training_loop(run, log):
             losses = backward(run, batches, names)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             rate = learning_rate(step, args.lr, args.warmup * args.steps, args.steps)
-            set_learning_rate(run.optimizer, step, rate)
-            run.optimizer.step()
-            run.optimizer.zero_grad(set_to_none=True)
+            run.optimizer.step(rate)
+            model.zero_grad(set_to_none=True)
 
             progress["step"] = step
             trained = tasks.heads_for(run.paper, names)
@@ -508,18 +508,6 @@ def start_sizes(run, checkpoint):
 # ---- optimizer -------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(model, weight_decay, at_random=(), lr_new=1.0):
-    """AdamW as UNITER sets it: betas .9 and .98; weight decay on matrices, none on biases and norms. Parameters
-    named in `at_random` have `lr_new` times the learning rate of the others."""
-    groups = {}  # (factor of the learning rate, decay): parameters
-    for name, parameter in model.named_parameters():
-        factor = lr_new if name in at_random else 1.0
-        decay = weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((factor, decay), []).append(parameter)
-    groups = [{"params": group, "factor": factor, "decay": decay} for (factor, decay), group in groups.items()]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
-
-
 def learning_rate(step, peak, warmup, steps):
     """Linear warm-up, then linear decay: the learning rate of optimizer step 1, 2, ..., `steps`.
 
@@ -532,21 +520,6 @@ def learning_rate(step, peak, warmup, steps):
     if step < steps:
         return peak * (steps - step) / (steps - warmup)
     return min(peak, 1e-8)
-
-
-def set_learning_rate(optimizer, step, rate):
-    """Sets learning rate, weight decay and eps of step 1, 2, ... so that torch's AdamW equals the official code's.
-
-    Official: eps is added before the second moment's bias correction; torch adds it after, so it gets eps divided by
-    sqrt(1 - beta2^step). Official: p <- (p - r u)(1 - r d), update u, rate r, decay d. Torch: p <- p (1 - r'd') - r'u.
-    The two are equal for r' = r (1 - r d) and d' = d / (1 - r d). eps fits parameters with a gradient in every step.
-    """
-    for group in optimizer.param_groups:
-        r = rate * group.get("factor", 1.0)  # older checkpoints have none
-        d = group["decay"]
-        group["lr"] = r * (1 - r * d)
-        group["weight_decay"] = d / (1 - r * d)
-        group["eps"] = 1e-6 / math.sqrt(1 - group["betas"][1] ** step)
 
 
 def set_temperature(run, part):
@@ -563,11 +536,12 @@ def restore_optimizer(run, checkpoint):
     """Restores the optimizer and the generators of dropout from the checkpoint."""
     resume.check_fingerprint(checkpoint.get("fingerprint", {}), run.fingerprint)
     try:
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        run.optimizer.load_state(checkpoint["optimizer"])
         machine.seed_dropout(run, checkpoint["generators"].get(run.device.type, []))  # the state of each process
-    except ValueError:
+    except ValueError as error:
         raise UserError(
-            f"--resume: {run.args.init} is of a run with other heads; give the options that it had"
+            f"--resume: {run.args.init} is of a run with other heads, or of an older version ({error}); "
+            "give the options that it had"
         ) from None
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"--resume: {run.args.init} is damaged ({type(error).__name__}: {error})") from None

@@ -51,6 +51,7 @@ import data
 import tasks
 import train
 from support import formats, machine, options
+from support.optimizer import AdamW
 
 CLASSES = 1601
 ATTRIBUTES = 400
@@ -118,8 +119,7 @@ def make_run(args, model, size, dtype, folder, **sizes):
     config["heads"] = tasks.heads_for(paper, objectives)
     torch.manual_seed(0)
     run.model = paper.MODEL(paper.Config(**config)).to(device).train()
-    run.optimizer = train.make_optimizer(run.model, 0.01)
-    train.set_learning_rate(run.optimizer, 1, 1e-6)  # a rate that leaves the weights as they are, but does the work
+    run.optimizer = AdamW(run.model, 0.01)
     groups = data.batches(dataset.lengths(), np.random.default_rng(1), size=args.batch_size)
     return run, [group for group in groups if len(group) == args.batch_size][: args.batches]
 
@@ -138,8 +138,9 @@ def wait(device):
     return time.perf_counter()
 
 
-def timed(device, model, optimizer, inputs, loss):
-    """One step of training: `inputs()` makes the batch, `loss(batch)` is the forward pass. Seconds of each of STAGES."""
+def timed(device, model, update, inputs, loss):
+    """One step of training: `inputs()` makes the batch, `loss(batch)` is the forward pass, `update()` the optimizer's step.
+    Seconds of each of STAGES."""
     times = [wait(device)]
     batch = inputs()
     times.append(wait(device))
@@ -148,8 +149,8 @@ def timed(device, model, optimizer, inputs, loss):
     value.backward()
     times.append(wait(device))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    update()
+    model.zero_grad()
     times.append(wait(device))
     return np.diff(times)
 
@@ -167,7 +168,10 @@ def step_ours(run, index, step):
         weights = run.paper.PRETRAINING["weights"]
         return sum(weights.get(name, 1.0) * value.float() for name, (value, _) in parts.items())
 
-    return timed(run.device, run.model, run.optimizer, inputs, loss)
+    def update():
+        run.optimizer.step(rate=1e-9)  # leaves the weights nearly as they are, but does the work
+
+    return timed(run.device, run.model, update, inputs, loss)
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------
@@ -310,7 +314,7 @@ class Peer:
             return self.model(**inputs).loss
 
     def step(self, index, step):
-        return timed(self.run.device, self.model, self.optimizer, lambda: self.inputs(index, step), self.loss)
+        return timed(self.run.device, self.model, self.optimizer.step, lambda: self.inputs(index, step), self.loss)
 
 
 def side(args, dtype, name, pipe):

@@ -37,6 +37,7 @@ from common import (
 )
 from support import formats, twelve_in_one
 from support.evaluation import iou, recall_at
+from support.optimizer import AdamW
 
 # ---- frame -----------------------------------------------------------------------------------------------------
 
@@ -526,13 +527,12 @@ def uniter_optim(fixture, task, dtype, rubbish):
 
     x, out = fixture.inputs(task, dtype), {}
     parameters = torch.nn.ParameterDict({name: x[f"{name}_init"].clone() for name in ("p0", "p1")})
-    optimizer = train.make_optimizer(parameters, weight_decay=0.01)
+    optimizer = AdamW(parameters, weight_decay=0.01)
     for step in range(1, 7):
         rate = train.learning_rate(step, peak=0.05, warmup=3, steps=6)
-        train.set_learning_rate(optimizer, step, rate)
         for name, parameter in parameters.items():
             parameter.grad = x[f"{name}_grad_step{step}"]
-        optimizer.step()
+        optimizer.step(rate)
         out[f"lr_step{step}"] = rate
         out |= {f"{name}_step{step}": parameter.detach().clone() for name, parameter in parameters.items()}
     name = "sched_lr_5e-5_w10000_t200000"

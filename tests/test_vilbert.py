@@ -274,7 +274,7 @@ def test_every_option_of_12_in_1_trains_from_the_command_line(tmp_path, monkeypa
     content = torch.load("out/checkpoint.pt", weights_only=True)
     for name, value in OPTIONS.items():
         assert json.loads(json.dumps(content["config"][name])) == value, name
-    moments = [state["exp_avg"] for state in content["optimizer"]["state"].values()]
+    moments = [state["exp_avg"] for state in content["optimizer"].values()]
     table = [moment for moment in moments if moment.shape == (5, 128)]
     assert len(table) == 1
     assert table[0].any(1).tolist() == [True, True, False, False, False]
