@@ -62,7 +62,7 @@ from tasks import TASKS
 #   region_masking    arguments of data.mask_regions
 #   false_pairs       share of mismatched pairs
 #   mismatch          which side of a mismatched pair is replaced: "image" or "text"
-#   mask_false_pairs  False: nothing is predicted in mismatched pairs
+#   predict_false_pairs  False: nothing is predicted in mismatched pairs
 #   second_half       objectives that are trained in the second half of the steps only
 # Official names and sizes are optional: they stand in formats.FORMATS, not in the model's file.
 MODELS = {

@@ -440,15 +440,12 @@ def retrieval_rank(model, encoding, batch, group=3):
 def referring_expression(model, encoding, batch):
     """Referring expressions (UNITER, section 4): cross-entropy over the regions, SUMMED over the batch (official code).
 
-    batch.target: (B,) int64, the label; or (B, N) float, each region's IoU with the true box: the largest is the label.
+    batch.target (B, N) float: each region's IoU with the true box; the region with the largest is the label.
     Logits (B, N), -10000 at padding.
     """
     logits = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
     logits = logits.masked_fill(~batch.region_mask, -10000.0)
-    target = batch.target
-    if target.ndim == 2:
-        target = target.argmax(1)
-    return cross_entropy(logits, target, reduction="sum"), logits
+    return cross_entropy(logits, batch.target.argmax(1), reduction="sum"), logits
 
 
 def next_words(model, batch, cache, region_mask):

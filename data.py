@@ -10,7 +10,7 @@ Pictures and stores are read in support/regions.py, lines of JSONL in support/re
 
 Letters: B batch rows, T text positions, N regions, F region-feature width, K object classes with background
 (class 0), A answers, V vocabulary, E examples, R rows of a dataset, I pictures of a store.
-Masks: text_mask and region_mask True = real (not padding); masked_regions True = predict this.
+Masks: text_mask and region_mask True = real (not padding); masked_regions True = selected for masking.
 Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a store and in a Batch. Random draws come from a Generator.
 """
 
@@ -88,16 +88,16 @@ class Batch:
     boxes: torch.Tensor  # (B,N,4) float32, 0..1
     region_mask: torch.Tensor  # (B,N) bool, True = real region
     region_types: torch.Tensor | None = None  # (B,N) int64, which picture of a pair
-    masked_regions: torch.Tensor | None = None  # (B,N) bool, True = predict this
+    masked_regions: torch.Tensor | None = None  # (B,N) bool, True = selected for masking
     # Index lists are made on the CPU: a boolean gather would make the GPU wait for its own count of True.
     word_index: torch.Tensor | None = None  # (M,) int64 into B*T, the pieces to predict
     word_labels: torch.Tensor | None = None  # (M,) int64, their original ids
     region_index: torch.Tensor | None = None  # (M,) int64 into B*N, the regions to predict
     clean_features: torch.Tensor | None = None  # (B,N,F) float32 before masking
     object_probs: torch.Tensor | None = None  # (B,N,K) float32, class 0 = background
-    objects: torch.Tensor | None = None  # (B,N) int64 in 0..K-2: hard class, background left out
+    objects: torch.Tensor | None = None  # (B,N) int64 in 0..K-2: hard class, background left out; -1 = none
     object_conf: torch.Tensor | None = None  # (B,N) float32
-    attributes: torch.Tensor | None = None  # (B,N) int64
+    attributes: torch.Tensor | None = None  # (B,N) int64, -1 = none
     attribute_conf: torch.Tensor | None = None  # (B,N) float32
     matched: torch.Tensor | None = None  # (B,) int64, 1 = text and picture belong together
     answers: torch.Tensor | None = None  # (B,A) float32 soft targets
@@ -658,12 +658,12 @@ def collate(dataset, index, images=None, answers=None, fields=(), rng=None):
     )
 
 
-def sample_mismatches(dataset, index, rng, p=0.5, replace="image", tries=100):
+def sample_mismatches(dataset, index, rng, p=0.5, replace="image"):
     """Pairs for image-text matching: with probability p the picture (replace="text": the sentence) becomes that of
-    another example. Returns examples (B,) and store rows (B,), for collate, and matched (B,) int64 tensor, 1 = they
-    belong together. ValueError if the dataset has a single picture.
+    another example. Returns examples (B,) and store rows (B,), for collate, which sees which pairs match.
+    ValueError if the dataset has a single picture.
 
-    A text and a picture that any example pairs are never a mismatch (`belong_together`). A pair stays true if `tries`
+    A text and a picture that any example pairs are never a mismatch (`belong_together`). A pair stays true if 100
     draws find no mismatch. Pictures are drawn from the whole dataset, sentences from the batch: their lengths are alike
     there, and a long one from elsewhere would pad all others. (A batch of one picture takes them from the dataset.)
     """
@@ -675,7 +675,7 @@ def sample_mismatches(dataset, index, rng, p=0.5, replace="image", tries=100):
         raise ValueError("a mismatch needs at least two pictures")
     from_batch = replace == "text" and (images != images[0]).any()
     other = index.copy()
-    for _ in range(tries):
+    for _ in range(101):  # checks 100 draws
         if replace == "text":
             again = wrong & dataset.belong_together(other, images)  # (B,) bool, True = not yet a mismatch
         else:
@@ -688,11 +688,9 @@ def sample_mismatches(dataset, index, rng, p=0.5, replace="image", tries=100):
             other[again] = rng.integers(len(dataset), size=again.sum())
     else:
         other[again] = index[again]
-        wrong &= ~again
-    matched = torch.from_numpy(1 - wrong.astype(np.int64))
     if replace == "text":
-        return other, images, matched
-    return index, dataset.image[other], matched
+        return other, images
+    return index, dataset.image[other]
 
 
 def join_pictures(batch):

@@ -18,6 +18,7 @@ from common import UserError
 from support.distillation import (
     attention_loss,
     check_same_rows,
+    check_same_words,
     hidden_loss,
     layer_pairs,
     real_positions,
@@ -25,7 +26,8 @@ from support.distillation import (
     why_not_comparable,
 )
 
-DISTILLATION = {"logits": (), "attention": ("attention_kl", "attention_mse"), "hidden": ("hidden",)}  # to its losses
+# part of --distill: the losses that it adds. The logits add NAME_soft for each distilled objective NAME.
+DISTILLATION = {"logits": (), "attention": ("attention_kl", "attention_mse"), "hidden": ("hidden",)}
 
 # ---- the teacher -----------------------------------------------------------------------------------------------------
 
@@ -44,10 +46,11 @@ def read_teacher(run, checkpoint):
 
 
 def match_teacher(run, checkpoint):
-    """Sets run.soft, the objectives whose logits the student learns, and prints which are left out and why.
+    """Sets run.distilled, the objectives whose logits the student learns, and prints which are left out and why.
 
     UserError if the teacher cannot read this run's batches, or if --distill logits is given and none is left.
     """
+    check_same_words(run)
     left_out = {}  # objective: reason
     for name in run.objectives:
         task = tasks.TASK_OF_OBJECTIVE.get(name)  # None: a pretraining objective, whose rows all models read alike
@@ -56,10 +59,10 @@ def match_teacher(run, checkpoint):
         reason = why_not_comparable(run, name, task, checkpoint["task"].split(","))
         if reason:
             left_out[name] = reason
-    run.soft = tuple(name for name in run.objectives if name not in left_out)
+    run.distilled = tuple(name for name in run.objectives if name not in left_out)
     if "logits" not in run.args.distill.split(","):
         return
-    if not run.soft:
+    if not run.distilled:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise UserError(f"{run.args.teacher}: no logits to learn from: {reasons}")
     for name, reason in left_out.items():
@@ -88,7 +91,7 @@ def distillation_losses(run, names):
         return losses
     for part in run.args.distill.split(","):
         if part == "logits":
-            losses += [f"{name}_soft" for name in names if name in run.soft]
+            losses += [f"{name}_soft" for name in names if name in run.distilled]
         losses += DISTILLATION[part]
     return losses
 
@@ -104,7 +107,7 @@ def forward_with_teacher(run, batch, names):
         teacher = run.teacher.encode(batch, record=record) if encodes else None
     parts = {name: run.paper.OBJECTIVES[name].loss(run.model, student, batch) for name in names}
     for name in names:
-        if "logits" in wanted and name in run.soft:
+        if "logits" in wanted and name in run.distilled:
             with torch.no_grad():
                 _, logits = run.teacher_paper.OBJECTIVES[name].loss(run.teacher, teacher, batch)
             parts[f"{name}_soft"] = soft_loss(run.paper.OBJECTIVES[name], parts[name][1], logits, batch), None

@@ -4,8 +4,8 @@ What the model does, in five lines:
 1. Each word becomes a vector (word + position + segment), each region too (mean of a feature vector and a box vector).
 2. A language encoder (9 layers) sees only the words; an object-relationship encoder (5 layers) sees only the regions.
 3. In 5 cross-modality layers words attend to regions and regions to words; one attention block serves both directions.
-4. Pretraining masks words AND regions of the same pair. Every step adds up all objectives: masked words, masked objects
-   (feature, class, attribute), matching, question answering.
+4. Pretraining masks words AND regions of the same pair. Every step adds up masked words, masked objects (feature, class,
+   attribute) and matching, and in the second half of the steps question answering too.
 5. The last state of [CLS] is pooled. A small head on the pooled vector, or on each region, solves a downstream task.
 
 Known deviations from the official code:
@@ -14,10 +14,11 @@ Known deviations from the official code:
 - The official optimizer, BertAdam, is not copied. tests/test_golden.py replays it and lists how it differs.
 - In pretraining a quarter of the pairs is mismatched; officially a half is. Nothing is predicted in mismatched pairs,
   as in 12-in-1; the official code predicts words and regions there. docs/decisions.md has the numbers.
-- At least one word of every caption is masked, as in UNITER. A region's feature may be replaced by that of a random
-  region of the batch; officially of the whole data set.
-Where paper and official code differ, this file follows the code. Feature regression is smooth-L1, not L2. Classes and
-attributes are predicted for all regions, not only for the masked ones, and weighted by the detector's confidence.
+- At least one word of every caption is masked, as in UNITER. Mismatched sentences, and features that replace a masked
+  region's, come from the batch; officially from the whole data set.
+Where paper and official code differ, this file follows the code: feature regression is smooth-L1, not L2; classes and
+attributes are predicted for all regions and weighted by the detector's confidence. But question answering starts in the
+second half of the steps, as in the paper; officially it starts at once.
 Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
 M masked positions, A answers.
 """
@@ -271,9 +272,9 @@ class LXMERT(nn.Module):
 # ---- pretraining objectives: (model, encoding, batch) -> (loss, logits) ----------------------------------------
 
 PRETRAINING = {
-    "objectives": {"mlm": 1, "mrfr": 1, "mrc": 1, "attr": 1, "itm": 1, "qa": 1},  # all in every step
+    "objectives": {"mlm": 1, "mrfr": 1, "mrc": 1, "attr": 1, "itm": 1, "qa": 1},  # all at once; see second_half
     "conditional": False,  # words and regions are masked in the same step, independently of each other
-    "mask_false_pairs": False,  # nothing is predicted in mismatched pairs (12-in-1); the official code predicts there
+    "predict_false_pairs": False,  # nothing is predicted in mismatched pairs (12-in-1); officially it is
     "second_half": ("qa",),  # questions are answered in the second half of the steps only (3.3)
     "joined": {},
     "rate": 2.0,  # learning rate relative to fine-tuning: 1e-4 at base size

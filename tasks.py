@@ -82,12 +82,10 @@ def pretraining_batch(run, dataset, index, names, rng, false_pairs, word_masking
     if mismatch:
         if false_pairs is None:
             false_pairs = settings["false_pairs"]
-        index, images, matched = data.sample_mismatches(dataset, index, rng, false_pairs, settings["mismatch"])
+        index, images = data.sample_mismatches(dataset, index, rng, false_pairs, settings["mismatch"])
     columns = run.columns() if run.answers else None
     fields = [name for objective in objectives for name in objective.fields]
     batch = data.collate(dataset, index, images, columns, fields, rng)
-    if mismatch:
-        batch.matched = matched
     if any(objective.mean_over == "answers" for objective in objectives):
         batch = data.sample_answers(batch, rng)
     if "words" in masks:
@@ -96,7 +94,7 @@ def pretraining_batch(run, dataset, index, names, rng, false_pairs, word_masking
         batch = data.mask_words(batch, run.tokenizer, rng, **word_masking)
     if "regions" in masks:
         batch = data.mask_regions(batch, rng, **settings["region_masking"])
-    if mismatch and not settings.get("mask_false_pairs", True):
+    if mismatch and not settings.get("predict_false_pairs", True):
         batch = data.drop_mismatched_labels(batch)
     return batch
 
@@ -711,7 +709,7 @@ CAPTION = Task(
 
 def retrieval_batch(run, dataset, index, rng):
     """Rows B * (1 + negatives): each true pair, followed by its mismatched ones. ids are those of the B examples."""
-    texts, images = evaluation.sample_negatives(run, dataset, index, rng)
+    texts, images = evaluation.sample_negative_pairs(run, dataset, index, rng)
     batch = data.collate(dataset, texts.ravel(), images.ravel(), rng=rng)  # (B, 1 + negatives) -> rows
     return replace(batch, ids=[dataset.ids[i] for i in index])
 
@@ -777,14 +775,14 @@ def best_score(run, metrics):
     Pretraining: the mean accuracy of its objectives. If none has an accuracy: minus the sum of their losses.
     Several tasks: the mean of their scores. 1 / perplexity is in 0..1 as the other metrics are.
     """
+    if PRETRAIN.name in run.sets:  # it is the only task
+        return evaluation.pretraining_score(metrics)
     values = []
     names = []
     for name in run.sets:
         task = TASKS[name]
         prefix = f"{name}_" if len(run.sets) > 1 else ""
         measured = [prefix + metric for metric in task.best if prefix + metric in metrics]
-        if not task.best:
-            return evaluation.pretraining_score(metrics)
         if not measured:
             continue  # the task has no val split
         metric = measured[0]

@@ -11,8 +11,9 @@ optimizer, evaluation and saving. In support/, options.py has the command line, 
 log.py the log.
 
 Every mean in a loss is a mean over the whole step, however the step is split (see `backward`). So `--accumulate 2` in
-one process and `--accumulate 1` in two processes give the same gradients. One exception: the objective itc contrasts
-each pair with the other pairs of one forward pass in all processes, so `--accumulate 2` has half as many negatives.
+one process and `--accumulate 1` in two processes give the same gradients. There are two exceptions. The objective itc
+contrasts each pair with the other pairs of one forward pass in all processes, so `--accumulate 2` has half as many
+negatives. Dropout and the negatives of `nce` are drawn by torch, differently in each process.
 """
 
 from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
@@ -68,7 +69,7 @@ class Run:
     teacher: torch.nn.Module = None
     teacher_paper: object = None
     fingerprint: dict = None  # what must not change on --resume
-    soft: tuple = ()  # objectives whose logits are distilled
+    distilled: tuple = ()  # objectives whose logits are distilled
     progress: dict = field(default_factory=lambda: {"step": 0, "seconds": 0.0, "examples": 0, "best": -math.inf})
 
     @property
@@ -129,8 +130,8 @@ def training_loop(run, log):
     args = run.args
     model = run.model
     progress = run.progress
-    set_temperature(run, 0.0)
     if progress["step"] == 0:
+        set_temperature(run, 0.0)
         validate(run, log)
     prepared = prepared_steps(run)
     with machine.interruptible() as interrupted:
@@ -540,8 +541,8 @@ def restore_optimizer(run, checkpoint):
         machine.seed_dropout(run, checkpoint["generators"].get(run.device.type, []))  # the state of each process
     except ValueError as error:
         raise UserError(
-            f"--resume: {run.args.init} is of a run with other heads, or of an older version ({error}); "
-            "give the options that it had"
+            f"--resume: the optimizer's state in {run.args.init} does not fit this model ({error}); give the options "
+            "that the run had. A checkpoint of an older version can be read by --init only"
         ) from None
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"--resume: {run.args.init} is damaged ({type(error).__name__}: {error})") from None

@@ -11,7 +11,7 @@ Known deviations from the official code:
 - Regions follow the padded words. Official code puts them right behind the last word. No valid position changes.
 - The mask embedding is one vector. The official table has a row 0 too, which is zeroed at each use.
 - Widths and heights are computed from the corners of a box. Official files hold them in float16.
-- At initialisation the box projection is rescaled, and a model narrower than 768 has larger weights.
+- NLVR2's paired attention starts with BERT's weights; officially queries, keys and values start Xavier-uniform.
 docs/details.md lists the errors of the official code.
 Letters: B batch, T text positions, N regions, S = T + N positions of both. C width, F region-feature width,
 V vocabulary, K classes, A answers, M masked words or regions.
@@ -315,7 +315,7 @@ class PairedAttentionHead(nn.Module):
     """NLVR2: two encodings, one for each picture, attend to each other (section 4.3, "Pair-biattn").
 
         left' = dropout(relu(W [attention(left, right), left]))
-        vector = sum over positions of softmax(relu(w left')) left'
+        vector = sum over positions of dropout(softmax(relu(w left'))) left'
 
     The right side has its own attention weights; W and w are shared. The two vectors are concatenated and classified.
     x (2B, S, C), mask (2B, S): rows 2i and 2i+1 are the two pictures of statement i. Returns (B, 2).
@@ -336,7 +336,7 @@ class PairedAttentionHead(nn.Module):
         x = self.join(torch.cat([attended, states], -1))  # (B, S, 2C) -> (B, S, C)
         x = self.dropout(F.relu(x))
         logits = F.relu(self.score(x)).masked_fill(~mask[:, :, None], -10000.0)  # (B, S, 1)
-        return (logits.softmax(1) * x).sum(1)  # (B, S, C) -> (B, C)
+        return (self.dropout(logits.softmax(1)) * x).sum(1)  # (B, S, C) -> (B, C)
 
     def forward(self, x, mask):
         left = x[0::2]  # (B, S, C)
@@ -457,11 +457,12 @@ def text_types(tasks):
 
     Pretraining has 0 text and 1 picture. NLVR2's second picture has type 2; VCR's answer has 2 and its reason 3.
     """
-    second_picture = 1 if "nlvr2" in tasks else 0
-    if "vcr" in tasks:
-        return (0, 1, second_picture, 0)
+    if "nlvr2" in tasks and "vcr" in tasks:
+        return (0, 1, 1, 0)  # row 2 is for both
     if "nlvr2" in tasks:
-        return (0, 1, second_picture)
+        return (0, 1, 1)
+    if "vcr" in tasks:
+        return (0, 1, 0, 0)
     return (0, 1)
 
 

@@ -15,6 +15,7 @@ Known deviations from the official code:
   are read or written.
 - At least one word of every caption is masked, as in UNITER.
 - Pretraining skips the masked-prediction losses on mismatched pairs, as 12-in-1 does. ViLBERT's code does not.
+- Mismatched sentences come from the batch, officially from the whole data set.
 docs/details.md lists the errors of the official code.
 Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
 M masked positions, A answers.
@@ -352,7 +353,7 @@ class ViLBERT(nn.Module):
 PRETRAINING = {
     "objectives": {"mlm": 1, "mrc_kl": 1, "itm": 1},
     "conditional": False,  # words and regions are masked in the same step, independently of each other
-    "mask_false_pairs": False,  # nothing is predicted in mismatched pairs (12-in-1); ViLBERT's own code predicts there
+    "predict_false_pairs": False,  # nothing is predicted in mismatched pairs (12-in-1); in ViLBERT's own code it is
     "joined": {},
     "rate": 2.0,  # learning rate relative to fine-tuning: 1e-4 at base size
     "weights": {},  # factors of the losses; 1 where none is named

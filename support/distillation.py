@@ -84,6 +84,13 @@ def hidden_loss(student, teacher, mask):
 # ---- what two models have in common ----------------------------------------------------------------------------------
 
 
+def check_same_words(run):
+    """UserError if the words of one model only are preceded by a task token: then positions do not correspond."""
+    has_token = [getattr(model.config, "task_tokens", 0) > 0 for model in (run.model, run.teacher)]
+    if run.args.distill != "logits" and has_token[0] != has_token[1]:
+        raise UserError("--distill: only one of the two models has task tokens, so positions differ; use logits")
+
+
 def check_same_rows(run, task):
     """UserError if the teacher cannot read this task's batches, or expects their rows arranged differently."""
     args = run.args

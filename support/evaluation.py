@@ -212,7 +212,7 @@ def score_pairs(run, dataset, texts, pictures, head):
     return common.all_reduce_sum(scores)
 
 
-def sample_negatives(run, dataset, index, rng):
+def sample_negative_pairs(run, dataset, index, rng):
     """Pairs for retrieval: examples of the texts and store rows of the pictures, (B, 1 + K) each. Column 0 is the true
     pair. Columns 1 to K are mismatched: by the model's K NEGATIVES they get another picture or another text.
 

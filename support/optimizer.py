@@ -1,4 +1,4 @@
-"""optimizer.py: AdamW (Loshchilov and Hutter 2019), step for step as the official code of UNITER has it."""
+"""optimizer.py: AdamW (Loshchilov and Hutter 2019), with the update of UNITER's official code."""
 
 import math
 
@@ -17,10 +17,12 @@ class AdamW:
         u  = sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)
         p <- (p - r u) (1 - r d)
 
-    A parameter without a gradient takes no step: neither its t nor its moments change. Matrices decay, biases and norms
-    do not. Parameters named in `at_random` have `lr_new` times the learning rate of the others.
+    A parameter without a gradient takes no step: neither its t nor its moments change. Matrices decay; vectors and numbers
+    (biases, norms, UNITER's mask vector) do not. Parameters named in `at_random` have `lr_new` times the learning rate of
+    the others.
 
-    torch.optim.AdamW would do, but it loads torch's compiler: 1.2 s and 68 MB in each process.
+    torch.optim.AdamW cannot do this: it has one eps for all, but here it depends on t, and UNITER's heads differ in t. It
+    also loads torch's compiler: 1.2 s and 68 MB in each process.
     """
 
     def __init__(self, model, weight_decay, at_random=(), lr_new=1.0):

@@ -33,7 +33,7 @@ class DynamicLayer(common.TransformerLayer):
         return self.feed_forward(block.norm(x + block.hidden_dropout(context)))
 
 
-def sample_negatives(batch, near, far):
+def sample_negative_regions(batch, near, far):
     """Negatives for each masked region, drawn with replacement: `far` regions of other pictures, then `near` other
     regions of its own picture. If one kind does not exist, the other kind takes its place.
 
@@ -70,7 +70,7 @@ def noise_contrastive_regions(model, encoding, batch, negatives=None):
     if len(index) == 0:
         return predicted.sum() * 0.0, predicted[:, :1]
     if negatives is None:
-        negatives = sample_negatives(batch, near=38, far=89)
+        negatives = sample_negative_regions(batch, near=38, far=89)
     features = batch.clean_features.flatten(0, 1).to(predicted.dtype)  # (B, N, F) -> (B*N, F)
     with common.full_precision(predicted.device):
         products = predicted @ features.T  # (M, F) @ (F, B*N) -> (M, B*N)

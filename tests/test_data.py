@@ -302,14 +302,14 @@ def test_collate_against_plain_loops(dataset, tokenizer):
 @pytest.mark.parametrize("replace", ["image", "text"])
 def test_mismatch_never_keeps_the_picture(dataset, tokenizer, replace):
     rng, index = np.random.default_rng(0), np.arange(len(dataset))
-    examples, images, matched = data.sample_mismatches(dataset, index, rng, 0.5, replace)
+    examples, images = data.sample_mismatches(dataset, index, rng, 0.5, replace)
     same = dataset.image[examples] == images
-    assert np.array_equal(same, matched.numpy() == 1)
     assert abs(same.mean() - 0.5) < 4 * 0.5 / len(index) ** 0.5
     kept = examples if replace == "image" else images
     assert np.array_equal(kept, index if replace == "image" else dataset.image)
     batch = data.collate(dataset, examples, images)
-    assert batch.pair_index.tolist() == matched.nonzero().flatten().tolist()  # what a contrast may take for pairs
+    assert np.array_equal(same, batch.matched.numpy() == 1)
+    assert batch.pair_index.tolist() == np.flatnonzero(same).tolist()  # what a contrast may take for pairs
     assert batch.pictures.tolist() == images.tolist()
     assert batch.rows(torch.arange(2)).pair_index is None
     with pytest.raises(ValueError, match="two pictures"):
@@ -328,9 +328,10 @@ def test_a_repeated_caption_is_never_a_false_pair_of_its_own_picture(replace):
     false_pairs = 0
     for _ in range(10):
         index = rng.permutation(450)[:64]
-        examples, images, matched = data.sample_mismatches(dataset, index, rng, 0.5, replace)
-        for example, picture, match in zip(examples, images.tolist(), matched.tolist(), strict=True):
-            assert ((text[example], picture) in true) == bool(match)
+        examples, images = data.sample_mismatches(dataset, index, rng, 0.5, replace)
+        for example, picture in zip(examples, images.tolist(), strict=True):
+            match = image[example] == picture
+            assert ((text[example], picture) in true) == match
             false_pairs += 1 - match
     assert abs(false_pairs / 640 - 0.5) < 0.1
     assert dataset.repeated_texts() == 450
@@ -341,25 +342,26 @@ def test_a_repeated_caption_is_never_a_false_pair_of_its_own_picture(replace):
 def test_pairs_that_no_draw_makes_false_stay_true():
     """Every picture has the same caption: there is no false pair, and the search for one ends."""
     dataset = data.Dataset("", "train", None, np.arange(4), ["a dog"] * 4, [{}] * 4, [""] * 4, [""] * 4)
-    examples, images, matched = data.sample_mismatches(dataset, np.arange(4), np.random.default_rng(0), 1.0)
-    assert matched.tolist() == [1, 1, 1, 1]
+    examples, images = data.sample_mismatches(dataset, np.arange(4), np.random.default_rng(0), 1.0)
     assert images.tolist() == dataset.image[examples].tolist()
 
 
 def test_false_sentences_come_from_the_batch(dataset):
     """Where they are of like length. A batch with one picture has none, and takes them from the rest."""
     index = np.flatnonzero(dataset.image < 10)
-    examples, images, matched = data.sample_mismatches(dataset, index, np.random.default_rng(0), 1.0, "text")
-    assert set(examples) <= set(index) and np.array_equal(images, dataset.image[index]) and not matched.any()
+    examples, images = data.sample_mismatches(dataset, index, np.random.default_rng(0), 1.0, "text")
+    assert set(examples) <= set(index) and np.array_equal(images, dataset.image[index])
+    assert (dataset.image[examples] != images).all()
     alone = np.flatnonzero(dataset.image == dataset.image[0])
-    examples, _, _ = data.sample_mismatches(dataset, alone, np.random.default_rng(0), 1.0, "text")
+    examples, _ = data.sample_mismatches(dataset, alone, np.random.default_rng(0), 1.0, "text")
     assert (dataset.image[examples] != dataset.image[0]).all()
 
 
 def test_nothing_is_predicted_in_false_pairs(dataset, tokenizer):
     rng, index = np.random.default_rng(0), np.arange(40)
-    examples, images, matched = data.sample_mismatches(dataset, index, rng, 0.5, "text")
-    batch = dataclasses.replace(data.collate(dataset, examples, images), matched=matched)
+    examples, images = data.sample_mismatches(dataset, index, rng, 0.5, "text")
+    batch = data.collate(dataset, examples, images)
+    matched = batch.matched
     batch = data.mask_regions(data.mask_words(batch, tokenizer, rng), rng)
     true, T, N = data.drop_mismatched_labels(batch), batch.text.shape[1], batch.region_mask.shape[1]
     kept = [k for k, i in enumerate(batch.word_index.tolist()) if matched[i // T]]

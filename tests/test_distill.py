@@ -14,6 +14,7 @@ import common
 import distill
 import train
 import uniter
+import vilbert
 from support import distillation
 
 
@@ -23,7 +24,7 @@ def taught(student, teacher, distill, **changes):
     teacher_paper, other = small_model(teacher)
     names = SimpleNamespace(distill=distill, model=student, teacher=teacher)
     return SimpleNamespace(args=names, paper=paper, model=model, teacher_paper=teacher_paper, teacher=other.eval(),
-                           soft=("mlm", "mrfr", "itm"), device=torch.device("cpu"), autocast=train.nullcontext)  # fmt: skip
+                           distilled=("mlm", "mrfr", "itm"), device=torch.device("cpu"), autocast=train.nullcontext)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", checkpoints.MODELS)
@@ -238,14 +239,14 @@ def test_region_classes_are_distilled_where_both_have_as_many(student, teacher, 
     run = student_of(checkpoint, student, ["mlm", "mrc", "itm"])
     printed = capsys.readouterr().out
     assert "logits of itm are not distilled: the teacher was not trained for it" in printed
-    assert run.soft == (("mlm", "mrc") if reason is None else ("mlm",))
+    assert run.distilled == (("mlm", "mrc") if reason is None else ("mlm",))
     assert reason is None or f"logits of mrc are not distilled: {reason}" in printed
 
 
 def test_objectives_that_the_teacher_lacks_are_left_out(capsys):
     """LXMERT predicts attributes, UNITER does not."""
     run = student_of(teacher_checkpoint("uniter"), "lxmert", ["mlm", "attr"])
-    assert run.soft == ("mlm",)
+    assert run.distilled == ("mlm",)
     assert "logits of attr are not distilled: the teacher was not trained for it" in capsys.readouterr().out
 
 
@@ -315,6 +316,19 @@ def test_soft_labels_keep_their_gradient_at_high_temperature():
     teacher = teacher - teacher.mean()
     distillation.soft_label_loss(student, teacher, 1e4).backward()
     close(student.grad, (student - teacher).detach() / 5, 1e-3)
+
+
+@pytest.mark.parametrize("tokens", [(2, 0), (0, 2), (2, 2)])
+def test_task_tokens_of_one_model_alone_shift_the_words(tokens):
+    models = [SimpleNamespace(config=vilbert.Config(vocab_size=9, task_tokens=number)) for number in tokens]
+    run = SimpleNamespace(args=SimpleNamespace(distill="hidden"), model=models[0], teacher=models[1])
+    if tokens == (2, 2):
+        distillation.check_same_words(run)
+        return
+    with pytest.raises(common.UserError, match="task tokens"):
+        distillation.check_same_words(run)
+    run.args.distill = "logits"
+    distillation.check_same_words(run)
 
 
 def test_layers_are_paired_uniformly_and_last_with_last():

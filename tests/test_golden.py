@@ -318,13 +318,15 @@ def elementwise(objective, scores, batch):
         return F.kl_div(scores.log_softmax(1), target, reduction="none")
     if objective in ("vqa", "ve"):
         return F.binary_cross_entropy_with_logits(scores, batch.answers, reduction="none")
-    if objective in ("itm", "nlvr2", "refer"):
+    if objective == "refer":
+        return F.cross_entropy(scores, batch.target.argmax(1), reduction="none")
+    if objective in ("itm", "nlvr2"):
         return F.cross_entropy(scores, batch.matched if objective == "itm" else batch.target, reduction="none")
     if objective == "rank":
         chance = scores.sigmoid().view(-1, batch.group)
         return (0.2 + chance[:, 1:] - chance[:, :1]).clamp(min=0)
     chance = scores.sigmoid()  # refer_rank
-    return (0.2 + chance[rows, batch.negative] - chance[rows, batch.target]).clamp(min=0)
+    return (0.2 + chance[rows, batch.negative] - chance[rows, batch.target.argmax(1)]).clamp(min=0)
 
 
 def uniter_objective(objective, fixture, task, dtype, rubbish):
@@ -344,6 +346,8 @@ def uniter_objective(objective, fixture, task, dtype, rubbish):
     if "targets" in x:
         batch.matched = batch.target = x["targets"].flatten() if x["targets"].dtype == torch.int64 else None
         batch.answers = x["targets"].to(dtype)
+    if objective in ("refer", "refer_rank"):
+        batch.target = F.one_hot(batch.target, batch.region_mask.shape[1])
     if objective == "rank":
         batch.group = arguments["group"] = int(x["sample_size"])
     if objective == "refer_rank":

@@ -265,6 +265,8 @@ def test_task_heads_have_no_dropout(head, monkeypatch):
     model, batch = make(dropout=0.25, heads=(head,)).train(), make_batch(rows=6)
     encoding = model.encode(batch)
     batch.target = torch.zeros(3 if head == "nlvr2" else 6, dtype=torch.long)
+    if head == "refer":
+        batch.target = torch.rand_like(batch.region_mask, dtype=torch.float64)
     batch.answers = torch.rand(6, 3 if head == "ve" else 7, dtype=torch.float64)
     loss = lxmert.OBJECTIVES[head].loss
     assert dropout_places(monkeypatch, lambda: loss(model, encoding, batch)) == {}
@@ -277,7 +279,7 @@ def test_pretraining_follows_the_official_recipe_but_for_two_choices():
     recipe = lxmert.PRETRAINING
     assert recipe["objectives"] == dict.fromkeys(("mlm", "mrfr", "mrc", "attr", "itm", "qa"), 1)
     assert recipe["region_masking"] == {"zero": 0.8, "random": 0.1, "force_one": False}
-    assert (recipe["mismatch"], recipe["false_pairs"], recipe["mask_false_pairs"]) == ("text", 0.25, False)
+    assert (recipe["mismatch"], recipe["false_pairs"], recipe["predict_false_pairs"]) == ("text", 0.25, False)
     assert (recipe["second_half"], recipe["conditional"], recipe["rate"]) == (("qa",), False, 2.0)
     assert recipe["joined"] == recipe["weights"] == {}
     assert (lxmert.Config().region_factor, lxmert.Config().answer_factor) == (1 / 0.15, 1.0)
@@ -454,6 +456,8 @@ def test_task_heads_without_opinion_score_chance():
         for p in model.heads.parameters():
             nn.init.zeros_(p)
         batch.target = torch.zeros(3 if task == "nlvr2" else 6, dtype=torch.long)
+        if task == "refer":
+            batch.target = batch.region_mask.double()  # the first region of each row is the label
         batch.answers = torch.rand(6, 3 if task == "ve" else 7, dtype=torch.float64)
         assert model(batch, [task])[task][0].item() == pytest.approx(value), task
 

@@ -402,7 +402,7 @@ def test_false_partners_are_false_and_mined_ones_are_the_hardest(drawn, tokenize
     words, regions = np.diff(dataset.offsets), np.diff(dataset.store.offsets)
     for step, mined in ((0, False), (5, True)):
         run.progress = {"step": step}
-        texts, images = evaluation.sample_negatives(run, dataset, index, np.random.default_rng(0))
+        texts, images = evaluation.sample_negative_pairs(run, dataset, index, np.random.default_rng(0))
         assert texts.shape == images.shape == (10, 4)
         assert (texts[:, 0] == index).all() and (images[:, 0] == dataset.image[index]).all()
         for column, kind in enumerate(("text", "image", "text"), 1):
@@ -430,7 +430,7 @@ def test_a_negative_does_not_repeat_a_caption_of_the_picture():
     index = np.arange(12)
     repeated = 0
     for seed in range(20):
-        texts, images = evaluation.sample_negatives(run, dataset, index, np.random.default_rng(seed))
+        texts, images = evaluation.sample_negative_pairs(run, dataset, index, np.random.default_rng(seed))
         for row in range(12):
             for column in (1, 2, 3):
                 own = [lower[i] for i in range(12) if image[i] == images[row, column]]
@@ -440,7 +440,7 @@ def test_a_negative_does_not_repeat_a_caption_of_the_picture():
     assert repeated > 100  # draws that had a chance to go wrong
     dataset = dataclasses.replace(dataset, text=["the same"] * 12, text_keys=None, pairs=None)
     with pytest.raises(common.UserError, match="different texts"):
-        evaluation.sample_negatives(run, dataset, index, np.random.default_rng(0))
+        evaluation.sample_negative_pairs(run, dataset, index, np.random.default_rng(0))
 
 
 def test_the_matching_head_becomes_the_rank_head_and_types_are_widened():

@@ -739,6 +739,20 @@ def test_temperature_is_what_the_command_line_says(temperature, first, last):
     assert not model.heads["itc"].log_scale.requires_grad
 
 
+def test_a_finished_run_is_tested_again_at_the_temperature_of_its_end(pictures, tmp_path, here):
+    """Without a val split no best weights are kept, so --resume tests the last ones."""
+    lines = [line for line in pictures.read_text().splitlines() if '"val"' not in line]
+    (pictures.parent / "no_val.jsonl").write_text("\n".join(lines))
+    options = ["--data", pictures.parent / "no_val.jsonl", "--out", "out"]
+    options += ["--objectives", "itc", "--steps", 3, "--temperature", "0.2:0.1"]
+    here(*options)
+    first = json.loads((tmp_path / "out/result.json").read_text())
+    here(*options, "--resume")
+    again = json.loads((tmp_path / "out/result.json").read_text())
+    assert first["temperature"] == pytest.approx(contrast.scheduled_temperature(0.2, 0.1, 2 / 3), abs=1e-5)
+    assert (again["temperature"], again["itc_loss"]) == (first["temperature"], first["itc_loss"])
+
+
 def test_rerank_from_the_command_line(pictures, tmp_path, here, capsys):
     here("--data", pictures, "--objectives", "itm,itc", "--steps", 0, "--rerank", 2, "--temperature", "0.2:0.1")
     result = json.loads((tmp_path / "out/uniter-pretrain/result.json").read_text())

@@ -363,7 +363,7 @@ def test_pretraining_follows_the_official_recipe():
     recipe = vilbert.PRETRAINING
     assert recipe["objectives"] == {"mlm": 1, "mrc_kl": 1, "itm": 1}
     assert recipe["region_masking"] == {"zero": 0.9, "random": 0.0, "force_one": False}
-    assert (recipe["mismatch"], recipe["false_pairs"], recipe["mask_false_pairs"]) == ("text", 0.5, False)
+    assert (recipe["mismatch"], recipe["false_pairs"], recipe["predict_false_pairs"]) == ("text", 0.5, False)
     assert (recipe["conditional"], recipe["rate"]) == (False, 2.0)
     assert recipe["joined"] == recipe["weights"] == {}
     assert vilbert.NEGATIVES == ("text", "image", "text")
@@ -374,13 +374,13 @@ def test_nce_draws_89_negatives_of_other_pictures_and_38_of_the_same(monkeypatch
     """70% and 30% of 128, rounded down: the official defaults."""
     model, batch = tiny(heads=("mrfr",)).eval(), make_batch()
     drawn = []
-    sample = twelve_in_one.sample_negatives
+    sample = twelve_in_one.sample_negative_regions
 
     def record(batch, near, far):
         drawn.append(sample(batch, near, far))
         return drawn[-1]
 
-    monkeypatch.setattr(twelve_in_one, "sample_negatives", record)
+    monkeypatch.setattr(twelve_in_one, "sample_negative_regions", record)
     logits = model(batch, ("nce",))["nce"][1]
     assert logits.shape == (8, 1 + 89 + 38)
     same_picture = drawn[0] // 5 == batch.region_index[:, None] // 5
@@ -453,7 +453,7 @@ def test_region_losses_by_loops():
 def test_negatives_are_real_regions():
     batch, position = make_batch(), torch.arange(20).view(4, 5)
     torch.manual_seed(0)
-    drawn = twelve_in_one.sample_negatives(batch, near=200, far=300)
+    drawn = twelve_in_one.sample_negative_regions(batch, near=200, far=300)
     assert drawn.shape == (8, 500) and batch.region_mask.flatten()[drawn].all()
     row = batch.region_index[:, None] // 5
     assert (drawn[:, :300] // 5 != row).all() and (drawn[:, 300:] // 5 == row).all()
@@ -462,10 +462,10 @@ def test_negatives_are_real_regions():
         allowed = set(position[batch.region_mask].tolist()) - {masked}
         assert set(drawn[m].tolist()) == allowed
     alone = make_batch(rows=1)
-    assert (twelve_in_one.sample_negatives(alone, near=5, far=5) < 5).all()
+    assert (twelve_in_one.sample_negative_regions(alone, near=5, far=5) < 5).all()
     alone.region_mask[:, 1:], alone.region_index = False, torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match="second region"):
-        twelve_in_one.sample_negatives(alone, near=5, far=5)
+        twelve_in_one.sample_negative_regions(alone, near=5, far=5)
 
 
 def test_task_losses_by_closed_forms():
