@@ -542,7 +542,7 @@ def restore_optimizer(run, checkpoint):
     except ValueError as error:
         raise UserError(
             f"--resume: the optimizer's state in {run.args.init} does not fit this model ({error}); give the options "
-            "that the run had. A checkpoint of an older version can be read by --init only"
+            "that the run had. A run of an older version cannot be resumed: start a new one from it with --init"
         ) from None
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"--resume: {run.args.init} is damaged ({type(error).__name__}: {error})") from None
