@@ -61,7 +61,9 @@ from support.regions import (  # noqa: F401 (some are for other files, which tak
     map_array,
     open_picture,
     parallel,
+    print_warnings,
     ragged,
+    refuse_overwriting,
     region_features,
     warn,
     write_store,
@@ -432,10 +434,7 @@ def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE, network
     columns = make_columns(path, task, splits, patch, grid, cache, own_network, device, checked)
     dataset = open_columns(columns, description["name"], split)
     if split == "train" and len(dataset):
-        notes = dataset.store.folder / "warnings.json"
-        lines = json.loads(notes.read_text()) if notes.exists() else []
-        if lines:
-            warn(f"{lines[0]} ({len(lines)} such in {path})")
+        print_warnings(dataset.store)
         if "target" in task.needs:
             dataset = drop_unreachable(dataset, path)
     if limit is not None:
@@ -848,6 +847,8 @@ def check(source, task, vocab, max_words, patch, grid):
         print(*mistakes.first, sep="\n", file=sys.stderr)
         raise UserError(f"{path}: mistakes: {mistakes.count}, the first {len(mistakes.first)} above")
     sets = {split: load(source, task, split, None, patch, grid, checked=True) for split in splits if split in columns}
+    if "train" not in sets:  # else `load` has printed them
+        print_warnings(next(iter(sets.values())).store)
     print_contents(path, sets)
     print_shared_pictures(sets)
     if "train" in sets and task.pictures == 1 and not task.needs:
@@ -891,10 +892,11 @@ def print_shared_pictures(sets):
 
 def preview(source, task, out, split, count, patch, grid):
     """Draws a sheet of `count` examples: pictures with their regions' boxes, text and answer."""
-    from prepare.preview import draw_sheet  # here, since both import this file
+    from prepare.preview import draw_sheet, files_named  # here, since both import this file
     from support import drawing
 
     path, splits = describe(source, task)
+    refuse_overwriting("--out", out, files_named(Path(out).name, path, task, splits))
     sheet = draw_sheet(path, task, splits, split, count, patch, grid)
     drawing.save(sheet, Path(out), "--out")
     print(f"{out}: {sheet.width} x {sheet.height} pixels, of {path}")

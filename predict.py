@@ -113,7 +113,26 @@ def parse(argv=None):
         raise UserError("--int8 goes with none of --export, --attention and --dtype bf16; leave one out")
     if args.resume and not (args.data and args.out):
         raise UserError("--resume goes on with the --out of --data; give both")
+    for name, purpose, is_read in (
+        ("text", "--image", args.image),
+        ("boxes", "--image", args.image),
+        ("choices", "--image", args.image),
+        ("answer", "--image", args.image),
+        ("split", "--data and --scenes", args.data or args.scenes or args.search or args.embed),
+        ("prompt", "--data", args.data),
+    ):
+        if getattr(args, name) is not None and not is_read:
+            raise UserError(f"--{name} is for {purpose}, and changes nothing here; leave it out")
+    for name in ("text", "search"):
+        text = getattr(args, name)
+        if text and text.strip() and not records.is_text(text):
+            raise UserError(f"--{name} {text!r}: has no visible character")
     attention_sheet.check_options(args)
+    inputs = [args.checkpoint, *(args.image or ()), *([args.data] if args.data else ())]
+    for option in ("out", "embed", "export", "attention"):
+        path = getattr(args, option)
+        if path:
+            regions.refuse_overwriting(f"--{option}", path, inputs)
     return args
 
 
@@ -136,6 +155,8 @@ def load_run(args):
     run_args.patch = checkpoint.get("patch", 12)
     run_args.grid = checkpoint.get("grid", 6)
     if args.beams:
+        if not tasks.TASKS[name].generates:
+            raise UserError(f"--beams is for captions, and changes nothing in {name}; leave it out")
         run_args.beams = args.beams
     dtype = machine.pick_dtype("f32" if args.int8 else args.dtype, device)
     run = train.Run(run_args, paper, device, dtype, rank=0, world=1)
@@ -144,6 +165,8 @@ def load_run(args):
     run.usual_answers = checkpoint.get("usual_answers", {})
     run.regions = checkpoint.get("regions", {})
     run.answers = checkpoint["answers"]
+    if run_args.ablate:
+        data.warn(f"trained with --ablate {run_args.ablate}: the {run_args.ablate} is not looked at")
     run.tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
     run.model = paper.MODEL(paper.Config(**checkpoint["config"]))
     run.model.load_state_dict(checkpoint["state"])
@@ -164,6 +187,13 @@ def use_dataset(run, task, dataset):
     dataset.task_number = run.args.tasks.index(task.name)
     dataset.store.crops = None  # which are for training
     return dataset.encode(run.tokenizer, max_length=run.args.max_words)
+
+
+def lost_text(datasets):
+    """What encoded datasets lose of their texts, in one line; "" if nothing."""
+    if any(dataset.lost[1:].any() for dataset in datasets):
+        return data.describe_lost_text(datasets).removeprefix("warning: ")
+    return ""
 
 
 @torch.inference_mode()
@@ -267,7 +297,7 @@ def print_answer(task, dataset, i, answer):
 
 
 def make_regions(run, where, path, boxes, network=None):
-    """The regions of a picture file, as in training. boxes: a list in pixels, or None.
+    """(the regions of a picture file, as in training; what is odd in it, a list of lines). boxes: a list in pixels, or None.
 
     network: what `load_network` returned; it is None if regions are patches of the picture.
     """
@@ -275,11 +305,14 @@ def make_regions(run, where, path, boxes, network=None):
         image = regions.open_picture(where, path)
         if boxes is not None:
             boxes = regions.check_boxes(boxes, *image.size, where, "boxes")
-        return {**network(image, boxes), "size": image.size}
-    found, _, mistake = regions.picture_regions(regions.PictureJob(where, path, boxes, run.args.patch, run.args.grid))
+        notes = [f"{where}: {note}" for note in regions.odd_picture(image, boxes)]
+        return {**network(image, boxes), "size": image.size}, notes
+    found, notes, mistake = regions.picture_regions(
+        regions.PictureJob(where, path, boxes, run.args.patch, run.args.grid)
+    )
     if mistake:
         raise UserError(mistake)
-    return found
+    return found, notes
 
 
 def load_network(run):
@@ -334,11 +367,12 @@ def make_example(task, record):
     for key in task.needs:
         if key != task.truth and len(record.get(key) or ()) < 2:
             raise UserError(f"{task.name} needs at least two {key} (--{key})")
+    for key in ("answer", "choices"):
+        if record.get(key) and "choices" not in task.needs:
+            raise UserError(f"{task.name} takes no {key}; leave it out")
     record["text"] = records.normalize_text(record["text"])
     answer = record.pop("answer", None)
     if answer:  # the choices are reasons for it
-        if "choices" not in task.needs:
-            raise UserError(f"{task.name} takes no answer; leave it out")
         record.update(choices=[answer], label=0, reasons=record["choices"], reason=0)
         return task.examples(record)[-1]._replace(target=-1)
     return task.examples(record)[0]
@@ -373,11 +407,16 @@ def read_images(run, task, args):
             if not Path(file).is_file():
                 raise UserError(f"--image {file}: no such file")
             files[len(files)] = Path(file)
-            found.append(make_regions(run, f"--image {file}", Path(file), own_boxes, network))
+            picture, notes = make_regions(run, f"--image {file}", Path(file), own_boxes, network)
+            found.append(picture)
+            for note in notes:
+                data.warn(note)
         name = " ".join(args.image[i : i + task.pictures])
         record = {"id": name, "text": args.text or "", "choices": args.choices, "answer": args.answer}
         questions.append((record, found))
     dataset = make_dataset(run, task, questions)
+    if lost_text([dataset]):
+        data.warn(lost_text([dataset]))
     if not args.boxes and run.regions.get("boxes") == "given":
         data.warn("trained on boxes of things, asked about a grid; give --boxes")
     return dataset, files
@@ -417,23 +456,38 @@ def show_attention(run, task, args):
 def answer_file(run, task, args):
     """Answers every line of `--data`; with truths, prints metrics beside chance."""
     datasets = load_lines(run, task, args, train.task_of_lines(run, task.name))
-    if args.out:
-        done = resume.whole_lines(Path(args.out), datasets) if args.resume else 0
-        write_predictions(run, task, datasets, Path(args.out), done, args.top)
     results = {}
+    if args.out:
+        path = Path(args.out)
+        results["made_by"] = {
+            "checkpoint": resume.hash_file(args.checkpoint),
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "int8": args.int8,
+            "task": task.name,
+            "top": args.top,
+            "beams": run.args.beams,
+            "prompt": args.prompt,
+        }
+        done = resume.whole_lines(path, datasets, results["made_by"]) if args.resume else 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_results(path, results)
+        write_predictions(run, task, datasets, path, done, args.top)
     for dataset in datasets:
         known = np.flatnonzero(has_truth(task, dataset))
         if len(known) == 0:
             print(f"split {dataset.split}: {len(dataset)} examples without {task.truth}, nothing to measure")
             continue
         part = dataset if len(known) == len(dataset) else dataset.subset(known)
-        results[dataset.split] = measure(run, task, part)
+        metrics, chance = measure(run, task, part)
+        results[dataset.split] = {**metrics, "chance": chance}
     if args.out:
         print(f"{args.out}: {sum(map(len, datasets))} predictions")
-        if results:
-            shown = {split: {**metrics, "chance": chance} for split, (metrics, chance) in results.items()}
-            path = Path(args.out).with_suffix(".result.json")
-            data.write_text(path, json.dumps(shown, indent=1, default=float) + "\n")
+        write_results(path, results)
+
+
+def write_results(path, results):
+    """Writes beside the predictions, into NAME.result.json, how they are made and, at the end, the metrics of each split."""
+    data.write_text(path.with_suffix(".result.json"), json.dumps(results, indent=1, default=float) + "\n")
 
 
 def load_lines(run, task, args, lines_of):
@@ -441,6 +495,7 @@ def load_lines(run, task, args, lines_of):
     splits if there is no test. lines_of: the row of tasks.TASKS whose lines are read."""
     source = args.data or own_source(run, task)
     description = data.read_dataset_json(data.find(source))
+    options.warn_of_other_network(source, description, run.regions)
     lines = optional_truth(lines_of, args.prompt or "")
     known = [*data.SPLITS, *description["extra_splits"]]
     names = [args.split] if args.split else ["test", *(name for name in known if name != "test")]
@@ -453,6 +508,10 @@ def load_lines(run, task, args, lines_of):
             break
     if not datasets:
         raise no_examples(source, args.split)
+    if lost_text(datasets):
+        data.warn(lost_text(datasets))
+    if datasets[0].split != "train":  # else `data.load` has printed them
+        regions.print_warnings(datasets[0].store)
     return datasets
 
 
@@ -484,7 +543,6 @@ def write_predictions(run, task, datasets, path, done, top):
 
     A chunk that is half there is computed as a whole, so that every line is what an uninterrupted run writes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     number = 0  # of the line, from 1
     with regions.naming(path), open(path, "a" if done else "w", encoding="utf-8") as file:
         for dataset in datasets:
@@ -541,7 +599,9 @@ def made_up_batch(run, task):
     features = np.zeros((7, run.model.config.feature_size), np.float32)
     boxes = np.tile(np.array([0, 0, 1, 1], np.float32), (7, 1))
     picture = {"features": features, "boxes": boxes, "size": (1, 1)}
-    record = {"text": "a", "choices": ["a", "b", "c"]}
+    record = {"text": "a"}
+    if "choices" in task.needs:
+        record["choices"] = ["a", "b", "c"]
     dataset = make_dataset(run, task, [(record, [picture] * task.pictures)] * 2)
     if task.ranks or task.generates:
         return data.collate(dataset, np.arange(2))

@@ -13,6 +13,8 @@ A question is JSON or a form (multipart/form-data), with these keys:
     sample      the number of a sample, in place of `images`
     attention   true: the answer also has `regions`, each with its share of the attention, see support/attention.py
 
+An answer also has `warning` if words of the text were unknown or cut off, or if something is odd in a picture.
+
 Every request has a thread of its own, which reads the picture. One thread runs the model: requests that came while it
 worked are answered together in its next forward pass. Whatever is wrong with a request is a 4xx or 5xx status and
 {"error": "..."}. Pages of other sites are refused.
@@ -112,6 +114,10 @@ class Batcher:
             for i, job in enumerate(jobs):
                 if job.attention:
                     answers[i] |= questions.weigh_regions(self.run, self.task, dataset, i, job.pictures)
+                own = dataset.subset(np.array([i])).encode(self.run.tokenizer, self.run.args.max_words)
+                notes = [note for picture in job.pictures for note in picture.get("notes", ())]
+                if notes or predict.lost_text([own]):
+                    answers[i]["warning"] = "; ".join([*notes, predict.lost_text([own])]).removesuffix("; ")
         except Exception as error:  # noqa: BLE001 (the thread must go on, whatever happened)
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)

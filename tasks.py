@@ -333,20 +333,23 @@ def answer_scores(run, dataset, name, answers):
 def evaluate_vqa(run, dataset):
     """Accuracy: the soft score of the answer with the highest logit, mean over all questions and over each kind.
 
-    Chance: always the most frequent answer of the training split to this kind of question.
+    Chance: always the most frequent answer of the training split to this kind of question, or to any question.
     """
     scores = answer_scores(run, dataset, "vqa", run.answers)
     guess = np.zeros(len(dataset))
     for i, kind in enumerate(dataset.kind):
-        guess[i] = dataset.answer[i].get(run.usual_answers.get(kind), 0.0)
+        usual = run.usual_answers.get(kind, run.usual_answers.get(""))
+        guess[i] = dataset.answer[i].get(usual, 0.0)
     return evaluation.accuracy_by_kind(scores, guess, dataset.kind)
 
 
 def most_frequent_answers(dataset):
-    """{kind of question: its most frequent answer}, of equally frequent ones the first in the alphabet."""
+    """{kind of question: the answer with the largest sum of scores}, of equal ones the first in the alphabet. "" has the
+    answer for all kinds together, unless it is a kind itself."""
     counts = {}
     for kind, answers in zip(dataset.kind, dataset.answer, strict=True):
-        counts.setdefault(kind, Counter()).update(answers.keys())
+        counts.setdefault(kind, Counter()).update(answers)
+    counts.setdefault("", sum(counts.values(), Counter()))
     usual = {}
     for kind, count in counts.items():
         if count:
@@ -676,8 +679,8 @@ def generate_captions(run, dataset, index):
     last = run.tokenizer.token_to_id("[SEP]")
     beams = 1 if dataset.split == "val" else run.args.beams
     with run.autocast():
-        captions = evaluation.generate(run.model, batch, first, last, beams)
-    return [run.tokenizer.decode(pieces) for pieces in captions]
+        captions = evaluation.generate(run.model, batch, first, last, beams, most=run.args.max_words - 2)
+    return [evaluation.join_ideographs(run.tokenizer.decode(pieces)) for pieces in captions]
 
 
 def show_caption(run, dataset, i, caption, top):

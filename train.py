@@ -102,6 +102,10 @@ def train(args):
     run.model = build_model(run, checkpoint).to(device)
     if args.resume:
         run.progress.update(checkpoint["progress"])
+        if run.progress["step"] > args.steps:
+            raise UserError(
+                f"--resume: {args.out} has made {run.progress['step']} steps already, --steps is {args.steps}"
+            )
     if teacher:
         distill.match_teacher(run, teacher)
     if args.lr is None:
@@ -264,6 +268,13 @@ def load_data(run, checkpoint, teacher):
             if not tasks.is_pretraining(task):
                 run.usual_answers = tasks.most_frequent_answers(splits["train"])
     if teacher and teacher["answers"] and run.answers:
+        known = len(set(run.answers) & set(teacher["answers"]))
+        if known == 0:
+            raise UserError(
+                f"--teacher {args.teacher}: knows none of the {len(run.answers)} answers of the training data"
+            )
+        if known < len(run.answers):
+            common.print0(f"teacher  knows {known} of {len(run.answers)} answers; the others count as wrong")
         run.answers = teacher["answers"]
 
 
@@ -608,6 +619,8 @@ def run_test(run):
             stages, text = evaluation.compare_stages(run, splits["test"], head)
             result.update(stages)
             lines.append(text)
+    if not lines:
+        lines.append("nothing is tested: the data has no split test")
     if run.rank == 0:
         data.write_text(args.out / "result.json", json.dumps(result, indent=1) + "\n")
     common.print0("\n".join(lines))
@@ -633,7 +646,7 @@ def main(argv=None):
             machine.keep_freed_memory()
             train_all(args)
         except (UserError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
-            message = machine.explain(error, kept="; the last checkpoint is kept")
+            message = machine.explain(error, kept="; saved checkpoints are kept")
             if message is None:
                 raise
             machine.print_once(f"train.py: {message}")

@@ -37,7 +37,7 @@ from prepare import networks, published
 from support.machine import pick_device
 from support import records
 from support.ranges import COUNT, COUNT_OR_ZERO
-from support.regions import content_digest, file_stamp
+from support.regions import content_digest, file_stamp, odd_picture
 
 SHARD = 256  # pictures and crops whose regions are written at once: what an interruption may lose
 CROP_AREAS = (0.5, 1.0)  # share of the picture that a crop keeps, drawn uniformly
@@ -93,7 +93,7 @@ def decode(job, network, mirror):
     """(the network's inputs, boxes in 0..1 or None, facts) of a picture, or a message if it cannot be read.
 
     job: (where it is named, its key, number of crops).   inputs: the picture's and each crop's.
-    facts: `size` (width, height); `digest`, a number that is equal for equal pictures; `frames` of an animation.
+    facts: `size` (width, height); `digest`, a number that is equal for equal pictures; `notes`, lines of what is odd.
     """
     where, key, crops = job
     path = Path(key[0])
@@ -104,6 +104,8 @@ def decode(job, network, mirror):
         image = data.open_picture(where, path)
         if boxes is not None:
             boxes = data.check_boxes(boxes, *image.size, where, "boxes")
+        notes = [f"{where}: {path.name}: {note}" for note in odd_picture(image, boxes)]
+        if boxes is not None:
             boxes = torch.from_numpy(boxes) / torch.tensor([*image.size, *image.size])
     except UserError as error:
         return str(error)
@@ -113,7 +115,7 @@ def decode(job, network, mirror):
     for view in range(1 + crops):  # a crop at a time: a photograph may have 24 million pixels
         shown = image if view == 0 else random_crop(image, rng, mirror)
         images.append(shown if network.detect is not None else networks.to_pixels(shown, network))
-    return images, boxes, {"size": image.size, "digest": digest, "frames": image.info["frames"]}
+    return images, boxes, {"size": image.size, "digest": digest, "notes": notes}
 
 
 def shard_regions(jobs, network, args, pool):
@@ -157,8 +159,10 @@ def to_half(fields):
 
 def extract(jobs, network, args, parts):
     """Writes the results of all jobs to files in folder `parts`, about SHARD pictures and crops each. Existing ones stay.
-    Returns the messages of unreadable pictures; UserError if there are more than args.skip_bad."""
+    Returns the messages of unreadable pictures and what is odd in the others; UserError if more than args.skip_bad are
+    unreadable."""
     errors = []
+    notes = []
     done = 0
     start = time.monotonic()
     shard = max(1, SHARD // (1 + args.crops))
@@ -169,7 +173,11 @@ def extract(jobs, network, args, parts):
                 results = torch.load(file, weights_only=True)
             else:
                 results = shard_regions(jobs[first : first + shard], network, args, pool)
-            errors.extend(result for result in results if isinstance(result, str))
+            for result in results:
+                if isinstance(result, str):
+                    errors.append(result)
+                else:
+                    notes += result[1].get("notes", ())  # an older version's parts have none
             if len(errors) > args.skip_bad:
                 raise UserError(f"{errors[0]} ({len(errors)} such so far); --skip-bad N leaves out up to N pictures")
             if not file.exists():
@@ -181,7 +189,7 @@ def extract(jobs, network, args, parts):
                 print(
                     f"{finished} of {len(jobs)} pictures, {rate:.1f} a second, {minutes:.1f} minutes left", flush=True
                 )
-    return errors
+    return errors, notes
 
 
 def read_parts(parts, rows):
@@ -222,12 +230,7 @@ def picture_regions(jobs, regions, device=None, batch_size=32):
                     yield None, [], result
                     continue
                 (fields,), facts = result
-                notes = []
-                if facts["frames"] > 1:
-                    notes.append(
-                        f"{job.where}: {job.path.name}: only the first of its {facts['frames']} frames is used"
-                    )
-                yield {**{name: values.numpy() for name, values in fields.items()}, **facts}, notes, None
+                yield {**{name: values.numpy() for name, values in fields.items()}, **facts}, facts["notes"], None
 
 
 # ---- command line -----------------------------------------------------------------------------------------------------
@@ -342,7 +345,7 @@ def prepare(args):
         parts.mkdir()
         (parts / "job.json").write_text(job)
     jobs = [(where, key, crops) for key, (where, crops) in pictures.items()]
-    errors = extract(jobs, network, args, parts)
+    errors, notes = extract(jobs, network, args, parts)
     if len(errors) == len(jobs):
         raise UserError(f"{errors[0]} (no picture can be read)")
     rows = {}
@@ -363,6 +366,8 @@ def prepare(args):
     published.write_dataset(out, **description)
     shutil.rmtree(parts)
     shutil.rmtree(out / "found", ignore_errors=True)
+    if notes:
+        data.warn(f"{notes[0]} ({len(notes)} such in all)")
     for error in errors:
         print(f"left out: {error}", file=sys.stderr)
     left_out = f"left out: {len(errors)} pictures, {lost} lines"

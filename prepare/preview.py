@@ -27,6 +27,17 @@ def draw_sheet(path, task, splits, split, count, patch, grid):
     return drawing.grid(cells, 3)
 
 
+def files_named(name, path, task, splits):
+    """The JSONL file and the pictures and feature files of its lines, those of them that have this name."""
+    found = [path]
+    for _, record in read_records(path, task, splits, Mistakes()):
+        for key in ("image", "images", "features"):
+            files = record.get(key, [])
+            for file in [files] if isinstance(files, str) else files:
+                found.append(path.parent / file)
+    return [file for file in found if file.name == name]
+
+
 def preview_cell(where, record, pictures, side=336, gap=12):
     """One example as a picture: its one or two pictures, `side` pixels wide or high, over its text."""
     store, rows = pictures.find(where, record)

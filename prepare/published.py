@@ -60,7 +60,7 @@ def stream_json(path, needed=(), inside=None, chunk=1 << 20):
     decoder = json.JSONDecoder()
     number = 0
     with open(path, encoding="utf-8") as file:
-        text = file.read(chunk).lstrip()
+        text = read_chunk(file, path, chunk).lstrip()
         if inside is not None:
             text = skip_to(file, path, text, inside, chunk)
         require(text[:1] in ("[", "{"), path, "neither a JSON list nor an object; is this the published file?")
@@ -77,7 +77,7 @@ def stream_json(path, needed=(), inside=None, chunk=1 << 20):
                     start = BETWEEN.match(text, start).end()
                 entry, end = decoder.raw_decode(text, start)
             except ValueError:  # the entry goes on in the next chunk, or the file is damaged
-                more = file.read(chunk)
+                more = read_chunk(file, path, chunk)
                 damaged = not more or len(text) > 64 * chunk
                 require(not damaged, f"{path}: entry {number}", "not JSON, or cut off; download the file again")
                 text = text[position:] + more
@@ -90,14 +90,22 @@ def stream_json(path, needed=(), inside=None, chunk=1 << 20):
             position = end
 
 
+def read_chunk(file, path, chunk):
+    """The next `chunk` characters of a text file."""
+    try:
+        return file.read(chunk)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); download it again") from None
+
+
 def skip_to(file, path, text, key, chunk):
     """The text of a JSON file from the value of `key` on, at least a chunk of it. text: what was read of the file."""
     wanted = f'"{key}"'
     while wanted not in text:
-        more = file.read(chunk)
+        more = read_chunk(file, path, chunk)
         require(more, path, f"has no {key!r}; is this the published file?")
         text = text[-len(wanted) :] + more  # the key may be cut by the end of a chunk
-    text = text[text.index(wanted) + len(wanted) :] + file.read(chunk)
+    text = text[text.index(wanted) + len(wanted) :] + read_chunk(file, path, chunk)
     return text[BETWEEN.match(text).end() :]
 
 

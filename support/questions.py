@@ -209,7 +209,8 @@ def make_regions(server, content, boxes):
         path = Path(folder) / "picture"
         path.write_bytes(content)
         try:
-            return predict.make_regions(server.run, "the request", path, boxes, server.network)
+            found, notes = predict.make_regions(server.run, "the request", path, boxes, server.network)
+            return {**found, "notes": notes}
         except UserError as error:
             raise HttpError(400, str(error).replace(str(path), "the picture")) from None
 

@@ -595,14 +595,19 @@ def count_lines(path):
 
 
 def first_record(path):
-    """The object of the first line of a JSONL file, unchecked; {} if that cannot be read."""
+    """The object of the first line of a JSONL file that is not blank, unchecked; {} if that cannot be read."""
     if not path.is_file():
         return {}
     with open(path, "rb") as file:
-        try:
-            return parse_line(file.readline().removeprefix(codecs.BOM_UTF8))
-        except UserError:  # it is reported where all lines are read
-            return {}
+        for line in file:
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            try:
+                return parse_line(line)
+            except UserError:  # it is reported where all lines are read
+                return {}
+    return {}
 
 
 def read_columns(path, task, splits, patch, grid, mistakes, network=None, device=None):

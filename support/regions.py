@@ -99,10 +99,25 @@ def remove_leftovers(folder):
                 shutil.rmtree(aside)
 
 
+def refuse_overwriting(option, out, inputs):
+    """UserError if the file `out`, which is to be written, is one of those that are read."""
+    for path in inputs:
+        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
+            raise UserError(f"{option} {out}: is read by this command and would be lost; give another name")
+
+
 def warn(text):
     """One line on stderr, from one process."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {text}", file=sys.stderr)
+
+
+def print_warnings(store):
+    """Warns of what was odd in the pictures of a store when it was made: the first such, and how many there are."""
+    file = store.folder / "warnings.json"
+    notes = json.loads(file.read_text()) if file.exists() else []
+    if notes:
+        warn(f"{notes[0]} ({len(notes)} such in all)")
 
 
 def cache_key(*parts):
@@ -163,8 +178,11 @@ def open_picture(where, path):
     Of an animation the first frame; info["frames"] is their number. UserError if it cannot be read."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            if "transparency" in image.info and image.tile[0][3] == "RGB;16B":
+            sixteen_bits = bool(image.tile) and image.tile[0][3] in ("RGB;16B", "RGBA;16B", "LA;16B")
+            if sixteen_bits and "transparency" in image.info:
                 raise ValueError("a transparent colour of 16 bits, of which Pillow reads only 8")
+            if sixteen_bits and max(high for _, high in image.getextrema()[: 1 if image.mode == "LA" else 3]) < 64:
+                raise ValueError("16 bits a colour, all values below 16,384: Pillow's 8 bits would be nearly black")
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo and its preview
             ImageOps.exif_transpose(image, in_place=True)  # a copy would be as large once more
             picture = to_rgb(image)
@@ -379,8 +397,7 @@ def picture_regions(job):
             boxes = check_boxes(boxes, width, height, job.where, "boxes")
             regions = {"features": region_features(image, boxes, job.patch), "boxes": boxes}
             pixels = image.tobytes()
-            if image.info["frames"] > 1:
-                notes.append(f"only the first of its {image.info['frames']} frames is used")
+            notes += odd_picture(image, boxes)
     except UserError as error:
         return None, [], str(error)
     features = regions["features"]
@@ -391,8 +408,8 @@ def picture_regions(job):
         notes.append("more than 95% of the features are zero")
     if len(boxes) > 2 and (boxes == boxes[0]).all():
         notes.append("all boxes are alike")
-    if boxes.max() <= 1 < min(width, height):
-        notes.append("boxes look normalised to 0..1; multiply them by width and height")
+    if job.path.suffix == ".npz" and boxes.max() <= 1 < min(width, height):
+        notes.append(NORMALISED)
     regions["boxes"] = boxes / np.array([width, height, width, height], np.float32)
     regions["size"] = (width, height)
     regions["digest"] = content_digest(pixels)
@@ -400,6 +417,19 @@ def picture_regions(job):
 
 
 # ---- the feature store ------------------------------------------------------------------------------------------------
+
+
+NORMALISED = "boxes look normalised to 0..1; multiply them by width and height"
+
+
+def odd_picture(image, boxes):
+    """What is odd in a picture that open_picture has read and its boxes in pixels (N, 4), a list of lines."""
+    notes = []
+    if image.info["frames"] > 1:
+        notes.append(f"only the first of its {image.info['frames']} frames is used")
+    if boxes is not None and boxes.max() <= 1 < min(image.size):
+        notes.append(NORMALISED)
+    return notes
 
 
 def is_network(regions):

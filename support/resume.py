@@ -75,11 +75,23 @@ def check_best(folder, content):
         print0(f"resume   {error}; the best weights so far are lost, the best of the steps to come are kept")
 
 
-def whole_lines(path, datasets):
+def whole_lines(path, datasets, made_by):
     """How many predictions an interrupted --out of predict.py holds. Cuts off a last line that is not whole. UserError if the
-    predictions are of other data."""
+    predictions are of other data, or made in another way than `made_by`, which stands in the file of results beside."""
     if not path.is_file():
         return 0
+    beside = path.with_suffix(".result.json")
+    try:
+        before = json.loads(beside.read_text())["made_by"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"--resume: {beside} does not say how {path} was made; leave out --resume to write it anew"
+        ) from None
+    for name, value in made_by.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"--resume: {path} was made with another {name}; give the same, or leave out --resume to write it anew"
+            )
     content = path.read_bytes()
     content = content[: content.rfind(b"\n") + 1]
     lines = content.splitlines()
@@ -160,6 +172,12 @@ HASH = "sha256 "  # prefix of values that an error message does not print
 def hash_text(text):
     """A short hash."""
     return HASH + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def hash_file(path):
+    """A short hash of a file."""
+    with open(path, "rb") as file:
+        return HASH + hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def hash_data(dataset):

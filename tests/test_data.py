@@ -677,18 +677,20 @@ def test_whatever_is_transparent_is_white(tmp_path):
     assert abs(half - 127).max() <= 1
 
 
-def png_of_16_bits(values, transparent):
-    """The bytes of a PNG: values (H,W) grey or (H,W,3) RGB, one of which is transparent. Pillow cannot write it."""
+def png_of_16_bits(values, transparent=None):
+    """The bytes of a PNG: values (H,W) grey or (H,W,3) RGB, one of which may be transparent. Pillow cannot write it."""
     height, width = values.shape[:2]
     content = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">IIBBBBB", width, height, 16, 0 if values.ndim == 2 else 2, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     chunks = {
         b"IHDR": header,
-        b"tRNS": np.array(transparent, ">u2").tobytes(),
+        b"tRNS": np.array(transparent or 0, ">u2").tobytes(),
         b"IDAT": zlib.compress(rows),
         b"IEND": b"",
     }
+    if transparent is None:
+        del chunks[b"tRNS"]
     for name, part in chunks.items():
         content += struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
     return content
@@ -711,6 +713,16 @@ def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
         (tmp_path / "p.png").write_bytes(png_of_16_bits(colors, transparent))
         with pytest.raises(common.UserError, match="p.png .a transparent colour of 16 bits"):
             data.open_picture("here", tmp_path / "p.png")
+
+
+def test_colours_of_16_bits_that_would_turn_black_are_refused(tmp_path):
+    """Of 12 bits in 16 Pillow's 8 keep the upper 4. Grey is scaled from its own range; full range is read as ever."""
+    colors = np.array([[(4095, 2000, 0), (17, 300, 4095)]])
+    (tmp_path / "p.png").write_bytes(png_of_16_bits(colors))
+    with pytest.raises(common.UserError, match="16 bits a colour, all values below 16,384"):
+        data.open_picture("here", tmp_path / "p.png")
+    (tmp_path / "p.png").write_bytes(png_of_16_bits(colors * 16))
+    assert np.asarray(data.open_picture("here", tmp_path / "p.png"))[0].tolist() == [[255, 125, 0], [1, 18, 255]]
 
 
 def test_pixels_that_are_no_numbers_are_black_and_no_part_of_the_range(tmp_path):
@@ -785,6 +797,9 @@ def test_of_an_animation_the_first_frame_is_used_and_that_is_said(tmp_path, caps
     assert pixels[0, 0].tolist() == [255, 0, 0]
     path = write_jsonl(tmp_path / "a.jsonl", [{"image": "a.gif", "text": "x"}])
     load(path, "caption", "train", cache=tmp_path / "c")
+    assert "first of its 3 frames" in capsys.readouterr().err
+    path = write_jsonl(tmp_path / "b.jsonl", [{"image": "a.gif", "text": "x", "split": "test"}])
+    assert data.main(["check", str(path)]) == 0  # also where nothing is to train on
     assert "first of its 3 frames" in capsys.readouterr().err
 
 

@@ -271,6 +271,20 @@ def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsy
     assert "4 attention heads of the teacher cannot be shared by 3" in errors[2]
 
 
+def test_answers_that_the_teacher_does_not_know_are_counted(pictures, tmp_path, here, capsys):
+    here("--data", pictures, "--task", "vqa", "--steps", 1, "--out", "teacher")
+    one = pictures.read_text().replace('"yes"', '"oui"')
+    both = one.replace('"no"', '"non"')
+    own = pictures.parent / "other.jsonl"
+    options = ["--data", own, "--task", "vqa", "--steps", 1, "--teacher", "teacher/best.pt", "--out", "other"]
+    own.write_text(one)
+    here(*options)
+    assert "knows 1 of 2 answers; the others count as wrong" in capsys.readouterr().out
+    own.write_text(both)
+    here(*options, code=2)
+    assert "knows none of the 2 answers" in capsys.readouterr().err
+
+
 # ---- distillation ----------------------------------------------------------------------------------------------
 
 

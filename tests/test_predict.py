@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,7 @@ def test_an_interrupted_file_goes_on_and_ends_alike(cut, trained, small_scenes, 
     part = tmp_path / "part.jsonl"
     assert use(checkpoint, "--data", small_scenes(20), "--out", whole) == 0
     part.write_bytes(whole.read_bytes()[:cut])
+    shutil.copy(tmp_path / "whole.result.json", tmp_path / "part.result.json")
     answered = []
     before = predict.predict
 
@@ -227,11 +229,73 @@ def test_pretraining_is_measured_in_8_bits(trained, small_scenes, capsys):
 
 def test_a_file_of_other_predictions_is_not_continued(trained, small_scenes, tmp_path, capsys):
     checkpoint = trained("uniter", "vqa")
+    assert use(checkpoint, "--data", small_scenes(20), "--out", tmp_path / "p.jsonl") == 0
+    capsys.readouterr()
     for content in ('{"id": "other"}\n', "no JSON\n", "[]\n"):
         (tmp_path / "p.jsonl").write_text(content)
         assert use(checkpoint, "--data", small_scenes(20), "--out", tmp_path / "p.jsonl", "--resume") == 2
         assert "p.jsonl:1: not a prediction" in capsys.readouterr().err
         assert (tmp_path / "p.jsonl").read_text() == content
+
+
+def test_a_file_of_another_checkpoint_or_option_is_not_continued(trained, small_scenes, tmp_path, capsys):
+    checkpoint = trained("uniter", "vqa")
+    out = tmp_path / "p.jsonl"
+    assert use(checkpoint, "--data", small_scenes(20), "--out", out) == 0
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:7]))
+    other = torch.load(checkpoint, weights_only=True)
+    other["state"]["pooler.dense.bias"] += 1
+    torch.save(other, tmp_path / "other.pt")
+    for file, more, name in ((tmp_path / "other.pt", [], "checkpoint"), (checkpoint, ["--top", "1"], "top")):
+        assert use(file, "--data", small_scenes(20), "--out", out, "--resume", *more) == 2
+        assert f"was made with another {name}" in capsys.readouterr().err
+    assert out.read_bytes() == b"".join(lines[:7])
+    (tmp_path / "p.result.json").unlink()
+    assert use(checkpoint, "--data", small_scenes(20), "--out", out, "--resume") == 2
+    assert "does not say how" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_never_saw_the_picture_says_so(trained, folder, capsys):
+    content = torch.load(trained("uniter", "vqa"), weights_only=True)
+    content["settings"]["ablate"] = "image"
+    torch.save(content, folder / "blind.pt")
+    assert use("blind.pt", "--image", "0.png", "--text", "is it red?", "--boxes", "[[1,2,30,40]]") == 0
+    assert "trained with --ablate image: the image is not looked at" in capsys.readouterr().err
+
+
+def test_what_is_read_is_never_written_over(trained, folder, capsys):
+    checkpoint = trained("uniter", "vqa")
+    shutil.copy(checkpoint, "c.pt")
+    path = own_file(folder, "mine.jsonl", [{"image": "0.png", "text": "is it red?", "answer": "yes"}])
+    os.symlink("0.png", "link.png")
+    for arguments, file in (
+        ([checkpoint, "--data", path, "--out", path], path),
+        ([checkpoint, "--image", "0.png", "--text", "red", "--out", "0.png"], "0.png"),
+        ([checkpoint, "--image", "0.png", "--text", "red", "--out", "link.png"], "0.png"),
+        ([checkpoint, "--image", "0.png", "--text", "red", "--attention", "0.png"], "0.png"),
+        (["c.pt", "--export", "c.pt"], "c.pt"),
+    ):
+        before = (folder / file).read_bytes()
+        assert use(*arguments) == 2, arguments
+        assert "would be lost" in capsys.readouterr().err
+        assert (folder / file).read_bytes() == before
+    before = (folder / "0.png").read_bytes()
+    for out in ("0.png", "mine.jsonl"):
+        assert data.main(["preview", str(path), "--task", "vqa", "--split", "test", "--out", out]) == 2
+        assert "would be lost" in capsys.readouterr().err
+    assert (folder / "0.png").read_bytes() == before
+
+
+def test_words_that_are_cut_or_unknown_are_told(trained, folder, capsys):
+    checkpoint = trained("uniter", "vqa")
+    long = "is there a red thing " * 30
+    path = own_file(folder, "long.jsonl", [{"image": "0.png", "text": long}])
+    for arguments in (["--image", "0.png", "--text", long], ["--data", path], ["--image", "0.png", "--text", "ж ω"]):
+        assert use(checkpoint, *arguments) == 0
+        assert "cut off at the longest length" in capsys.readouterr().err
+    assert use(checkpoint, "--image", "0.png", "--text", "is there a red thing?") == 0
+    assert "cut off" not in capsys.readouterr().err
 
 
 # ---- --image ---------------------------------------------------------------------------------------------------------

@@ -508,7 +508,7 @@ START = {"regions": {"kind": "network", "network": "b"}}
 def test_which_network_makes_the_regions_of_own_pictures(record, given, start, chosen, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(networks, "best_installed", lambda: "best")
     write_lines(tmp_path / "my.jsonl", [record])
-    args = argparse.Namespace(**{"features": None, "patch_options": [], "tasks": ["vqa"], **given})
+    args = argparse.Namespace(**{"features": None, "patch_options": [], "tasks": ["vqa"], "fresh": False, **given})
     args.data_sets = [(tmp_path / "my.jsonl", data.read_dataset_json(tmp_path / "my.jsonl"))]
     regions = options.choose_regions(args, start)
     assert regions.get("network") == chosen and args.data_sets[0][1]["regions"] == regions
@@ -542,14 +542,21 @@ def test_the_default_number_of_steps_is_four_passes_within_bounds(tmp_path):
 
 def test_without_a_network_the_line_says_what_to_install(tmp_path, capsys):
     write_lines(tmp_path / "my.jsonl", [OWN])
-    args = argparse.Namespace(features=None, patch_options=[], tasks=["vqa"])
+    args = argparse.Namespace(features=None, patch_options=[], tasks=["vqa"], fresh=False)
     args.data_sets = [(tmp_path / "my.jsonl", data.read_dataset_json(tmp_path / "my.jsonl"))]
     assert options.choose_regions(args, None) == {}
     shown = capsys.readouterr().out
     assert "raw pixels" in shown and "pip install efficientnet-lite-pytorch" in shown and shown.count("\n") == 1
     # a data set that says how its regions were made is left alone
     args.data_sets[0][1]["regions"] = {"kind": "patches"}
-    assert options.choose_regions(args, START) == {"kind": "patches"} and capsys.readouterr().out == ""
+    assert options.choose_regions(args, START) == {"kind": "patches"} and capsys.readouterr() == ("", "")
+    # features of equal width may be of another network: they are taken, with a warning
+    args.data_sets[0][1]["regions"] = {"kind": "network", "network": "c"}
+    options.choose_regions(args, START)
+    assert "features of c, the checkpoint was trained on those of b" in capsys.readouterr().err
+    args.fresh = True
+    options.choose_regions(args, START)
+    assert capsys.readouterr().err == ""
 
 
 def test_given_boxes_are_regions_in_their_order(tmp_path, no_network):
@@ -1198,6 +1205,8 @@ def test_gqa(tmp_path, capsys):
     path = folder / "val_balanced_questions.json"
     path.write_text(path.read_text()[:-40])
     assert "entry 1: not JSON, or cut off" in error_of(capsys, gqa, folder, tmp_path / "out")
+    path.write_bytes(path.read_bytes().replace(b"sky", b"sk\xff"))
+    assert f"{path}: not UTF-8" in error_of(capsys, gqa, folder, tmp_path / "out")
     assert read_lines(tmp_path / "out" / "gqa.jsonl") == records  # a failed run leaves the old file
 
 
@@ -1373,7 +1382,8 @@ def make_visual_genome(folder):
         thing = {"synsets": ["clock.n.01"], "h": 339, "object_id": 1058498, "names": ["clock"], "w": 79, "y": 300}
         thing.update(x=421, attributes=["green", "tall"])
         plain = {"h": 9, "w": 9, "x": 1, "y": 1, "names": ["man"]}  # many objects have no attributes
-        attributed.append({"image_id": number, "attributes": [thing, plain, {**plain, "w": 0}]})
+        attributed.append({"image_id": number, "attributes": [thing, {**plain, "attributes": None}, {**plain, "w": 0}]})
+    attributed.append({"image_id": 1, "attributes": None})
     write_json(folder / "image_data.json", images)
     write_json(folder / "region_descriptions.json", described)
     write_json(folder / "question_answers.json", asked)

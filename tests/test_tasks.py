@@ -470,7 +470,10 @@ def test_tasks_are_drawn_by_size():
 @pytest.mark.parametrize("name", ["uniter", "lxmert"])
 def test_a_summed_loss_counts_as_a_mean_whatever_the_parts(name):
     model, found = make(name, heads=("refer",)), []
-    batch = dataclasses.replace(make_batch(rows=4), target=torch.tensor([0, 1, 2, 2]), ids=[""] * 4)
+    batch = make_batch(rows=4)
+    labels = torch.tensor([0, 1, 2, 2])
+    target = torch.nn.functional.one_hot(labels, batch.region_mask.shape[1])
+    batch = dataclasses.replace(batch, target=target, ids=[""] * 4)
     run = SimpleNamespace(model=model, paper=checkpoints.MODELS[name], teacher=None)
     run.device, run.autocast = torch.device("cpu"), train.nullcontext
     for parts in ([[0, 1, 2, 3]], [[0], [1, 2, 3]]):
@@ -478,7 +481,7 @@ def test_a_summed_loss_counts_as_a_mean_whatever_the_parts(name):
         loss = train.backward(run, [batch.rows(torch.tensor(p)) for p in parts], ["refer"])["refer"]
         found.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     scores = checkpoints.MODELS[name].OBJECTIVES["refer"].loss(model, model.encode(batch), batch)[1]
-    assert found[0][0].item() == pytest.approx(torch.nn.functional.cross_entropy(scores, batch.target).item(), rel=1e-6)
+    assert found[0][0].item() == pytest.approx(torch.nn.functional.cross_entropy(scores, labels).item(), rel=1e-6)
     for whole, split in zip(*found, strict=True):
         torch.testing.assert_close(whole, split, atol=1e-6, rtol=1e-6)
 
@@ -648,6 +651,8 @@ def test_words_of_a_caption():
         "it",
     ]
     assert evaluation.words_of("Café 3 + 4") == ["café", "3", "4"]
+    assert evaluation.words_of("双肺清晰，CT正常。") == ["双", "肺", "清", "晰", "ct", "正", "常"]
+    assert evaluation.join_ideographs("a ct : 双 肺 清 晰 , ok 正 常") == "a ct : 双肺清晰 , ok 正常"
     assert evaluation.words_of("हिन्दी में।") == ["हिन्दी", "में"]
 
 
@@ -722,12 +727,14 @@ def test_chance_of_retrieval_counts_draws():
 @pytest.mark.parametrize(("split", "expected"), [("val", 1), ("test", 5)])
 def test_captions_are_searched_with_beams_in_the_test_alone(split, expected, drawn, tokenizer, monkeypatch):
     dataset = drawn(split, "caption", 20).encode(tokenizer)
-    run = SimpleNamespace(args=SimpleNamespace(ablate=None, beams=5), tokenizer=tokenizer, model="a model")
+    args = SimpleNamespace(ablate=None, beams=5, max_words=50)
+    run = SimpleNamespace(args=args, tokenizer=tokenizer, model="a model")
     run.device, run.autocast = torch.device("cpu"), train.nullcontext
     ends = (tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]"))
 
-    def generate(model, batch, first, last, beams):
+    def generate(model, batch, first, last, beams, most):
         assert (model, len(batch.text), first, last, beams) == ("a model", 3, *ends, expected)
+        assert most == 48  # as in training: [CLS] and [SEP] count
         return [dataset.tokens[1:3].tolist()] * 3
 
     monkeypatch.setattr(evaluation, "generate", generate)
@@ -979,7 +986,11 @@ def test_a_caption_repeated_word_for_word_has_bleu_1(drawn, tokenizer, monkeypat
     dataset = drawn("val", "caption", 30).encode(tokenizer)
     index = evaluation.first_captions(dataset)
     run = SimpleNamespace(
-        args=SimpleNamespace(ablate=None, beams=1, pool=30), rank=0, world=1, paper=uniter, tokenizer=tokenizer
+        args=SimpleNamespace(ablate=None, beams=1, pool=30, max_words=60),
+        rank=0,
+        world=1,
+        paper=uniter,
+        tokenizer=tokenizer,
     )
     run.model, run.device, run.autocast, run.answers = None, torch.device("cpu"), train.nullcontext, []
     pieces = [dataset.tokens[a + 1 : b - 1].tolist() for a, b in itertools.pairwise(dataset.offsets)]
@@ -991,7 +1002,7 @@ def test_a_caption_repeated_word_for_word_has_bleu_1(drawn, tokenizer, monkeypat
         caption_of = dict(zip(dataset.image[index].tolist(), repeated.tolist(), strict=True))
         turn = iter(tasks.evaluation_batches(run, dataset, index))
 
-        def generate(*_, caption_of=caption_of, turn=turn):
+        def generate(*_, most, caption_of=caption_of, turn=turn):
             return [pieces[caption_of[int(dataset.image[i])]] for i in next(turn)]
 
         monkeypatch.setattr(evaluation, "generate", generate)

@@ -412,6 +412,15 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
     assert chance == pytest.approx({"accuracy": 2.6 / 3, "accuracy_a": 0.8, "accuracy_b": 1.0})
 
 
+def test_the_usual_answer_is_the_one_with_the_largest_sum_of_scores():
+    class Questions(SimpleNamespace):
+        __len__ = lambda self: len(self.kind)
+
+    answers = [{"no": 0.3, "yes": 1.0}] * 3 + [{"no": 0.3}] * 2 + [{"red": 1.0}] * 2 + [{"blue": 0.0}] * 9
+    taught = Questions(kind=["a"] * 5 + ["b"] * 11, answer=answers)
+    assert tasks.most_frequent_answers(taught) == {"a": "yes", "b": "red", "": "yes"}  # "": a kind that was not taught
+
+
 # ---- the command line ------------------------------------------------------------------------------------------
 
 
@@ -540,6 +549,9 @@ def test_options_are_taken_where_something_reads_them(arguments):
         (["--out", "damaged.pt"], "--out damaged.pt: is a file"),
         (["--init", "damaged.pt"], "damaged.pt"),
         (["--teacher", "nowhere.pt"], "nowhere.pt"),
+        (["--init", ""], "--init is empty"),
+        (["--out", ""], "--out is empty"),
+        (["--objectives", ""], "--objectives is empty"),
         (["--distill", "logits,dreams"], "dreams"),
         (["--temperature", "warm"], "warm"),
         (["--temperature", "0.2:2"], "0.2:2"),
@@ -962,6 +974,35 @@ def test_help_has_the_default_of_every_option_that_has_one(capsys):
                 assert f"{words} (default: {default})" in text.replace("- ", "-"), name
 
 
+def test_a_run_is_not_resumed_for_fewer_steps_than_it_has_made(pictures, tmp_path, here, capsys):
+    here("--data", pictures, "--steps", 3, "--out", "out")
+    before = (tmp_path / "out/result.json").read_bytes()
+    here("--data", pictures, "--steps", 2, "--out", "out", "--resume", code=2)
+    assert "has made 3 steps already, --steps is 2" in capsys.readouterr().err
+    assert (tmp_path / "out/result.json").read_bytes() == before
+
+
+def test_a_run_without_a_test_split_says_so(pictures, tmp_path, here, capsys):
+    lines = [line for line in pictures.read_text().splitlines() if '"test"' not in line]
+    (pictures.parent / "no_test.jsonl").write_text("\n".join(lines))
+    here("--data", pictures.parent / "no_test.jsonl", "--steps", 1)
+    assert "nothing is tested: the data has no split test" in capsys.readouterr().out
+
+
+def test_features_are_not_given_to_lines_that_have_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "f.npz", features=np.eye(5), boxes=np.eye(5, 4) + [0, 0, 4, 4], size=np.array([9, 9]))
+    (tmp_path / "f.jsonl").write_text('\n{"features": "f.npz", "text": "a dog"}\n' * 2)
+    for given in (["--features", "patches"], ["--grid", "3"], ["--patch", "8"]):
+        assert train.main(["--data", "f.jsonl", "--steps", "1", *given]) == 2
+        assert f"{given[0]} is for pictures" in capsys.readouterr().err
+
+
+def test_blank_lines_do_not_hide_what_the_first_line_names(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf\n \n" + b'{"image": "a.png"}\n')
+    assert records.first_record(tmp_path / "a.jsonl") == {"image": "a.png"}
+
+
 def test_every_option_has_a_help_text_and_a_group():
     for title, rows in options.OPTIONS.items():
         for name, _, _, text in rows:
@@ -1292,7 +1333,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(pictures, here, monkeypatch, c
 
     monkeypatch.setattr(train, "build_model", interrupt)
     here("--data", pictures, "--steps", 1, code=130)
-    assert capsys.readouterr().err == "train.py: interrupted; the last checkpoint is kept\n"
+    assert capsys.readouterr().err == "train.py: interrupted; saved checkpoints are kept\n"
 
 
 def test_a_full_disk_names_the_file_that_did_not_fit(tmp_path):
