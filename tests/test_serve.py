@@ -117,6 +117,20 @@ def test_pictures_of_a_request_are_answered_as_files_are(start, scene, tmp_path,
     assert status == 200 and predict.describe(answer) + "\n" == capsys.readouterr().out
 
 
+def test_an_answer_warns_of_lost_words_and_further_frames(start, scene):
+    server = start("vqa")
+    question = {"images": [scene], "text": "what color is the circle?"}
+    assert "warning" not in request(server, "POST", "/predict", question)[1]
+    question["text"] += " ж"
+    assert "of the word pieces are unknown" in request(server, "POST", "/predict", question)[1]["warning"]
+    frames = [Image.new("RGB", (30, 30), color) for color in ("red", "blue")]
+    content = io.BytesIO()
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:])
+    question = {"images": [base64.b64encode(content.getvalue()).decode()], "text": "what color is the circle?"}
+    warning = request(server, "POST", "/predict", question)[1]["warning"]
+    assert warning.startswith("picture: only the first of its 2 frames is used"), warning
+
+
 def test_a_photo_on_its_side_is_answered_as_it_is_shown(start):
     """With given boxes, and with the grid, which follows the turned picture too."""
     server = start("refer")
