@@ -434,7 +434,7 @@ def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE, network
     columns = make_columns(path, task, splits, patch, grid, cache, own_network, device, checked)
     dataset = open_columns(columns, description["name"], split)
     if split == "train" and len(dataset):
-        print_warnings(dataset.store)
+        print_warnings(dataset.store, path)
         if "target" in task.needs:
             dataset = drop_unreachable(dataset, path)
     if limit is not None:
@@ -848,7 +848,7 @@ def check(source, task, vocab, max_words, patch, grid):
         raise UserError(f"{path}: mistakes: {mistakes.count}, the first {len(mistakes.first)} above")
     sets = {split: load(source, task, split, None, patch, grid, checked=True) for split in splits if split in columns}
     if "train" not in sets:  # else `load` has printed them
-        print_warnings(next(iter(sets.values())).store)
+        print_warnings(next(iter(sets.values())).store, path)
     print_contents(path, sets)
     print_shared_pictures(sets)
     if "train" in sets and task.pictures == 1 and not task.needs:
@@ -896,7 +896,8 @@ def preview(source, task, out, split, count, patch, grid):
     from support import drawing
 
     path, splits = describe(source, task)
-    refuse_overwriting("--out", out, files_named(Path(out).name, path, task, splits))
+    if Path(out).exists():
+        refuse_overwriting("--out", out, files_named(Path(out).name, path, task, splits))
     sheet = draw_sheet(path, task, splits, split, count, patch, grid)
     drawing.save(sheet, Path(out), "--out")
     print(f"{out}: {sheet.width} x {sheet.height} pixels, of {path}")

@@ -31,6 +31,7 @@ import data
 import tasks
 import train
 from common import UserError
+from prepare.preview import files_named
 from support import (
     attention,
     attention_sheet,
@@ -128,7 +129,7 @@ def parse(argv=None):
         if text and text.strip() and not records.is_text(text):
             raise UserError(f"--{name} {text!r}: has no visible character")
     attention_sheet.check_options(args)
-    inputs = [args.checkpoint, *(args.image or ()), *([args.data] if args.data else ())]
+    inputs = [args.checkpoint, *(args.image or ())]
     for option in ("out", "embed", "export", "attention"):
         path = getattr(args, option)
         if path:
@@ -191,9 +192,13 @@ def use_dataset(run, task, dataset):
 
 def lost_text(datasets):
     """What encoded datasets lose of their texts, in one line; "" if nothing."""
-    if any(dataset.lost[1:].any() for dataset in datasets):
-        return data.describe_lost_text(datasets).removeprefix("warning: ")
-    return ""
+    pieces, unknown, cut = np.sum([dataset.lost for dataset in datasets], axis=0)
+    parts = []
+    if unknown:
+        parts.append(f"{unknown} of {pieces} word pieces are unknown")
+    if cut:
+        parts.append(f"{cut} of {pieces} word pieces are cut off, since texts are too long")
+    return "; ".join(parts)
 
 
 @torch.inference_mode()
@@ -274,9 +279,16 @@ def varied_examples(dataset, count):
     return order[np.argsort(turns, kind="stable")[:count]]
 
 
+def examples_to_show(run, task, args):
+    """`held_out` for the command line. UserError if what is to be drawn would write over the data."""
+    description = data.read_dataset_json(data.find(own_source(run, task)))
+    refuse_lost_data(args, description, train.task_of_lines(run, task.name))
+    return held_out(run, task, args.split, args.scenes)
+
+
 def show_scenes(run, task, args):
     """Prints `--scenes` held-out examples with their answers, and draws them as one picture."""
-    dataset, files = held_out(run, task, args.split, args.scenes)
+    dataset, files = examples_to_show(run, task, args)
     answers = predict(run, task, dataset, np.arange(len(dataset)), args.top)
     for i, answer in enumerate(answers):
         print_answer(task, dataset, i, answer)
@@ -439,7 +451,7 @@ def answer_images(run, task, args):
 def show_attention(run, task, args):
     """Prints the answers to `--scenes` or `--image`, and draws what they attend to."""
     if args.scenes:
-        dataset, files = held_out(run, task, args.split, args.scenes)
+        dataset, files = examples_to_show(run, task, args)
     else:
         dataset, files = read_images(run, task, args)
     titles = []
@@ -460,6 +472,7 @@ def answer_file(run, task, args):
     if args.out:
         path = Path(args.out)
         results["made_by"] = {
+            "data": [{"split": dataset.split, **resume.hash_data(dataset)} for dataset in datasets],
             "checkpoint": resume.hash_file(args.checkpoint),
             "dtype": str(run.dtype).removeprefix("torch."),
             "int8": args.int8,
@@ -486,8 +499,8 @@ def answer_file(run, task, args):
 
 
 def write_results(path, results):
-    """Writes beside the predictions, into NAME.result.json, how they are made and, at the end, the metrics of each split."""
-    data.write_text(path.with_suffix(".result.json"), json.dumps(results, indent=1, default=float) + "\n")
+    """Writes beside the predictions how they are made and, at the end, the metrics of each split."""
+    data.write_text(resume.results_file(path), json.dumps(results, indent=1, default=float) + "\n")
 
 
 def load_lines(run, task, args, lines_of):
@@ -496,6 +509,7 @@ def load_lines(run, task, args, lines_of):
     source = args.data or own_source(run, task)
     description = data.read_dataset_json(data.find(source))
     options.warn_of_other_network(source, description, run.regions)
+    refuse_lost_data(args, description, lines_of)
     lines = optional_truth(lines_of, args.prompt or "")
     known = [*data.SPLITS, *description["extra_splits"]]
     names = [args.split] if args.split else ["test", *(name for name in known if name != "test")]
@@ -511,8 +525,21 @@ def load_lines(run, task, args, lines_of):
     if lost_text(datasets):
         data.warn(lost_text(datasets))
     if datasets[0].split != "train":  # else `data.load` has printed them
-        regions.print_warnings(datasets[0].store)
+        regions.print_warnings(datasets[0].store, source)
     return datasets
+
+
+def refuse_lost_data(args, description, task):
+    """UserError if what this command writes would write over lines or pictures of the data set that it reads."""
+    outputs = {"--out": args.out, "--embed": args.embed, "--attention": args.attention}
+    if not args.out and (args.search or (args.scenes and not args.attention)):
+        outputs["--out"] = "found.png" if args.search else "predictions.png"  # the defaults
+    path = data.task_file(description, task.name)
+    splits = [*data.SPLITS, *description["extra_splits"]]
+    for option, out in outputs.items():
+        for file in [out, resume.results_file(Path(out))] if out else []:
+            if Path(file).exists():
+                regions.refuse_overwriting(option, file, files_named(Path(file).name, path, task, splits))
 
 
 def optional_truth(task, prompt=""):

@@ -114,10 +114,12 @@ class Batcher:
             for i, job in enumerate(jobs):
                 if job.attention:
                     answers[i] |= questions.weigh_regions(self.run, self.task, dataset, i, job.pictures)
-                own = dataset.subset(np.array([i])).encode(self.run.tokenizer, self.run.args.max_words)
-                notes = [note for picture in job.pictures for note in picture.get("notes", ())]
-                if notes or predict.lost_text([own]):
-                    answers[i]["warning"] = "; ".join([*notes, predict.lost_text([own])]).removesuffix("; ")
+                notes = [f"picture: {note}" for picture in job.pictures for note in picture.get("notes", ())]
+                if any(dataset.lost[1:]):  # of one of the questions
+                    own = dataset.subset(np.array([i])).encode(self.run.tokenizer, self.run.args.max_words)
+                    notes += [f"text: {lost}" for lost in [predict.lost_text([own])] if lost]
+                if notes:
+                    answers[i]["warning"] = "; ".join(notes)
         except Exception as error:  # noqa: BLE001 (the thread must go on, whatever happened)
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)

@@ -1,5 +1,6 @@
 """A contact sheet of a data set, to look at before training: `python data.py preview FILE`."""
 
+import os
 import textwrap
 
 import numpy as np
@@ -29,13 +30,14 @@ def draw_sheet(path, task, splits, split, count, patch, grid):
 
 def files_named(name, path, task, splits):
     """The JSONL file and the pictures and feature files of its lines, those of them that have this name."""
-    found = [path]
+    found = [path] if path.name == name else []
     for _, record in read_records(path, task, splits, Mistakes()):
         for key in ("image", "images", "features"):
             files = record.get(key, [])
             for file in [files] if isinstance(files, str) else files:
-                found.append(path.parent / file)
-    return [file for file in found if file.name == name]
+                if os.path.basename(file) == name:
+                    found.append(path.parent / file)
+    return found
 
 
 def preview_cell(where, record, pictures, side=336, gap=12):

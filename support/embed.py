@@ -137,7 +137,7 @@ def query_vector(run, text):
     """The vector of a text that is in no file: (W,)"""
     tokens, segment, _, lost = data.encode_texts(run.tokenizer, [records.normalize_text(text)], run.args.max_words)
     if any(lost[1:]):
-        data.warn(f"of the {lost[0]} word pieces of the text {lost[1]} are unknown, {lost[2]} are cut off")
+        data.warn(f"of {lost[0]} word pieces {lost[1]} are unknown and {lost[2]} cut off")
     tokens = torch.from_numpy(tokens)[None]  # (1, T)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     batch = data.Batch(tokens, mask, torch.from_numpy(segment)[None], features=None, boxes=None, region_mask=None)

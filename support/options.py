@@ -327,11 +327,16 @@ def choose_regions(args, start):
     """Sets `regions`, how regions are made, in the description of each data set that lacks it; see `choose_network`.
     Returns `regions` of the first data set. start: the checkpoint that the run starts from, or None."""
     shown = ""
+    firsts = []  # the first record of each data set
     for task, (_, description) in zip(args.tasks, args.data_sets, strict=True):
+        firsts.append(records.first_record(lines_file(description, task)))
+    given = ["--features"] if args.features else args.patch_options
+    if given and all("features" in record for record in firsts):
+        raise UserError(f"{given[0]} is for pictures; the lines of --data name features, which are made already")
+    for record, (_, description) in zip(firsts, args.data_sets, strict=True):
         if start and not args.fresh:
             warn_of_other_network(description["folder"], description, start.get("regions", {}))
         if not description["regions"]:
-            record = records.first_record(lines_file(description, task))
             description["regions"], shown = choose_network(args, start, record)
             if data.is_network(description["regions"]) and args.patch_options:
                 network = description["regions"]["network"]
@@ -358,9 +363,6 @@ def choose_network(args, start, record):
     In this order: what --features says; the same as in the run's start; patches where the lines give boxes or features,
     or --patch or --grid is given; the best network that is installed; patches.
     """
-    if "features" in record and (args.features or args.patch_options):
-        given = "--features" if args.features else args.patch_options[0]
-        raise UserError(f"{given} is for pictures; the lines of this data set name features, which are made already")
     if not ("image" in record or "images" in record):
         return {}, ""
     network = args.features

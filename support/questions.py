@@ -210,7 +210,7 @@ def make_regions(server, content, boxes):
         path.write_bytes(content)
         try:
             found, notes = predict.make_regions(server.run, "the request", path, boxes, server.network)
-            return {**found, "notes": [note.removeprefix("the request: ") for note in notes]}
+            return {**found, "notes": [note.split(": ")[-1] for note in notes]}
         except UserError as error:
             raise HttpError(400, str(error).replace(str(path), "the picture")) from None
 

@@ -112,12 +112,13 @@ def warn(text):
         print(f"warning: {text}", file=sys.stderr)
 
 
-def print_warnings(store):
-    """Warns of what was odd in the pictures of a store when it was made: the first such, and how many there are."""
+def print_warnings(store, path):
+    """Warns of what was odd in the pictures of a store when it was made: the first such, and how many there are. path: the
+    file whose lines name them; the note may name another one, which has the same pictures."""
     file = store.folder / "warnings.json"
     notes = json.loads(file.read_text()) if file.exists() else []
     if notes:
-        warn(f"{notes[0]} ({len(notes)} such in all)")
+        warn(f"{notes[0]} ({len(notes)} such among all pictures of {path})")
 
 
 def cache_key(*parts):
@@ -175,14 +176,13 @@ def show_progress(results, total, label):
 
 def open_picture(where, path):
     """The picture as RGB with 8 bits a colour, turned as its EXIF says. All code that needs pixels calls this function.
-    Of an animation the first frame; info["frames"] is their number. UserError if it cannot be read."""
+    Of an animation the first frame; info["frames"] is their number. info["dark"]: the colours have 16 bits, but are nearly
+    black in 8. UserError if it cannot be read."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             sixteen_bits = bool(image.tile) and image.tile[0][3] in ("RGB;16B", "RGBA;16B", "LA;16B")
             if sixteen_bits and "transparency" in image.info:
                 raise ValueError("a transparent colour of 16 bits, of which Pillow reads only 8")
-            if sixteen_bits and max(high for _, high in image.getextrema()[: 1 if image.mode == "LA" else 3]) < 64:
-                raise ValueError("16 bits a colour, all values below 16,384: Pillow's 8 bits would be nearly black")
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo and its preview
             ImageOps.exif_transpose(image, in_place=True)  # a copy would be as large once more
             picture = to_rgb(image)
@@ -192,6 +192,8 @@ def open_picture(where, path):
     except Exception as error:  # noqa: BLE001 (damaged pictures end in nearly every kind of error)
         raise UserError(f"{where}: cannot read picture {path} ({error}); save it again as PNG or JPEG") from None
     picture.info["frames"] = frames
+    brightest = max(high for _, high in picture.getextrema()) if sixteen_bits else 255
+    picture.info["dark"] = 0 < brightest < 64  # made of 10 to 14 bits, of which Pillow drops the lower 8
     return picture
 
 
@@ -427,6 +429,8 @@ def odd_picture(image, boxes):
     notes = []
     if image.info["frames"] > 1:
         notes.append(f"only the first of its {image.info['frames']} frames is used")
+    if image.info["dark"]:
+        notes.append("colours of 16 bits, all below 16,384, are nearly black in 8 bits; save it with 8 bits")
     if boxes is not None and boxes.max() <= 1 < min(image.size):
         notes.append(NORMALISED)
     return notes

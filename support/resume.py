@@ -75,12 +75,17 @@ def check_best(folder, content):
         print0(f"resume   {error}; the best weights so far are lost, the best of the steps to come are kept")
 
 
+def results_file(path):
+    """The file of results beside predictions: a.result.json beside a.jsonl, a.txt.result.json beside a.txt."""
+    return path.with_name(path.name.removesuffix(".jsonl") + ".result.json")
+
+
 def whole_lines(path, datasets, made_by):
     """How many predictions an interrupted --out of predict.py holds. Cuts off a last line that is not whole. UserError if the
     predictions are of other data, or made in another way than `made_by`, which stands in the file of results beside."""
     if not path.is_file():
         return 0
-    beside = path.with_suffix(".result.json")
+    beside = results_file(path)
     try:
         before = json.loads(beside.read_text())["made_by"]
     except (OSError, ValueError, KeyError, TypeError):

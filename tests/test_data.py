@@ -715,12 +715,14 @@ def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
             data.open_picture("here", tmp_path / "p.png")
 
 
-def test_colours_of_16_bits_that_would_turn_black_are_refused(tmp_path):
-    """Of 12 bits in 16 Pillow's 8 keep the upper 4. Grey is scaled from its own range; full range is read as ever."""
+def test_colours_of_16_bits_that_turn_black_are_told(tmp_path, capsys):
+    """Of 12 bits in 16 Pillow's 8 keep the upper 4. Full range, and what is black anyway, are as they should be."""
     colors = np.array([[(4095, 2000, 0), (17, 300, 4095)]])
-    (tmp_path / "p.png").write_bytes(png_of_16_bits(colors))
-    with pytest.raises(common.UserError, match="16 bits a colour, all values below 16,384"):
-        data.open_picture("here", tmp_path / "p.png")
+    path = write_jsonl(tmp_path / "p.jsonl", [{"image": "p.png", "text": "x"}])
+    for values, dark in ((colors, True), (colors * 16, False), (colors * 0, False)):
+        (tmp_path / "p.png").write_bytes(png_of_16_bits(values))
+        load(path, "caption", "train", cache=tmp_path / str(values.max()))
+        assert ("nearly black in 8 bits" in capsys.readouterr().err) == dark
     (tmp_path / "p.png").write_bytes(png_of_16_bits(colors * 16))
     assert np.asarray(data.open_picture("here", tmp_path / "p.png"))[0].tolist() == [[255, 125, 0], [1, 18, 255]]
 

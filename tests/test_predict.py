@@ -247,7 +247,11 @@ def test_a_file_of_another_checkpoint_or_option_is_not_continued(trained, small_
     other = torch.load(checkpoint, weights_only=True)
     other["state"]["pooler.dense.bias"] += 1
     torch.save(other, tmp_path / "other.pt")
-    for file, more, name in ((tmp_path / "other.pt", [], "checkpoint"), (checkpoint, ["--top", "1"], "top")):
+    for file, more, name in (
+        (tmp_path / "other.pt", [], "checkpoint"),
+        (checkpoint, ["--top", "1"], "top"),
+        (checkpoint, ["--split", "val"], "data"),
+    ):
         assert use(file, "--data", small_scenes(20), "--out", out, "--resume", *more) == 2
         assert f"was made with another {name}" in capsys.readouterr().err
     assert out.read_bytes() == b"".join(lines[:7])
@@ -269,12 +273,22 @@ def test_what_is_read_is_never_written_over(trained, folder, capsys):
     shutil.copy(checkpoint, "c.pt")
     path = own_file(folder, "mine.jsonl", [{"image": "0.png", "text": "is it red?", "answer": "yes"}])
     os.symlink("0.png", "link.png")
+    (folder / "set").mkdir()
+    (folder / "set/dataset.json").write_text('{"name": "set", "files": {"vqa": "vqa.jsonl"}}')
+    own_file(folder / "set", "vqa.jsonl", [{"image": "../0.png", "text": "is it red?", "answer": "yes"}])
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({**content, "data": str(path)}, "own.pt")
+    own = "own.pt"
     for arguments, file in (
         ([checkpoint, "--data", path, "--out", path], path),
         ([checkpoint, "--image", "0.png", "--text", "red", "--out", "0.png"], "0.png"),
         ([checkpoint, "--image", "0.png", "--text", "red", "--out", "link.png"], "0.png"),
         ([checkpoint, "--image", "0.png", "--text", "red", "--attention", "0.png"], "0.png"),
         (["c.pt", "--export", "c.pt"], "c.pt"),
+        ([checkpoint, "--data", path, "--out", "0.png"], "0.png"),
+        ([checkpoint, "--data", "set", "--out", "set/vqa.jsonl"], "set/vqa.jsonl"),
+        ([own, "--scenes", "--out", "0.png"], "0.png"),
+        ([own, "--scenes", "--attention", "0.png"], "0.png"),
     ):
         before = (folder / file).read_bytes()
         assert use(*arguments) == 2, arguments
@@ -293,7 +307,10 @@ def test_words_that_are_cut_or_unknown_are_told(trained, folder, capsys):
     path = own_file(folder, "long.jsonl", [{"image": "0.png", "text": long}])
     for arguments in (["--image", "0.png", "--text", long], ["--data", path], ["--image", "0.png", "--text", "ж ω"]):
         assert use(checkpoint, *arguments) == 0
-        assert "cut off at the longest length" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert (
+            "2 of 2 word pieces are unknown" if "ж ω" in arguments else "are cut off, since texts are too long"
+        ) in error, error
     assert use(checkpoint, "--image", "0.png", "--text", "is there a red thing?") == 0
     assert "cut off" not in capsys.readouterr().err
 
@@ -488,6 +505,12 @@ def test_a_cell_is_as_high_as_its_content(drawn, tmp_path):
         (["CKPT", "--image", "0.png"], "vqa needs a text (--text)"),
         (["CKPT", "--image", "0.png", "--text", " "], "vqa needs a text (--text)"),
         (["CKPT", "--image", "0.png", "--text", "x", "--answer", "red"], "vqa takes no answer"),
+        (["CKPT", "--image", "0.png", "--text", "x", "--choices", "a", "b"], "vqa takes no choices"),
+        (["CKPT", "--scenes", "--text", "x"], "--text is for --image, and changes nothing here"),
+        (["CKPT", "--serve", "--split", "val"], "--split is for --data and --scenes"),
+        (["CKPT", "--scenes", "--prompt", "x"], "--prompt is for --data"),
+        (["CKPT", "--scenes", "--beams", "2"], "--beams is for captions"),
+        (["CKPT", "--image", "0.png", "--text", "\u200d"], "has no visible character"),
         (["CKPT", "--image", "vqa.jsonl", "--text", "x"], "cannot read picture"),
         (["CKPT", "--image", "0.png", "--text", "x", "--boxes", "[[1,2]]"], "--boxes"),
         (["CKPT", "--image", "0.png", "--text", "x", "--boxes", "[[1,2,3,999]]"], "outside"),

@@ -122,7 +122,8 @@ def test_an_answer_warns_of_lost_words_and_further_frames(start, scene):
     question = {"images": [scene], "text": "what color is the circle?"}
     assert "warning" not in request(server, "POST", "/predict", question)[1]
     question["text"] += " ж"
-    assert "of the word pieces are unknown" in request(server, "POST", "/predict", question)[1]["warning"]
+    warning = request(server, "POST", "/predict", question)[1]["warning"]
+    assert warning == "text: 1 of 7 word pieces are unknown"
     frames = [Image.new("RGB", (30, 30), color) for color in ("red", "blue")]
     content = io.BytesIO()
     frames[0].save(content, "GIF", save_all=True, append_images=frames[1:])

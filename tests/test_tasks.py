@@ -741,6 +741,15 @@ def test_captions_are_searched_with_beams_in_the_test_alone(split, expected, dra
     assert tasks.generate_captions(run, dataset, np.arange(3)) == [tokenizer.decode(dataset.tokens[1:3].tolist())] * 3
 
 
+def test_generated_chinese_has_no_blanks(drawn, tokenizer, monkeypatch):
+    dataset = drawn("test", "caption", 20).encode(tokenizer)
+    words = SimpleNamespace(decode=lambda pieces: "双 肺 清 晰 .", token_to_id=tokenizer.token_to_id)
+    run = SimpleNamespace(args=SimpleNamespace(ablate=None, beams=1, max_words=50), tokenizer=words, model=None)
+    run.device, run.autocast = torch.device("cpu"), train.nullcontext
+    monkeypatch.setattr(evaluation, "generate", lambda *_, most: [[1, 2]])
+    assert tasks.generate_captions(run, dataset, np.arange(1)) == ["双肺清晰 ."]
+
+
 def test_pretraining_is_evaluated_on_one_caption_a_picture_and_chance_is_the_usual_label(monkeypatch):
     dataset = many_captions("val", 150)
     run = SimpleNamespace(objectives={"itm": 1, "mrfr": 1, "qa": 1, "itc": 1}, content_words=[], paper=lxmert)

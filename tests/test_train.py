@@ -470,12 +470,14 @@ def test_new_weights_keep_their_own_rate_after_a_resume(pictures, tmp_path, here
     here("--data", pictures, "--steps", 1, "--out", "start")
     options = ["--task", "vqa", "--data", pictures, "--steps", 4, "--eval-every", 2, "--lr-new", 10]
     here(*options, "--init", tmp_path / "start/checkpoint.pt", "--out", "whole")
+    here(*options, "--init", tmp_path / "start/checkpoint.pt", "--out", "same", "--lr-new", 1)
     (tmp_path / "parts").mkdir()
     shutil.copy(tmp_path / "whole/checkpoint.previous.pt", tmp_path / "parts/checkpoint.pt")
     here(*options, "--out", "parts", "--resume")
     whole = state_of(tmp_path / "whole")
     parts = state_of(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert not torch.equal(whole["heads.vqa.0.weight"], state_of(tmp_path / "same")["heads.vqa.0.weight"])
 
 
 @pytest.mark.parametrize("model", ["uniter", "lxmert"])
@@ -996,6 +998,14 @@ def test_features_are_not_given_to_lines_that_have_them(tmp_path, monkeypatch, c
     for given in (["--features", "patches"], ["--grid", "3"], ["--patch", "8"]):
         assert train.main(["--data", "f.jsonl", "--steps", "1", *given]) == 2
         assert f"{given[0]} is for pictures" in capsys.readouterr().err
+
+
+def test_features_belong_to_the_data_set_that_has_pictures(tmp_path, pictures, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "f.npz", features=np.eye(5, 432), boxes=np.eye(5, 4) + [0, 0, 4, 4], size=np.array([9, 9]))
+    (tmp_path / "f.jsonl").write_text('{"features": "f.npz", "text": "a dog"}\n' * 2)
+    options = ["--data", f"{pictures},f.jsonl", "--task", "vqa,caption", "--features", "patches", "--steps", "1"]
+    assert train.main([*options, "--batch-size", "4", "--config", "layers=1"]) == 0
 
 
 def test_blank_lines_do_not_hide_what_the_first_line_names(tmp_path):
