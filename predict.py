@@ -532,14 +532,18 @@ def load_lines(run, task, args, lines_of):
 def refuse_lost_data(args, description, task):
     """UserError if what this command writes would write over lines or pictures of the data set that it reads."""
     outputs = {"--out": args.out, "--embed": args.embed, "--attention": args.attention}
-    if not args.out and (args.search or (args.scenes and not args.attention)):
-        outputs["--out"] = "found.png" if args.search else "predictions.png"  # the defaults
+    if args.search:
+        outputs["--out"] = args.out or "found.png"
+    if args.scenes and not args.attention:
+        outputs["--out"] = args.out or "predictions.png"
     path = data.task_file(description, task.name)
     splits = [*data.SPLITS, *description["extra_splits"]]
     for option, out in outputs.items():
-        for file in [out, resume.results_file(Path(out))] if out else []:
-            if Path(file).exists():
-                regions.refuse_overwriting(option, file, files_named(Path(file).name, path, task, splits))
+        if not out:
+            continue
+        for file in (Path(out), resume.results_file(Path(out))):
+            if file.exists():
+                regions.refuse_overwriting(option, file, files_named(file.name, path, task, splits))
 
 
 def optional_truth(task, prompt=""):

@@ -117,7 +117,9 @@ class Batcher:
                 notes = [f"picture: {note}" for picture in job.pictures for note in picture.get("notes", ())]
                 if any(dataset.lost[1:]):  # of one of the questions
                     own = dataset.subset(np.array([i])).encode(self.run.tokenizer, self.run.args.max_words)
-                    notes += [f"text: {lost}" for lost in [predict.lost_text([own])] if lost]
+                    lost = predict.lost_text([own])
+                    if lost:
+                        notes.append(f"text: {lost}")
                 if notes:
                     answers[i]["warning"] = "; ".join(notes)
         except Exception as error:  # noqa: BLE001 (the thread must go on, whatever happened)

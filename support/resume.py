@@ -87,7 +87,7 @@ def whole_lines(path, datasets, made_by):
         return 0
     beside = results_file(path)
     try:
-        before = json.loads(beside.read_text())["made_by"]
+        before = dict(json.loads(beside.read_text())["made_by"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"--resume: {beside} does not say how {path} was made; leave out --resume to write it anew"
