@@ -42,6 +42,7 @@ from support.records import (
     CategoricalColumn,
     Mistakes,
     Strings,
+    files_named,
     is_text,
     is_texts,
     make_columns,
@@ -892,7 +893,7 @@ def print_shared_pictures(sets):
 
 def preview(source, task, out, split, count, patch, grid):
     """Draws a sheet of `count` examples: pictures with their regions' boxes, text and answer."""
-    from prepare.preview import draw_sheet, files_named  # here, since both import this file
+    from prepare.preview import draw_sheet  # here, since both import this file
     from support import drawing
 
     path, splits = describe(source, task)

@@ -31,7 +31,6 @@ import data
 import tasks
 import train
 from common import UserError
-from prepare.preview import files_named
 from support import (
     attention,
     attention_sheet,
@@ -167,7 +166,9 @@ def load_run(args):
     run.regions = checkpoint.get("regions", {})
     run.answers = checkpoint["answers"]
     if run_args.ablate:
-        data.warn(f"trained with --ablate {run_args.ablate}: the {run_args.ablate} is not looked at")
+        data.warn(
+            f"the checkpoint was trained with --ablate {run_args.ablate} and answers without the {run_args.ablate}"
+        )
     run.tokenizer = data.tokenizer_from_json(checkpoint["tokenizer"])
     run.model = paper.MODEL(paper.Config(**checkpoint["config"]))
     run.model.load_state_dict(checkpoint["state"])
@@ -188,17 +189,6 @@ def use_dataset(run, task, dataset):
     dataset.task_number = run.args.tasks.index(task.name)
     dataset.store.crops = None  # which are for training
     return dataset.encode(run.tokenizer, max_length=run.args.max_words)
-
-
-def lost_text(datasets):
-    """What encoded datasets lose of their texts, in one line; "" if nothing."""
-    pieces, unknown, cut = np.sum([dataset.lost for dataset in datasets], axis=0)
-    parts = []
-    if unknown:
-        parts.append(f"{unknown} of {pieces} word pieces are unknown")
-    if cut:
-        parts.append(f"{cut} of {pieces} word pieces are cut off, since texts are too long")
-    return "; ".join(parts)
 
 
 @torch.inference_mode()
@@ -315,10 +305,11 @@ def make_regions(run, where, path, boxes, network=None):
     """
     if network:
         image = regions.open_picture(where, path)
+        notes = regions.odd_picture(image)
         if boxes is not None:
             boxes = regions.check_boxes(boxes, *image.size, where, "boxes")
-        notes = [f"{where}: {note}" for note in regions.odd_picture(image, boxes)]
-        return {**network(image, boxes), "size": image.size}, notes
+            notes += regions.odd_boxes(boxes, *image.size)
+        return {**network(image, boxes), "size": image.size}, [f"{where}: {note}" for note in notes]
     found, notes, mistake = regions.picture_regions(
         regions.PictureJob(where, path, boxes, run.args.patch, run.args.grid)
     )
@@ -427,8 +418,9 @@ def read_images(run, task, args):
         record = {"id": name, "text": args.text or "", "choices": args.choices, "answer": args.answer}
         questions.append((record, found))
     dataset = make_dataset(run, task, questions)
-    if lost_text([dataset]):
-        data.warn(lost_text([dataset]))
+    lost = records.lost_text([dataset.lost])
+    if lost:
+        data.warn(lost)
     if not args.boxes and run.regions.get("boxes") == "given":
         data.warn("trained on boxes of things, asked about a grid; give --boxes")
     return dataset, files
@@ -522,8 +514,9 @@ def load_lines(run, task, args, lines_of):
             break
     if not datasets:
         raise no_examples(source, args.split)
-    if lost_text(datasets):
-        data.warn(lost_text(datasets))
+    lost = records.lost_text([dataset.lost for dataset in datasets])
+    if lost:
+        data.warn(lost)
     if datasets[0].split != "train":  # else `data.load` has printed them
         regions.print_warnings(datasets[0].store, source)
     return datasets
@@ -543,7 +536,7 @@ def refuse_lost_data(args, description, task):
             continue
         for file in (Path(out), resume.results_file(Path(out))):
             if file.exists():
-                regions.refuse_overwriting(option, file, files_named(file.name, path, task, splits))
+                regions.refuse_overwriting(option, file, records.files_named(file.name, path, task, splits))
 
 
 def optional_truth(task, prompt=""):

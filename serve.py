@@ -3,7 +3,7 @@
     GET /           one page: choose a sample or a picture, draw boxes, type, see the answers as bars
     GET /samples    what the page needs to know: the task, limits, and a few held-out examples
     GET /healthz    {"status": "ok", "requests": .., "batches": ..}
-    POST /predict   a question -> the answer, a dict, see support/evaluation.py
+    POST /predict   a question -> the answer, a dict, see support/evaluation.py and `questions.find_warning`
 
 A question is JSON or a form (multipart/form-data), with these keys:
 
@@ -12,8 +12,6 @@ A question is JSON or a form (multipart/form-data), with these keys:
     text, choices, answer       as the options of predict.py
     sample      the number of a sample, in place of `images`
     attention   true: the answer also has `regions`, each with its share of the attention, see support/attention.py
-
-An answer also has `warning` if words of the text were unknown or cut off, or if something is odd in a picture.
 
 Every request has a thread of its own, which reads the picture. One thread runs the model: requests that came while it
 worked are answered together in its next forward pass. Whatever is wrong with a request is a 4xx or 5xx status and
@@ -110,18 +108,10 @@ class Batcher:
         try:
             dataset = predict.make_dataset(self.run, self.task, [(job.record, job.pictures) for job in jobs])
             answers = predict.predict(self.run, self.task, dataset, np.arange(len(jobs)), self.top)
-            assert len(answers) == len(jobs)
-            for i, job in enumerate(jobs):
+            for i, (job, answer) in enumerate(zip(jobs, answers, strict=True)):
+                answer |= questions.find_warning(self.run, dataset, i, job.pictures)
                 if job.attention:
-                    answers[i] |= questions.weigh_regions(self.run, self.task, dataset, i, job.pictures)
-                notes = [f"picture: {note}" for picture in job.pictures for note in picture.get("notes", ())]
-                if any(dataset.lost[1:]):  # of one of the questions
-                    own = dataset.subset(np.array([i])).encode(self.run.tokenizer, self.run.args.max_words)
-                    lost = predict.lost_text([own])
-                    if lost:
-                        notes.append(f"text: {lost}")
-                if notes:
-                    answers[i]["warning"] = "; ".join(notes)
+                    answer |= questions.weigh_regions(self.run, self.task, dataset, i, job.pictures)
         except Exception as error:  # noqa: BLE001 (the thread must go on, whatever happened)
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)

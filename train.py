@@ -620,7 +620,7 @@ def run_test(run):
             result.update(stages)
             lines.append(text)
     if not lines:
-        lines.append("nothing is tested: the data has no split test")
+        lines.append("nothing is tested, because the data has no split test")
     if run.rank == 0:
         data.write_text(args.out / "result.json", json.dumps(result, indent=1) + "\n")
     common.print0("\n".join(lines))

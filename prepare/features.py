@@ -37,7 +37,7 @@ from prepare import networks, published
 from support.machine import pick_device
 from support import records
 from support.ranges import COUNT, COUNT_OR_ZERO
-from support.regions import content_digest, file_stamp, odd_picture
+from support.regions import content_digest, file_stamp, odd_boxes, odd_picture
 
 SHARD = 256  # pictures and crops whose regions are written at once: what an interruption may lose
 CROP_AREAS = (0.5, 1.0)  # share of the picture that a crop keeps, drawn uniformly
@@ -102,13 +102,14 @@ def decode(job, network, mirror):
         return f"{where}: no file {path}; paths are relative to the .jsonl file"
     try:
         image = data.open_picture(where, path)
+        notes = odd_picture(image)
         if boxes is not None:
             boxes = data.check_boxes(boxes, *image.size, where, "boxes")
-        notes = [f"{where}: {path.name}: {note}" for note in odd_picture(image, boxes)]
-        if boxes is not None:
+            notes += odd_boxes(boxes, *image.size)
             boxes = torch.from_numpy(boxes) / torch.tensor([*image.size, *image.size])
     except UserError as error:
         return str(error)
+    notes = [f"{where}: {path.name}: {note}" for note in notes]
     digest = content_digest(image.tobytes())
     rng = data.random_stream("crops", digest)
     images = []

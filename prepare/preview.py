@@ -1,6 +1,5 @@
 """A contact sheet of a data set, to look at before training: `python data.py preview FILE`."""
 
-import os
 import textwrap
 
 import numpy as np
@@ -26,18 +25,6 @@ def draw_sheet(path, task, splits, split, count, patch, grid):
     if not cells:
         raise UserError(f"{path}: has no examples of split {split}")
     return drawing.grid(cells, 3)
-
-
-def files_named(name, path, task, splits):
-    """The JSONL file and the pictures and feature files of its lines, those of them that have this name."""
-    found = [path] if path.name == name else []
-    for _, record in read_records(path, task, splits, Mistakes()):
-        for key in ("image", "images", "features"):
-            files = record.get(key, [])
-            for file in [files] if isinstance(files, str) else files:
-                if os.path.basename(file) == name:
-                    found.append(path.parent / file)
-    return found
 
 
 def preview_cell(where, record, pictures, side=336, gap=12):

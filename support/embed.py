@@ -136,8 +136,8 @@ def top_pictures(run, datasets, text, top):
 def query_vector(run, text):
     """The vector of a text that is in no file: (W,)"""
     tokens, segment, _, lost = data.encode_texts(run.tokenizer, [records.normalize_text(text)], run.args.max_words)
-    if any(lost[1:]):
-        data.warn(f"of {lost[0]} word pieces {lost[1]} are unknown and {lost[2]} cut off")
+    if records.lost_text([lost]):
+        data.warn(records.lost_text([lost]))
     tokens = torch.from_numpy(tokens)[None]  # (1, T)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     batch = data.Batch(tokens, mask, torch.from_numpy(segment)[None], features=None, boxes=None, region_mask=None)

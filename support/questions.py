@@ -242,6 +242,19 @@ def pixel_boxes(picture):
     return (picture["boxes"] * np.tile(picture["size"], 2)).round(3).tolist()  # (N, 4)
 
 
+def find_warning(run, dataset, i, pictures):
+    """{"warning": what is odd in the pictures of example i, and which of its words were unknown or cut off}; {} if nothing."""
+    notes = []
+    for picture in pictures:
+        notes += [f"picture: {note}" for note in picture.get("notes", ())]  # a sample's regions have none
+    if any(dataset.lost[1:]):  # of all questions that are answered together
+        own = dataset.subset(np.array([i])).encode(run.tokenizer, run.args.max_words)
+        lost = records.lost_text([own.lost])
+        if lost:
+            notes.append(f"text: {lost}")
+    return {"warning": "; ".join(notes)} if notes else {}
+
+
 def weigh_regions(run, task, dataset, i, pictures):
     """{"regions": [{"picture": 0, "box": [x1, y1, x2, y2], "weight": share}]}: each region's share of the attention of
     the answer to example i. {"note": reason} where it cannot be computed. pictures: the regions of its pictures."""

@@ -292,6 +292,17 @@ def normalize_text(text):
     return unicodedata.normalize("NFC", text)
 
 
+def lost_text(lost):
+    """What texts lose as word pieces, in one line; "" if nothing. lost: `Dataset.lost` of one or several datasets."""
+    pieces, unknown, cut = np.sum(lost, axis=0)
+    parts = []
+    if unknown:
+        parts.append(f"{unknown} of {pieces} word pieces are unknown")
+    if cut:
+        parts.append(f"{cut} of {pieces} word pieces are cut off, since texts are too long")
+    return "; ".join(parts)
+
+
 def normalize_answer(text):
     """Answers are compared in lower case, without outer blanks and the full stop: " Yes. " and "yes" are one."""
     text = " ".join(normalize_text(text).lower().split())
@@ -592,6 +603,18 @@ def count_lines(path):
         return 0
     with open(path, "rb") as file:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b""))
+
+
+def files_named(name, path, task, splits):
+    """The JSONL file and the pictures and feature files of its lines, those of them that have this name."""
+    found = [path] if path.name == name else []
+    for _, record in read_records(path, task, splits, Mistakes()):
+        for key in ("image", "images", "features"):
+            files = record.get(key, [])
+            for file in [files] if isinstance(files, str) else files:
+                if os.path.basename(file) == name:
+                    found.append(path.parent / file)
+    return found
 
 
 def first_record(path):

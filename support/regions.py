@@ -385,6 +385,7 @@ def picture_regions(job):
     try:
         if job.path.suffix == ".npz":
             regions, (width, height) = read_features(job.where, job.path)
+            notes += odd_boxes(regions["boxes"], width, height)
             pixels = regions["features"].tobytes()
         else:
             image = open_picture(job.where, job.path)
@@ -399,7 +400,7 @@ def picture_regions(job):
             boxes = check_boxes(boxes, width, height, job.where, "boxes")
             regions = {"features": region_features(image, boxes, job.patch), "boxes": boxes}
             pixels = image.tobytes()
-            notes += odd_picture(image, boxes)
+            notes += odd_picture(image) + odd_boxes(boxes, width, height)
     except UserError as error:
         return None, [], str(error)
     features = regions["features"]
@@ -410,30 +411,30 @@ def picture_regions(job):
         notes.append("more than 95% of the features are zero")
     if len(boxes) > 2 and (boxes == boxes[0]).all():
         notes.append("all boxes are alike")
-    if job.path.suffix == ".npz" and boxes.max() <= 1 < min(width, height):
-        notes.append(NORMALISED)
     regions["boxes"] = boxes / np.array([width, height, width, height], np.float32)
     regions["size"] = (width, height)
     regions["digest"] = content_digest(pixels)
     return regions, [f"{job.where}: {job.path.name}: {note}" for note in notes], None
 
 
-# ---- the feature store ------------------------------------------------------------------------------------------------
-
-
-NORMALISED = "boxes look normalised to 0..1; multiply them by width and height"
-
-
-def odd_picture(image, boxes):
-    """What is odd in a picture that open_picture has read and its boxes in pixels (N, 4), a list of lines."""
+def odd_picture(image):
+    """What is odd in a picture that open_picture has read, a list of lines."""
     notes = []
     if image.info["frames"] > 1:
         notes.append(f"only the first of its {image.info['frames']} frames is used")
     if image.info["dark"]:
-        notes.append("colours of 16 bits, all below 16,384, are nearly black in 8 bits; save it with 8 bits")
-    if boxes is not None and boxes.max() <= 1 < min(image.size):
-        notes.append(NORMALISED)
+        notes.append("its colours have 16 bits and are nearly black in 8; scale them up and save 8 bits a colour")
     return notes
+
+
+def odd_boxes(boxes, width, height):
+    """What is odd in the boxes (N, 4) of a picture, in pixels, a list of lines."""
+    if boxes.max() <= 1 < min(width, height):
+        return ["boxes look normalised to 0..1; multiply them by width and height"]
+    return []
+
+
+# ---- the feature store ------------------------------------------------------------------------------------------------
 
 
 def is_network(regions):

@@ -722,7 +722,7 @@ def test_colours_of_16_bits_that_turn_black_are_told(tmp_path, capsys):
     for values, dark in ((colors, True), (colors * 16, False), (colors * 0, False)):
         (tmp_path / "p.png").write_bytes(png_of_16_bits(values))
         load(path, "caption", "train", cache=tmp_path / str(values.max()))
-        assert ("nearly black in 8 bits" in capsys.readouterr().err) == dark
+        assert ("16 bits and are nearly black in 8" in capsys.readouterr().err) == dark
     (tmp_path / "p.png").write_bytes(png_of_16_bits(colors * 16))
     assert np.asarray(data.open_picture("here", tmp_path / "p.png"))[0].tolist() == [[255, 125, 0], [1, 18, 255]]
 

@@ -265,7 +265,7 @@ def test_a_checkpoint_that_never_saw_the_picture_says_so(trained, folder, capsys
     content["settings"]["ablate"] = "image"
     torch.save(content, folder / "blind.pt")
     assert use("blind.pt", "--image", "0.png", "--text", "is it red?", "--boxes", "[[1,2,30,40]]") == 0
-    assert "trained with --ablate image: the image is not looked at" in capsys.readouterr().err
+    assert "trained with --ablate image and answers without the image" in capsys.readouterr().err
 
 
 def test_what_is_read_is_never_written_over(trained, folder, capsys):

@@ -988,7 +988,7 @@ def test_a_run_without_a_test_split_says_so(pictures, tmp_path, here, capsys):
     lines = [line for line in pictures.read_text().splitlines() if '"test"' not in line]
     (pictures.parent / "no_test.jsonl").write_text("\n".join(lines))
     here("--data", pictures.parent / "no_test.jsonl", "--steps", 1)
-    assert "nothing is tested: the data has no split test" in capsys.readouterr().out
+    assert "nothing is tested, because the data has no split test" in capsys.readouterr().out
 
 
 def test_features_are_not_given_to_lines_that_have_them(tmp_path, monkeypatch, capsys):
@@ -1000,7 +1000,7 @@ def test_features_are_not_given_to_lines_that_have_them(tmp_path, monkeypatch, c
         assert f"{given[0]} is for pictures" in capsys.readouterr().err
 
 
-def test_features_belong_to_the_data_set_that_has_pictures(tmp_path, pictures, monkeypatch, capsys):
+def test_features_belong_to_the_data_set_that_has_pictures(tmp_path, pictures, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "f.npz", features=np.eye(5, 432), boxes=np.eye(5, 4) + [0, 0, 4, 4], size=np.array([9, 9]))
     (tmp_path / "f.jsonl").write_text('{"features": "f.npz", "text": "a dog"}\n' * 2)
