@@ -425,16 +425,16 @@ def visual_commonsense_reasoning(model, encoding, batch):
     return cross_entropy(logits, batch.target), logits[:, 1]
 
 
-def retrieval_rank(model, encoding, batch, group=3):
+def retrieval_rank(model, encoding, batch):
     """Retrieval (UNITER, section 4.1): a margin between the true pair and each mismatched pair of its group.
 
         L = max(0, 0.2 + s(mismatched) - s(true)),  mean over mismatched pairs, s the sigmoid of a logit
 
-    Rows B = groups x group: a true pair, its text with another picture, its picture with another text. Logits (B,).
+    The group of each example of batch.ids: a true pair, then its mismatched pairs (NEGATIVES). Logits (rows,).
     """
-    logits = model.heads["rank"](encoding.pooled).squeeze(-1)  # (B, 1) -> (B,)
-    probs = logits.view(-1, group).sigmoid()  # (B,) -> (groups, group)
-    return F.relu(0.2 + probs[:, 1:] - probs[:, :1]).mean(), logits  # (groups, group - 1) -> ()
+    logits = model.heads["rank"](encoding.pooled).squeeze(-1)  # (rows, 1) -> (rows,)
+    probs = logits.view(len(batch.ids), -1).sigmoid()  # (rows,) -> (examples, 1 + negatives)
+    return F.relu(0.2 + probs[:, 1:] - probs[:, :1]).mean(), logits  # (examples, negatives) -> ()
 
 
 def referring_expression(model, encoding, batch):

@@ -227,14 +227,14 @@ def held_out(run, task, split, count):
     """(a Dataset of `count` examples of a split, always the same ones; {row of its store: picture file or None}).
     By default the split is test; if there is no test, val; if there is neither, train."""
     source = own_source(run, task)
-    lines = train.task_of_lines(run, task.name)
+    lines = task_of_lines(run, task, data.read_dataset_json(data.find(source)))
     names = [split] if split else ["test", "val", "train"]
     for name in names:
         dataset = data.load(source, lines, name, patch=run.args.patch, grid=run.args.grid, network=run.regions)
         if len(dataset):
             break
     else:
-        raise no_examples(source, split)
+        raise UserError(f"{source}: has no examples of split {' or '.join(names)}")
     if name == "train" and not split:
         data.warn(f"{source} has neither test nor val; these are training examples")
     part = dataset.subset(varied_examples(dataset, count))
@@ -244,9 +244,9 @@ def held_out(run, task, split, count):
     return use_dataset(run, task, part), files
 
 
-def no_examples(source, split):
-    """The UserError for a data set that has nothing of a split, or of any split."""
-    return UserError(f"{source}: has no examples" + (f" of split {split}" if split else ""))
+def task_of_lines(run, task, description):
+    """The Task whose lines of a data set are read: see options.task_of_lines."""
+    return options.task_of_lines(task, run.paper, run.objectives, description)
 
 
 def own_source(run, task):
@@ -272,7 +272,7 @@ def varied_examples(dataset, count):
 def examples_to_show(run, task, args):
     """`held_out` for the command line. UserError if what is to be drawn would write over the data."""
     description = data.read_dataset_json(data.find(own_source(run, task)))
-    refuse_lost_data(args, description, train.task_of_lines(run, task.name))
+    refuse_lost_data(args, description, task_of_lines(run, task, description))
     return held_out(run, task, args.split, args.scenes)
 
 
@@ -459,7 +459,7 @@ def show_attention(run, task, args):
 
 def answer_file(run, task, args):
     """Answers every line of `--data`; with truths, prints metrics beside chance."""
-    datasets = load_lines(run, task, args, train.task_of_lines(run, task.name))
+    datasets = load_lines(run, task, args)
     results = {}
     if args.out:
         path = Path(args.out)
@@ -495,12 +495,13 @@ def write_results(path, results):
     data.write_text(resume.results_file(path), json.dumps(results, indent=1, default=float) + "\n")
 
 
-def load_lines(run, task, args, lines_of):
+def load_lines(run, task, args, lines_of=None):
     """The Datasets of --data, or without it of the checkpoint's own data: the split --split, by default test, or all
-    splits if there is no test. lines_of: the row of tasks.TASKS whose lines are read."""
+    splits if there is no test. lines_of: the Task whose lines are read, by default that of the checkpoint's training."""
     source = args.data or own_source(run, task)
     description = data.read_dataset_json(data.find(source))
     options.warn_of_other_network(source, description, run.regions)
+    lines_of = lines_of or task_of_lines(run, task, description)
     refuse_lost_data(args, description, lines_of)
     lines = optional_truth(lines_of, args.prompt or "")
     known = [*data.SPLITS, *description["extra_splits"]]
@@ -513,7 +514,7 @@ def load_lines(run, task, args, lines_of):
         if name == "test" and len(dataset):
             break
     if not datasets:
-        raise no_examples(source, args.split)
+        raise UserError(f"{source}: has no examples of split {' or '.join(names)}")
     lost = records.lost_text([dataset.lost for dataset in datasets])
     if lost:
         data.warn(lost)

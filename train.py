@@ -237,7 +237,8 @@ def load_data(run, checkpoint, teacher):
     run.regions = options.choose_regions(args, checkpoint or teacher)
     run.sets = {}
     for task, (path, description) in zip(args.tasks, args.data_sets, strict=True):
-        run.sets[task] = load_splits(run, task_of_lines(run, task), path, description)
+        lines = options.task_of_lines(tasks.TASKS[task], run.paper, run.objectives, description)
+        run.sets[task] = load_splits(run, lines, path, description)
     widths = set()
     for number, splits in enumerate(run.sets.values()):
         for split in splits.values():
@@ -251,9 +252,8 @@ def load_data(run, checkpoint, teacher):
         run.content_words = args.data_sets[0][1]["content_words"]
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)
     if args.max_words is None:
-        args.max_words = 60
-        if checkpoint:
-            args.max_words = min(60, checkpoint["config"].get("max_positions", 60))
+        sizes = {**start_sizes(run, checkpoint), **options.parse_config_options(args, run.paper)}
+        args.max_words = min(60, sizes.get("max_positions", run.paper.Config.max_positions))
     for splits in run.sets.values():
         for split in splits.values():
             split.encode(run.tokenizer, max_length=args.max_words)
@@ -263,7 +263,7 @@ def load_data(run, checkpoint, teacher):
         objectives_of_task = run.objectives
         if not tasks.is_pretraining(task):
             objectives_of_task = tasks.task_objectives(args, task)
-        if not run.answers and has_open_answers(run.paper, objectives_of_task):
+        if not run.answers and options.has_open_answers(run.paper, objectives_of_task):
             run.answers = data.answer_list(splits["train"])
             if not tasks.is_pretraining(task):
                 run.usual_answers = tasks.most_frequent_answers(splits["train"])
@@ -276,19 +276,6 @@ def load_data(run, checkpoint, teacher):
         if known < len(run.answers):
             common.print0(f"teacher  knows {known} of {len(run.answers)} answers; the others count as wrong")
         run.answers = teacher["answers"]
-
-
-def task_of_lines(run, name):
-    """The Task whose lines are read. Pretraining without question answering reads the lines of `without_answers`."""
-    task = tasks.TASKS[name]
-    if task.without_answers and not has_open_answers(run.paper, run.objectives):
-        return tasks.TASKS[task.without_answers]  # questions are only there to be answered
-    return task
-
-
-def has_open_answers(paper, names):
-    """Whether one of these objectives has a logit for each answer of the training split."""
-    return any(paper.OBJECTIVES[name].open_answers for name in names)
 
 
 def load_splits(run, task, path, description):

@@ -273,19 +273,39 @@ def set_data_defaults(args, all_models):
         args.eval_every = max(1, math.ceil(args.steps / 5))
 
 
+def task_of_lines(task, paper, objectives, description):
+    """The Task whose lines are read. For pretraining without question answering it is `without_answers`, unless the data
+    set, as data.read_dataset_json describes it, has lines for pretraining alone."""
+    other = task.without_answers
+    if not other or has_open_answers(paper, objectives):
+        return task
+    has_lines = other in description["files"] or task.name not in description["files"]
+    return tasks.TASKS[other] if has_lines else task
+
+
+def has_open_answers(paper, objectives):
+    """Whether one of these objectives has a logit for each answer of the training split."""
+    return any(paper.OBJECTIVES[name].open_answers for name in objectives)
+
+
+def line_files(args):
+    """The file that each of args.tasks reads its lines from."""
+    paper = checkpoints.MODELS[args.model]
+    objectives = objectives_of(args, paper)
+    files = []
+    for name, (_, description) in zip(args.tasks, args.data_sets, strict=True):
+        lines = task_of_lines(tasks.TASKS[name], paper, objectives, description)
+        files.append(data.task_file(description, lines.name))
+    return files
+
+
 def default_steps(args, world):
     """Steps for four passes over the lines of the data, whatever their split; at least 1,000 and at most 5,000."""
-    files = {lines_file(description, task) for task, (_, description) in zip(args.tasks, args.data_sets, strict=True)}
-    lines = sum(records.count_lines(file) for file in files)
+    lines = sum(records.count_lines(file) for file in set(line_files(args)))
     if args.limit:
         lines = min(lines, args.limit)
     steps = math.ceil(4 * lines / (args.batch_size * args.accumulate * world))
     return min(max(1000, steps), 5000)
-
-
-def lines_file(description, task):
-    """The file of a task's lines, which may not exist."""
-    return description["folder"] / description["files"].get(task, description["file"])
 
 
 def caption_choice(text):
@@ -327,9 +347,7 @@ def choose_regions(args, start):
     """Sets `regions`, how regions are made, in the description of each data set that lacks it; see `choose_network`.
     Returns `regions` of the first data set. start: the checkpoint that the run starts from, or None."""
     shown = ""
-    firsts = []  # the first record of each data set
-    for task, (_, description) in zip(args.tasks, args.data_sets, strict=True):
-        firsts.append(records.first_record(lines_file(description, task)))
+    firsts = [records.first_record(file) for file in line_files(args)]  # of each data set
     given = ["--features"] if args.features else args.patch_options
     if given and all("features" in record for record in firsts):
         raise UserError(f"{given[0]} is for pictures; the lines of --data name features, which are made already")

@@ -500,7 +500,12 @@ class FeatureStore:
             if (self.folder / "crops.npy").exists():
                 self.crops = np.load(self.folder / "crops.npy")
             self.width = self.fields["features"].shape[1]  # F
-            self.fields["boxes"].shape[1]
+            if self.fields["boxes"].shape[1:] != (4,):
+                raise ValueError("boxes.npy is not (regions, 4)")
+            if self.sizes is not None and self.sizes.shape != (len(self), 2):
+                raise ValueError("sizes.npy is not (pictures, 2)")
+            if self.digests is not None and self.digests.shape != (len(self),):
+                raise ValueError("digests.npy is not (pictures,)")
             lengths = {len(field) for field in self.fields.values()}
             if lengths != {int(self.offsets[-1])} or (np.diff(self.offsets) < 1).any():
                 raise ValueError("its files do not fit each other")

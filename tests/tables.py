@@ -344,7 +344,7 @@ def table_of_attention(args):
     columns = []
     for path in args.checkpoints:
         run, task = predict.load_run(predict.parse([str(path), "--scenes", "--dtype", "f32"]))
-        dataset = predict.use_dataset(run, task, data.load("scenes", train.task_of_lines(run, task.name), "test"))
+        dataset = predict.use_dataset(run, task, data.load("scenes", task, "test"))
         targets = {}
         for i in data.random_stream("table of attention").permutation(len(dataset)).tolist():
             target = asked_thing(dataset, i)

@@ -366,15 +366,18 @@ def test_squared_error_is_a_mean_over_all_elements():
     close(common.squared_error(a, b), F.mse_loss(a, b))
 
 
-def test_retrieval_margin_by_hand():
-    logits = torch.tensor([[2.0, -1.0, 3.0], [0.0, 0.1, -9.0], [5.0, -5.0, -5.0]]).double()
+@pytest.mark.parametrize("rows", [3, 4])  # of a group: a true pair and its mismatched pairs
+def test_retrieval_margin_by_hand(rows):
+    logits = torch.tensor([[2.0, -1.0, 3.0, 1.9], [0.0, 0.1, -9.0, 0.3], [5.0, -5.0, -5.0, 4.0]])
+    logits = logits[:, :rows].double()
     total = 0.0
     for positive, *negatives in logits.sigmoid().tolist():
         for negative in negatives:
             total += max(0, 0.2 + negative - positive)
     model = SimpleNamespace(heads={"rank": nn.Identity()})
-    loss, got = common.retrieval_rank(model, SimpleNamespace(pooled=logits.view(9, 1)), None)
-    assert loss.item() == pytest.approx(total / 6)
+    encoding = SimpleNamespace(pooled=logits.view(-1, 1))
+    loss, got = common.retrieval_rank(model, encoding, SimpleNamespace(ids=["a", "b", "c"]))
+    assert loss.item() == pytest.approx(total / (3 * (rows - 1)))
     assert torch.equal(got, logits.flatten())
 
 

@@ -192,6 +192,26 @@ def test_a_store_with_crops_that_it_lacks_is_one_line(tmp_path):
             data.FeatureStore(tmp_path / "s")
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("boxes", np.zeros((3, 5)), "boxes.npy is not"),
+        ("boxes", np.zeros(3), "boxes.npy is not"),
+        ("sizes", np.ones((3, 2), int), "sizes.npy is not"),
+        ("sizes", np.ones(2, int), "sizes.npy is not"),
+        ("digests", np.ones(3, int), "digests.npy is not"),
+        ("objects", np.zeros(2, int), "do not fit"),
+    ],
+)
+def test_a_store_with_an_array_of_another_shape_is_one_line(name, values, message, tmp_path):
+    pictures = [{"features": np.zeros((n, 3)), "boxes": np.full((n, 4), 0.5), "size": (9, 8)} for n in (1, 2)]
+    data.write_store(tmp_path, iter(pictures))
+    assert len(data.FeatureStore(tmp_path)) == 2
+    np.save(tmp_path / f"{name}.npy", values)
+    with pytest.raises(common.UserError, match=message):
+        data.FeatureStore(tmp_path)
+
+
 def load_in_a_process(path, cache):
     load(path, "vqa", "train", cache=cache)
 

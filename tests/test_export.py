@@ -16,7 +16,7 @@ import data
 import predict
 import tasks
 import train
-from support import evaluation, export
+from support import evaluation, export, options
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
@@ -87,7 +87,8 @@ def make_run(model, name):
 
 def ragged_batches(run, task, drawn, counts):
     """Yields (dataset, index, batch) of so many examples each, of drawn scenes."""
-    dataset = drawn("test", train.task_of_lines(run, task.name).name, 20).encode(run.tokenizer, max_length=60)
+    lines = options.task_of_lines(task, run.paper, run.objectives, {"files": {}})
+    dataset = drawn("test", lines.name, 20).encode(run.tokenizer, max_length=60)
     rng = np.random.default_rng(0)
     for count in counts:
         index = rng.choice(len(dataset), count, replace=False)

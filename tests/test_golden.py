@@ -323,7 +323,7 @@ def elementwise(objective, scores, batch):
     if objective in ("itm", "nlvr2"):
         return F.cross_entropy(scores, batch.matched if objective == "itm" else batch.target, reduction="none")
     if objective == "rank":
-        chance = scores.sigmoid().view(-1, batch.group)
+        chance = scores.sigmoid().view(len(batch.ids), -1)
         return (0.2 + chance[:, 1:] - chance[:, :1]).clamp(min=0)
     chance = scores.sigmoid()  # refer_rank
     return (0.2 + chance[rows, batch.negative] - chance[rows, batch.target.argmax(1)]).clamp(min=0)
@@ -349,7 +349,7 @@ def uniter_objective(objective, fixture, task, dtype, rubbish):
     if objective in ("refer", "refer_rank"):
         batch.target = F.one_hot(batch.target, batch.region_mask.shape[1])
     if objective == "rank":
-        batch.group = arguments["group"] = int(x["sample_size"])
+        batch.ids = ["0"] * (len(batch.text) // int(x["sample_size"]))
     if objective == "refer_rank":
         batch.negative = stored["neg_ix"]
     encoding = model.encode(batch)
@@ -467,8 +467,8 @@ def uniter_hard_negatives(fixture, task, dtype, rubbish):
         hardest = stored["hard_indices"]  # the official top-k is not sorted: compared as a set
     hard = torch.cat([torch.zeros(1, dtype=torch.long), hardest])
     few, encoding = encode(hard)
-    few.group = size + 1
-    loss, hard_scores = uniter.OBJECTIVES["rank"].loss(model, encoding, few, group=size + 1)
+    few.ids = ["0"]  # one example: the true pair and the hardest of the others
+    loss, hard_scores = uniter.OBJECTIVES["rank"].loss(model, encoding, few)
     each = elementwise("rank", hard_scores, few)
     return {
         "all_scores": scores,

@@ -3,7 +3,6 @@
 Each reader gets files in the published layout, with the published field names and quirks, made here from a few records.
 """
 
-import argparse
 import base64
 import csv
 import hashlib
@@ -508,7 +507,8 @@ START = {"regions": {"kind": "network", "network": "b"}}
 def test_which_network_makes_the_regions_of_own_pictures(record, given, start, chosen, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(networks, "best_installed", lambda: "best")
     write_lines(tmp_path / "my.jsonl", [record])
-    args = argparse.Namespace(**{"features": None, "patch_options": [], "tasks": ["vqa"], "fresh": False, **given})
+    args = options.parse(["--task", "vqa"])
+    vars(args).update({"patch_options": [], "tasks": ["vqa"], **given})
     args.data_sets = [(tmp_path / "my.jsonl", data.read_dataset_json(tmp_path / "my.jsonl"))]
     regions = options.choose_regions(args, start)
     assert regions.get("network") == chosen and args.data_sets[0][1]["regions"] == regions
@@ -531,18 +531,42 @@ def test_the_default_number_of_steps_is_four_passes_within_bounds(tmp_path):
         (100_000, {}, 5000),
     ):
         (tmp_path / "my.jsonl").write_text("{}\n" * lines)
-        args = argparse.Namespace(
-            **{"batch_size": 64, "accumulate": 1, "limit": None, "tasks": ["vqa", "caption"], **given}
-        )
+        args = options.parse(["--task", "vqa,caption"])
+        vars(args).update({"batch_size": 64, "tasks": ["vqa", "caption"], **given})
         args.data_sets = [(tmp_path / "my.jsonl", data.read_dataset_json(tmp_path / "my.jsonl"))] * 2
         assert options.default_steps(args, world=1) == steps
     args.accumulate = 4
     assert options.default_steps(args, world=2) == 1000
 
 
+@pytest.mark.parametrize(
+    "model, objectives, files, read",
+    [
+        ("uniter", None, {"caption": "c.jsonl", "vqa": "q.jsonl"}, "c.jsonl"),
+        ("uniter", None, {"pretrain": "p.jsonl", "caption": "c.jsonl"}, "c.jsonl"),
+        ("uniter", None, {"pretrain": "p.jsonl", "vqa": "q.jsonl"}, "p.jsonl"),  # Visual Genome's
+        ("lxmert", None, {"pretrain": "p.jsonl", "caption": "c.jsonl"}, "p.jsonl"),
+        ("lxmert", "mlm", {"pretrain": "p.jsonl", "caption": "c.jsonl"}, "c.jsonl"),
+    ],
+)
+def test_which_lines_pretraining_reads_and_decides_by(model, objectives, files, read, tmp_path, monkeypatch):
+    """Steps and the network follow the lines that are read. Without question answering those are captions."""
+    monkeypatch.setattr(networks, "best_installed", lambda: "best")
+    for name in files.values():
+        write_lines(tmp_path / name, [{**OWN, "answer": "yes"}] * (32_000 if name == read else 8))
+    (tmp_path / "dataset.json").write_text(json.dumps({"files": files}))
+    asked = ["--objectives", objectives] if objectives else []
+    args = options.resolve_options(options.parse(["--model", model, "--data", str(tmp_path), *asked]), model, 0)
+    assert [path.name for path in options.line_files(args)] == [read]
+    assert args.steps == 2000  # four passes, 64 lines a step
+    assert options.choose_regions(args, None)["network"] == "best"
+
+
 def test_without_a_network_the_line_says_what_to_install(tmp_path, capsys):
     write_lines(tmp_path / "my.jsonl", [OWN])
-    args = argparse.Namespace(features=None, patch_options=[], tasks=["vqa"], fresh=False)
+    args = options.parse(["--task", "vqa"])
+    args.patch_options = []
+    args.tasks = ["vqa"]
     args.data_sets = [(tmp_path / "my.jsonl", data.read_dataset_json(tmp_path / "my.jsonl"))]
     assert options.choose_regions(args, None) == {}
     shown = capsys.readouterr().out
