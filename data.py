@@ -51,21 +51,16 @@ from support.records import (
     text_key,
     unique_keys,
 )
-from support.regions import (  # noqa: F401 (some are for other files, which take all they need of data from here)
+from support.regions import (  # noqa: F401 (those that write are for other files too)
     STORED,
     FeatureStore,
     cache_key,
-    check_boxes,
-    grid_boxes,
     is_network,
     make_once,
     map_array,
-    open_picture,
-    parallel,
     print_warnings,
     ragged,
     refuse_overwriting,
-    region_features,
     warn,
     write_store,
     write_text,
@@ -824,15 +819,15 @@ def next_word_labels(batch):
 
 
 def describe(source, task):
-    """The .jsonl file of a task in a data set, and the splits that its lines may name."""
+    """The .jsonl file of a task in a data set, the splits that its lines may name, and what its dataset.json says."""
     description = read_dataset_json(find(source))
-    return task_file(description, task.name), [*SPLITS, *description["extra_splits"]]
+    return task_file(description, task.name), [*SPLITS, *description["extra_splits"]], description
 
 
 def check(source, task, vocab, max_words, patch, grid):
     """Prints what a data set holds, and returns 0. Or prints its first twenty mistakes, and raises UserError."""
-    path, splits = describe(source, task)
-    mistakes = Mistakes()
+    path, splits, description = describe(source, task)
+    mistakes = Mistakes(task)
     columns, pictures = read_columns(path, task, splits, patch, grid, mistakes)
     problem = None
     try:
@@ -858,6 +853,8 @@ def check(source, task, vocab, max_words, patch, grid):
             print(f"{repeated} examples of train have a text that another picture has too; "
                   "such a pair is never used as a mismatch")  # fmt: skip
     if "train" in sets:
+        if description["vocab"] and not vocab:
+            vocab = description["folder"] / description["vocab"]
         tokenizer = read_tokenizer(vocab) if vocab else own_tokenizer([sets["train"]])
         print(describe_lost_text([dataset.encode(tokenizer, max_words) for dataset in sets.values()]))
     return 0
@@ -877,7 +874,8 @@ def print_contents(path, sets):
 
 
 def print_shared_pictures(sets):
-    """Warns of pictures of other splits that are also in train: the same file or row, equal pixels, equal features."""
+    """Warns of pictures of other splits that are also in train, and of pictures of one split that count as several: equal
+    pixels or features in another file, under another name or with other boxes."""
     digests = {}  # split -> the digests of its pictures
     for split, dataset in sets.items():
         rows = np.unique(dataset.image)
@@ -885,6 +883,8 @@ def print_shared_pictures(sets):
             digests[split] = {dataset.store.digest(row) for row in rows}
         else:
             digests[split] = set(dataset.store.digests[rows].tolist())
+        if len(digests[split]) < len(rows):
+            print(f"warning: the {len(rows)} pictures of {split} have only {len(digests[split])} different contents")
     for split, own_digests in digests.items():
         shared = own_digests & digests.get("train", set())
         if split != "train" and shared:
@@ -896,7 +896,7 @@ def preview(source, task, out, split, count, patch, grid):
     from prepare.preview import draw_sheet  # here, since both import this file
     from support import drawing
 
-    path, splits = describe(source, task)
+    path, splits, _ = describe(source, task)
     if Path(out).exists():
         refuse_overwriting("--out", out, files_named(Path(out).name, path, task, splits))
     sheet = draw_sheet(path, task, splits, split, count, patch, grid)
@@ -918,7 +918,7 @@ def parse(argv):
         command.add_argument("--task", choices=list(tasks.TASKS), default="pretrain")
         command.add_argument("--patch", type=COUNT, default=12, help="a region becomes patch x patch pixels")
         command.add_argument("--grid", type=COUNT, default=6, help="regions: the picture and grid x grid parts of it")
-    check_command.add_argument("--vocab", help="a BERT vocab.txt or tokenizer.json (default: trained on the texts)")
+    check_command.add_argument("--vocab", help="a BERT vocab.txt or tokenizer.json (default: the data set's own)")
     check_command.add_argument("--max-words", type=in_range(int, 8), default=60, help="longest text, in word pieces")
     preview_command.add_argument("--out", default="preview.png")
     preview_command.add_argument("--split", default="train")

@@ -47,6 +47,7 @@ from support import (
 from support.log import safe_output
 
 CHUNK = 1024  # lines of a file that are answered together
+WITHOUT_BOXES = "the model was trained on boxes of things, and is asked about a grid; give boxes"
 
 # ---- command line ------------------------------------------------------------------------------------------------------
 
@@ -83,7 +84,7 @@ def build_parser():
     add("--layer", type=options.COUNT_OR_ZERO, help="with --method raw: one layer, from 0 (default: mean over layers)")
     add("--head", type=options.COUNT_OR_ZERO, help="with --method raw: one head, from 0 (default: mean over heads)")
     add = parser.add_argument_group("options of --export").add_argument
-    add("--to", choices=[*export.WEIGHTS, *export.PROGRAMS], default="official",
+    add("--to", choices=[*export.WEIGHTS, *export.PROGRAMS],
         help="weights under the paper's own names (the default), a folder for transformers (LXMERT), a program of "
         "torch.export, or ONNX; the last two run without this repository")  # fmt: skip
     add = parser.add_argument_group("options of several").add_argument
@@ -113,6 +114,7 @@ def parse(argv=None):
         raise UserError("--int8 goes with none of --export, --attention and --dtype bf16; leave one out")
     if args.resume and not (args.data and args.out):
         raise UserError("--resume goes on with the --out of --data; give both")
+    draws = (args.scenes or args.image or args.search) and not args.attention
     for name, purpose, is_read in (
         ("text", "--image", args.image),
         ("boxes", "--image", args.image),
@@ -120,6 +122,8 @@ def parse(argv=None):
         ("answer", "--image", args.image),
         ("split", "--data and --scenes", args.data or args.scenes or args.search or args.embed),
         ("prompt", "--data", args.data),
+        ("to", "--export", args.export),
+        ("out", "--scenes, --image, --data and --search", draws or (args.data and not args.embed)),
     ):
         if getattr(args, name) is not None and not is_read:
             raise UserError(f"--{name} is for {purpose}, and changes nothing here; leave it out")
@@ -182,7 +186,7 @@ def use_dataset(run, task, dataset):
     """Encodes a dataset's texts and checks that the model can read its regions. Returns the dataset."""
     width = run.model.config.feature_size
     if dataset.store.width != width:
-        how = "use the same --patch as in training"
+        how = "they must be made like those of the training data"
         if data.is_network(run.regions):
             how = f"make them with `python prepare/features.py --network {run.regions['network']} --data ... --out ...`"
         raise UserError(f"features of {dataset.store.width} numbers, the checkpoint was trained on {width}; {how}")
@@ -303,19 +307,22 @@ def make_regions(run, where, path, boxes, network=None):
 
     network: what `load_network` returned; it is None if regions are patches of the picture.
     """
+    without_boxes = []
+    if boxes is None and run.regions.get("boxes") == "given":
+        without_boxes.append(f"{where}: {WITHOUT_BOXES}")
     if network:
         image = regions.open_picture(where, path)
         notes = regions.odd_picture(image)
         if boxes is not None:
             boxes = regions.check_boxes(boxes, *image.size, where, "boxes")
             notes += regions.odd_boxes(boxes, *image.size)
-        return {**network(image, boxes), "size": image.size}, [f"{where}: {note}" for note in notes]
+        return {**network(image, boxes), "size": image.size}, [f"{where}: {note}" for note in notes] + without_boxes
     found, notes, mistake = regions.picture_regions(
         regions.PictureJob(where, path, boxes, run.args.patch, run.args.grid)
     )
     if mistake:
         raise UserError(mistake)
-    return found, notes
+    return found, notes + without_boxes
 
 
 def load_network(run):
@@ -366,13 +373,15 @@ def make_example(task, record):
     """The data.Example of a record without its truth."""
     record = {"id": "", "text": "", **record}
     if task.truth != "text" and not record["text"].strip():
-        raise UserError(f"{task.name} needs a text (--text)")
+        raise UserError(f"{task.name} needs a text")
     for key in task.needs:
         if key != task.truth and len(record.get(key) or ()) < 2:
-            raise UserError(f"{task.name} needs at least two {key} (--{key})")
+            raise UserError(f"{task.name} needs at least two {key}")
     for key in ("answer", "choices"):
         if record.get(key) and "choices" not in task.needs:
             raise UserError(f"{task.name} takes no {key}; leave it out")
+    if task.truth == "text" and record["text"]:
+        raise UserError(f"{task.name} writes the text itself; leave it out")
     record["text"] = records.normalize_text(record["text"])
     answer = record.pop("answer", None)
     if answer:  # the choices are reasons for it
@@ -404,25 +413,23 @@ def read_images(run, task, args):
     network = load_network(run)
     questions = []
     files = {}
+    notes = []
     for i in range(0, len(args.image), task.pictures):
         found = []
         for file, own_boxes in zip(args.image[i : i + task.pictures], boxes[i : i + task.pictures], strict=True):
             if not Path(file).is_file():
                 raise UserError(f"--image {file}: no such file")
             files[len(files)] = Path(file)
-            picture, notes = make_regions(run, f"--image {file}", Path(file), own_boxes, network)
+            picture, own_notes = make_regions(run, f"--image {file}", Path(file), own_boxes, network)
             found.append(picture)
-            for note in notes:
-                data.warn(note)
+            notes += own_notes
         name = " ".join(args.image[i : i + task.pictures])
         record = {"id": name, "text": args.text or "", "choices": args.choices, "answer": args.answer}
         questions.append((record, found))
     dataset = make_dataset(run, task, questions)
     lost = records.lost_text([dataset.lost])
-    if lost:
-        data.warn(lost)
-    if not args.boxes and run.regions.get("boxes") == "given":
-        data.warn("trained on boxes of things, asked about a grid; give --boxes")
+    for note in [*notes, lost] if lost else notes:
+        data.warn(note)
     return dataset, files
 
 
@@ -515,6 +522,9 @@ def load_lines(run, task, args, lines_of=None):
             break
     if not datasets:
         raise UserError(f"{source}: has no examples of split {' or '.join(names)}")
+    first = records.first_record(data.task_file(description, lines_of.name))
+    if run.regions.get("boxes") == "given" and not {"boxes", "features"} & first.keys():
+        data.warn(f"{source}: {WITHOUT_BOXES}")
     lost = records.lost_text([dataset.lost for dataset in datasets])
     if lost:
         data.warn(lost)
@@ -603,6 +613,7 @@ def measure(run, task, dataset):
 
 def export_checkpoint(args):
     """Writes --export in the format of --to."""
+    args.to = args.to or "official"
     if args.to in export.WEIGHTS:
         content = checkpoints.load_checkpoint(args.checkpoint)
         if args.dtype == "bf16":
@@ -624,7 +635,7 @@ def made_up_batch(run, task):
     features = np.zeros((7, run.model.config.feature_size), np.float32)
     boxes = np.tile(np.array([0, 0, 1, 1], np.float32), (7, 1))
     picture = {"features": features, "boxes": boxes, "size": (1, 1)}
-    record = {"text": "a"}
+    record = {} if task.truth == "text" else {"text": "a"}
     if "choices" in task.needs:
         record["choices"] = ["a", "b", "c"]
     dataset = make_dataset(run, task, [(record, [picture] * task.pictures)] * 2)

@@ -212,7 +212,7 @@ class Handler(BaseHTTPRequestHandler):
         raise HttpError(404, "there are /, /samples, /healthz and POST /predict")
 
     def post(self):
-        if self.path != "/predict":
+        if self.path.partition("?")[0] != "/predict":
             raise HttpError(404, "only /predict takes POST")
         length = questions.body_length(self.headers)
         return as_json(self.server.batcher.ask(self.read_question(length)))

@@ -248,9 +248,9 @@ def load_data(run, checkpoint, teacher):
         raise UserError(f"--data: features of {' and '.join(map(str, sorted(widths)))} numbers; all need equally many")
     if tasks.is_pretraining(args.task):
         run.objectives = options.drop_unsupported(run.paper, run.objectives, run.splits, args.rerank)
-    if options.one_source(args):
-        run.content_words = args.data_sets[0][1]["content_words"]
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)
+    if options.one_source(args):
+        run.content_words = content_pieces(run.tokenizer, args.data_sets[0][1]["content_words"])
     if args.max_words is None:
         sizes = {**start_sizes(run, checkpoint), **options.parse_config_options(args, run.paper)}
         args.max_words = min(60, sizes.get("max_positions", run.paper.Config.max_positions))
@@ -276,6 +276,21 @@ def load_data(run, checkpoint, teacher):
         if known < len(run.answers):
             common.print0(f"teacher  knows {known} of {len(run.answers)} answers; the others count as wrong")
         run.answers = teacher["answers"]
+
+
+def content_pieces(tokenizer, words):
+    """Those of a data set's content words that are one word piece, as pieces; a line names the others."""
+    pieces = []
+    left_out = []
+    for word in words:
+        tokens = tokenizer.encode(word, add_special_tokens=False).tokens
+        if len(tokens) == 1 and tokens != ["[UNK]"]:
+            pieces += tokens
+        else:
+            left_out.append(word)
+    if left_out:
+        common.print0(f"data     content words that are not one word piece are left out: {', '.join(left_out)}")
+    return pieces
 
 
 def load_splits(run, task, path, description):

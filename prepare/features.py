@@ -37,7 +37,15 @@ from prepare import networks, published
 from support.machine import keep_freed_memory, pick_device
 from support import records
 from support.ranges import COUNT, COUNT_OR_ZERO
-from support.regions import content_digest, file_stamp, odd_boxes, odd_picture
+from support.regions import (
+    check_boxes,
+    content_digest,
+    file_stamp,
+    odd_boxes,
+    odd_picture,
+    open_picture,
+    print_notes,
+)
 
 SHARD = 256  # pictures and crops whose regions are written at once: what an interruption may lose
 CROP_AREAS = (0.5, 1.0)  # share of the picture that a crop keeps, drawn uniformly
@@ -101,10 +109,10 @@ def decode(job, network, mirror):
     if not path.is_file():
         return f"{where}: no file {path}; paths are relative to the .jsonl file"
     try:
-        image = data.open_picture(where, path)
+        image = open_picture(where, path)
         notes = odd_picture(image)
         if boxes is not None:
-            boxes = data.check_boxes(boxes, *image.size, where, "boxes")
+            boxes = check_boxes(boxes, *image.size, where, "boxes")
             notes += odd_boxes(boxes, *image.size)
             boxes = torch.from_numpy(boxes) / torch.tensor([*image.size, *image.size])
     except UserError as error:
@@ -367,8 +375,7 @@ def prepare(args):
     published.write_dataset(out, **description)
     shutil.rmtree(parts)
     shutil.rmtree(out / "found", ignore_errors=True)
-    if notes:
-        data.warn(f"{notes[0]} ({len(notes)} such in all)")
+    print_notes(notes, "in all")
     for error in errors:
         print(f"left out: {error}", file=sys.stderr)
     left_out = f"left out: {len(errors)} pictures, {lost} lines"

@@ -30,8 +30,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-import data
 from common import UserError
+from support.regions import grid_boxes
 
 DETECTIONS = 36  # regions that are kept of a detector, as many as LXMERT's
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -78,7 +78,10 @@ def load_network(name, weights=None, device="cpu"):
     """The Network of that name (see the top of this file). weights: a state dict's file, for torchvision's networks.
     UserError if a package is missing or there is no such network."""
     torch.backends.cudnn.allow_tf32 = False  # torch's default on a GPU would round inputs to ten bits
-    if name.startswith("efficientnet-lite"):
+    is_ours = name.startswith("efficientnet-lite")
+    if weights and (is_ours or "/" in name or Path(name).is_dir()):
+        raise UserError(f"--weights {weights}: is for torchvision's networks; {name} has its own weights")
+    if is_ours:
         return efficientnet_lite(name, device)
     if "/" in name or Path(name).is_dir():
         return transformers_network(name, device)
@@ -180,7 +183,8 @@ def transformers_detections(model, processor, image, name):
 
 def torchvision_network(name, weights, device):
     """A classifier or a detector of torchvision; without a file of weights torchvision downloads them."""
-    torchvision = import_package("torchvision", name, "torchvision")
+    install = "torchvision (for a name that is neither efficientnet-lite0, -lite1 or -lite2 nor a folder)"
+    torchvision = import_package("torchvision", name, install)
     try:
         if weights is None:
             model = torchvision.models.get_model(name, weights="DEFAULT")
@@ -267,7 +271,7 @@ def map_features(feature_map, boxes=None, grid=None):
     if grid is not None:
         feature_map = F.adaptive_avg_pool2d(feature_map, grid)
     cells = feature_map.flatten(1).T  # (F,H,W) -> (H*W,F), row by row
-    return torch.cat([whole[None], cells]), torch.from_numpy(data.grid_boxes(1, 1, feature_map.shape[2]))
+    return torch.cat([whole[None], cells]), torch.from_numpy(grid_boxes(1, 1, feature_map.shape[2]))
 
 
 def region_fields(features, boxes, probs):

@@ -3,7 +3,7 @@
 import textwrap
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from common import UserError
 from support import drawing
@@ -13,7 +13,7 @@ from support.regions import open_picture, read_features
 
 def draw_sheet(path, task, splits, split, count, patch, grid):
     """The first `count` examples of a split as one picture, three in a row. UserError if a line is wrong."""
-    mistakes = Mistakes()
+    mistakes = Mistakes(task)
     pictures = Pictures(path.parent, patch, grid)
     cells = []
     for where, record in read_records(path, task, splits, mistakes):
@@ -40,7 +40,7 @@ def preview_cell(where, record, pictures, side=336, gap=12):
     cell = Image.new("RGB", (len(shown) * (side + gap) + gap, gap + height + 12 + 16 * len(lines)), "white")
     for i, picture in enumerate(shown):
         cell.paste(picture, (gap + i * (side + gap), gap))
-    font = ImageFont.load_default(12)
+    font = drawing.font_for("".join(lines), 12)
     ImageDraw.Draw(cell).multiline_text((gap, gap + height + 4), "\n".join(lines), "black", font)
     return cell
 

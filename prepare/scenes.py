@@ -38,6 +38,7 @@ import data
 from prepare import scene_texts as texts
 from prepare.scene_texts import COLORS, CONTENT_WORDS, SHAPES, SIDE, make_scene
 from support.ranges import in_range
+from support.regions import parallel, region_features
 
 VERSION = 13  # raise it when `make` writes something else: it is part of the name of the folder in the cache
 COUNTS = {"train": 10_000, "val": 500, "test": 1_000, "compose": 500}  # pictures of each split
@@ -184,7 +185,7 @@ def make(folder, counts=None, seed=0):
     detected = []
     true = []
     lines = {file: [] for file in FILES.values()}
-    prepared = data.parallel(prepare_scene, jobs, f"drawing {len(jobs)} scenes")
+    prepared = parallel(prepare_scene, jobs, f"drawing {len(jobs)} scenes")
     for scene, detected_regions, true_regions, new_lines in prepared:
         graphs.setdefault(scene.split, []).append(scene)
         detected.append(detected_regions)
@@ -230,7 +231,7 @@ def prepare_scene(job):
 
 def store_row(picture, boxes, **fields):
     """What `write_store` takes of a picture: features of the regions in `boxes` (N, 4) pixels, and the fields."""
-    features = data.region_features(picture, boxes).astype(np.float16)  # half as much to send between processes
+    features = region_features(picture, boxes).astype(np.float16)  # half as much to send between processes
     return {"features": features, "boxes": boxes / SIDE, "size": (SIDE, SIDE), **fields}
 
 

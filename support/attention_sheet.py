@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 from common import UserError
 from support import attention, drawing
-from support.drawing import GREEN, MARGIN, SIDE, bars_cell, resized, shorten, text_cell
+from support.drawing import GREEN, MARGIN, SIDE, bars_cell, font_for, resized, shorten, text_cell
 
 SPECIALS = ("[CLS]", "[SEP]")  # words that get no picture of their own
 CELL = 180  # width of a small picture in pixels
@@ -179,7 +179,7 @@ def corners_of(image, box):
 
 def titled(picture, title):
     """A cell: a title above a picture."""
-    title = shorten(title, ImageFont.load_default(14), picture.width - MARGIN)
+    title = shorten(title, font_for(title, 14), picture.width - MARGIN)
     cell = Image.new("RGB", (picture.width + MARGIN, picture.height + 34), "white")
     cell.paste(text_cell(title, 14, "black", cell.width), (0, 6))
     cell.paste(picture, (MARGIN, 28))
@@ -243,7 +243,7 @@ def draw_table(weights, rows, columns, title):
     total = max(left + width * len(columns) + MARGIN, SIDE)  # width of the table
     cell = Image.new("RGB", (total, top + height * len(rows) + MARGIN), "white")
     pen = ImageDraw.Draw(cell)
-    cell.paste(text_cell(shorten(title, ImageFont.load_default(14), total - 2 * MARGIN), 14, "black", total), (0, 6))
+    cell.paste(text_cell(shorten(title, font_for(title, 14), total - 2 * MARGIN), 14, "black", total), (0, 6))
     for j, name in enumerate(columns):
         draw_name(cell, name, left + j * width, 30, width)
     for i, name in enumerate(rows):
@@ -263,7 +263,7 @@ def draw_name(cell, name, x, y, width):
     if isinstance(name, Image.Image):
         cell.paste(name, (x, y))
         return
-    font = ImageFont.load_default(13)
+    font = font_for(name, 13)
     ImageDraw.Draw(cell).text((x, y + 5), shorten(name, font, width - 4), "black", font)
 
 

@@ -4,6 +4,8 @@
 regions, lines of text, bars. attention_sheet.py uses them too.
 """
 
+import contextlib
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -13,6 +15,8 @@ from support import evaluation, regions
 
 SIDE = 400  # width of a cell in pixels
 MARGIN = 12
+MOST_LINES = 40  # of a text in a cell
+SYSTEM_FONTS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf", "arial.ttf")  # the most letters first
 GREY = (80, 80, 80)
 GREEN = (0, 140, 60)
 RED = (200, 40, 40)
@@ -157,6 +161,15 @@ def paste_regions(store, row, side):
     return image, boxes
 
 
+def font_for(text, size):
+    """Pillow's own font, which has only ASCII's letters; for other texts one of the system, where there is one."""
+    if not text.isascii():
+        for name in SYSTEM_FONTS:
+            with contextlib.suppress(OSError):  # it is not installed
+                return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
 def wrap(text, font, width):
     """A text in lines of at most so many pixels. A word that is wider is cut."""
     lines = []
@@ -180,9 +193,11 @@ def wrap(text, font, width):
 
 
 def text_cell(text, size, color, width=SIDE):
-    """A cell with a text, as high as its lines are together."""
-    font = ImageFont.load_default(size)
+    """A cell with a text, as high as its lines are together. A text of more than MOST_LINES lines ends in "..."."""
+    font = font_for(text, size)
     lines = wrap(text, font, width - 2 * MARGIN)
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 1], "..."]
     cell = blank(len(lines) * (size + 5), width)
     pen = ImageDraw.Draw(cell)
     for number, line in enumerate(lines):
@@ -204,7 +219,7 @@ def bars_cell(bars):
     number."""
     cell = blank(20 * len(bars))
     pen = ImageDraw.Draw(cell)
-    font = ImageFont.load_default(14)
+    font = font_for(" ".join(name for name, _, _ in bars), 14)
     left = MARGIN + 200
     for number, (name, prob, color) in enumerate(bars):
         y = 20 * number

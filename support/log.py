@@ -35,6 +35,7 @@ class Log:
         self.waited = 0.0  # seconds spent waiting for data
         self.worked = 0.0  # seconds of all steps
         self.examples = 0  # of this process
+        self.steps = 0  # likewise
         if self.file.is_file() and not run.args.resume:
             common.print0(f"out      {run.args.out} holds an earlier run, which this one writes over")
         if run.rank == 0:
@@ -64,6 +65,7 @@ class Log:
         self.waited += waited
         self.worked += worked
         self.examples += len(ids)
+        self.steps += 1
         progress["seconds"] += worked
         progress["examples"] += len(ids) * self.run.world
 
@@ -94,8 +96,7 @@ class Log:
         grad_norm = float(self.pending[-1][2])
         self.pending = []
         speed = self.examples * self.run.world / max(1e-9, self.worked)
-        seconds_an_example = self.worked / max(1, self.examples)
-        left = int((args.steps - step) * args.batch_size * args.accumulate * seconds_an_example)
+        left = int((args.steps - step) * self.worked / self.steps)
         text = "  ".join(f"{name} {loss:.3f}" for name, loss in means.items())
         common.print0(
             f"step {step:5d}/{args.steps}  {text}  lr {self.rate:.1e}  {speed:.0f} examples/s  {left // 60}:{left % 60:02d} left"

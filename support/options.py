@@ -163,6 +163,7 @@ def check_options(args):
         ("mine", "--task retrieval", mines),
         ("captions", "retrieval and itc", mines or contrasts),
         ("beams", "--task caption", generates),
+        ("size", "a start without --init, whose sizes stay", not args.init),
         ("temperature", "the objective itc", contrasts),
     ):
         if getattr(args, name) != DEFAULTS[f"--{name}"] and not is_read:
@@ -456,7 +457,7 @@ def drop_unsupported(paper, objectives, splits, rerank=None):
                 continue
             for split in splits.values():
                 if field_name not in split.store.fields:
-                    missing[name] = f"the regions of {split.split} have no {field_name}"
+                    missing.setdefault(name, f"the regions of {split.split} have no {field_name}")
     for name, reason in missing.items():
         common.print0(f"data     objective {name} is left out: {reason}")
     if len(missing) == len(objectives):

@@ -31,6 +31,7 @@ MAX_TEXT = 2000  # characters of a text
 MAX_LIST = 100  # boxes of a picture, choices, fields of a form
 MAX_VALUES = 20_000  # commas and opening brackets of a JSON body
 WAIT_SECONDS = 30  # for the requests that are in memory before this one
+REQUEST_KEYS = ("images", "boxes", "text", "choices", "answer", "sample", "attention")  # of a form: image
 SAMPLES = 6
 SAMPLE_SIDE = 480  # pixels of a sample's longer side
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")  # for some others Pillow starts other programs
@@ -118,7 +119,10 @@ def parse_form(body, boundary):
 
 
 def make_job(server, request):
-    """The Job of a request. HttpError where a key has a wrong value."""
+    """The Job of a request. HttpError where a key is unknown or has a wrong value."""
+    for key in request:
+        if key not in REQUEST_KEYS:
+            raise HttpError(400, f"unknown key {key[:60]!r}; a request has {', '.join(REQUEST_KEYS)}")
     record = check_question(request, server.task)
     wanted = request.get("attention", False)
     if not isinstance(wanted, bool):
@@ -219,6 +223,8 @@ def find_regions(server, request):
     """The regions of a request's pictures: those of a sample, or of the pictures that it holds."""
     sample = request.get("sample")
     if sample is not None:
+        if "images" in request or "boxes" in request:
+            raise HttpError(400, "a sample has its own pictures and boxes; leave out 'images' and 'boxes', or 'sample'")
         if not server.samples:
             raise HttpError(400, "this server has no samples; send 'images'")
         if type(sample) is not int or not 0 <= sample < len(server.samples):

@@ -32,6 +32,7 @@ from support.regions import (
     check_boxes,
     file_stamp,
     make_once,
+    odd_boxes,
     parallel,
     picture_regions,
     picture_size,
@@ -101,7 +102,7 @@ KEYS = {  # key: test of its value, what to write
     "target": (is_box, "[x1,y1,x2,y2] in pixels"),
     "split": (is_text, "train, val or test"),
     "kind": (is_text, "a word for the sort of question; accuracy is given for each sort"),
-    "id": (lambda value: is_text(value) or type(value) is int, "a string or a number"),
+    "id": (lambda value: is_text(value) or type(value) is int, "a string or a whole number"),
 }
 # read as `id`, in any case and with or without _: question_id, questionId, ID
 ID_KEYS = ("questionid", "captionid", "sentid", "sentenceid", "annotid", "annotationid", "pairid", "qid", "uid", "id")
@@ -121,9 +122,10 @@ STORE_ROW = re.compile(r"(.+)#(\d{1,12})")  # regions#17: row 17 of the store in
 
 
 class Mistakes:
-    """The first twenty mistakes of a file, one line each, and the number of all."""
+    """The first twenty mistakes in a file's lines for a task, one line each, and the number of all."""
 
-    def __init__(self):
+    def __init__(self, task):
+        self.task = task
         self.first = []
         self.count = 0
 
@@ -137,7 +139,10 @@ class Mistakes:
         if self.count == 1:
             raise UserError(self.first[0])
         if self.count > 1:
-            raise UserError(f"{self.first[0]} (and {self.count - 1} more; `python data.py check {path}` lists them)")
+            hint = f"; `python data.py check {path} --task {self.task.name}` lists them"
+            if self.task.prompt:  # which that command does not know
+                hint = ""
+            raise UserError(f"{self.first[0]} (and {self.count - 1} more{hint})")
 
 
 def read_records(path, task, splits, mistakes):
@@ -204,7 +209,7 @@ def fill_prompt(record, prompt):
             raise UserError(f"--prompt: the line has no key {column!r}; it has {', '.join(record)}")
     text = PROMPT_COLUMN.sub(lambda match: str(record[match[1]]), prompt)  # once: a value may hold braces itself
     for column in columns:
-        if column not in KEYS:
+        if column not in KEYS and not is_id(column):
             record.pop(column, None)
     record["text"] = text
 
@@ -219,10 +224,15 @@ def unique_keys(pairs):
     return record
 
 
+def is_id(key):
+    """Whether a key is read as `id`."""
+    return key.lower().replace("_", "") in ID_KEYS
+
+
 def check_record(record, task, splits):
     """UserError, without the line's number, where a key or its value is not as KEYS has it or the task needs it."""
     for key in list(record):
-        if key not in KEYS and key.lower().replace("_", "") in ID_KEYS and "id" not in record:
+        if key not in KEYS and is_id(key) and "id" not in record:
             record["id"] = record.pop(key)
     for key, value in record.items():
         if key not in KEYS:
@@ -250,7 +260,7 @@ def check_record(record, task, splits):
 
 def suggestion(key):
     """What to write in place of an unknown key."""
-    if key.lower().replace("_", "") in ID_KEYS:
+    if is_id(key):
         return "the line has an id already; leave one of them out"
     for meant, names in KEY_ALIASES.items():
         if key.lower() in names:
@@ -398,6 +408,8 @@ class Pictures:
                 self.sizes[path] = picture_size("'target'", path)
             width, height = self.sizes[path]
         (box,) = check_boxes([record["target"]], width, height, "its picture", "target", np.float64)
+        if odd_boxes(box[None], width, height):
+            raise UserError("'target' looks normalised to 0..1; multiply it by width and height")
         return (box / [width, height, width, height]).tolist()
 
     def paths(self):
@@ -608,7 +620,7 @@ def count_lines(path):
 def files_named(name, path, task, splits):
     """The JSONL file and the pictures and feature files of its lines, those of them that have this name."""
     found = [path] if path.name == name else []
-    for _, record in read_records(path, task, splits, Mistakes()):
+    for _, record in read_records(path, task, splits, Mistakes(task)):
         for key in ("image", "images", "features"):
             files = record.get(key, [])
             for file in [files] if isinstance(files, str) else files:
@@ -666,7 +678,7 @@ def make_columns(path, task, splits, patch, grid, cache, network=None, device=No
     folder = Path(cache).resolve() / f"columns-{cache_key(key)}"
 
     def make(aside):
-        mistakes = Mistakes()
+        mistakes = Mistakes(task)
         columns, pictures = read_columns(path, task, splits, patch, grid, mistakes, network, device)
         mistakes.stop(path)
         folders = {name: store.folder.resolve() for name, store in pictures.stores.items()}

@@ -16,6 +16,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -113,12 +114,21 @@ def warn(text):
 
 
 def print_warnings(store, path):
-    """Warns of what was odd in the pictures of a store when it was made: the first such, and how many there are. path: the
-    file whose lines name them; the note may name another one, which has the same pictures."""
+    """Warns of what was odd in the pictures of a store when it was made. path: the file whose lines name them; the notes
+    may name another one, which has the same pictures."""
     file = store.folder / "warnings.json"
-    notes = json.loads(file.read_text()) if file.exists() else []
-    if notes:
-        warn(f"{notes[0]} ({len(notes)} such among all pictures of {path})")
+    if file.exists():
+        print_notes(json.loads(file.read_text()), f"among all pictures of {path}")
+
+
+def print_notes(notes, of_what):
+    """Warns of what is odd in pictures: the first note of each kind, "WHERE: what is odd", and how many there are."""
+    kinds = {}
+    for note in notes:
+        kind = re.sub(r"\d+", "N", note.rpartition(": ")[2])  # of 4 frames, of 7 frames
+        kinds.setdefault(kind, []).append(note)
+    for same in kinds.values():
+        warn(f"{same[0]} ({len(same)} such {of_what})")
 
 
 def cache_key(*parts):
@@ -612,7 +622,7 @@ class ArrayFile:
     def append(self, rows):
         if rows.shape[1:] != self.row_shape:
             raise ValueError(f"a picture has rows of shape {rows.shape[1:]}, the first one {self.row_shape}")
-        self.file.write(rows.astype(self.dtype).tobytes())
+        self.file.write(rows.tobytes())
         self.rows += len(rows)
 
     def close(self):
@@ -625,7 +635,8 @@ def write_store(folder, pictures):
     """Writes a feature store into `folder`, picture by picture, straight to disk.
 
     pictures: iterable of {field of STORED: (n,...) array}, boxes in 0..1, and `size`: (width, height), `digest` and
-    `crops`: integers, if all have them. All pictures have the same fields. ValueError for values that are not finite.
+    `crops`: integers, if all have them. All pictures have the same fields. ValueError for values that are not finite in
+    their type on disk, and for boxes outside 0..1.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -641,11 +652,15 @@ def write_store(folder, pictures):
             for name, dtype in STORED.items():
                 if name not in picture:
                     continue
-                rows = np.asarray(picture[name])
+                with np.errstate(over="ignore"):  # it is reported below
+                    rows = np.asarray(picture[name]).astype(dtype)
                 if name not in files:
                     files[name] = ArrayFile(folder / f"{name}.npy", dtype, rows.shape[1:])
+                where = f"{name!r} of picture {len(offsets) - 1}"
                 if not np.isfinite(rows).all():
-                    raise ValueError(f"{name!r} of picture {len(offsets) - 1} has NaN or infinity")
+                    raise ValueError(f"{where} has NaN, infinity or too large numbers")
+                if name == "boxes" and not (rows.min(initial=0) > -0.01 and rows.max(initial=0) < 1.01):
+                    raise ValueError(f"{where} lie outside 0..1; divide by width and height")
                 files[name].append(rows)
             offsets.append(offsets[-1] + len(picture["features"]))
             if "size" in picture:

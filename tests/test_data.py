@@ -106,18 +106,18 @@ def test_region_features_equal_cropping_first():
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8))
     boxes = np.array([[0, 0, 70, 50], [5, 6, 65, 42], [10, 3, 46, 39]])
-    features = data.region_features(image, boxes, patch=6).reshape(3, 6, 6, 3)
+    features = regions.region_features(image, boxes, patch=6).reshape(3, 6, 6, 3)
     for i, box in enumerate(boxes.tolist()):
         crop = image.crop(box).resize((6, 6), Image.Resampling.BICUBIC)
         plain = (np.asarray(crop).astype(np.float32) / 255 - 0.5) / 0.25
         inner = slice(None) if i == 0 else slice(2, -2)  # at a crop's edge the filter cannot see the picture around it
         assert np.abs(features[i] - plain)[inner, inner].max() < 0.02  # one grey level
-    assert data.grid_boxes(60, 30, 3)[[0, 1, 9]].tolist() == [[0, 0, 60, 30], [0, 0, 20, 10], [40, 20, 60, 30]]
+    assert regions.grid_boxes(60, 30, 3)[[0, 1, 9]].tolist() == [[0, 0, 60, 30], [0, 0, 20, 10], [40, 20, 60, 30]]
 
 
 def test_a_grid_is_the_whole_picture_and_its_cells_row_by_row():
     cells = [[0, 0, 20, 15], [20, 0, 40, 15], [0, 15, 20, 30], [20, 15, 40, 30]]
-    assert data.grid_boxes(40, 30, 2).tolist() == [[0, 0, 40, 30], *cells]
+    assert regions.grid_boxes(40, 30, 2).tolist() == [[0, 0, 40, 30], *cells]
 
 
 def test_store_gathers_what_a_plain_loop_reads(dataset):
@@ -161,8 +161,15 @@ def test_a_store_keeps_what_was_written(tmp_path):
     store = data.FeatureStore(tmp_path / "s")
     assert store.offsets.tolist() == [0, 2, 3, 7] and store.width == 3 and len(store) == 3
     assert np.load(tmp_path / "s/features.npy")[:, 0].tolist() == [0.5, 0.5, 0.25, 1, 1, 1, 1]
-    with pytest.raises(ValueError, match="NaN"):
-        data.write_store(tmp_path / "nan", [{"features": np.full((1, 3), np.nan), "boxes": np.zeros((1, 4))}])
+    for features, boxes, message in (
+        (np.nan, 0.0, "'features' of picture 0 has NaN"),
+        (1e6, 0.0, "'features' of picture 0 .* too large"),  # for float16
+        (1.0, 30.0, "'boxes' of picture 0 lie outside 0..1"),  # in pixels
+        (1.0, -0.5, "'boxes' of picture 0 lie outside"),
+        (1.0, np.nan, "'boxes' of picture 0 has NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.write_store(tmp_path / "x", [{"features": np.full((1, 3), features), "boxes": np.full((1, 4), boxes)}])
 
 
 def test_a_damaged_store_is_one_line(tmp_path, folder):
@@ -648,7 +655,7 @@ def test_a_full_disk_behind_the_output_ends_no_command(own, tmp_path):
 
 def open_saved(tmp_path, image, name="p.png", **options):
     image.save(tmp_path / name, **options)
-    return np.asarray(data.open_picture("here", tmp_path / name)).astype(int)
+    return np.asarray(regions.open_picture("here", tmp_path / name)).astype(int)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -661,7 +668,7 @@ def test_pictures_are_turned_as_their_exif_says(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "photo.png", exif=exif)
-    assert np.array_equal(np.asarray(data.open_picture("here", tmp_path / "photo.png")), np.asarray(upright))
+    assert np.array_equal(np.asarray(regions.open_picture("here", tmp_path / "photo.png")), np.asarray(upright))
     assert regions.picture_size("here", tmp_path / "photo.png") == (40, 24)
     line = {"image": "photo.png", "text": "the square", "boxes": [[4, 2, 14, 12]], "target": [4, 2, 14, 12]}
     dataset = load(write_jsonl(tmp_path / "a.jsonl", [line]), "refer", "train", patch=2, cache=tmp_path / "c")
@@ -720,10 +727,10 @@ def png_of_16_bits(values, transparent=None):
 def test_the_transparent_grey_of_16_bits_is_white_and_no_part_of_the_range(tmp_path, transparent):
     grey = np.array([[100, 355, 610], [transparent] * 3])
     (tmp_path / "p.png").write_bytes(png_of_16_bits(grey, transparent))
-    pixels = np.asarray(data.open_picture("here", tmp_path / "p.png"))
+    pixels = np.asarray(regions.open_picture("here", tmp_path / "p.png"))
     assert pixels[:, :, 0].tolist() == [[0, 128, 255], [255, 255, 255]]
     (tmp_path / "p.png").write_bytes(png_of_16_bits(np.full((2, 2), transparent), transparent))
-    assert (np.asarray(data.open_picture("here", tmp_path / "p.png")) == 255).all()
+    assert (np.asarray(regions.open_picture("here", tmp_path / "p.png")) == 255).all()
 
 
 def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
@@ -732,7 +739,7 @@ def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
     for transparent in ((1000, 2000, 3000), (3, 7, 11)):
         (tmp_path / "p.png").write_bytes(png_of_16_bits(colors, transparent))
         with pytest.raises(common.UserError, match="p.png .a transparent colour of 16 bits"):
-            data.open_picture("here", tmp_path / "p.png")
+            regions.open_picture("here", tmp_path / "p.png")
 
 
 def test_colours_of_16_bits_that_turn_black_are_told(tmp_path, capsys):
@@ -744,7 +751,7 @@ def test_colours_of_16_bits_that_turn_black_are_told(tmp_path, capsys):
         load(path, "caption", "train", cache=tmp_path / str(values.max()))
         assert ("16 bits and are nearly black in 8" in capsys.readouterr().err) == dark
     (tmp_path / "p.png").write_bytes(png_of_16_bits(colors * 16))
-    assert np.asarray(data.open_picture("here", tmp_path / "p.png"))[0].tolist() == [[255, 125, 0], [1, 18, 255]]
+    assert np.asarray(regions.open_picture("here", tmp_path / "p.png"))[0].tolist() == [[255, 125, 0], [1, 18, 255]]
 
 
 def test_pixels_that_are_no_numbers_are_black_and_no_part_of_the_range(tmp_path):
@@ -1061,8 +1068,12 @@ def test_check_lists_the_first_twenty_mistakes_and_counts_all(own, tmp_path, mon
     path = own(*["{"] * 33)
     code, _, error = run_command(capsys, "check", path)
     assert "mistakes: 33, the first 20" in error and error.count("\n") == 21
-    with pytest.raises(common.UserError, match=r"my.jsonl:1: not JSON.*and 32 more"):
-        load(path, "pretrain", "train", cache=tmp_path / "c")
+    hint = r"my.jsonl:1: not JSON.*and 32 more; `python data.py check .*my.jsonl --task vqa` lists them"
+    with pytest.raises(common.UserError, match=hint):
+        load(path, "vqa", "train", cache=tmp_path / "c")
+    asked = dataclasses.replace(tasks.VQA, prompt="is it?")  # which that command cannot know
+    with pytest.raises(common.UserError, match=r"and 32 more\)"):
+        data.load(path, asked, "train", cache=tmp_path / "c")
 
 
 def test_check_lists_every_wrong_picture_where_the_lines_are_right(own, tmp_path, monkeypatch, capsys):
@@ -1152,15 +1163,17 @@ def test_a_run_that_finds_stale_columns_half_removed_makes_them(own, tmp_path, m
 
 
 def test_a_value_with_braces_is_filled_into_a_prompt_as_it_is():
-    record = {"a": "the {b} of", "b": "x", "kind": "{a}"}
-    records.fill_prompt(record, "{a} {b} {kind}")
-    assert record == {"kind": "{a}", "text": "the {b} of x {a}"}
+    record = {"a": "the {b} of", "b": "x", "kind": "{a}", "Question_ID": 7}
+    records.fill_prompt(record, "{a} {b} {kind} {Question_ID}")
+    assert record == {"kind": "{a}", "text": "the {b} of x {a} 7", "Question_ID": 7}  # an id stays
 
 
 def test_boxes_and_targets_are_cut_to_the_picture(own, tmp_path):
     """The picture is 40 x 30. A target with width and height swapped would be another box."""
     box = [-0.5, 2, 40.5, 30.25]
     dataset = load(own({**GOOD, "boxes": [box], "target": box}), "refer", "train", cache=tmp_path / "c")
+    with pytest.raises(common.UserError, match="'target' looks normalised to 0..1"):
+        load(own({**GOOD, "target": [0.1, 0.1, 0.5, 1]}), "refer", "train", cache=tmp_path / "c")
     expected = [0, 2 / 30, 1, 1]
     assert np.allclose(dataset.target[0], expected)
     assert np.allclose(dataset.store.gather(np.array([0]))["boxes"][0, 0], expected)
@@ -1217,6 +1230,29 @@ def test_check_names_pictures_that_training_shares_with_the_test(own, tmp_path, 
     )
     output = run_command(capsys, "check", path)[1]
     assert "1 of the 1 pictures of test are in train too" in output and "of val are" not in output
+    lines += [{"image": "./a.png", "text": "y"}, {"image": "a.png", "text": "z", "boxes": [[0, 0, 9, 9]]}]
+    output = run_command(capsys, "check", own(*lines))[1]
+    assert "warning: the 3 pictures of train have only 1 different contents" in output
+
+
+def test_check_counts_unknown_words_by_the_data_set_s_own_vocabulary(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own({**GOOD, "text": "disc zebra zebra zebra"})
+    (tmp_path / "v.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ndisc")
+    (tmp_path / "dataset.json").write_text(json.dumps({"file": "my.jsonl", "vocab": "v.txt"}))
+    assert "75.00% of the word pieces are unknown" in run_command(capsys, "check", tmp_path)[1]
+
+
+def test_each_kind_of_odd_picture_is_one_warning(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in (2, 3):
+        frames = [Image.effect_noise((40, 30), 50 + i) for i in range(number)]
+        frames[0].save(f"{number}.gif", save_all=True, append_images=frames[1:])
+    lines = [{"image": f"{number}.gif", "text": "x"} for number in (2, 3)]
+    error = run_command(capsys, "check", own(*lines, {**lines[0], "boxes": [[0, 0, 0.5, 1], [0, 0, 1, 1]]}))[2]
+    warnings = error.strip().splitlines()
+    assert len(warnings) == 2 and "only the first of its 2 frames is used (3 such" in warnings[0]
+    assert "boxes look normalised to 0..1; multiply them by width and height (1 such" in warnings[1]
 
 
 # ---- the cache ---------------------------------------------------------------------------------------------------------

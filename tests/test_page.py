@@ -163,6 +163,21 @@ def test_a_chosen_picture_and_boxes_drawn_with_the_mouse(page, checkpoint, capsy
     assert_same(ask(page), said_by_predict(checkpoint, capsys, "--image", tmp_path / "a.jpg"))
 
 
+@pytest.mark.parametrize("size, mode", [((2400, 60), "RGBA"), ((2100, 1600), "I;16"), ((20_500, 10), "L")])
+def test_a_picture_that_the_server_would_refuse_is_sent_smaller_and_on_white(size, mode, page, tmp_path):
+    """16 bits a pixel count four times, transparency twice; the server's longest side is 20,000."""
+    Image.new(mode, size).save(tmp_path / "large.png")
+    page.set_input_files("#pictures input", tmp_path / "large.png")
+    page.wait_for_selector("#samples:not(:has([aria-pressed=true]))")
+    page.fill("#text", "what color is it?")
+    with page.expect_request("**/predict") as sent:
+        assert len(ask(page)) == 3
+    content = questions.decode_base64(json.loads(sent.value.post_data)["images"][0])
+    picture = Image.open(io.BytesIO(content))
+    assert picture.format == "JPEG" and max(picture.size) <= 2000
+    assert picture.convert("L").getextrema() == ((255, 255) if mode == "RGBA" else (0, 0))
+
+
 def test_a_broken_picture_gives_the_message(page, tmp_path):
     (tmp_path / "noise.png").write_bytes(b"no picture at all")
     page.set_input_files("#pictures input", tmp_path / "noise.png")

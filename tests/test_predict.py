@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import use
-from PIL import Image
+from PIL import Image, ImageFont
 
 import data
 import predict
@@ -336,7 +336,8 @@ def test_a_picture_gives_what_a_line_with_it_gives(trained, folder, capsys):
         assert use(checkpoint, "--data", path, "--out", "one-p.jsonl") == 0
         found = json.loads((folder / "one-p.jsonl").read_text())
         capsys.readouterr()
-        given = ["--image", "0.png", "--boxes", json.dumps(boxes), "--text", "a red circle", *more]
+        given = ["--image", "0.png", "--boxes", json.dumps(boxes), *more]
+        given += [] if task == "caption" else ["--text", "a red circle"]
         assert use(checkpoint, *given, "--out", "one.png") == 0
         printed = capsys.readouterr()
         assert printed.out == predict.describe(found) + "\n", task
@@ -370,7 +371,7 @@ def test_two_pictures_and_one_answer(trained, folder, capsys):
     assert use(checkpoint, *pair, "--text", "exactly one picture shows a circle") == 0
     printed = capsys.readouterr()
     assert re.fullmatch(r"(true|false) 0\.\d+  (true|false) 0\.\d+\n", printed.out)
-    assert "give --boxes" in printed.err
+    assert printed.err.count("is asked about a grid; give boxes") == 2  # of either picture
     assert use(checkpoint, *pair, "--image", "2.png", "--text", "x") == 2
     assert "two --image" in capsys.readouterr().err
 
@@ -488,6 +489,19 @@ def test_a_cell_is_as_high_as_its_content(drawn, tmp_path):
     assert (below < 200).any() and (cell[-drawing.MARGIN :] == 255).all()  # the truth, and nothing cut off
 
 
+def test_letters_outside_ascii_are_drawn_and_a_long_text_is_cut():
+    """Pillow's own font draws the same box for every letter that it lacks."""
+    try:
+        ImageFont.truetype("DejaVuSans.ttf", 14)
+    except OSError:
+        pytest.skip("needs the font DejaVu Sans")
+    cells = [np.asarray(drawing.text_cell(letter, 14, "black")) for letter in "üéß"]
+    assert (cells[0] != cells[1]).any() and (cells[1] != cells[2]).any()
+    assert drawing.font_for("plain", 14).getname() == ImageFont.load_default(14).getname()
+    long = drawing.text_cell("star " * 9999, 14, "black")
+    assert long.height == drawing.MOST_LINES * 19
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -503,13 +517,17 @@ def test_a_cell_is_as_high_as_its_content(drawn, tmp_path):
         (["CKPT", "--scenes", "--out", "sheet.msp"], "--out sheet.msp"),
         (["CKPT", "--scenes", "--task", "ve"], "trained for vqa"),
         (["CKPT", "--image", "none.png", "--text", "x"], "no such file"),
-        (["CKPT", "--image", "0.png"], "vqa needs a text (--text)"),
-        (["CKPT", "--image", "0.png", "--text", " "], "vqa needs a text (--text)"),
+        (["CKPT", "--image", "0.png"], "vqa needs a text"),
+        (["CKPT", "--image", "0.png", "--text", " "], "vqa needs a text"),
         (["CKPT", "--image", "0.png", "--text", "x", "--answer", "red"], "vqa takes no answer"),
         (["CKPT", "--image", "0.png", "--text", "x", "--choices", "a", "b"], "vqa takes no choices"),
         (["CKPT", "--scenes", "--text", "x"], "--text is for --image, and changes nothing here"),
         (["CKPT", "--serve", "--split", "val"], "--split is for --data and --scenes"),
         (["CKPT", "--scenes", "--prompt", "x"], "--prompt is for --data"),
+        (["CKPT", "--scenes", "--to", "onnx"], "--to is for --export"),
+        (["CKPT", "--export", "x.bin", "--out", "y.bin"], "--out is for --scenes"),
+        (["CKPT", "--embed", "x.npz", "--data", "vqa.jsonl", "--out", "y.npz"], "--out is for --scenes"),
+        (["CKPT", "--scenes", "--attention", "x.png", "--out", "y.png"], "--out is for --scenes"),
         (["CKPT", "--scenes", "--beams", "2"], "--beams is for captions"),
         (["CKPT", "--image", "0.png", "--text", "\u200d"], "has no visible character"),
         (["CKPT", "--image", "vqa.jsonl", "--text", "x"], "cannot read picture"),
@@ -542,6 +560,20 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, trained, fold
     assert use(*[checkpoint if argument == "CKPT" else argument for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "Traceback" not in error, error
+
+
+def test_a_caption_takes_no_text():
+    with pytest.raises(UserError, match="caption writes the text itself"):
+        predict.make_example(tasks.CAPTION, {"text": "red circle"})
+
+
+def test_lines_without_the_boxes_that_training_had_are_a_warning(trained, folder, capsys):
+    checkpoint = trained("uniter", "refer")
+    line = {"image": "0.png", "text": "red circle"}
+    message = "the model was trained on boxes of things, and is asked about a grid; give boxes"
+    for own, warns in ((line, True), ({**line, "boxes": [[0, 0, 40, 40]]}, False)):
+        assert use(checkpoint, "--data", own_file(folder, "grid.jsonl", [own])) == 0
+        assert (message in capsys.readouterr().err) == warns
 
 
 @pytest.mark.parametrize("task", ["refer", "nlvr2", "caption", "retrieval"])

@@ -15,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 from prepare import scene_texts, scenes
+from support.regions import region_features
 
 ROOT = Path(__file__).parent.parent
 SPLITS = ("train", "val", "test", "compose")
@@ -493,7 +494,7 @@ def test_stores_hold_the_regions_of_each_picture(folder):
             start, stop = store.offsets[row : row + 2]
             assert stop - start == len(expected["boxes"])
             assert np.abs(store.fields["boxes"][start:stop] * 112 - expected["boxes"]).max() < 1e-4
-            features = data.region_features(picture, expected["boxes"])
+            features = region_features(picture, expected["boxes"])
             assert np.abs(store.fields["features"][start:stop] - features).max() < 2e-3
     assert np.array_equal(
         detected.fields["objects"][:3], scenes.detect(scenes.make_scene(0, "train", 0))["objects"][:3]

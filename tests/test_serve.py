@@ -120,6 +120,9 @@ def test_pictures_of_a_request_are_answered_as_files_are(start, scene, tmp_path,
 def test_an_answer_warns_of_lost_words_and_further_frames(start, scene):
     server = start("vqa")
     question = {"images": [scene], "text": "what color is the circle?"}
+    warning = request(server, "POST", "/predict", question)[1]["warning"]
+    assert warning == "picture: the model was trained on boxes of things, and is asked about a grid; give boxes"
+    question["boxes"] = [[[0, 0, 30, 30]]]
     assert "warning" not in request(server, "POST", "/predict", question)[1]
     question["text"] += " ж"
     warning = request(server, "POST", "/predict", question)[1]["warning"]
@@ -359,6 +362,10 @@ def test_a_tiff_of_several_pages_and_eps_are_refused(start):
         ("POST", "/predict", "[" * 100_000, 400, "too many values"),
         ("POST", "/predict", [], 400, "object"),
         ("POST", "/predict", {}, 400, "text"),
+        ("POST", "/predict?x=1", {}, 400, "text"),
+        ("POST", "/predict", {"text": "x", "atention": True}, 400, "unknown key 'atention'"),
+        ("POST", "/predict", {"text": "x", "sample": 0, "images": ["PICTURE"]}, 400, "leave out 'images'"),
+        ("POST", "/predict", {"text": "x", "sample": 0, "boxes": [[[1, 2, 3, 4]]]}, 400, "leave out 'images'"),
         ("POST", "/predict", {"text": 3}, 400, "'text'"),
         ("POST", "/predict", {"text": "x" * 2001}, 400, "'text'"),
         ("POST", "/predict", {"text": "x\0y"}, 400, "'text'"),
@@ -500,7 +507,7 @@ def test_a_request_that_finds_no_place_in_memory_is_503(start, monkeypatch):
     server = start("vqa")
     large = question_with(hostile.png_bomb(1200, 900))
     small = question_with(hostile.small_picture())
-    body = json.dumps(small | {"padding": "x" * 300_000})
+    body = json.dumps(small) + " " * 300_000
     slots = {"body": server.large_bodies, "large": server.large_pictures, "small": server.small_pictures}
     for held, slot in slots.items():
         count = free_slots(slot)

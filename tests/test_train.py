@@ -563,6 +563,7 @@ def test_options_are_taken_where_something_reads_them(arguments):
         (["--task", "retrieval", "--temperature", "0.5"], "for the objective itc"),
         (["--task", "vqa", "--mask", "0.2"], "--mask 0.2: is for pretraining"),
         (["--task", "vqa,refer", "--beams", "3"], "--beams 3: is for --task caption"),
+        (["--init", "x.pt", "--size", "base"], "--size base: is for a start without --init"),
         (["--objectives", "mlm", "--captions", "first"], "--captions first: is for retrieval and itc"),
         (["--task", "caption", "--mine", "9"], "--mine 9: is for --task retrieval"),
         (["--max-words", "500"], "128 positions"),
@@ -918,6 +919,14 @@ def test_a_learning_rate_of_zero_leaves_the_weights(pictures, tmp_path, here):
         assert torch.equal(start[name], trained[name]), name
 
 
+def test_content_words_are_word_pieces_and_the_others_are_named(capsys):
+    """In lower case, where the tokenizer's pieces are."""
+    tokenizer = data.train_tokenizer(["a red disc", "a disc of green"] * 20)
+    assert train.content_pieces(tokenizer, ["Red", "red disc", "greenish", "disc", "猫"]) == ["red", "disc"]
+    assert "are left out: red disc, greenish, 猫" in capsys.readouterr().out
+    assert train.content_pieces(tokenizer, ["red"]) == ["red"] and capsys.readouterr().out == ""
+
+
 def test_texts_are_cut_at_max_words(pictures, here, monkeypatch):
     longest = []
     real = train.training_loop
@@ -1092,12 +1101,12 @@ def test_limit_is_of_the_training_split_alone(pictures, here, monkeypatch):
 
 def log_of(tmp_path, world=1):
     """A Log of a run of 10 steps of 2 examples a process."""
-    args = SimpleNamespace(out=tmp_path, resume=False, steps=10, batch_size=2, accumulate=1)
+    args = SimpleNamespace(out=tmp_path, resume=False, steps=10, batch_size=64, accumulate=1)  # of 2 lines of data
     progress = {"step": 0, "seconds": 0.0, "examples": 0}
     return log.Log(SimpleNamespace(args=args, rank=0, world=world, progress=progress))
 
 
-def test_a_line_of_the_log_has_means_and_counts_the_examples_of_all_processes(tmp_path):
+def test_a_line_of_the_log_has_means_and_counts_the_examples_of_all_processes(tmp_path, capsys):
     lines = log_of(tmp_path, world=3)
     progress = lines.run.progress
     for step, loss in ((1, 2.0), (2, 5.0), (3, 4.0)):
@@ -1114,6 +1123,7 @@ def test_a_line_of_the_log_has_means_and_counts_the_examples_of_all_processes(tm
     expected = {"step": 3, "lr": 0.1, "grad_norm": 1.5, "examples_per_second": 12.0, "mlm": 3.0, "itm": 5.0}
     assert first == expected
     assert second["mlm"] == 7.0  # only since the last line
+    assert "12 examples/s  0:03 left" in capsys.readouterr().out  # 7 steps of 0.5 s, whatever --batch-size says
     assert (progress["examples"], progress["seconds"]) == (4 * 2 * 3, 2.0)
 
 
@@ -1567,7 +1577,8 @@ def test_stores_of_the_splits_that_differ(widths, probs, given, message, tmp_pat
     shown = capsys.readouterr()
     assert code == (2 if message else 0) and message in shown.err
     if probs:
-        assert "objective mrc_kl is left out: the regions of test have no object_probs" in shown.out
+        first = next(split for split in ("train", "val", "test") if split not in probs)
+        assert f"objective mrc_kl is left out: the regions of {first} have no object_probs" in shown.out
 
 
 def test_crops_are_for_training_and_belong_to_the_fingerprint(tmp_path, monkeypatch, capsys):
