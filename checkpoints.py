@@ -49,9 +49,9 @@ from tasks import TASKS
 #   HEADS             {head: config -> Module}. Read by name: mlm, itm (2 logits, 1 = match), rank (1), itc, hidden
 #   OBJECTIVES        {objective: common.Objective}
 #   PRETRAINING       dict: the paper's objectives with their ratios, masking and false pairs
-#   CHOICES           {field of Config: its allowed values}, for fields that are words
+#   CHOICES           {field of Config that is a string: its allowed values}
 #   VCR_TYPES         text types of question and answer, and of question, answer and reason
-#   NEGATIVES         which side of a true pair is replaced in each false pair of a retrieval group: "image" or "text"
+#   NEGATIVES         which side of a true pair is replaced in each mismatched pair of a retrieval group: "image" or "text"
 #   text_types(tasks) the table of text types for these tasks: for each row, the row of pretraining's that it starts as
 # Keys of PRETRAINING, the last two optional:
 #   objectives        {objective: ratio}, those of the paper
@@ -211,11 +211,11 @@ def load_weights(args):
     """
     path = weights.find_weights(Path(args.init))
     content = weights.read_weights(path)
-    state = weights.find_state_dict(path, content)
-    weights.check_finite(path, state)
     if is_checkpoint(content):
         check_content(path, content)
         return content
+    state = weights.find_state_dict(path, content)
+    weights.check_finite(path, state)
     state = weights.strip_wrappers(path, state)
     if "text_embedding.words.weight" in state:
         raise UserError(
@@ -262,7 +262,7 @@ def kind_of(state):
 
 @dataclass
 class Report:
-    """What `fit_state_dict` did. Each list holds names of parameters."""
+    """What `fit_state_dict` did. The lists hold names of parameters, `new_answers` answers."""
 
     source: str  # the file, and whose weights it holds
     loaded: list = field(default_factory=list)

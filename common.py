@@ -42,7 +42,7 @@ def layer_norm(x, weight, bias, eps=1e-12):
 def attention_bias(mask, dtype, masked_logit=-10000.0):
     """BERT's additive attention mask: 0 where a key is visible, `masked_logit` where it is not.
 
-    mask bool, True = visible: (B, S), or (B, T, S) for each query apart. Returns (B, 1, 1, S) or (B, 1, T, S).
+    mask bool, True = visible: (B, S), or (B, T, S) with a mask for each query. Returns (B, 1, 1, S) or (B, 1, T, S).
     A query without a visible key attends to all keys: the same constant is added to all its logits.
     """
     if mask.ndim == 2:
@@ -118,8 +118,9 @@ class MultiHeadAttention(nn.Module):
         """Self-attention without a context, cross-attention with one. Returns (B, T, C).
 
         bias: from `attention_bias`.   maps: a list, to which the attention probabilities (B, H, T, S) are appended.
-        cache: a dict {layer: (keys, values)}, for incremental decoding. In self-attention x holds the new
-        positions only, whose keys include the cached ones. In cross-attention only the first call projects the context.
+        cache: a dict for incremental decoding, here {layer: (keys, values)}; models add entries of their own. In
+        self-attention x holds the new positions only, and they see the cached ones too. In cross-attention only the
+        first call projects the context.
         """
         cached = cache is not None and self in cache
         if cached and context is not None:

@@ -200,7 +200,8 @@ class Dataset:
 
     def belong_together(self, examples, images):
         """True = some example pairs this text with this picture. examples, images (store rows): (...) -> (...) bool.
-        Upper and lower case count as equal. A caption of several pictures belongs to each of them."""
+        Upper and lower case count as equal. A caption of several pictures belongs to each of them. For tasks with one
+        row an example."""
         self.index_pairs()
         keys = pair_keys(self.text_keys[examples], images)
         found = np.searchsorted(self.pairs, keys).clip(max=len(self.pairs) - 1)
@@ -244,9 +245,7 @@ class Dataset:
         return rows.reshape(-1, self.group, 2).max(1)  # (R, 2) -> (E, group, 2) -> (E, 2)
 
     def subset(self, index):
-        """Examples `index` (integers), in memory; a single number takes that many at random, always the same ones."""
-        if np.ndim(index) == 0:
-            index = np.sort(random_stream("subset").permutation(len(self))[:index])  # evenly spaced could hit one kind
+        """Examples `index` (integers), in memory."""
         rows = self.rows(index)
         part = dataclasses.replace(
             self,
@@ -434,7 +433,8 @@ def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE, network
         if "target" in task.needs:
             dataset = drop_unreachable(dataset, path)
     if limit is not None:
-        dataset = dataset.subset(limit)
+        index = random_stream("subset").permutation(len(dataset))[:limit]  # evenly spaced ones could be of one kind
+        dataset = dataset.subset(np.sort(index))
     return dataset
 
 
@@ -771,8 +771,8 @@ def mask_regions(batch, rng, p=0.15, zero=1.0, random=0.0, force_one=True):
 
 
 def remove_modality(batch, what):
-    """The batch without what --ablate names. "image": region_mask becomes False, features and boxes 0. "text": only
-    [CLS] and the last [SEP] are left. None: the batch as it is."""
+    """The batch, changed in place, without what --ablate names. "image": region_mask becomes False, features and boxes
+    0. "text": only [CLS] and the last [SEP] are left. None: the batch as it is."""
     if what == "image":
         batch.region_mask = torch.zeros_like(batch.region_mask)
         batch.features = torch.zeros_like(batch.features)

@@ -274,7 +274,7 @@ class LXMERT(nn.Module):
 PRETRAINING = {
     "objectives": {"mlm": 1, "mrfr": 1, "mrc": 1, "attr": 1, "itm": 1, "qa": 1},  # all at once; see second_half
     "conditional": False,  # words and regions are masked in the same step, independently of each other
-    "predict_false_pairs": False,  # nothing is predicted in mismatched pairs (12-in-1); officially it is
+    "predict_false_pairs": False,  # False: masked words and regions of mismatched pairs are not predicted (12-in-1); officially they are
     "second_half": ("qa",),  # questions are answered in the second half of the steps only (3.3)
     "joined": {},
     "rate": 2.0,  # learning rate relative to fine-tuning: 1e-4 at base size
@@ -369,7 +369,7 @@ def image_question_answering(model, encoding, batch):
     batch.answer_labels (B,), -1 = no question; of several answers one is drawn in proportion to the scores.
     Mismatched rows (batch.matched 0) have no answer. config.answer_factor is 1 in the paper. Logits (B, A).
     """
-    logits = common.at_least_float32(model.heads["qa"](encoding.pooled))  # (B, C) -> (B, A)
+    logits = model.heads["qa"](encoding.pooled)  # (B, C) -> (B, A)
     labels = batch.answer_labels
     if batch.matched is not None:
         labels = labels.masked_fill(batch.matched == 0, -1)
@@ -386,7 +386,7 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
     The batch has 2B rows, the statement with each picture in turn; the two pooled vectors are concatenated.
     """
     pooled = encoding.pooled.reshape(batch.target.shape[0], -1)  # (2B, C) -> (B, 2C)
-    logits = common.at_least_float32(model.heads["nlvr2"](pooled))  # (B, 2C) -> (B, 2)
+    logits = model.heads["nlvr2"](pooled)  # (B, 2C) -> (B, 2)
     return common.cross_entropy(logits, batch.target), logits
 
 
@@ -469,7 +469,7 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
 }
 
-CHOICES = {"contrast": ("infonce", "hinge", "sigmoid", "dcl"), "text_vector": ("cls", "mean")}  # fields that are words
+CHOICES = contrast.CHOICES  # allowed values of Config's string fields
 VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
 NEGATIVES = ("image", "text")  # what each mismatched row of retrieval replaces in the true pair
 MODEL = LXMERT

@@ -6,7 +6,7 @@ file lists the rows; train.py and predict.py reach every task through it.
 
 Accuracies and recalls are in 0..1. Chance is the score of guessing without the model. Processes share the examples.
 `run` is train.Run, or anything with the same attributes: args, paper (the model's module), model, tokenizer, answers,
-content_words, device, autocast(), rank, world, sets, objectives, progress, columns().
+usual_answers, content_words, device, autocast(), rank, world, sets, objectives, progress, columns().
 Letters: B rows or examples of a batch, E examples, T text positions, N regions, C width, K choices, V vocabulary.
 """
 
@@ -42,7 +42,7 @@ class Task:
     truth: str = ""  # the key of what is to be predicted; predict.py reads lines without it
     prompt: str = ""  # template of a line's text: see records.fill_prompt
     pictures: int = 1  # pictures of a line
-    rows: int = 1  # rows that one example takes, about; for the default batch size
+    rows: int = 1  # rows that an example typically takes, for the default batch size
     check: Callable = lambda record: None  # record -> None, or a sentence that says what is wrong with it
     best: tuple = ("accuracy",)  # metrics that choose the best weights: the first of these that was measured
     lower_is_better: bool = False  # True: that metric is better when lower
@@ -345,11 +345,11 @@ def evaluate_vqa(run, dataset):
 
 def most_frequent_answers(dataset):
     """{kind of question: the answer with the largest sum of scores}, of equal ones the first in the alphabet. "" has the
-    answer for all kinds together, unless it is a kind itself."""
+    answer for all kinds together."""
     counts = {}
     for kind, answers in zip(dataset.kind, dataset.answer, strict=True):
         counts.setdefault(kind, Counter()).update(answers)
-    counts.setdefault("", sum(counts.values(), Counter()))
+    counts[""] = sum(counts.values(), Counter())
     usual = {}
     for kind, count in counts.items():
         if count:

@@ -11,7 +11,7 @@ Known deviations from the official code:
 - Regions follow the padded words. Official code puts them right behind the last word. No valid position changes.
 - The mask embedding is one vector. The official table has a row 0 too, which is zeroed at each use.
 - Widths and heights are computed from the corners of a box. Official files hold them in float16.
-- NLVR2's paired attention starts with BERT's weights; officially queries, keys and values start Xavier-uniform.
+- NLVR2's paired attention is initialised like all of BERT, N(0, 0.02^2); officially queries, keys and values are Xavier-uniform.
 docs/details.md lists the errors of the official code.
 Letters: B batch, T text positions, N regions, S = T + N positions of both. C width, F region-feature width,
 V vocabulary, K classes, A answers, M masked words or regions.
@@ -443,9 +443,8 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
 }
 
-CHOICES = {  # fields of Config that are words
-    "contrast": ("infonce", "hinge", "sigmoid", "dcl"),
-    "text_vector": ("cls", "mean"),
+CHOICES = {  # allowed values of Config's string fields
+    **contrast.CHOICES,
     "nlvr2": ("paired-attention", "paired", "triplet"),
 }
 VCR_TYPES = ((0, 2), (0, 2, 3))  # text types: a question and its answer; a question, its answer and the reason

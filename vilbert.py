@@ -108,7 +108,7 @@ class RegionEmbedding(nn.Module):
     def forward(self, features, boxes, mask):
         mean = common.masked_mean(features, mask)[:, None]  # (B, N, F) -> (B, 1, F)
         features = torch.cat([mean, features], 1)  # (B, 1+N, F)
-        whole = (torch.arange(4, device=boxes.device) > 1).to(boxes.dtype)  # 0, 0, 1, 1
+        whole = boxes.new_tensor([0, 0, 1, 1])
         boxes = torch.cat([whole.expand(boxes.shape[0], 1, 4), boxes], 1)  # (B, 1+N, 4)
         area = (boxes[..., 2:] - boxes[..., :2]).prod(-1, keepdim=True)  # (B, 1+N, 1)
         feature_emb = self.features(features)  # (B, 1+N, F) -> (B, 1+N, C)
@@ -353,7 +353,7 @@ class ViLBERT(nn.Module):
 PRETRAINING = {
     "objectives": {"mlm": 1, "mrc_kl": 1, "itm": 1},
     "conditional": False,  # words and regions are masked in the same step, independently of each other
-    "predict_false_pairs": False,  # nothing is predicted in mismatched pairs (12-in-1); in ViLBERT's own code it is
+    "predict_false_pairs": False,  # as in 12-in-1: masked words and regions of mismatched pairs are not predicted; in ViLBERT's own code they are
     "joined": {},
     "rate": 2.0,  # learning rate relative to fine-tuning: 1e-4 at base size
     "weights": {},  # factors of the losses; 1 where none is named
@@ -545,11 +545,7 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "refer": common.Objective(referring_expression, head="refer"),
 }
 
-CHOICES = {
-    "contrast": ("infonce", "hinge", "sigmoid", "dcl"),
-    "text_vector": ("cls", "mean"),
-    "fusion": ("mul", "sum"),
-}  # fields of Config that are words
+CHOICES = {**contrast.CHOICES, "fusion": ("mul", "sum")}  # allowed values of Config's string fields
 VCR_TYPES = ((0, 1), (0, 0, 1))  # text types: a question and its answer; a question, its answer and the reason
 NEGATIVES = ("text", "image", "text")  # what each mismatched row of retrieval replaces in the true pair
 MODEL = ViLBERT

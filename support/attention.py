@@ -42,7 +42,7 @@ class Record:
     spans: dict  # "text", "regions", "both" -> slice of the S positions: all that the model has of it
     text: torch.Tensor  # (T, C) last states of the word pieces, which are the last T positions of spans["text"]
     regions: torch.Tensor  # (N, C) last states of the regions, the last N positions of spans["regions"]
-    answer_row: torch.Tensor  # (S,) sums to 1: the positions that the answer's logit is computed from
+    answer_row: torch.Tensor  # (S,) sums to 1, or all 0: the positions that the answer's logit is computed from
 
     @property
     def word_span(self):

@@ -148,10 +148,7 @@ def gather_with_gradient(x):
 # ---- head and objective ----------------------------------------------------------------------------------------------
 
 
-@common.in_float32
-def l2_normalize(x):
-    """x / ||x|| over the last axis."""
-    return F.normalize(x, dim=-1)
+CHOICES = {"contrast": ("infonce", "hinge", "sigmoid", "dcl"), "text_vector": ("cls", "mean")}  # of a model's Config
 
 
 class ContrastHead(nn.Module):
@@ -174,11 +171,11 @@ class ContrastHead(nn.Module):
     def text(self, states, mask):
         """(B, T, C), mask (B, T) bool, True = a word -> (B, E)"""
         pooled = common.masked_mean(states, mask) if self.text_vector == "mean" else states[:, 0]  # (B, C)
-        return l2_normalize(self.project_text(pooled))
+        return F.normalize(self.project_text(pooled), dim=-1)
 
     def image(self, states, mask):
         """(B, N, C), mask (B, N) bool, True = a region -> (B, E)"""
-        return l2_normalize(self.project_image(common.masked_mean(states, mask)))
+        return F.normalize(self.project_image(common.masked_mean(states, mask)), dim=-1)
 
     def forward(self, image, text, pictures):
         """The loss that `kind` names, over the rows of all processes, and its logits (B', B').

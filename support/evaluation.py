@@ -450,7 +450,7 @@ def generate(model, batch, first, last, beams, most):
         text = torch.cat([text[parent], piece[:, None]], 1)  # (B*beams, T) -> (B*beams, T + 1)
         ended = ended[parent] | (piece == last)
         for name, value in cache.items():
-            if isinstance(value, tuple):  # keys and values; the number of words read is no tuple
+            if isinstance(value, tuple):  # keys and values; what else models keep is equal for all beams of a picture
                 cache[name] = tuple(x[parent] for x in value)
         if ended.all():
             break

@@ -80,7 +80,7 @@ def names_to_ours(state, names, table):
     """An official state dict, without old spellings, under our names.
 
     names: those of the model that will load it, `model.state_dict()`. Returns (state, unexpected official names).
-    What is missing, the caller sees from the difference to `names`.
+    Names that have no tensor are left out of the state.
     """
     ours = {rename(name, table): name for name in names}
     found = {}
@@ -96,7 +96,7 @@ def names_to_ours(state, names, table):
 def normalize_bert_names(state):
     """BERT's own state dict under the names `bert.embeddings...`, `bert.encoder...`, `bert.pooler...`, `cls...`.
 
-    Takes away `module.`; turns UNITER's `uniter.` for `bert.` back; puts `bert.` where a bare BertModel was saved.
+    Takes away `module.`; renames `uniter.` to `bert.`; puts `bert.` where a bare BertModel was saved.
     KeyError if it holds no BERT: RoBERTa, DistilBERT and others have their own prefixes or layers.
     """
     out = {}

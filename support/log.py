@@ -157,7 +157,8 @@ def print_run(run):
 
 
 def warn_at_chance(run, metrics, chance):
-    """In the second half of the run, warns of each accuracy within two standard errors of chance."""
+    """In the second half of the run, warns of each accuracy within about two standard errors of chance: those of as many
+    examples as val has, of which pretraining scores some."""
     step = run.progress["step"]
     if run.args.ablate or step == 0 or 2 * step < run.args.steps:
         return

@@ -525,9 +525,6 @@ class FeatureStore:
                     raise ValueError("crops.npy is not the number of crops behind each picture")
         except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
             raise UserError(f"{folder}: not a feature store, or damaged ({error}); write it again") from None
-        self.classes = None  # K
-        if "object_probs" in self.fields:
-            self.classes = self.fields["object_probs"].shape[1]
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -536,8 +533,8 @@ class FeatureStore:
         """Sizes of the heads for the labels that the store has: {"classes": K with background, "attributes": A}. Where only
         hard labels tell them, at least those of `config`, a checkpoint's, or {}."""
         counts = {}
-        if self.classes:
-            counts["classes"] = self.classes
+        if "object_probs" in self.fields:
+            counts["classes"] = self.fields["object_probs"].shape[1]
         elif "objects" in self.fields:
             counts["classes"] = max(2 + int(self.open_field("objects").max()), config.get("classes", 2))
         if "attributes" in self.fields:
@@ -591,7 +588,6 @@ class MemoryStore(FeatureStore):
         self.folder = None
         self.digests = None
         self.crops = None
-        self.classes = None
         self.fields = {}
         for name, dtype in STORED.items():
             if all(name in picture for picture in pictures):

@@ -90,6 +90,6 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
     The batch has 2B rows, the statement with each picture in turn; binary cross-entropy, mean over both logits.
     """
     pooled = encoding.pooled.reshape(batch.target.shape[0], -1)  # (2B, C) -> (B, 2C)
-    logits = common.at_least_float32(model.heads["nlvr2"](pooled))  # (B, 2C) -> (B, 2)
+    logits = model.heads["nlvr2"](pooled)  # (B, 2C) -> (B, 2)
     target = F.one_hot(batch.target, 2).to(logits.dtype)  # (B,) -> (B, 2)
     return F.binary_cross_entropy_with_logits(logits, target), logits

@@ -25,7 +25,7 @@ WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face 
 
 
 def find_weights(path):
-    """The weights file of a folder, or the index file of one in several parts. A file is itself."""
+    """The weights file of a folder, or the index file of one in several parts. A file is returned unchanged."""
     if not path.is_dir():
         return path
     for name in WEIGHTS_FILES:

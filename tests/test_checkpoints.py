@@ -1392,3 +1392,10 @@ def test_options_that_make_no_sense_are_one_line(arguments, message, own, tmp_pa
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()
+
+
+def test_the_best_weights_of_a_run_with_other_answers_are_not_kept(tmp_path, monkeypatch, capsys):
+    content = {"config": {}, "answers": ["yes"], "progress": {"best": 0.5}}
+    monkeypatch.setattr(resume, "load_checkpoint", lambda path: {"config": {}, "answers": ["no"]})
+    resume.check_best(tmp_path, content)
+    assert content["progress"]["best"] == -math.inf and "is of another run" in capsys.readouterr().out

@@ -17,6 +17,7 @@ import zlib
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -247,19 +248,20 @@ def test_answers_are_sorted_and_subsets_keep_their_tokens(dataset, tokenizer):
     assert all((-counts[a], a) < (-counts[b], b) for a, b in pairwise(answers))
     index = np.array([9, 2, 40])
     part = dataset.subset(index)
-    assert part.text == [dataset.text[i] for i in index] and len(dataset.subset(7)) == 7
+    assert part.text == [dataset.text[i] for i in index]
     before = part.offsets.tolist(), part.tokens.tolist()
     part.encode(tokenizer, 32)
     assert before == (part.offsets.tolist(), part.tokens.tolist())
 
 
-def test_a_subset_is_drawn_at_random(dataset):
+def test_a_limit_draws_at_random(dataset, folder):
     """The first N lines of a file are often of one kind. The same N each time."""
-    chosen = [int(name.rsplit(":", 1)[1]) for name in dataset.subset(100).ids]
+    few = load(folder / "pretrain.jsonl", "pretrain", "train", limit=100)
+    chosen = [int(name.rsplit(":", 1)[1]) for name in few.ids]
     assert chosen == sorted(chosen) and len(set(chosen)) == 100
     assert chosen != list(range(1, 101)) and 0.35 < np.mean(np.array(chosen) > len(dataset) / 2) < 0.65
     assert len(set(np.diff(chosen).tolist())) > 5  # not evenly spaced
-    assert dataset.subset(100).ids == dataset.subset(100).ids
+    assert load(folder / "pretrain.jsonl", "pretrain", "train", limit=100).ids == few.ids
 
 
 # ---- word pieces -------------------------------------------------------------------------------------------------------
@@ -1484,3 +1486,111 @@ def test_streams_of_different_purposes_or_numbers_are_different():
     for i, numbers in enumerate(first):
         assert numbers == data.random_stream(*keys[i]).random(4).tolist()
         assert numbers not in first[:i]
+
+
+def test_a_warning_begins_where_more_than_one_in_a_hundred_is_lost():
+    def said(*lost):
+        return data.describe_lost_text([SimpleNamespace(lost=np.array(lost))])
+
+    assert said(1000, 10, 0).startswith("1.00% of") and said(1000, 0, 10).startswith("0.00%")
+    assert said(1000, 11, 0).startswith("warning: 1.10%") and said(1000, 0, 11).startswith("warning: 0.00%")
+
+
+def test_data_sets_of_one_name_have_words_of_their_own(tmp_path):
+    found = []
+    for number, text in enumerate(("aaa bbb", "ccc ddd")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        Image.new("L", (40, 30), 9).save(folder / "a.png")
+        path = write_jsonl(folder / "my.jsonl", [{"image": "a.png", "text": text}])
+        dataset = load(path, "caption", "train", cache=tmp_path / "c")
+        found.append(data.own_tokenizer([dataset], tmp_path / "c").encode(text).tokens)
+    assert found == [["aaa", "bbb"], ["ccc", "ddd"]]
+
+
+def test_a_large_data_set_teaches_its_words_by_every_kth_text(own, tmp_path):
+    path = own(*[{"image": "a.png", "text": "aaa" if i < 5 else "bbb"} for i in range(10)])
+    dataset = load(path, "caption", "train", cache=tmp_path / "c")
+    tokenizer = data.own_tokenizer([dataset], tmp_path / "c", most=5)
+    assert tokenizer.encode("aaa bbb").tokens == ["aaa", "bbb"]
+
+
+def test_check_names_pictures_that_training_shares_with_val(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = own({"image": "a.png", "text": "x"}, {"image": "a.png", "text": "y", "split": "val"})
+    assert "1 of the 1 pictures of val are in train too" in run_command(capsys, "check", path)[1]
+
+
+def test_an_answer_is_drawn_in_proportion_to_its_score(dataset, tokenizer):
+    batch = data.collate(dataset, np.zeros(2000, int), answers={"a": 0, "b": 1})
+    scores = torch.tensor([[0.1, 0.3], [0.6, 1.0]]).repeat(1000, 1)  # sums of 0.4 and 1.6
+    labels = data.sample_answers(dataclasses.replace(batch, answers=scores), np.random.default_rng(0)).answer_labels
+    assert labels.max() == 1
+    assert labels[::2].float().mean() == pytest.approx(3 / 4, abs=0.05)
+    assert labels[1::2].float().mean() == pytest.approx(5 / 8, abs=0.05)
+
+
+def test_another_grid_makes_other_regions(own, tmp_path):
+    path = own({"image": "a.png", "text": "x"})
+    for grid in (6, 2):
+        assert len(load(path, "caption", "train", grid=grid, cache=tmp_path / "c").store.fields["boxes"]) == 1 + grid**2
+
+
+def test_a_network_makes_other_regions_than_pixels(own, tmp_path, monkeypatch):
+    from prepare import features
+
+    def picture_regions(jobs, network, device):
+        boxes = np.array([[0, 0, 1, 1]], np.float32)
+        for job in jobs:
+            yield {"features": np.ones((1, 7), np.float32), "boxes": boxes, "size": (40, 30), "digest": 1}, [], None
+
+    monkeypatch.setattr(features, "picture_regions", picture_regions)
+    path = own({"image": "a.png", "text": "x"})
+    widths = []
+    for network in (None, {"kind": "network", "network": "n"}, None):
+        widths.append(load(path, "caption", "train", network=network, cache=tmp_path / "c").store.width)
+    assert widths == [432, 7, 432]
+
+
+def test_feature_files_have_the_same_arrays(own, tmp_path):
+    arrays = {"features": np.ones((2, 3)), "boxes": np.tile([0, 0, 9, 9], (2, 1)), "size": np.array([40, 30])}
+    np.savez(tmp_path / "a.npz", **arrays)
+    np.savez(tmp_path / "b.npz", **arrays, labels=np.array([0, 1]))
+    path = own({"features": "a.npz", "text": "x"}, {"features": "b.npz", "text": "y"})
+    with pytest.raises(common.UserError, match="'labels' or 'probs' are not as in"):
+        load(path, "caption", "train", cache=tmp_path / "c")
+
+
+def test_the_preview_of_a_telephones_photo_is_no_further_frame(tmp_path):
+    image = Image.new("RGB", (8, 8), "red")
+    image.save(tmp_path / "p.jpg", "MPO", save_all=True, append_images=[image])
+    assert regions.open_picture("here", tmp_path / "p.jpg").info["frames"] == 1
+
+
+def test_boxes_up_to_one_pixel_look_normalised():
+    assert regions.odd_boxes(np.array([[0, 0, 1, 1]]), 40, 30)
+    assert not regions.odd_boxes(np.array([[0, 0, 1.5, 1]]), 40, 30)
+
+
+def test_regions_that_tell_nothing_apart_are_told(tmp_path):
+    features = np.zeros((3, 40), np.float32)
+    features[0, 0] = 1
+    np.savez(tmp_path / "a.npz", features=features, boxes=np.tile([0, 0, 9, 9], (3, 1)), size=np.array([40, 30]))
+    notes = regions.picture_regions(regions.PictureJob("here", tmp_path / "a.npz", None, 4, 2))[1]
+    assert "95% of the features are zero" in notes[0] and "all boxes are alike" in notes[1]
+
+
+def test_only_the_first_process_warns(monkeypatch, capsys):
+    for rank, said in (("0", "warning: x\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        regions.warn("x")
+        assert capsys.readouterr().err == said
+
+
+def test_probabilities_may_be_rounded_but_not_unscaled(tmp_path):
+    arrays = {"features": np.ones((1, 3)), "boxes": np.array([[0, 0, 9, 9]]), "size": np.array([40, 30])}
+    np.savez(tmp_path / "a.npz", **arrays, probs=np.array([[0.5, 0.51]]))
+    regions.read_features("here", tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", **arrays, probs=np.array([[0.5, 0.6]]))
+    with pytest.raises(common.UserError, match="must sum to 1"):
+        regions.read_features("here", tmp_path / "a.npz")

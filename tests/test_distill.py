@@ -12,6 +12,7 @@ from helpers import as_double, close, joined, lengths_mask, masked_batch, randn,
 import checkpoints
 import common
 import distill
+import tasks
 import train
 import uniter
 import vilbert
@@ -401,3 +402,21 @@ def test_hidden_loss_by_hand():
     close(distillation.hidden_loss(student, teacher, mask), want)
     assert torch.autograd.gradcheck(lambda s: distillation.hidden_loss(s, teacher, mask), student)
     assert distillation.hidden_loss(student, teacher, torch.zeros(2, 4, dtype=torch.bool)) == 0
+
+
+def test_a_teacher_of_pretraining_does_not_teach_captions():
+    head = torch.nn.Linear(2, 2)
+    run = SimpleNamespace(paper=uniter, model=SimpleNamespace(heads={"mlm": head}))
+    run.teacher = SimpleNamespace(heads={"mlm": head})
+    task = tasks.TASKS["caption"]
+    reason = "the teacher was not trained for it"
+    assert distillation.why_not_comparable(run, "caption", task, ["pretrain"]) == reason
+    assert distillation.why_not_comparable(run, "caption", task, ["caption"]) is None
+
+
+def test_a_teacher_with_fewer_text_types_is_refused():
+    run = SimpleNamespace(args=SimpleNamespace(distill="logits", teacher="t.pt", model="uniter", task="vcr"))
+    run.paper = run.teacher_paper = uniter
+    run.model = run.teacher = SimpleNamespace(config=uniter.Config(types=2))
+    with pytest.raises(common.UserError, match="t.pt: has too few text types for vcr"):
+        distillation.check_same_rows(run, tasks.TASKS["vcr"])

@@ -268,6 +268,7 @@ def test_task_heads_have_no_dropout(head, monkeypatch):
     if head == "refer":
         batch.target = torch.rand_like(batch.region_mask, dtype=torch.float64)
     batch.answers = torch.rand(6, 3 if head == "ve" else 7, dtype=torch.float64)
+    batch.ids = ["a", "b"]  # rank: two groups of three rows
     loss = lxmert.OBJECTIVES[head].loss
     assert dropout_places(monkeypatch, lambda: loss(model, encoding, batch)) == {}
 
@@ -459,6 +460,7 @@ def test_task_heads_without_opinion_score_chance():
         if task == "refer":
             batch.target = batch.region_mask.double()  # the first region of each row is the label
         batch.answers = torch.rand(6, 3 if task == "ve" else 7, dtype=torch.float64)
+        batch.ids = ["a", "b"]  # rank: two groups of three rows
         assert model(batch, [task])[task][0].item() == pytest.approx(value), task
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ import tasks
 import train
 from common import UserError
 from prepare import scenes
-from support import drawing, regions
+from support import drawing, options, regions
 
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer,caption"
 EVALUATED = list(itertools.product(("uniter", "vilbert", "lxmert"), (*TASKS.split(","), "pretrain")))
@@ -600,3 +601,80 @@ def test_too_little_memory_advises_options_that_predict_has(trained, monkeypatch
     assert use(trained("uniter", "vqa"), "--scenes") == 2
     advised = re.findall(r"--\w+", capsys.readouterr().err)
     assert advised and set(advised) <= set(predict.build_parser().format_help().replace(",", " ").split())
+
+
+def test_the_data_sets_of_several_tasks_are_each_their_own():
+    run = SimpleNamespace(args=SimpleNamespace(data="a.jsonl,b.jsonl", tasks=["vqa", "ve"]))
+    assert [predict.own_source(run, tasks.TASKS[name]) for name in run.args.tasks] == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_data_set_knows_which_task_of_the_run_it_is(trained):
+    run, _ = predict.load_run(predict.parse([trained("uniter", "vqa"), "--scenes", "--device", "cpu"]))
+    run.args.tasks = ["ve", "vqa"]
+    dataset, _ = predict.held_out(run, tasks.VQA, "train", 2)
+    assert dataset.task_number == 1
+    dataset.store.crops = np.zeros(len(dataset.store), int)
+    assert predict.use_dataset(run, tasks.VQA, dataset).store.crops is None
+
+
+def test_held_out_examples_come_from_val_before_train(trained, folder, capsys):
+    checkpoint = torch.load(trained("uniter", "vqa"), weights_only=True)
+    lines = [{"image": f"{i}.png", "text": "is it red?", "answer": "yes"} for i in range(2)]
+    lines[1]["split"] = "val"
+    torch.save({**checkpoint, "data": str(own_file(folder, "some.jsonl", lines))}, "some.pt")
+    assert use("some.pt", "--scenes", "--out", "sheet.png") == 0
+    printed = capsys.readouterr()
+    assert printed.out.endswith("1 examples of some, split val\n") and "training examples" not in printed.err
+
+
+def test_held_out_examples_are_drawn_at_random():
+    dataset = type("Dataset", (SimpleNamespace,), {"__len__": lambda self: 100})(kind=["vqa"] * 100)
+    taken = predict.varied_examples(dataset, 5).tolist()
+    assert len(set(taken)) == 5 and taken != sorted(taken)
+
+
+@pytest.mark.parametrize("option", ["prompt", "beams", "int8", "dtype", "task"])
+def test_each_option_that_changes_predictions_stops_a_resume_alone(option, trained, small_scenes, tmp_path, capsys):
+    checkpoint = trained("uniter", "vqa")
+    out = tmp_path / "p.jsonl"
+    assert use(checkpoint, "--data", small_scenes(20), "--out", out) == 0
+    results = json.loads((tmp_path / "p.result.json").read_text())
+    assert option in results["made_by"]
+    results["made_by"][option] = "other"
+    (tmp_path / "p.result.json").write_text(json.dumps(results))
+    assert use(checkpoint, "--data", small_scenes(20), "--out", out, "--resume") == 2
+    assert f"was made with another {option}" in capsys.readouterr().err
+
+
+def test_odd_pictures_of_a_file_and_of_the_command_line_are_told(trained, folder, capsys):
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:])
+    path = own_file(folder, "odd.jsonl", [{"image": "a.gif", "text": "x", "split": "test"}])
+    checkpoint = trained("uniter", "vqa")
+    for given in (["--data", path], ["--image", "a.gif", "--text", "x"]):
+        assert use(checkpoint, *given) == 0
+        assert "only the first of its 2 frames is used" in capsys.readouterr().err
+
+
+def test_a_network_of_other_regions_is_told(trained, small_scenes, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(options, "warn_of_other_network", lambda source, *_: asked.append(source))
+    assert use(trained("uniter", "vqa"), "--data", small_scenes(20)) == 0
+    assert asked == [str(small_scenes(20))]
+
+
+def test_a_box_at_the_edge_is_a_truth():
+    dataset = SimpleNamespace(target=np.array([[0, 0, 0.5, 0.5], [0, 0, 0, 0]]))
+    assert predict.has_truth(tasks.REFER, dataset).tolist() == [True, False]
+
+
+def test_int8_and_bfloat16_exclude_each_other():
+    with pytest.raises(UserError, match="--int8 goes with none of"):
+        predict.parse(["c.pt", "--scenes", "--int8", "--dtype", "bf16"])
+
+
+def test_the_same_batch_has_the_same_words_masked(trained):
+    run, task = predict.load_run(predict.parse([trained("uniter", "pretrain"), "--scenes", "--device", "cpu"]))
+    dataset, _ = predict.held_out(run, task, None, 6)
+    found = [[row["masked"] for row in predict.predict(run, task, dataset, np.arange(6), 1)] for _ in range(3)]
+    assert found[0] == found[1] == found[2]

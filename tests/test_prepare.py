@@ -3,6 +3,7 @@
 Each reader gets files in the published layout, with the published field names and quirks, made here from a few records.
 """
 
+import argparse
 import base64
 import csv
 import hashlib
@@ -1720,3 +1721,129 @@ def test_bottom_up_features_of_uniter(tmp_path, capsys):
 
     (folder / "nlvr2_dev-850-0-img0.npz").write_bytes(b"PK\x03\x04 broken")
     assert "not UNITER's .npz" in error_of(capsys, bottom_up, folder, tmp_path / "out")
+
+
+def test_a_run_with_mirrored_crops_starts_anew(tmp_path, no_network, monkeypatch):
+    source = make_jsonl(tmp_path)
+    original = features.shard_regions
+
+    def stopped(jobs, *rest):
+        if jobs[0][1][0].endswith("4.png"):
+            raise KeyboardInterrupt
+        return original(jobs, *rest)
+
+    monkeypatch.setattr(features, "SHARD", 8)  # four pictures with a crop each
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(features, "shard_regions", stopped)
+        extract(source, tmp_path / "out", "--crops", "1")
+    redone = []
+    monkeypatch.setattr(features, "shard_regions", lambda jobs, *rest: redone.extend(jobs) or original(jobs, *rest))
+    assert extract(source, tmp_path / "out", "--crops", "1", "--mirror") == 0
+    assert len(redone) == 10
+
+
+def test_weights_and_folders_of_networks_are_named_from_everywhere(tmp_path, no_network, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("w.pth").touch()
+    source = make_jsonl(tmp_path)
+    assert extract(source, tmp_path / "out", "--network", "resnet50", "--weights", "w.pth") == 0
+    regions = json.loads((tmp_path / "out" / "dataset.json").read_text())["regions"]
+    assert regions["weights"] == str(tmp_path / "w.pth") and regions["network"] == "resnet50"
+
+
+def test_new_pictures_go_through_the_weights_of_the_data_set(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(networks, "load_network", lambda *given: asked.append(given[:2]) or pooling_network())
+    regions = {"kind": "network", "network": "resnet50", "weights": "w.pth"}
+    job = data.importlib.import_module("support.regions").PictureJob(
+        "here", make_picture(tmp_path / "a.png"), None, 4, 2
+    )
+    list(features.picture_regions([job], regions, "cpu"))
+    features.region_maker(regions)
+    assert asked == [("resnet50", "w.pth")] * 2
+
+
+def test_the_command_takes_the_best_installed_network(tmp_path, no_network, monkeypatch):
+    monkeypatch.setattr(networks, "best_installed", lambda: "the best")
+    assert extract(make_jsonl(tmp_path), tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["regions"]["network"] == "the best"
+
+
+def test_of_several_captions_the_first_goes_to_the_server(tmp_path):
+    lines = [{"id": "COCO_val2014_000000000009.jpg", "caption": caption} for caption in ("first", "second")]
+    path = write_lines(tmp_path / "p.jsonl", lines)
+    assert convert(coco, path, tmp_path / "out", "--predictions") == 0
+    assert json.loads((tmp_path / "out").read_text()) == [{"image_id": 9, "caption": "first"}]
+
+
+def test_detections_lie_in_their_picture_and_are_ranked_without_the_background():
+    logits = torch.tensor([[2.0, 0, 0, 0], [0, 0, 0, 9.0], [9.0, 0, 0, 0]])  # the second is surely nothing
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.4, 0.4], [0.1, 0.9, 0.4, 0.4]])
+    states = torch.eye(3)[None]
+
+    class Model:
+        device = "cpu"
+        config = argparse.Namespace(num_labels=3)
+
+        def __call__(self, **_):
+            return argparse.Namespace(logits=logits[None], pred_boxes=boxes[None], last_hidden_state=states)
+
+    processor = lambda **_: type("Inputs", (dict,), {"to": lambda self, device: self})()
+    found, places, probs = networks.transformers_detections(Model(), processor, None, "detr")
+    assert found.argmax(1).tolist() == [2, 0, 1] and probs[2, 0] > 0.99
+    torch.testing.assert_close(places[0], torch.tensor([0, 0.7, 0.3, 1]))
+
+
+def test_an_answer_of_nine_questions_is_kept(tmp_path):
+    questions = [["net"] * 10] * 9 + [["mesh"] * 10] * 8
+    make_vqa(tmp_path / "in", {"train2014": questions, "val2014": []})
+    assert convert(vqa_v2, tmp_path / "in", tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "vqa_v2.jsonl")
+    assert [record["answer"] for record in records] == [{"net": 1}] * 9
+
+
+def test_twelve_names_go_round():
+    objects = ["person"] * 13
+    assert vcr.plain_text([[11], "and", [12]], objects, "here") == "Frankie and Casey"
+
+
+def test_an_object_has_the_first_of_its_names(tmp_path):
+    folder = tmp_path / "in"
+    make_visual_genome(folder)
+    thing = {"h": 9, "w": 9, "x": 1, "y": 1, "names": ["man", "person"], "attributes": ["old"]}
+    write_json(folder / "attributes.json", [{"image_id": 1, "attributes": [thing]}])
+    assert convert(visual_genome, folder, tmp_path / "out") == 0
+    assert [line["text"] for line in read_lines(tmp_path / "out" / "objects.jsonl")] == ["old man"]
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    assert [line for _, line in published.read_text_lines(path)] == ["one", "two"]
+
+
+def test_blank_sentences_of_lxmert_are_left_out(tmp_path):
+    folder = tmp_path / "in"
+    make_lxmert(folder)
+    entry = {"img_id": "1", "sentf": {"mscoco": [" ", "A man."]}}
+    write_json(folder / "vgnococo.json", [entry])
+    assert convert(lxmert_json, folder, tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "lxmert.jsonl")
+    assert [record["text"] for record in records if record["image"].endswith("VG_100K/1.jpg")] == ["A man."]
+
+
+def test_uniters_regions_keep_the_order_of_the_file(tmp_path):
+    arrays = {"features": np.eye(12, dtype=np.float16), "conf": np.linspace(0.3, 0.9, 12)}
+    arrays.update(norm_bb=np.tile([0, 0, 1, 1, 1, 1], (12, 1)), soft_labels=np.full((12, 3), 1 / 3))
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert bottom_up.read_npz(tmp_path / "a.npz")[1]["features"].argmax(1).tolist() == list(range(12))
+
+
+def test_blanks_around_an_address_are_none_of_it(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "training").mkdir(parents=True)
+    (folder / "training" / str(zlib.crc32(b"http://a.org/1.jpg"))).touch()
+    (folder / "Train_GCC-training.tsv").write_text("a bus\thttp://a.org/1.jpg \n")
+    (folder / "Validation_GCC-1.1.0-Validation.tsv").write_text("")
+    assert convert(conceptual_captions, folder, tmp_path / "out") == 0
+    assert len(read_lines(tmp_path / "out" / "conceptual_captions.jsonl")) == 1

@@ -16,6 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import hostile
 import numpy as np
@@ -677,3 +678,42 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(checkpoints, monkeypatch, cap
         assert predict.main([str(checkpoints("vqa")), "--serve", str(port), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert f"--serve {port}" in error and error.count("\n") == 1
+
+
+def test_a_batch_has_at_most_64_questions(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(serve.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    batcher = serve.Batcher(None, None, 1)
+    batcher.answer = lambda jobs: sizes.append(len(jobs))
+    for _ in range(100):
+        batcher.waiting.put(questions.Job({"choices": None}, [], False, questions.Future()))
+    batcher.waiting.put(None)
+    batcher.work()
+    assert sizes == [64, 36] or sizes == [64]
+
+
+def test_names_of_this_machine_may_be_in_capital_letters(start):
+    connection = http.client.HTTPConnection("127.0.0.1", start("vqa").server_port, timeout=30)
+    connection.request("GET", "/healthz", None, {"Host": "LOCALHOST"})
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+def test_the_page_asks_for_boxes_where_training_had_them(start):
+    assert start("vqa").description["boxes"] is True  # drawn scenes: boxes of things
+
+
+def test_every_answer_has_the_headers_that_keep_it_here(start):
+    connection = http.client.HTTPConnection("127.0.0.1", start("vqa").server_port, timeout=30)
+    connection.request("GET", "/samples")
+    reply = connection.getresponse()
+    assert reply.getheader("Cache-Control") == "no-store" and reply.getheader("X-Content-Type-Options") == "nosniff"
+    assert reply.getheader("Cross-Origin-Resource-Policy") == "same-origin"
+    assert "default-src 'none'" in reply.getheader("Content-Security-Policy")
+    connection.close()
+
+
+def test_a_sample_that_is_a_photograph_is_made_small(tmp_path):
+    Image.new("RGB", (2000, 1000)).save(tmp_path / "a.png")
+    content = questions.sample_picture(None, 0, tmp_path / "a.png").partition(",")[2]
+    assert Image.open(io.BytesIO(base64.b64decode(content))).size == (480, 240)

@@ -1181,9 +1181,8 @@ def test_six_tasks_at_once_and_what_their_checkpoint_says(name, folder, monkeypa
         ("refer", boxes, r"(\[\d+, \d+, \d+, \d+\] [01]\.\d+(  )?){3}"),
         ("caption", ["--beams", "2"], r"[^\n]*"),
     ):
-        code = predict.main(
-            [f"{name}/checkpoint.pt", "--task", task, "--image", "0.png", "--text", "red circle", *more]
-        )
+        text = [] if task == "caption" else ["--text", "red circle"]
+        code = predict.main([f"{name}/checkpoint.pt", "--task", task, "--image", "0.png", *text, *more])
         printed = capsys.readouterr()
         assert code == 0 and re.fullmatch(pattern, printed.out.removesuffix("\n")), (task, printed)
 
@@ -1332,10 +1331,14 @@ def test_own_data_of_several_tasks(folder, monkeypatch, capsys):
         (train, ["--task", "vqa", "--grid", "3"], "--grid is for pictures; the regions of this data set are made"),
         (predict, ["none.pt", "--image", "0.png"], "none.pt"),
         (predict, ["uniter/checkpoint.pt", "--image", "none.png", "--text", "x"], "none.png"),
-        (predict, ["uniter/checkpoint.pt", "--image", "0.png"], "--text"),
+        (predict, ["uniter/checkpoint.pt", "--image", "0.png"], "ve needs a text"),
         (predict, ["uniter/checkpoint.pt", "--image", "0.png", "--text", "x", "--task", "vqa"], "vqa"),
         (predict, ["uniter/checkpoint.pt", "--image", "0.png", "--text", "x", "--task", "nlvr2"], "two --image"),
-        (predict, ["uniter/checkpoint.pt", "--image", "0.png", "--text", "x", "--task", "vcr"], "--choices"),
+        (
+            predict,
+            ["uniter/checkpoint.pt", "--image", "0.png", "--text", "x", "--task", "vcr"],
+            "vcr needs at least two choices",
+        ),
         (predict, ["uniter/checkpoint.pt", "--image", "0.png", "--text", "x", "--boxes", "[[1,2]]"], "--boxes"),
         (predict, ["uniter/checkpoint.pt", "--image", "0.png", "--text", "x", "--boxes", "[[1,2,3,999]]"], "outside"),
         (predict, ["uniter/checkpoint.pt", "--image", "uniter/log.jsonl", "--text", "x"], "cannot read picture"),
@@ -1396,3 +1399,36 @@ def test_staying_at_chance_is_said(capsys):
         run.progress = {"step": step}
         log.warn_at_chance(run, {"accuracy": accuracy}, {"accuracy": 0.5})
         assert ("no better than chance" in capsys.readouterr().out) == warned
+
+
+def test_of_one_picture_captions_have_no_chance():
+    metrics, chance = evaluation.caption_metrics({3: ["a", "b"]}, {3: [["a", "b"]]})
+    assert metrics["bleu1"] == 1 and chance == {}
+
+
+def one_box_dataset(monkeypatch, logits, overlaps, real):
+    batch = SimpleNamespace(region_mask=torch.tensor([real]))
+    monkeypatch.setattr(tasks, "evaluation_batches", lambda run, dataset, index: [index])
+    monkeypatch.setattr(tasks, "example_logits", lambda *_: torch.tensor([logits]))
+    monkeypatch.setattr(tasks, "target_overlaps", lambda *_: torch.tensor([overlaps]))
+    monkeypatch.setattr(data, "collate", lambda *_: batch)
+    dataset = type("Dataset", (SimpleNamespace,), {"__len__": lambda self: 1})(kind=["refer"])
+    return tasks.evaluate_refer(None, dataset)
+
+
+def test_an_overlap_of_one_half_is_wrong(monkeypatch):
+    metrics, chance = one_box_dataset(monkeypatch, [1.0, 0.0], [0.5, 0.2], [True, True])
+    assert metrics == {"accuracy": 0.0, "reachable": 0.0} and chance == {"accuracy": 0.0}
+
+
+def test_padding_is_never_the_region_that_is_chosen(monkeypatch):
+    metrics, _ = one_box_dataset(monkeypatch, [1.0, 0.0, 9.0], [0.9, 0.2, -1.0], [True, True, False])
+    assert metrics["accuracy"] == 1.0
+
+
+def test_a_kind_that_was_not_taught_is_guessed_as_any(monkeypatch):
+    monkeypatch.setattr(tasks, "answer_scores", lambda *_: np.zeros(1))
+    dataset = SimpleNamespace(answer=[{"yes": 1.0}], kind=["new"])
+    dataset = type("Dataset", (SimpleNamespace,), {"__len__": lambda self: 1})(**vars(dataset))
+    run = SimpleNamespace(answers=["yes", "no"], usual_answers={"": "yes", "old": "no"})
+    assert tasks.evaluate_vqa(run, dataset)[1] == {"accuracy": 1.0}

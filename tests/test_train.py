@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -1608,3 +1609,55 @@ def test_crops_are_for_training_and_belong_to_the_fingerprint(tmp_path, monkeypa
         assert data.FeatureStore(tmp_path / "store").crops is None or change == "a crop"
         assert train.main([*command, "--steps", "2", "--resume"]) == 2
         assert "pictures" in capsys.readouterr().err
+
+
+def test_equal_models_tie():
+    same = {"mean": 0.9, "spread": 0.0}
+    assert evaluation.best_model({"a": same, "b": dict(same)}) == "tie"
+
+
+def test_the_second_half_begins_with_the_step_after_the_middle(monkeypatch):
+    given = []
+    monkeypatch.setattr(tasks, "make_batch", lambda run, dataset, index, names, rng: given.append(names))
+    args = SimpleNamespace(seed=0, task="pretrain", tasks=["pretrain"], accumulate=1, batch_size=2, steps=4)
+    run = SimpleNamespace(args=args, rank=0, world=1, device=torch.device("cpu"), progress={"step": 0}, paper=lxmert)
+    run.objectives = {"mlm": 1, "qa": 1}
+    run.sets = {"pretrain": {"train": [0, 1]}}
+    for step in (1, 2, 3, 4):
+        train.prepare_step(run, {"pretrain": iter([np.arange(2)])}, step)
+    assert given == [["mlm"], ["mlm"], ["mlm", "qa"], ["mlm", "qa"]]
+
+
+def test_steps_that_need_the_model_are_not_prepared_ahead(monkeypatch):
+    prepared = []
+    monkeypatch.setattr(train, "index_streams", lambda run: None)
+    monkeypatch.setattr(train, "prepare_step", lambda run, streams, step: prepared.append(step) or ([], []))
+    for task, expected in (("retrieval", [1]), ("vqa", [1, 2])):
+        prepared.clear()
+        run = SimpleNamespace(args=SimpleNamespace(tasks=[task], steps=2), progress={"step": 0})
+        steps = train.prepared_steps(run)
+        next(steps)
+        if task == "vqa":
+            next(steps)
+        assert prepared == expected
+
+
+def test_an_interrupted_step_has_its_line_in_the_log(pictures, tmp_path, here, monkeypatch):
+    @contextlib.contextmanager
+    def interrupted():
+        answers = itertools.count()
+        yield lambda: next(answers) == 1  # after the second step
+
+    monkeypatch.setattr(machine, "interruptible", interrupted)
+    options = ["--data", pictures, "--task", "vqa", "--steps", 9, "--log-every", 9, "--eval-every", 9]
+    here(*options, "--out", "out", code=130)
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "vqa" in line] == [2]
+
+
+def test_heads_that_the_best_weights_have_at_random_are_said(pictures, tmp_path, here, monkeypatch, capsys):
+    scores = iter([2.0, 1.0])  # after steps 0 and 1: the best weights are the untrained ones
+    monkeypatch.setattr(tasks, "best_score", lambda run, metrics: (next(scores), "a number"))
+    here("--data", pictures, "--task", "vqa", "--steps", 1, "--eval-every", 1, "--out", "out")
+    assert json.loads((tmp_path / "out/result.json").read_text())["random_heads"] == ["vqa"]
+    assert "WARNING: untrained, at random: vqa" in capsys.readouterr().out

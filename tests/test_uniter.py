@@ -47,6 +47,7 @@ def batch_of(rows=B, text=(T, 4, 5, 6), regions=(N, 5, 3, 4), dtype=torch.float6
     size = torch.rand(rows, N, 2, dtype=dtype) * 0.5
     features = torch.randn(rows, N, F_SIZE, dtype=dtype)
     fields = {
+        "ids": ["a", "b"],  # two groups of two rows, for rank
         "text": torch.randint(1, V, (rows, T)),
         "text_mask": torch.arange(T) < torch.tensor(text)[:rows, None],
         "segments": torch.zeros(rows, T, dtype=torch.long),
@@ -335,10 +336,9 @@ def test_heads_have_no_dropout_but_the_paired_attention(dropouts, name):
         batch.target = F.one_hot(batch.target, N)
     if name == "ve":
         batch.answers = batch.answers[:, :3]
-    options = {"group": 2} if name == "rank" else {}
     encoding = model.encode(batch)
     dropouts.clear()
-    uniter.OBJECTIVES[name].loss(model, encoding, batch, **options)
+    uniter.OBJECTIVES[name].loss(model, encoding, batch)
     if name == "nlvr2" and not wiring:
         probs = (0.3, (2, 4, T + N, T + N))
         joined = (0.3, (2, T + N, 16))
@@ -406,11 +406,10 @@ def test_objective_learns_four_examples(name):
     model = uniter.UNITER(tiny(nlvr2=wiring).config)  # with the real initialisation
     batch = learning_batch(name, wiring)
     least = -0.6 if name == "wra" else 0.0  # distances lie in 0..2
-    options = {"group": 2} if name == "rank" else {}
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     first = None
     for _ in range(150):
-        loss, logits = uniter.OBJECTIVES[name].loss(model, model.encode(batch), batch, **options)
+        loss, logits = uniter.OBJECTIVES[name].loss(model, model.encode(batch), batch)
         optimizer.zero_grad()
         loss.backward()
         if first is None:
@@ -500,7 +499,7 @@ def test_rank_loss_compares_within_groups_of_three():
     logits = torch.tensor([2.0, -1.0, 3.0, 0.0, 0.1, -9.0]).double()
     model = tiny()
     model.heads["rank"] = FixedHead(logits[:, None])
-    loss, got = uniter.OBJECTIVES["rank"].loss(model, SimpleNamespace(pooled=None), None)
+    loss, got = uniter.OBJECTIVES["rank"].loss(model, SimpleNamespace(pooled=None), SimpleNamespace(ids=["a", "b"]))
     close(got, logits)
     probs = logits.sigmoid().tolist()
     total = 0.0
@@ -569,10 +568,9 @@ def test_objective_ignores_padding(name):
         batch.target = F.one_hot(batch.target, N)
     if name == "ve":
         batch.answers = batch.answers[:, :3]
-    options = {"group": 2} if name == "rank" else {}
     results = []
     for some in (batch, padded(batch, 3)):
-        loss, _ = uniter.OBJECTIVES[name].loss(model, model.encode(some), some, **options)
+        loss, _ = uniter.OBJECTIVES[name].loss(model, model.encode(some), some)
         model.zero_grad()
         loss.backward()
         gradients = [loss.detach()]
@@ -595,9 +593,8 @@ def test_losses_are_float32_under_autocast(name):
         batch.target = F.one_hot(batch.target, N)
     if name == "ve":
         batch.answers = batch.answers[:, :3]
-    options = {"group": 2} if name == "rank" else {}
     with torch.autocast("cpu", torch.bfloat16):
-        loss, logits = uniter.OBJECTIVES[name].loss(model, model.encode(batch), batch, **options)
+        loss, logits = uniter.OBJECTIVES[name].loss(model, model.encode(batch), batch)
     assert loss.dtype == torch.float32
     if name in ("itm", "itc", "rank", "refer", "vcr"):
         assert logits.dtype == torch.float32
