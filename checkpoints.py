@@ -241,6 +241,7 @@ def load_weights(args):
     answers = weights.answers_beside(path)
     return {
         "kind": kind,
+        "knows_heads": "num_attention_heads" in config,
         "model": args.model,
         "config": sizes,
         "state": state,
@@ -311,6 +312,8 @@ def fit_state_dict(args, own, checkpoint, answers):
     kind = checkpoint.get("kind")
     state = checkpoint["state"]
     whose = f"weights of {kind}" if kind else "a checkpoint"
+    if not checkpoint.get("knows_heads", True):
+        whose += f", no config.json: taken to have {checkpoint['config']['attention_heads']} heads"
     report = Report(f"{args.init}: {whose}")
     try:
         if kind:

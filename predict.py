@@ -256,9 +256,14 @@ def task_of_lines(run, task, description):
 def own_source(run, task):
     """The --data that the checkpoint's task was trained on."""
     sources = run.args.data.split(",")
-    if len(sources) > 1:
-        return sources[run.args.tasks.index(task.name)]
-    return sources[0]
+    source = sources[run.args.tasks.index(task.name)] if len(sources) > 1 else sources[0]
+    try:
+        data.find(source)
+    except UserError as error:
+        raise UserError(
+            f"{error}. The checkpoint was trained on it; start from the same folder, or give --data"
+        ) from None
+    return source
 
 
 def varied_examples(dataset, count):

@@ -93,6 +93,16 @@ def bert(minilm):
     return inputs, out
 
 
+def test_a_number_of_heads_that_no_file_tells_is_said(minilm, tmp_path):
+    """MiniLM has twelve heads of 32; without its config.json they would be taken to be 64 wide."""
+    assert "heads" not in fit(minilm, "uniter")[1].splitlines()[0]
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        if (minilm / name).exists():
+            (tmp_path / name).symlink_to(minilm / name)
+    report = fit(tmp_path, "uniter")[1]
+    assert report.splitlines()[0].endswith("weights of BERT, no config.json: taken to have 6 heads")
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt"])
 def test_words_become_the_ids_that_bert_knows(file, minilm, bert):
     tokenizer = data.read_tokenizer(minilm / file)
@@ -548,7 +558,10 @@ def test_what_is_exported_comes_back(model, own, tmp_path, capsys):
     assert main(own, tmp_path, *options, "--config", "dropout=0.2") == 0
     assert predict.main([str(tmp_path / "out/best.pt"), "--export", str(again)]) == 0
     report = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("data ")]
-    assert report[0] == f"init     {out}: weights of {model}" and report[1].split()[1] == f"{len(best)}:"
+    assert (
+        report[0].startswith(f"init     {out}: weights of {model}, no config.json: ")
+        and report[1].split()[1] == f"{len(best)}:"
+    )
     assert [line.split(":")[0].strip() for line in report[2:5]] == ["resized 0", "at random 0", "ignored 0"]
     assert all(torch.equal(tensor, official[name]) for name, tensor in torch.load(again).items())
 

@@ -63,7 +63,9 @@ def in_two_processes(*arguments):
     for rank in ("0", "1"):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        process = context.Process(target=start_one_process, args=(environment, [*SMALL, *map(str, arguments)]))
+        arguments_of_one = (environment, [*SMALL, *map(str, arguments)])
+        # daemon: if they wait for each other, they do not keep pytest from ending
+        process = context.Process(target=start_one_process, args=arguments_of_one, daemon=True)
         process.start()
         processes.append(process)
     for process in processes:
