@@ -123,7 +123,11 @@ def parse(argv=None):
         ("split", "--data and --scenes", args.data or args.scenes or args.search or args.embed),
         ("prompt", "--data", args.data),
         ("to", "--export", args.export),
-        ("out", "--scenes, --image, --data and --search", draws or (args.data and not args.embed)),
+        (
+            "out",
+            "--scenes, --image and --data without --attention and --embed, and for --search",
+            draws or (args.data and not args.embed),
+        ),
     ):
         if getattr(args, name) is not None and not is_read:
             raise UserError(f"--{name} is for {purpose}, and changes nothing here; leave it out")
@@ -260,9 +264,7 @@ def own_source(run, task):
     try:
         data.find(source)
     except UserError as error:
-        raise UserError(
-            f"{error}. The checkpoint was trained on it; start from the same folder, or give --data"
-        ) from None
+        raise UserError(f"{error}. The checkpoint was trained on it; start from the same folder") from None
     return source
 
 
@@ -314,7 +316,7 @@ def make_regions(run, where, path, boxes, network=None):
     """
     without_boxes = []
     if boxes is None and run.regions.get("boxes") == "given":
-        without_boxes.append(f"{where}: {WITHOUT_BOXES}")
+        without_boxes.append(WITHOUT_BOXES)
     if network:
         image = regions.open_picture(where, path)
         notes = regions.odd_picture(image)
@@ -433,7 +435,7 @@ def read_images(run, task, args):
         questions.append((record, found))
     dataset = make_dataset(run, task, questions)
     lost = records.lost_text([dataset.lost])
-    for note in [*notes, lost] if lost else notes:
+    for note in dict.fromkeys([*notes, lost] if lost else notes):  # one note for all pictures without boxes
         data.warn(note)
     return dataset, files
 
@@ -528,7 +530,7 @@ def load_lines(run, task, args, lines_of=None):
     if not datasets:
         raise UserError(f"{source}: has no examples of split {' or '.join(names)}")
     first = records.first_record(data.task_file(description, lines_of.name))
-    if run.regions.get("boxes") == "given" and not {"boxes", "features"} & first.keys():
+    if run.regions.get("boxes") == "given" and "image" in first and "boxes" not in first:
         data.warn(f"{source}: {WITHOUT_BOXES}")
     lost = records.lost_text([dataset.lost for dataset in datasets])
     if lost:

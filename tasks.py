@@ -345,11 +345,11 @@ def evaluate_vqa(run, dataset):
 
 def most_frequent_answers(dataset):
     """{kind of question: the answer with the largest sum of scores}, of equal ones the first in the alphabet. "" has the
-    answer for all kinds together."""
+    answer for all kinds together, unless it is a kind itself."""
     counts = {}
     for kind, answers in zip(dataset.kind, dataset.answer, strict=True):
         counts.setdefault(kind, Counter()).update(answers)
-    counts[""] = sum(counts.values(), Counter())
+    counts.setdefault("", sum(counts.values(), Counter()))
     usual = {}
     for kind, count in counts.items():
         if count:

@@ -250,9 +250,10 @@ def load_data(run, checkpoint, teacher):
         run.objectives = options.drop_unsupported(run.paper, run.objectives, run.splits, args.rerank)
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)
     if options.one_source(args):
-        run.content_words = content_pieces(run.tokenizer, args.data_sets[0][1]["content_words"])
+        run.content_words = words_of_one_piece(run.tokenizer, args.data_sets[0][1]["content_words"])
     if args.max_words is None:
-        sizes = {**start_sizes(run, checkpoint), **options.parse_config_options(args, run.paper)}
+        sizes = dict(checkpoint["config"] if checkpoint else run.paper.PRESETS.get(args.size, {}))
+        sizes.update(options.parse_config_options(args, run.paper))
         args.max_words = min(60, sizes.get("max_positions", run.paper.Config.max_positions))
     for splits in run.sets.values():
         for split in splits.values():
@@ -278,7 +279,7 @@ def load_data(run, checkpoint, teacher):
         run.answers = teacher["answers"]
 
 
-def content_pieces(tokenizer, words):
+def words_of_one_piece(tokenizer, words):
     """Those of a data set's content words that are one word piece, as pieces; a line names the others."""
     pieces = []
     left_out = []

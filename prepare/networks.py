@@ -183,8 +183,7 @@ def transformers_detections(model, processor, image, name):
 
 def torchvision_network(name, weights, device):
     """A classifier or a detector of torchvision; without a file of weights torchvision downloads them."""
-    install = "torchvision (for a name that is neither efficientnet-lite0, -lite1 or -lite2 nor a folder)"
-    torchvision = import_package("torchvision", name, install)
+    torchvision = import_package("torchvision", f"{name} is taken for one of torchvision's, which", "torchvision")
     try:
         if weights is None:
             model = torchvision.models.get_model(name, weights="DEFAULT")

@@ -163,7 +163,7 @@ def check_options(args):
         ("mine", "--task retrieval", mines),
         ("captions", "retrieval and itc", mines or contrasts),
         ("beams", "--task caption", generates),
-        ("size", "a start without --init, whose sizes stay", not args.init),
+        ("size", "a start without --init, whose sizes stay", not args.init or args.resume),
         ("temperature", "the objective itc", contrasts),
     ):
         if getattr(args, name) != DEFAULTS[f"--{name}"] and not is_read:
@@ -269,7 +269,8 @@ def set_data_defaults(args, all_models):
         # UNITER trains one objective a step, so it takes more steps; side by side all models take equally many
         one_objective = tasks.is_pretraining(args.task) and paper.PRETRAINING["conditional"] and not all_models
         name = "steps_one_objective" if one_objective else "steps"
-        args.steps = defaults[name] if name in defaults else default_steps(args, world)
+        models = checkpoints.MODELS if all_models else [args.model]
+        args.steps = defaults[name] if name in defaults else default_steps(args, world, models)
     if args.eval_every is None:
         args.eval_every = max(1, math.ceil(args.steps / 5))
 
@@ -289,9 +290,9 @@ def has_open_answers(paper, objectives):
     return any(paper.OBJECTIVES[name].open_answers for name in objectives)
 
 
-def line_files(args):
-    """The file that each of args.tasks reads its lines from."""
-    paper = checkpoints.MODELS[args.model]
+def line_files(args, model):
+    """The file that a model reads the lines of each of args.tasks from."""
+    paper = checkpoints.MODELS[model]
     objectives = objectives_of(args, paper)
     files = []
     for name, (_, description) in zip(args.tasks, args.data_sets, strict=True):
@@ -300,9 +301,10 @@ def line_files(args):
     return files
 
 
-def default_steps(args, world):
-    """Steps for four passes over the lines of the data, whatever their split; at least 1,000 and at most 5,000."""
-    lines = sum(records.count_lines(file) for file in set(line_files(args)))
+def default_steps(args, world, models):
+    """Steps for four passes over the lines of the data, whatever their split; at least 1,000 and at most 5,000. Equal for
+    all models that are compared: the lines are those of the one that reads most."""
+    lines = max(sum(records.count_lines(file) for file in set(line_files(args, model))) for model in models)
     if args.limit:
         lines = min(lines, args.limit)
     steps = math.ceil(4 * lines / (args.batch_size * args.accumulate * world))
@@ -348,7 +350,7 @@ def choose_regions(args, start):
     """Sets `regions`, how regions are made, in the description of each data set that lacks it; see `choose_network`.
     Returns `regions` of the first data set. start: the checkpoint that the run starts from, or None."""
     shown = ""
-    firsts = [records.first_record(file) for file in line_files(args)]  # of each data set
+    firsts = [records.first_record(file) for file in line_files(args, args.model)]  # of each data set
     given = ["--features"] if args.features else args.patch_options
     if given and all("features" in record for record in firsts):
         raise UserError(f"{given[0]} is for pictures; the lines of --data name features, which are made already")

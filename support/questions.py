@@ -223,7 +223,7 @@ def find_regions(server, request):
     """The regions of a request's pictures: those of a sample, or of the pictures that it holds."""
     sample = request.get("sample")
     if sample is not None:
-        if "images" in request or "boxes" in request:
+        if request.get("images") is not None or request.get("boxes") is not None:
             raise HttpError(400, "a sample has its own pictures and boxes; leave out 'images' and 'boxes', or 'sample'")
         if not server.samples:
             raise HttpError(400, "this server has no samples; send 'images'")
@@ -253,6 +253,7 @@ def find_warning(run, dataset, i, pictures):
     notes = []
     for picture in pictures:
         notes += [f"picture: {note}" for note in picture.get("notes", ())]  # a sample's regions have none
+    notes = list(dict.fromkeys(notes))  # both pictures of nlvr2 may lack boxes
     if any(dataset.lost[1:]):  # of all questions that are answered together
         own = dataset.subset(np.array([i])).encode(run.tokenizer, run.args.max_words)
         lost = records.lost_text([own.lost])

@@ -202,15 +202,18 @@ def parse_line(line):
 
 def fill_prompt(record, prompt):
     """Makes the text of a record from a prompt, in place: {column} becomes what the line has under that key. Columns
-    that are no keys of ours are then dropped. UserError if the line has no such key."""
+    that are no keys of ours are then dropped, but for one that may be the id. UserError if the line has no such key."""
     columns = PROMPT_COLUMN.findall(prompt)
     for column in columns:
         if column not in record:
             raise UserError(f"--prompt: the line has no key {column!r}; it has {', '.join(record)}")
     text = PROMPT_COLUMN.sub(lambda match: str(record[match[1]]), prompt)  # once: a value may hold braces itself
     for column in columns:
-        if column not in KEYS and not is_id(column):
-            record.pop(column, None)
+        if column not in KEYS and column in record:
+            value = record.pop(column)
+            is_valid, _ = KEYS["id"]
+            if is_id(column) and is_valid(value):
+                record.setdefault("id", value)
     record["text"] = text
 
 

@@ -512,13 +512,13 @@ class FeatureStore:
             self.width = self.fields["features"].shape[1]  # F
             if self.fields["boxes"].shape[1:] != (4,):
                 raise ValueError("boxes.npy is not (regions, 4)")
+            lengths = {len(field) for field in self.fields.values()}
+            if lengths != {int(self.offsets[-1])} or (np.diff(self.offsets) < 1).any():
+                raise ValueError("its files do not fit each other")
             if self.sizes is not None and self.sizes.shape != (len(self), 2):
                 raise ValueError("sizes.npy is not (pictures, 2)")
             if self.digests is not None and self.digests.shape != (len(self),):
                 raise ValueError("digests.npy is not (pictures,)")
-            lengths = {len(field) for field in self.fields.values()}
-            if lengths != {int(self.offsets[-1])} or (np.diff(self.offsets) < 1).any():
-                raise ValueError("its files do not fit each other")
             if self.crops is not None:
                 counts = self.crops.dtype.kind in "iu" and self.crops.shape == (len(self),)
                 if not counts or (self.crops < 0).any() or (np.arange(len(self)) + self.crops >= len(self)).any():
@@ -648,12 +648,13 @@ def write_store(folder, pictures):
             for name, dtype in STORED.items():
                 if name not in picture:
                     continue
-                with np.errstate(over="ignore"):  # it is reported below
-                    rows = np.asarray(picture[name]).astype(dtype)
+                given = np.asarray(picture[name])
+                with np.errstate(over="ignore", invalid="ignore"):  # they are reported below
+                    rows = given.astype(dtype)
                 if name not in files:
                     files[name] = ArrayFile(folder / f"{name}.npy", dtype, rows.shape[1:])
                 where = f"{name!r} of picture {len(offsets) - 1}"
-                if not np.isfinite(rows).all():
+                if not (np.isfinite(given).all() and np.isfinite(rows).all()):
                     raise ValueError(f"{where} has NaN, infinity or too large numbers")
                 if name == "boxes" and not (rows.min(initial=0) > -0.01 and rows.max(initial=0) < 1.01):
                     raise ValueError(f"{where} lie outside 0..1; divide by width and height")

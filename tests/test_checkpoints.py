@@ -100,7 +100,7 @@ def test_a_number_of_heads_that_no_file_tells_is_said(minilm, tmp_path):
         if (minilm / name).exists():
             (tmp_path / name).symlink_to(minilm / name)
     report = fit(tmp_path, "uniter")[1]
-    assert report.splitlines()[0].endswith("weights of BERT, no config.json: taken to have 6 heads")
+    assert "weights of BERT; no config.json tells the number of heads: 64 wide" in report.splitlines()[0]
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt"])
@@ -559,7 +559,7 @@ def test_what_is_exported_comes_back(model, own, tmp_path, capsys):
     assert predict.main([str(tmp_path / "out/best.pt"), "--export", str(again)]) == 0
     report = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("data ")]
     assert (
-        report[0].startswith(f"init     {out}: weights of {model}, no config.json: ")
+        report[0].startswith(f"init     {out}: weights of {model}; no config.json tells")
         and report[1].split()[1] == f"{len(best)}:"
     )
     assert [line.split(":")[0].strip() for line in report[2:5]] == ["resized 0", "at random 0", "ignored 0"]

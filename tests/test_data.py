@@ -171,6 +171,8 @@ def test_a_store_keeps_what_was_written(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             data.write_store(tmp_path / "x", [{"features": np.full((1, 3), features), "boxes": np.full((1, 4), boxes)}])
+    with pytest.raises(ValueError, match="'objects' of picture 0 has NaN"):  # which a cast to integers would hide
+        data.write_store(tmp_path / "x", [{**pictures[1], "objects": np.array([np.nan])}])
 
 
 def test_a_damaged_store_is_one_line(tmp_path, folder):
@@ -209,6 +211,7 @@ def test_a_store_with_crops_that_it_lacks_is_one_line(tmp_path):
         ("sizes", np.ones(2, int), "sizes.npy is not"),
         ("digests", np.ones(3, int), "digests.npy is not"),
         ("objects", np.zeros(2, int), "do not fit"),
+        ("offsets", np.array(3), "not a feature store"),
     ],
 )
 def test_a_store_with_an_array_of_another_shape_is_one_line(name, values, message, tmp_path):
@@ -1167,7 +1170,10 @@ def test_a_run_that_finds_stale_columns_half_removed_makes_them(own, tmp_path, m
 def test_a_value_with_braces_is_filled_into_a_prompt_as_it_is():
     record = {"a": "the {b} of", "b": "x", "kind": "{a}", "Question_ID": 7}
     records.fill_prompt(record, "{a} {b} {kind} {Question_ID}")
-    assert record == {"kind": "{a}", "text": "the {b} of x {a} 7", "Question_ID": 7}  # an id stays
+    assert record == {"kind": "{a}", "text": "the {b} of x {a} 7", "id": 7}  # an id stays
+    for line, kept in (({"id": 1, "uid": "a"}, 1), ({"qid": 2, "uid": "a"}, "a"), ({"uid": 1.5}, None)):
+        records.fill_prompt(line, "{uid} {qid}" if "qid" in line else "{uid}")
+        assert line.pop("text") and line == ({} if kept is None else {"id": kept})
 
 
 def test_boxes_and_targets_are_cut_to_the_picture(own, tmp_path):

@@ -535,9 +535,9 @@ def test_the_default_number_of_steps_is_four_passes_within_bounds(tmp_path):
         args = options.parse(["--task", "vqa,caption"])
         vars(args).update({"batch_size": 64, "tasks": ["vqa", "caption"], **given})
         args.data_sets = [(tmp_path / "my.jsonl", data.read_dataset_json(tmp_path / "my.jsonl"))] * 2
-        assert options.default_steps(args, world=1) == steps
+        assert options.default_steps(args, 1, ["uniter"]) == steps
     args.accumulate = 4
-    assert options.default_steps(args, world=2) == 1000
+    assert options.default_steps(args, 2, ["uniter"]) == 1000
 
 
 @pytest.mark.parametrize(
@@ -558,9 +558,13 @@ def test_which_lines_pretraining_reads_and_decides_by(model, objectives, files, 
     (tmp_path / "dataset.json").write_text(json.dumps({"files": files}))
     asked = ["--objectives", objectives] if objectives else []
     args = options.resolve_options(options.parse(["--model", model, "--data", str(tmp_path), *asked]), model, 0)
-    assert [path.name for path in options.line_files(args)] == [read]
+    assert [path.name for path in options.line_files(args, model)] == [read]
     assert args.steps == 2000  # four passes, 64 lines a step
     assert options.choose_regions(args, None)["network"] == "best"
+    if "pretrain" in files:
+        asked = options.parse(["--model", "all", "--data", str(tmp_path), *asked])
+        steps = {name: options.resolve_options(asked, name, 0).steps for name in checkpoints.MODELS}
+        assert len(set(steps.values())) == 1  # side by side equally many, whatever each reads
 
 
 def test_without_a_network_the_line_says_what_to_install(tmp_path, capsys):

@@ -680,6 +680,11 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(checkpoints, monkeypatch, cap
     assert f"--serve {port}" in error and error.count("\n") == 1
 
 
+def test_null_is_an_absent_key(start):
+    question = {"sample": 0, "images": None, "boxes": None, "text": "x"}
+    assert request(start("vqa"), "POST", "/predict", question)[0] == 200
+
+
 def test_a_batch_has_at_most_64_questions(monkeypatch):
     sizes = []
     monkeypatch.setattr(serve.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))

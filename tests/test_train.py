@@ -925,9 +925,9 @@ def test_a_learning_rate_of_zero_leaves_the_weights(pictures, tmp_path, here):
 def test_content_words_are_word_pieces_and_the_others_are_named(capsys):
     """In lower case, where the tokenizer's pieces are."""
     tokenizer = data.train_tokenizer(["a red disc", "a disc of green"] * 20)
-    assert train.content_pieces(tokenizer, ["Red", "red disc", "greenish", "disc", "猫"]) == ["red", "disc"]
+    assert train.words_of_one_piece(tokenizer, ["Red", "red disc", "greenish", "disc", "猫"]) == ["red", "disc"]
     assert "are left out: red disc, greenish, 猫" in capsys.readouterr().out
-    assert train.content_pieces(tokenizer, ["red"]) == ["red"] and capsys.readouterr().out == ""
+    assert train.words_of_one_piece(tokenizer, ["red"]) == ["red"] and capsys.readouterr().out == ""
 
 
 def test_texts_are_cut_at_max_words(pictures, here, monkeypatch):
