@@ -16,6 +16,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    """With -n each process takes tests that follow each other, so that few fixtures are made twice."""
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "worksteal"
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

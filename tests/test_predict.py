@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -603,7 +604,8 @@ def test_too_little_memory_advises_options_that_predict_has(trained, monkeypatch
     assert advised and set(advised) <= set(predict.build_parser().format_help().replace(",", " ").split())
 
 
-def test_the_data_sets_of_several_tasks_are_each_their_own():
+def test_the_data_sets_of_several_tasks_are_each_their_own(monkeypatch):
+    monkeypatch.setattr(data, "find", Path)
     run = SimpleNamespace(args=SimpleNamespace(data="a.jsonl,b.jsonl", tasks=["vqa", "ve"]))
     assert [predict.own_source(run, tasks.TASKS[name]) for name in run.args.tasks] == ["a.jsonl", "b.jsonl"]
 

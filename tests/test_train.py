@@ -63,14 +63,16 @@ def in_two_processes(*arguments):
     for rank in ("0", "1"):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        arguments_of_one = (environment, [*SMALL, *map(str, arguments)])
-        # daemon: if they wait for each other, they do not keep pytest from ending
-        process = context.Process(target=start_one_process, args=arguments_of_one, daemon=True)
+        process = context.Process(target=start_one_process, args=(environment, [*SMALL, *map(str, arguments)]))
         process.start()
         processes.append(process)
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+    try:
+        for process in processes:
+            process.join(120)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:
+            process.kill()  # if they wait for each other, pytest would never end
 
 
 def start_one_process(environment, arguments):
