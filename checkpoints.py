@@ -313,7 +313,7 @@ def fit_state_dict(args, own, checkpoint, answers):
     state = checkpoint["state"]
     whose = f"weights of {kind}" if kind else "a checkpoint"
     if not checkpoint.get("knows_heads", True):
-        whose += "; no config.json tells the number of heads: 64 wide, unless --config says otherwise"
+        whose += "; no config.json tells the number of attention heads, so they have the usual width; --config sets it"
     report = Report(f"{args.init}: {whose}")
     try:
         if kind:

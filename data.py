@@ -51,7 +51,7 @@ from support.records import (
     text_key,
     unique_keys,
 )
-from support.regions import (  # noqa: F401 (those that write are for other files too)
+from support.regions import (  # noqa: F401 (some are for other files too)
     STORED,
     FeatureStore,
     cache_key,

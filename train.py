@@ -156,7 +156,7 @@ def training_loop(run, log):
             trained = tasks.heads_for(run.paper, names)
             progress["random_heads"] = [head for head in progress["random_heads"] if head not in trained]
             saved = step == args.steps or step % args.eval_every == 0
-            due = saved or step % args.log_every == 0  # log first: a resumed run has lost the losses before its start
+            due = saved or step % args.log_every == 0  # logged first: a resumed run has no earlier losses
             if due and run.device.type != "cpu":
                 float(grad_norm)  # waits for the GPU: its remaining work belongs to the time of these steps
             log.add(losses, grad_norm, rate, batches, waited, time.perf_counter() - start)

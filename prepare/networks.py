@@ -78,12 +78,13 @@ def load_network(name, weights=None, device="cpu"):
     """The Network of that name (see the top of this file). weights: a state dict's file, for torchvision's networks.
     UserError if a package is missing or there is no such network."""
     torch.backends.cudnn.allow_tf32 = False  # torch's default on a GPU would round inputs to ten bits
-    is_ours = name.startswith("efficientnet-lite")
-    if weights and (is_ours or "/" in name or Path(name).is_dir()):
+    is_lite = name.startswith("efficientnet-lite")
+    is_transformers = "/" in name or Path(name).is_dir()
+    if weights and (is_lite or is_transformers):
         raise UserError(f"--weights {weights}: is for torchvision's networks; {name} has its own weights")
-    if is_ours:
+    if is_lite:
         return efficientnet_lite(name, device)
-    if "/" in name or Path(name).is_dir():
+    if is_transformers:
         return transformers_network(name, device)
     return torchvision_network(name, weights, device)
 

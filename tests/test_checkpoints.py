@@ -100,7 +100,7 @@ def test_a_number_of_heads_that_no_file_tells_is_said(minilm, tmp_path):
         if (minilm / name).exists():
             (tmp_path / name).symlink_to(minilm / name)
     report = fit(tmp_path, "uniter")[1]
-    assert "weights of BERT; no config.json tells the number of heads: 64 wide" in report.splitlines()[0]
+    assert "weights of BERT; no config.json tells the number of attention heads" in report.splitlines()[0]
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt"])

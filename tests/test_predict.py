@@ -680,3 +680,9 @@ def test_the_same_batch_has_the_same_words_masked(trained):
     dataset, _ = predict.held_out(run, task, None, 6)
     found = [[row["masked"] for row in predict.predict(run, task, dataset, np.arange(6), 1)] for _ in range(3)]
     assert found[0] == found[1] == found[2]
+
+
+def test_data_of_the_training_that_are_gone_are_said_to_be_the_checkpoint_s():
+    run = SimpleNamespace(args=SimpleNamespace(data="gone.jsonl", tasks=["vqa"]))
+    with pytest.raises(UserError, match="gone.jsonl: no such file.* The checkpoint was trained on it"):
+        predict.own_source(run, tasks.VQA)

@@ -1851,3 +1851,9 @@ def test_blanks_around_an_address_are_none_of_it(tmp_path):
     (folder / "Validation_GCC-1.1.0-Validation.tsv").write_text("")
     assert convert(conceptual_captions, folder, tmp_path / "out") == 0
     assert len(read_lines(tmp_path / "out" / "conceptual_captions.jsonl")) == 1
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "google/vit-base-patch16-224"])
+def test_weights_are_for_a_network_of_torchvision(name):
+    with pytest.raises(UserError, match=f"--weights w.pth: is for torchvision's networks; {name} has its own"):
+        networks.load_network(name, "w.pth")
