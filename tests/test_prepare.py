@@ -30,10 +30,12 @@ import tasks
 import train
 from common import UserError
 from prepare import (
+    ai2d,
     bottom_up,
     coco,
     conceptual_captions,
     features,
+    figureqa,
     flickr8k,
     flickr30k,
     gqa,
@@ -1265,6 +1267,75 @@ def test_streamed_json_takes_little_memory(tmp_path):
     tracemalloc.stop()
     assert count == 20_000
     assert peak < 8e6 < path.stat().st_size
+
+
+def test_figureqa(tmp_path, capsys):
+    folder = tmp_path / "in"
+    asked = {"question_string": "Is Dark Cyan the minimum?", "question_id": 0, "image_index": 3, "answer": 1}
+    asked.update(color1_name="Dark Cyan", color1_id=38, color2_name="--None--", color2_id=-1)
+    other = {**asked, "question_string": "Does Dark Cyan intersect Red?", "question_id": 14, "answer": 0}
+    chart = {"type": "dot_line", "image_index": 3, "models": [{"name": "Dark Cyan", "x": [0.0], "y": [1.5]}]}
+    for name in ("train1", "validation1", "validation2"):
+        write_json(folder / name / "qa_pairs.json", {"total_distinct_questions": 15, "qa_pairs": [asked, other]})
+        write_json(folder / name / "annotations.json", [{**chart, "image_index": 2, "type": "pie"}, chart])
+    assert convert(figureqa, folder, tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "figureqa.jsonl")
+    assert [record["split"] for record in records] == ["train"] * 2 + ["val"] * 2 + ["test"] * 2
+    expected = {"image": "../in/validation1/png/3.png", "text": "Does Dark Cyan intersect Red?", "answer": "no"}
+    assert records[3] == {**expected, "kind": "dot_line", "split": "val", "id": "validation1-1"}
+    assert records[2]["answer"] == "yes"
+
+    write_json(folder / "validation1" / "qa_pairs.json", {"qa_pairs": [{**asked, "answer": "yes"}]})
+    assert "entry 0: answer 'yes', not 0 or 1" in error_of(capsys, figureqa, folder, tmp_path / "out")
+    write_json(folder / "validation1" / "qa_pairs.json", {"qa_pairs": [{**asked, "image_index": 9}]})
+    assert "annotations.json has no image_index 9" in error_of(capsys, figureqa, folder, tmp_path / "out")
+    write_json(folder / "validation1" / "qa_pairs.json", {"questions": []})
+    assert "has no 'qa_pairs'" in error_of(capsys, figureqa, folder, tmp_path / "out")
+
+
+def test_ai2d(tmp_path, capsys):
+    folder = tmp_path / "in"
+    for name in ("7.png", "12.png"):
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (90, 60), (200, 0, 0, 255)).save(folder / "images" / name)
+        plain = {"abcLabel": False, "answerTexts": ["frog", "tadpole", "{}", " "], "correctAnswer": 1}
+        letters = {"abcLabel": True, "answerTexts": ["A", "B", "C", "D"], "correctAnswer": 2}
+        questions = {
+            "What comes after the egg?": {**plain, "questionId": f"{name}-0"},
+            "Which letter shows the tadpole?": {**letters, "questionId": f"{name}-1"},
+        }
+        write_json(folder / "questions" / f"{name}.json", {"imageName": name, "questions": questions})
+        text = {"id": "T0", "value": "tadpole", "rectangle": [[10, 20], [50, 40]], "replacementText": "C"}
+        write_json(folder / "annotations" / f"{name}.json", {"text": {"T0": text}, "arrows": {}})
+    (folder / "ai2d_test_ids.csv").write_text("3\n12\n")
+    assert convert(ai2d, folder, tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "ai2d.jsonl")
+    assert [record["split"] for record in records] == ["test", "test", "train", "train"]
+    expected = {"image": "../in/images/7.png", "text": "What comes after the egg?", "label": 1}
+    expected["choices"] = ["frog", "tadpole", "none", "none"]
+    assert records[2] == {**expected, "split": "train", "id": "7.png-0"}
+    assert records[3]["image"] == "letters/7.png" and records[3]["label"] == 2
+
+    drawn = np.asarray(Image.open(tmp_path / "out" / "letters" / "7.png"))
+    inside = drawn[20:41, 10:51].reshape(-1, 3)
+    assert (inside == 255).all(1).mean() > 0.6 and (inside.max(1) < 60).any()  # white, with a black letter
+    outside = np.ones(drawn.shape[:2], bool)
+    outside[20:41, 10:51] = False
+    assert (drawn[outside] == (200, 0, 0)).all()  # a letter stays within the box of its text
+    data.load(tmp_path / "out" / "ai2d.jsonl", tasks.TASKS["vcr"], "train")  # the lines are as --task vcr takes them
+
+    text["rectangle"] = [[10, 20]]
+    write_json(folder / "annotations" / "7.png.json", {"text": {"T0": text}})
+    assert "7.png.json: 'rectangle' [[10, 20]]" in error_of(capsys, ai2d, folder, tmp_path / "out")
+    del text["replacementText"]
+    write_json(folder / "annotations" / "7.png.json", {"text": {"T0": text}})
+    assert "7.png.json: has no 'replacementText'" in error_of(capsys, ai2d, folder, tmp_path / "out")
+    content = {
+        "imageName": "7.png",
+        "questions": {"Why?": {**plain, "answerTexts": ["a", "b"], "questionId": "7.png-0"}},
+    }
+    write_json(folder / "questions" / "7.png.json", content)
+    assert "'Why?': 2 choices, not 4" in error_of(capsys, ai2d, folder, tmp_path / "out")
 
 
 def test_nlvr2(tmp_path, capsys):
