@@ -489,7 +489,7 @@ class Objective:
     head: str | None = None  # the key in the model's HEADS of the head that it uses
     pretraining: bool = False  # True: --objectives may name it
     masks: str | None = None  # what is masked in its batches: "words", "regions" or nothing
-    mismatch: bool = False  # True: some pairs of its batches are mismatched
+    mismatched: bool = False  # True: some pairs of its batches are mismatched
     mean_over: str = "rows"  # what the mean in the loss runs over: see `count_items`
     is_sum: bool = False  # True: the loss is a sum over the batch, not a mean
     encodes: bool = False  # True: it encodes the batch itself and does not read `encoding`

@@ -122,7 +122,7 @@ class Batch:
         """The same batch in page-locked memory. RuntimeError on a machine without an accelerator."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def rows(self, index):
+    def select(self, index):
         """Rows `index` (LongTensor). The flat lists word_index, word_labels, region_index, pair_index become None:
         they count positions of the whole batch, so mask after selecting."""
         flat = dataclasses.replace(self, word_index=None, word_labels=None, region_index=None, pair_index=None)
@@ -184,7 +184,7 @@ class Dataset:
             else:
                 yield text
 
-    def rows(self, index):
+    def rows_of(self, index):
         """The rows of examples `index` (B,) -> (B * group,)."""
         return (np.asarray(index)[:, None] * self.group + np.arange(self.group)).ravel()
 
@@ -246,7 +246,7 @@ class Dataset:
 
     def subset(self, index):
         """Examples `index` (integers), in memory."""
-        rows = self.rows(index)
+        rows = self.rows_of(index)
         part = dataclasses.replace(
             self,
             image=np.array(self.image[rows]),
@@ -619,7 +619,7 @@ def collate(dataset, index, images=None, answers=None, fields=(), rng=None):
     fields: what to read of the regions besides features and boxes.   rng: in split train each row shows its picture or
     one of the crops that the store has of it, drawn at random; None: the picture. Encode the dataset first.
     """
-    rows = dataset.rows(index)
+    rows = dataset.rows_of(index)
     own_images = dataset.image[rows]
     if images is None:
         images = own_images
@@ -692,8 +692,8 @@ def join_pictures(batch):
     """Rows 2i and 2i+1, the same text with two pictures, as one row with the regions of both: (2B,N,...) -> (B,2N,...).
     All other fields are those of row 2i, but target and ids, which have one entry an example and stay."""
     both = dataclasses.replace(batch, ids=None, target=None)
-    left = both.rows(torch.arange(0, len(batch.text), 2))
-    right = both.rows(torch.arange(1, len(batch.text), 2))
+    left = both.select(torch.arange(0, len(batch.text), 2))
+    right = both.select(torch.arange(1, len(batch.text), 2))
     joined = {"target": batch.target, "ids": batch.ids}
     for name in ("features", "boxes", "region_mask", "region_types", *STORED):
         if getattr(left, name) is not None:

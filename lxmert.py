@@ -441,7 +441,7 @@ REGION_ATTRIBUTES = replace(
 )
 
 MATCHING = common.Objective(
-    cross_modality_matching, head="itm", pretraining=True, mismatch=True, labels=lambda batch, logits: batch.matched
+    cross_modality_matching, head="itm", pretraining=True, mismatched=True, labels=lambda batch, logits: batch.matched
 )
 
 QUESTIONS = common.Objective(

@@ -42,7 +42,7 @@ class Task:
     truth: str = ""  # the key of what is to be predicted; predict.py reads lines without it
     prompt: str = ""  # template of a line's text: see records.fill_prompt
     pictures: int = 1  # pictures of a line
-    rows: int = 1  # rows that an example typically takes, for the default batch size
+    rows_per_example: int = 1  # that an example typically takes, for the default batch size
     check: Callable = lambda record: None  # record -> None, or a sentence that says what is wrong with it
     best: tuple = ("accuracy",)  # metrics that choose the best weights: the first of these that was measured
     lower_is_better: bool = False  # True: that metric is better when lower
@@ -77,7 +77,7 @@ def pretraining_batch(run, dataset, index, names, rng, false_pairs, word_masking
     settings = run.paper.PRETRAINING
     objectives = [run.paper.OBJECTIVES[name] for name in names]
     masks = {objective.masks for objective in objectives}
-    mismatch = any(objective.mismatch for objective in objectives)
+    mismatch = any(objective.mismatched for objective in objectives)
     images = None
     if mismatch:
         if false_pairs is None:
@@ -209,7 +209,7 @@ def evaluate_pretraining(run, dataset, most=1000, candidates=100):
     questions = np.flatnonzero(is_question)[:most]
     sums = {}
     for name in run.objectives:
-        if run.paper.OBJECTIVES[name].mismatch and not dataset.has_several_pictures:
+        if run.paper.OBJECTIVES[name].mismatched and not dataset.has_several_pictures:
             continue  # there is no other picture for a mismatched pair
         index = questions if run.paper.OBJECTIVES[name].mean_over == "answers" else captions
         sums[name] = objective_sums(run, dataset, index, name)
@@ -466,7 +466,7 @@ NLVR2 = Task(
     needs=("label",),
     truth="label",
     pictures=2,
-    rows=2,
+    rows_per_example=2,
     check=check_nlvr2,
     examples=nlvr2_examples,
     batch=nlvr2_batch,
@@ -550,7 +550,7 @@ def evaluate_vcr(run, dataset):
 
 def show_vcr(run, dataset, i, logits, top):
     """The likeliest choices, and the right one."""
-    texts = [dataset.text[row][-1] for row in dataset.rows([i])]  # the last segment is the choice
+    texts = [dataset.text[row][-1] for row in dataset.rows_of([i])]  # the last segment is the choice
     return evaluation.show_choices(texts, logits.softmax(-1), dataset, i, top)
 
 
@@ -559,7 +559,7 @@ VCR = Task(
     objective="vcr",
     needs=("choices", "label"),
     truth="label",
-    rows=4,
+    rows_per_example=4,
     check=check_vcr,
     examples=vcr_examples,
     batch=vcr_batch,
@@ -730,7 +730,7 @@ def evaluate_retrieval(run, dataset):
 RETRIEVAL = Task(
     "retrieval",
     objective="rank",
-    rows=3,
+    rows_per_example=3,
     examples=lambda record: [simple_example(record, "caption")],
     batch=retrieval_batch,
     evaluate=evaluate_retrieval,

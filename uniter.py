@@ -414,7 +414,7 @@ MATCHING = common.Objective(
     image_text_matching,
     head="itm",
     pretraining=True,
-    mismatch=True,
+    mismatched=True,
     labels=lambda batch, logits: batch.matched,
 )
 
@@ -439,7 +439,7 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "mrc": REGION_CLASSES,
     "mrc_kl": replace(REGION_CLASSES, loss=masked_region_class_kl),
     "itm": MATCHING,
-    "wra": common.Objective(word_region_alignment, pretraining=True, mismatch=True, logits="nothing"),
+    "wra": common.Objective(word_region_alignment, pretraining=True, mismatched=True, logits="nothing"),
     "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
 }
 

@@ -526,7 +526,7 @@ REGION_FEATURES = common.Objective(
 )
 
 MATCHING = common.Objective(
-    multimodal_alignment, head="itm", pretraining=True, mismatch=True, labels=lambda batch, logits: batch.matched
+    multimodal_alignment, head="itm", pretraining=True, mismatched=True, labels=lambda batch, logits: batch.matched
 )
 
 # VQA and captioning come from SHARED_OBJECTIVES.

@@ -131,7 +131,7 @@ def convert(source, out, data_file):
             yield fields
 
     store = out / "regions"
-    published.write_store(store, pictures())
+    published.replace_store(store, pictures())
     (out / "ids.txt").write_text("".join(name + "\n" for name in names), encoding="utf-8")
     print(f"{store}: {len(names)} pictures")
     if data_file is None:

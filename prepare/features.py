@@ -202,7 +202,7 @@ def extract(jobs, network, args, parts):
 
 
 def read_parts(parts, rows):
-    """The readable pictures of the files in `parts`, each followed by its crops, in order, as published.write_store
+    """The readable pictures of the files in `parts`, each followed by its crops, in order, as published.replace_store
     takes them. Fills `rows`, {number of the picture: row of the store}, meanwhile."""
     number = 0
     row = 0
@@ -221,7 +221,7 @@ def read_parts(parts, rows):
 # ---- own pictures of train.py and predict.py --------------------------------------------------------------------------
 
 
-def picture_regions(jobs, regions, device=None, batch_size=32):
+def network_regions(jobs, regions, device=None, batch_size=32):
     """For each regions.PictureJob what regions.picture_regions returns, (regions, warnings, mistake), but by a network.
 
     regions: of a dataset.json or a checkpoint, as `region_maker` takes it.   device: None = a GPU if there is one.
@@ -360,7 +360,7 @@ def prepare(args):
     rows = {}
     for name in (*(path.name for path in files), "dataset.json"):  # no old lines beside a new store
         (out / name).unlink(missing_ok=True)
-    published.write_store(out / "regions", read_parts(parts, rows))
+    published.replace_store(out / "regions", read_parts(parts, rows))
     numbers = {key: number for number, key in enumerate(pictures)}
 
     def rows_of(path, record):

@@ -142,7 +142,7 @@ def cut_box(box, width, height):
     return box if box[0] < box[2] and box[1] < box[3] else None
 
 
-def write_store(folder, pictures):
+def replace_store(folder, pictures):
     """Writes a feature store, in place of an older one. pictures: an iterable of {field of data.STORED: (N,...) array},
     boxes in 0..1, and where it is known `size`, (width, height) in pixels, which a line's `target` needs."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -32,7 +32,7 @@ from support import distillation, evaluation, machine
 
 
 @dataclass
-class Record:
+class AttentionRecord:
     """One row of a batch, without padding: a text beside a picture, with the attention maps and their gradients."""
 
     pieces: list  # T word pieces, [CLS] and [SEP] among them
@@ -121,7 +121,7 @@ def best_logit(run, task, batch, encoding):
 
 
 def row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients, row):
-    """The Record of one row of a batch. state_gradients: of the last states of each sequence."""
+    """The AttentionRecord of one row of a batch. state_gradients: of the last states of each sequence."""
     lengths = {}  # positions that the model has of each sequence, padding among them
     for name, x in encoding.maps.items():
         queries, keys = sides(name)
@@ -150,9 +150,9 @@ def row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients,
     for sequence, gradient in state_gradients.items():
         answer_row[spans[sequence]] = gradient[row][real[sequence]].ne(0).any(-1).float().cpu()  # (Q, C) -> (Q,)
     ids = batch.text[row][batch.text_mask[row]].tolist()
-    return Record(
+    return AttentionRecord(
         pieces=[run.tokenizer.id_to_token(piece) for piece in ids],
-        picture=int(dataset.image[dataset.rows([i])[row]]),
+        picture=int(dataset.image[dataset.rows_of([i])[row]]),
         maps=maps,
         gradients=gradients,
         spans=spans,
@@ -162,7 +162,7 @@ def row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients,
     )
 
 
-# ---- the methods: Record -> (S, S) -------------------------------------------------------------------------------------
+# ---- the methods: AttentionRecord -> (S, S) ----------------------------------------------------------------------------
 
 
 def count_maps(record):
@@ -382,7 +382,7 @@ def leave_out(run, task, dataset, i):
     with one row an example."""
     batch = tasks.make_batch(run, dataset, np.array([i]), [task.objective], None)
     N = batch.region_mask.shape[1]
-    batch = batch.rows(torch.zeros(1 + N, dtype=torch.long))  # row 0 with all regions, row 1 + j without region j
+    batch = batch.select(torch.zeros(1 + N, dtype=torch.long))  # row 0 with all regions, row 1 + j without region j
     batch.region_mask[torch.arange(1, 1 + N), torch.arange(N)] = False
     _, logits = tasks.loss_and_logits(run, batch, task.objective)
     log_probs = logits.log_softmax(-1)[:, logits[0].argmax()]  # (1 + N, A) -> (1 + N,)

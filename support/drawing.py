@@ -62,7 +62,7 @@ def save(picture, path, option):
 
 def draw_cell(task, dataset, i, answer, files):
     """One example: its one or two pictures with their boxes, the text, the answers as bars, the truth."""
-    rows = list(dict.fromkeys(dataset.image[dataset.rows([i])].tolist()))
+    rows = list(dict.fromkeys(dataset.image[dataset.rows_of([i])].tolist()))
     width = (SIDE - MARGIN * (len(rows) + 1)) // len(rows)
     pictures = [draw_regions(dataset.store, row, files.get(row), answer, width) for row in rows]
     texts = [text_cell(answer.get("masked", text_of(task, dataset, i)), 17, "black")]
@@ -231,7 +231,7 @@ def bars_cell(bars):
 
 def text_of(task, dataset, i):
     """The text of example i as a reader sees it: without the choices, and "" where the model has to write it."""
-    text = dataset.text[dataset.rows([i])[0]]
+    text = dataset.text[dataset.rows_of([i])[0]]
     if task.truth == "text":
         return ""
     if isinstance(text, tuple):

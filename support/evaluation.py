@@ -423,7 +423,7 @@ def generate(model, batch, first, last, beams, most):
     """
     B = len(batch.features)
     row = torch.arange(B, device=batch.features.device)
-    batch = replace(batch, ids=None).rows(row.repeat_interleave(beams))
+    batch = replace(batch, ids=None).select(row.repeat_interleave(beams))
     text = torch.full((B * beams, 1), first, device=row.device)
     totals = torch.full((B, beams), -math.inf, device=row.device)  # log probability of each text
     totals[:, 0] = 0.0  # all beams begin alike: only one of them counts

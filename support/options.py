@@ -262,7 +262,7 @@ def set_data_defaults(args, all_models):
     if args.captions is None:
         args.captions = defaults.get("captions", "all")
     if args.batch_size is None:
-        rows = max(tasks.TASKS[task].rows for task in args.tasks)
+        rows = max(tasks.TASKS[task].rows_per_example for task in args.tasks)
         args.batch_size = max(1, defaults.get("batch_size", 64) // rows // world)
     if args.steps is None:
         paper = checkpoints.MODELS[args.model]
@@ -450,7 +450,7 @@ def drop_unsupported(paper, objectives, splits, rerank=None):
     dataset = next(iter(splits.values()))  # train, if it is among them
     missing = {}
     for name in objectives:
-        if paper.OBJECTIVES[name].mismatch and not dataset.has_several_pictures:
+        if paper.OBJECTIVES[name].mismatched and not dataset.has_several_pictures:
             missing[name] = "there is only one picture"
         for field_name in paper.OBJECTIVES[name].fields:
             if field_name == "answers":
@@ -517,7 +517,9 @@ def default_learning_rate(paper, width, args, world):
     which they fine-tune: 1e-4 at base size.
     """
     if width <= 256:
-        rows = args.batch_size * args.accumulate * world * max(tasks.TASKS[task].rows for task in args.tasks)
+        rows = (
+            args.batch_size * args.accumulate * world * max(tasks.TASKS[task].rows_per_example for task in args.tasks)
+        )
         rate = 1e-3 * min(1.0, math.sqrt(rows / 256))
     elif width < 1024:
         rate = 5e-5

@@ -202,7 +202,7 @@ def has_second_page(image):
     return True
 
 
-def make_regions(server, content, boxes):
+def regions_of_request(server, content, boxes):
     """The regions of a picture, bytes. HttpError 400 for what cannot be read and for wrong boxes."""
     if boxes is not None and (not records.is_boxes(boxes) or len(boxes) > MAX_LIST):
         raise HttpError(400, f"'boxes' must be 1 to {MAX_LIST} lists [x1,y1,x2,y2] for each picture")
@@ -240,7 +240,7 @@ def find_regions(server, request):
     if not isinstance(boxes, list) or len(boxes) != wanted:
         raise HttpError(400, "'boxes' must be a list with the boxes of each picture")
     contents = [decode_base64(image) for image in images]
-    return [make_regions(server, content, own) for content, own in zip(contents, boxes, strict=True)]
+    return [regions_of_request(server, content, own) for content, own in zip(contents, boxes, strict=True)]
 
 
 def pixel_boxes(picture):
@@ -294,7 +294,7 @@ def make_samples(run, task):
     found = []
     for i, answer in enumerate(answers):
         sample = {"text": drawing.text_of(task, dataset, i), "truth": answer.get("truth")}
-        rows = dataset.rows([i])
+        rows = dataset.rows_of([i])
         texts = [dataset.text[row] for row in rows]
         if isinstance(texts[0], tuple):  # (question, choice) or (question, answer, reason), a row for each choice
             sample["text"] = texts[0][0]

@@ -443,7 +443,7 @@ class Pictures:
         if self.network:
             from prepare import features  # here, since it imports this file
 
-            regions_of = features.picture_regions(self.jobs, self.network, self.device)
+            regions_of = features.network_regions(self.jobs, self.network, self.device)
             results = show_progress(regions_of, len(self.jobs), f"{self.network['network']} of {path}")
         else:
             results = parallel(picture_regions, self.jobs, f"reading {path}")

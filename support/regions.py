@@ -76,7 +76,7 @@ def make_once(folder, make):
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder.parent)
+    remove_half_made(folder.parent)
     aside = folder.parent / f".making-{folder.name}-{os.getpid()}-{time.time_ns()}"
     aside.mkdir()  # not tempfile.mkdtemp, whose folders only their owner may read
     try:
@@ -91,7 +91,7 @@ def make_once(folder, make):
     return folder
 
 
-def remove_leftovers(folder):
+def remove_half_made(folder):
     """Removes what killed runs left half made: folders of make_once in which nothing was written for a day."""
     for aside in folder.glob(".making-*"):
         with contextlib.suppress(OSError):  # another process may be faster

@@ -220,7 +220,7 @@ def useful_flops(run, index, step, known):
 
 def alone(batch, row, t, n, count):
     """Row `row` of a batch by itself, cut to its t words and n regions, with so many words and regions to predict."""
-    part = batch.rows(torch.tensor([row]))
+    part = batch.select(torch.tensor([row]))
     text = ("text", "text_mask", "segments")
     regions = ("features", "boxes", "region_mask", "masked_regions", "clean_features", *data.STORED)
     for names, length in ((text, t), (regions, n)):

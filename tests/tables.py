@@ -363,7 +363,7 @@ def asked_thing(dataset, i):
     reasons (vcr)."""
     if dataset.target is not None and dataset.target.ndim == 2:
         return dataset.target[i]
-    question = dataset.text[dataset.rows([i])[0]]
+    question = dataset.text[dataset.rows_of([i])[0]]
     if dataset.kind[i] == "reason":
         return None
     if isinstance(question, tuple):

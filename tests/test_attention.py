@@ -74,7 +74,7 @@ DOUBLE = {  # as LXMERT names them, and with the whole image of ViLBERT as first
 
 
 def made_up(shapes, S):
-    """A Record with random maps and gradients, T words before N regions at the end of S positions."""
+    """An AttentionRecord with random maps and gradients, T words before N regions at the end of S positions."""
     torch.manual_seed(0)
     split = T if S == T + N else S // 2
     maps = {name: torch.rand(H, *shape).softmax(-1) for name, shape in shapes.items()}
@@ -82,7 +82,7 @@ def made_up(shapes, S):
     spans = {"text": slice(0, split), "regions": slice(split, S), "both": slice(0, S)}
     pieces = ["[CLS]", "a", "b", "[SEP]"]
     row = torch.eye(S)[0]
-    return attention.Record(pieces, 0, maps, gradients, spans, torch.randn(T, 8), torch.randn(N, 8), row)
+    return attention.AttentionRecord(pieces, 0, maps, gradients, spans, torch.randn(T, 8), torch.randn(N, 8), row)
 
 
 def block(size, rows, columns, matrix):
@@ -326,7 +326,7 @@ def test_the_weights_of_the_regions_are_shares(model, trained):
             for i in range(2):
                 with torch.inference_mode():  # as the server calls it
                     weights = attention.region_weights(run, task, dataset, i, method)
-                rows = dataset.image[dataset.rows([i])][: task.pictures]
+                rows = dataset.image[dataset.rows_of([i])][: task.pictures]
                 assert len(weights) == sum(np.diff(dataset.store.offsets)[rows])
                 assert min(weights) >= 0
                 assert abs(sum(weights) - 1) < 1e-5

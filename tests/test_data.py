@@ -324,7 +324,7 @@ def test_collate_against_plain_loops(dataset, tokenizer):
         assert batch.text_mask[row].tolist() == [k < len(ids) for k in range(batch.text.shape[1])]
         assert batch.answers[row].tolist() == [dataset.answer[i].get(a, 0.0) for a in answers]
         assert batch.ids[row] == dataset.ids[i] and batch.matched[row] == 1
-    part = data.mask_words(batch, tokenizer, np.random.default_rng(0)).rows(torch.tensor([2, 0]))
+    part = data.mask_words(batch, tokenizer, np.random.default_rng(0)).select(torch.tensor([2, 0]))
     assert part.ids == [batch.ids[2], batch.ids[0]] and part.word_index is None
     assert torch.equal(part.features, batch.features[[2, 0]]) and part.to("cpu").answers.shape == (2, 3)
     short = dataset.subset(index).encode(tokenizer, 6)
@@ -343,7 +343,7 @@ def test_mismatch_never_keeps_the_picture(dataset, tokenizer, replace):
     assert np.array_equal(same, batch.matched.numpy() == 1)
     assert batch.pair_index.tolist() == np.flatnonzero(same).tolist()  # what a contrast may take for pairs
     assert batch.pictures.tolist() == images.tolist()
-    assert batch.rows(torch.arange(2)).pair_index is None
+    assert batch.select(torch.arange(2)).pair_index is None
     with pytest.raises(ValueError, match="two pictures"):
         data.sample_mismatches(dataset.subset(np.array([0, 1])), np.array([0, 1]), rng, 1.0)
 
@@ -1545,12 +1545,12 @@ def test_another_grid_makes_other_regions(own, tmp_path):
 def test_a_network_makes_other_regions_than_pixels(own, tmp_path, monkeypatch):
     from prepare import features
 
-    def picture_regions(jobs, network, device):
+    def network_regions(jobs, network, device):
         boxes = np.array([[0, 0, 1, 1]], np.float32)
         for job in jobs:
             yield {"features": np.ones((1, 7), np.float32), "boxes": boxes, "size": (40, 30), "digest": 1}, [], None
 
-    monkeypatch.setattr(features, "picture_regions", picture_regions)
+    monkeypatch.setattr(features, "network_regions", network_regions)
     path = own({"image": "a.png", "text": "x"})
     widths = []
     for network in (None, {"kind": "network", "network": "n"}, None):

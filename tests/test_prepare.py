@@ -425,13 +425,13 @@ def test_own_pictures_go_through_the_best_installed_network(tmp_path, no_network
     options = ["--data", str(source), "--task", "vqa", "--steps", "1", "--device", "cpu", "--dtype", "f32"]
     write_lines(source, [record for record in records if "answer" in record])
     devices = []
-    real = features.picture_regions
+    real = features.network_regions
 
-    def picture_regions(jobs, regions, device=None):
+    def network_regions(jobs, regions, device=None):
         devices.append(device)
         return real(jobs, regions, device)
 
-    monkeypatch.setattr(features, "picture_regions", picture_regions)
+    monkeypatch.setattr(features, "network_regions", network_regions)
     assert train.main(options) == 0
     assert devices == [torch.device("cpu")]
     assert "pictures: features of a network; --features patches takes raw pixels" in capsys.readouterr().out
@@ -1833,7 +1833,7 @@ def test_new_pictures_go_through_the_weights_of_the_data_set(tmp_path, monkeypat
     job = data.importlib.import_module("support.regions").PictureJob(
         "here", make_picture(tmp_path / "a.png"), None, 4, 2
     )
-    list(features.picture_regions([job], regions, "cpu"))
+    list(features.network_regions([job], regions, "cpu"))
     features.region_maker(regions)
     assert asked == [("resnet50", "w.pth")] * 2
 

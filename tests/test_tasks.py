@@ -478,7 +478,7 @@ def test_a_summed_loss_counts_as_a_mean_whatever_the_parts(name):
     run.device, run.autocast = torch.device("cpu"), train.nullcontext
     for parts in ([[0, 1, 2, 3]], [[0], [1, 2, 3]]):
         model.zero_grad()
-        loss = train.backward(run, [batch.rows(torch.tensor(p)) for p in parts], ["refer"])["refer"]
+        loss = train.backward(run, [batch.select(torch.tensor(p)) for p in parts], ["refer"])["refer"]
         found.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     scores = checkpoints.MODELS[name].OBJECTIVES["refer"].loss(model, model.encode(batch), batch)[1]
     assert found[0][0].item() == pytest.approx(torch.nn.functional.cross_entropy(scores, labels).item(), rel=1e-6)

@@ -635,9 +635,9 @@ def test_contrast_is_of_each_modality_alone_and_of_true_pairs_only(name):
     texts = []
     images = []
     for row in batch.pair_index.tolist():
-        one = batch.rows(torch.tensor([row]))
-        blind = one.rows(torch.tensor([0]))
-        deaf = one.rows(torch.tensor([0]))
+        one = batch.select(torch.tensor([row]))
+        blind = one.select(torch.tensor([0]))
+        deaf = one.select(torch.tensor([0]))
         blind.features = torch.randn_like(one.features)
         blind.boxes = torch.rand_like(one.boxes)
         deaf.text = torch.randint(5, 30, one.text.shape)
