@@ -647,6 +647,7 @@ def main(argv=None):
         try:
             args = options.parse(argv)
             machine.keep_freed_memory()
+            machine.limit_compiled_products()
             train_all(args)
         except (UserError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
             message = machine.explain(error, kept="; saved checkpoints are kept")

@@ -873,6 +873,49 @@ def test_gaps_between_blocks_in_use_are_given_back():
     assert left < 60
 
 
+PRODUCTS = """
+import resource
+from pathlib import Path
+import torch
+from support import machine
+
+def mebibytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+machine.limit_compiled_products()
+torch.set_num_threads(1)
+weight = torch.randn(64, 64).bfloat16()
+before = mebibytes()
+for rows in range(20, 620):
+    torch.nn.functional.linear(torch.randn(rows, 64).bfloat16(), weight)
+print(mebibytes() - before)
+"""
+
+
+@pytest.mark.skipif(
+    machine.pick_dtype("auto", torch.device("cpu")) == torch.float32, reason="the processor does not multiply bfloat16"
+)
+def test_products_of_many_shapes_take_little_memory():
+    limits = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # which other tests may have set here
+    unlimited = {name: value for name, value in os.environ.items() if name not in limits}
+    taken = {}
+    for processes in ("1", "4"):
+        environment = {**unlimited, "LOCAL_WORLD_SIZE": processes}
+        command = [sys.executable, "-c", PRODUCTS]
+        done = subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True, text=True)
+        taken[processes] = float(done.stdout)
+    assert taken["4"] < 0.5 * taken["1"]
+
+
+def test_the_limits_of_compiled_products_are_defaults(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "1000")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    machine.limit_compiled_products()
+    assert os.environ["LRU_CACHE_CAPACITY"] == "1000"  # what the user has set stays
+    assert int(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
+
+
 def test_a_long_run_gives_memory_back_now_and_then(pictures, here, monkeypatch):
     trims = []
     monkeypatch.setattr(machine, "trim_memory", lambda: trims.append(1))
