@@ -32,6 +32,7 @@ from common import UserError
 from prepare import (
     ai2d,
     bottom_up,
+    charts,
     coco,
     conceptual_captions,
     features,
@@ -1336,6 +1337,34 @@ def test_ai2d(tmp_path, capsys):
     }
     write_json(folder / "questions" / "7.png.json", content)
     assert "'Why?': 2 choices, not 4" in error_of(capsys, ai2d, folder, tmp_path / "out")
+
+
+def test_the_answers_about_charts_follow_from_their_bars(tmp_path):
+    charts.make(tmp_path, {"train": 20, "test": 5})
+    data.load(tmp_path, tasks.TASKS["vqa"], "train")  # the lines are as --task vqa takes them
+    lines = read_lines(tmp_path / "charts.jsonl")
+    assert [line["split"] for line in lines] == ["train"] * 80 + ["test"] * 20
+    for line in lines:
+        tops = dict(zip(["Q1", "Q2", "Q3", "Q4"], [box[1] for box in line["boxes"]], strict=True))
+        if line["kind"] == "highest":
+            assert line["answer"] == min(tops, key=tops.get)
+        elif line["kind"] == "lowest":
+            assert line["answer"] == max(tops, key=tops.get)
+        elif line["kind"] == "compare":
+            first, second = line["text"][3:5], line["text"][-3:-1]
+            assert line["answer"] == ("yes" if tops[first] < tops[second] else "no")
+        picture = Image.open(tmp_path / line["image"])
+        for x1, y1, x2, y2 in line["boxes"]:
+            middle = ((x1 + x2) // 2, (y1 + y2) // 2)
+            assert picture.getpixel(middle) == picture.getpixel((x1, y1)) != picture.getpixel((middle[0], y1 - 1))
+    picture, boxes = charts.draw_chart([60, 20, 40, 80], np.random.default_rng(0))
+    gap = (boxes[0][2] + boxes[1][0]) // 2  # a column between two bars, where the lines of the grid are seen
+    for box in boxes:
+        assert (204, 204, 204) in [picture.getpixel((gap, box[1] + shift)) for shift in (-1, 0, 1)]
+    count = charts.questions([51, 50, 10, 90], np.random.default_rng(0))[3]
+    assert count == ("count", "how many quarters are above 50?", "2")
+    charts.make(tmp_path / "none", {"train": 1}, with_boxes=False)
+    assert not any("boxes" in line for line in read_lines(tmp_path / "none" / "charts.jsonl"))
 
 
 def test_nlvr2(tmp_path, capsys):
