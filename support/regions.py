@@ -235,16 +235,19 @@ def to_rgb(image):
 def picture_size(where, path):
     """(width, height) of a picture as open_picture shows it, or of a feature file, without reading all of it."""
     if path.suffix == ".npz":
-        return tuple(read_arrays(where, path, ("size",))["size"].tolist())
+        size = read_arrays(where, path, ("size",)).get("size")
+        if size is None or size.shape != (2,):
+            return read_features(where, path)[1]  # which says what is wrong
+        return tuple(size.tolist())
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             width, height = image.size
-            if image.format == "TIFF":  # Pillow turns these by itself, some only when they are read
-                return open_picture(where, path).size
             orientation = image.getexif().get(0x0112, 1)
+            is_tiff = image.format == "TIFF"
     except Exception:  # noqa: BLE001
-        width, height = open_picture(where, path).size  # which says what is wrong
-        orientation = 1
+        return open_picture(where, path).size  # which says what is wrong
+    if is_tiff:  # Pillow turns these by itself, some only when they are read
+        return open_picture(where, path).size
     if orientation in (5, 6, 7, 8):  # lying on its side
         return height, width
     return width, height
@@ -342,8 +345,6 @@ def read_features(where, path):
         raise UserError(f"{where}: 'size' must be (width, height) in pixels")
     boxes = check_boxes(arrays["boxes"], width, height, where, "boxes")
     regions = {"features": arrays["features"], "boxes": boxes}
-    classes = 65504  # without probs any whole number is a class
-    confidence = np.ones(count)
     if "probs" in arrays:
         probs = arrays["probs"]
         if probs.shape[1] < 2 or (probs < 0).any() or not np.allclose(probs.sum(1), 1, atol=0.02):
@@ -352,13 +353,16 @@ def read_features(where, path):
         regions["object_probs"] = probs
         regions["objects"] = probs[:, 1:].argmax(1)
         regions["object_conf"] = probs[:, 1:].max(1)
-        classes = probs.shape[1] - 1
     if "labels" in arrays:
         labels = arrays["labels"]
+        classes = 65504  # without probs the number of classes is not known; check_array refuses larger numbers
+        confidence = np.ones(count)
+        if "probs" in arrays:
+            classes = probs.shape[1] - 1
         if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
             raise UserError(f"{where}: 'labels' must be integers 0 to {classes - 1}: classes without background")
         if "probs" in arrays:
-            confidence = arrays["probs"][np.arange(count), labels + 1]
+            confidence = probs[:, 1:][np.arange(count), labels]
         regions["objects"] = labels
         regions["object_conf"] = confidence
     return regions, (width, height)
@@ -509,6 +513,8 @@ class FeatureStore:
                 self.digests = np.load(self.folder / "digests.npy")
             if (self.folder / "crops.npy").exists():
                 self.crops = np.load(self.folder / "crops.npy")
+            if self.offsets.ndim != 1 or self.offsets.dtype.kind not in "iu":
+                raise ValueError("offsets.npy is not a list of integers")
             self.width = self.fields["features"].shape[1]  # F
             if self.fields["boxes"].shape[1:] != (4,):
                 raise ValueError("boxes.npy is not (regions, 4)")
@@ -523,7 +529,7 @@ class FeatureStore:
                 counts = self.crops.dtype.kind in "iu" and self.crops.shape == (len(self),)
                 if not counts or (self.crops < 0).any() or (np.arange(len(self)) + self.crops >= len(self)).any():
                     raise ValueError("crops.npy is not the number of crops behind each picture")
-        except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
+        except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError) as error:
             raise UserError(f"{folder}: not a feature store, or damaged ({error}); write it again") from None
 
     def __len__(self):
@@ -565,7 +571,7 @@ class FeatureStore:
                 continue
             values = self.open_field(name)
             values = torch.from_numpy(values)  # torch turns float16 into float32 four times as fast as numpy
-            dtype = torch.int64 if values.dtype == torch.int64 else torch.float32
+            dtype = torch.int64 if STORED[name] == np.int64 else torch.float32
             padded = torch.zeros(mask.shape + values.shape[1:], dtype=dtype)  # (B,N,...)
             for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
                 padded[row, :length] = values[start : start + length]

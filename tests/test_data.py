@@ -186,6 +186,19 @@ def test_a_damaged_store_is_one_line(tmp_path, folder):
             data.FeatureStore(copy)
 
 
+def test_a_store_that_another_program_wrote(tmp_path):
+    """Integers of another type are labels all the same; offsets that are no list of integers are one line."""
+    pictures = [{"features": np.zeros((2, 3)), "boxes": np.full((2, 4), 0.5), "objects": np.array([4, 7])}]
+    data.write_store(tmp_path / "s", iter(pictures))
+    np.save(tmp_path / "s" / "objects.npy", np.array([4, 7], np.int32))
+    labels = data.FeatureStore(tmp_path / "s").gather(np.array([0]))["objects"]
+    assert labels.dtype == torch.int64 and labels.tolist() == [[4, 7]]
+    for offsets in ([0.0, 2.0], [[0, 2]], 2):
+        np.save(tmp_path / "s" / "offsets.npy", np.array(offsets))
+        with pytest.raises(common.UserError, match="not a feature store, or damaged .*offsets.npy is not"):
+            data.FeatureStore(tmp_path / "s")
+
+
 def test_a_store_with_crops_that_it_lacks_is_one_line(tmp_path):
     pictures = [{"features": np.zeros((1, 3)), "boxes": np.full((1, 4), 0.5), "crops": n} for n in (1, 0, 0)]
     data.write_store(tmp_path / "s", iter(pictures))
@@ -610,6 +623,35 @@ def test_classes_of_feature_files_leave_background_out(own, tmp_path):
         fields = dataset.store.gather(np.array([0]))
         assert fields["objects"][0].tolist() == objects, name
         assert fields["object_conf"][0].tolist() == pytest.approx(confidence, abs=1e-3), name
+
+
+def test_a_label_of_a_small_integer_type_is_read_as_it_is(own, tmp_path):
+    """255, the largest of uint8, whose class stands in column 256 of the probabilities."""
+    probs = np.full((2, 300), 0.5 / 299)
+    probs[0, 256] = 0.5
+    probs[1, 4] = 0.5
+    given = {"features": np.eye(2), "boxes": [[0, 0, 20, 30], [5, 5, 39, 29]], "size": [40, 30]}
+    np.savez(
+        tmp_path / "u8.npz", **given, probs=probs / probs.sum(1, keepdims=True), labels=np.array([255, 3], np.uint8)
+    )
+    dataset = load(own({**F, "features": "u8.npz"}), "vqa", "train", cache=tmp_path / "c")
+    fields = dataset.store.gather(np.array([0]))
+    assert fields["objects"][0].tolist() == [255, 3]
+    assert fields["object_conf"][0].tolist() == pytest.approx([0.5, 0.5], abs=2e-3)
+
+
+@pytest.mark.parametrize("size", [None, [40, 30, 3]])
+def test_a_feature_file_without_its_size_is_one_line(size, own, tmp_path):
+    given = {"features": np.eye(2), "boxes": [[0, 0, 20, 30], [5, 5, 39, 29]]}
+    np.savez(tmp_path / "f.npz", **given, **({} if size is None else {"size": size}))
+    path = own({"features": "f.npz", "text": "the red one", "target": [0, 0, 20, 30]})
+    with pytest.raises(common.UserError, match="my.jsonl:1: 'target': .*f.npz.*size"):
+        load(path, "refer", "train", cache=tmp_path / "c")
+
+
+def test_a_target_outside_its_picture_names_the_picture(own, tmp_path):
+    with pytest.raises(common.UserError, match="my.jsonl:1: a.png: 'target': .* is outside its picture"):
+        load(own({"image": "a.png", "text": "red", "target": [0, 0, 90, 9]}), "refer", "train", cache=tmp_path / "c")
 
 
 def run_command(capsys, *arguments):

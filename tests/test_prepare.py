@@ -412,7 +412,7 @@ def test_the_command_writes_a_data_set(tmp_path, no_network):
         np.testing.assert_allclose(stored["object_probs"][0], made["object_probs"], rtol=2**-10, atol=1e-6)
         np.testing.assert_array_equal(stored["boxes"][0], made["boxes"])
     assert np.load(out / "regions" / "sizes.npy").tolist() == [[40, 30]] * 10
-    assert not (out / "parts").exists()
+    assert not (out / ".unfinished").exists()
 
 
 def test_own_pictures_go_through_the_best_installed_network(tmp_path, no_network, monkeypatch, capsys):
@@ -809,6 +809,72 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, no_network, monkeypat
     for name in ("features", "boxes", "offsets", "sizes"):
         found = (tmp_path / "out" / "regions" / f"{name}.npy").read_bytes()
         assert found == (tmp_path / "whole" / "regions" / f"{name}.npy").read_bytes()
+
+
+def test_a_mended_picture_costs_its_own_shard_alone(tmp_path, no_network, monkeypatch, capsys):
+    source = make_jsonl(tmp_path)
+    assert extract(source, tmp_path / "whole") == 0
+    picture = (tmp_path / "9.png").read_bytes()
+    (tmp_path / "9.png").write_bytes(picture[:60])
+    monkeypatch.setattr(features, "SHARD", 4)
+    assert extract(source, tmp_path / "out") == 2
+    assert "9.png" in capsys.readouterr().err
+    (tmp_path / "9.png").write_bytes(picture)
+    original = features.shard_regions
+    redone = []
+    monkeypatch.setattr(features, "shard_regions", lambda jobs, *rest: redone.extend(jobs) or original(jobs, *rest))
+    assert extract(source, tmp_path / "out") == 0
+    assert len(redone) == 2  # the last shard of ten pictures
+    found = (tmp_path / "out" / "regions" / "features.npy").read_bytes()
+    assert found == (tmp_path / "whole" / "regions" / "features.npy").read_bytes()
+
+
+def test_files_of_the_user_are_never_removed(tmp_path, no_network, capsys):
+    """A folder with other files is no place for the features. One that holds pictures named like a store keeps them."""
+    source = make_jsonl(tmp_path / "in")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert extract(source, tmp_path / "mine") == 2
+    assert "mine: holds other files; give a new folder" in capsys.readouterr().err
+    make_picture(tmp_path / "album" / "regions" / "1.png", 1)
+    (tmp_path / "album" / "found").mkdir()
+    assert extract(source, tmp_path / "album") == 0
+    assert (tmp_path / "album" / "regions" / "1.png").is_file() and (tmp_path / "album" / "found").is_dir()
+    assert extract(source, tmp_path / "album") == 0  # made by this command: may be made anew
+
+
+def test_a_key_that_stands_twice_is_one_line(tmp_path, no_network, capsys):
+    make_picture(tmp_path / "a.png", 1)
+    (tmp_path / "my.jsonl").write_text('{"image": "a.png", "text": "first", "text": "second"}')
+    assert extract(tmp_path / "my.jsonl", tmp_path / "out") == 2
+    assert "my.jsonl:1: not JSON (key 'text' stands twice)" in capsys.readouterr().err
+
+
+def test_networks_without_a_feature_map_are_one_line(tmp_path):
+    pool = torch.nn.AdaptiveAvgPool2d(1)
+    layers = {
+        "conv": torch.nn.Conv2d(3, 4, 3),
+        "avgpool": pool,
+        "dropout": torch.nn.Dropout(),
+        "fc": torch.nn.Identity(),
+    }
+    like_googlenet = torch.nn.Sequential()
+    for name, layer in layers.items():
+        like_googlenet.add_module(name, layer)
+    like_swin = torch.nn.Sequential()
+    like_swin.add_module("features", torch.nn.Conv2d(3, 4, 3))
+    like_swin.add_module("head", torch.nn.Identity())
+    for model in (like_googlenet, like_swin):
+        with pytest.raises(UserError, match="network n: no feature map is found in it"):
+            networks.torchvision_classifier(model, "n")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=2
+    )
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    folder = save_model(transformers, tmp_path / "swin", transformers.SwinModel(config), processor)
+    with pytest.raises(UserError, match="has no state for each patch"):
+        features.region_maker({"network": folder})(Image.open(make_picture(tmp_path / "1.png")))
 
 
 def test_pairs_and_data_set_folders_keep_their_files(tmp_path, no_network):

@@ -1071,6 +1071,12 @@ def test_blank_lines_do_not_hide_what_the_first_line_names(tmp_path):
     assert records.first_record(tmp_path / "a.jsonl") == {"image": "a.png"}
 
 
+def test_the_first_line_is_not_read_further_than_lines_may_be_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "LINE_BYTES", 100)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.png", "text": "long " * 100}))
+    assert records.first_record(tmp_path / "a.jsonl") == {}
+
+
 def test_every_option_has_a_help_text_and_a_group():
     for title, rows in options.OPTIONS.items():
         for name, _, _, text in rows:
