@@ -40,7 +40,7 @@ from prepare.scene_texts import COLORS, CONTENT_WORDS, SHAPES, SIDE, make_scene
 from support.ranges import in_range
 from support.regions import parallel, region_features
 
-VERSION = 13  # raise it when `make` writes something else: it is part of the name of the folder in the cache
+VERSION = 14  # raise it when `make` writes something else: it is part of the name of the folder in the cache
 COUNTS = {"train": 10_000, "val": 500, "test": 1_000, "compose": 500}  # pictures of each split
 
 # ---- the picture and the imitated detector ---------------------------------------------------------------------------
@@ -202,7 +202,9 @@ def make(folder, counts=None, seed=0):
         (folder / file).write_text("\n".join(map(json.dumps, content)) + "\n")
     pieces = vocabulary(lines["pretrain.jsonl"], graphs["train"][:300])
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
-    (folder / "dataset.json").write_text(json.dumps(DATASET_JSON, indent=1) + "\n")  # last: now all is there
+    drawn = [word for word in DATASET_JSON["content_words"] if word in pieces]  # eight things of a kind are too rare
+    description = {**DATASET_JSON, "content_words": drawn}
+    (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")  # last: now all is there
 
 
 def prepare_scene(job):
