@@ -85,16 +85,9 @@ BEST = "best.pt"  # the weights that were best on the val split
 TEST_OPTIONS = ("ablate", "mask", "max_words", "pool", "captions", "beams")  # options that change what a test measures
 # what a checkpoint must hold to be used, and what else it may hold
 CHECKPOINT_TYPES = {"model": str, "task": str, "config": dict, "state": dict, "tokenizer": str, "answers": list}
-OTHER_TYPES = {
-    "data": str,
-    "patch": int,
-    "grid": int,
-    "optimizer": dict,
-    "progress": dict,
-    "generators": dict,
-    "fingerprint": dict,
-}
-OTHER_TYPES |= {"regions": dict, "objectives": dict, "content_words": list, "usual_answers": dict, "settings": dict}
+OTHER_TYPES = {"data": str, "patch": int, "grid": int, "optimizer": dict, "progress": dict, "generators": dict,
+               "fingerprint": dict, "regions": dict, "objectives": dict, "content_words": list, "usual_answers": dict,
+               "settings": dict}  # fmt: skip
 
 
 def save(content, path):
@@ -113,7 +106,6 @@ def save_checkpoint(run, name):
     content = {
         "model": run.args.model,
         "task": run.args.task,
-        "tasks": run.args.tasks,
         "config": config,
         "state": run.model.state_dict(),
         "optimizer": run.optimizer.state,
@@ -277,9 +269,10 @@ class Report:
         """The heads that stay at random, e.g. ["vqa"]."""
         heads = []
         for name in self.at_random:
-            head = name.split(".")[1]
-            if name.startswith("heads.") and head not in heads:
-                heads.append(head)
+            if name.startswith("heads."):
+                head = name.split(".")[1]
+                if head not in heads:
+                    heads.append(head)
         return heads
 
     def __str__(self):

@@ -596,9 +596,9 @@ def batches(lengths, rng=None, *, size, rank=0, world=1):
     by the next. rng: examples are shuffled, then sorted by length within chunks of 50 batches, and the batches are
     shuffled. None: all examples in order of length. rank r of `world` takes batches r::world.
     """
-    lengths = np.asarray(lengths).reshape(len(lengths), -1)  # (E,P)
+    lengths = np.atleast_2d(np.transpose(lengths)).T  # (E,P); (E,) becomes (E,1)
     order = np.arange(len(lengths))
-    chunk = len(lengths)
+    chunk = max(1, len(lengths))  # a split without questions has none of length
     if rng is not None:
         order = rng.permutation(len(lengths))
         chunk = 50 * size

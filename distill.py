@@ -105,19 +105,20 @@ def forward_with_teacher(run, batch, names):
     student = run.model.encode(batch, record=record) if encodes else None
     with torch.no_grad():
         teacher = run.teacher.encode(batch, record=record) if encodes else None
-    parts = {name: run.paper.OBJECTIVES[name].loss(run.model, student, batch) for name in names}
+    outputs = {name: run.paper.OBJECTIVES[name].loss(run.model, student, batch) for name in names}
     for name in names:
         if "logits" in wanted and name in run.distilled:
             with torch.no_grad():
                 _, logits = run.teacher_paper.OBJECTIVES[name].loss(run.teacher, teacher, batch)
-            parts[f"{name}_soft"] = soft_loss(run.paper.OBJECTIVES[name], parts[name][1], logits, batch), None
+            own_logits = outputs[name][1]
+            outputs[f"{name}_soft"] = soft_loss(run.paper.OBJECTIVES[name], own_logits, logits, batch), None
     if "attention" in wanted:
         kl, mse = attention_losses(run, student, teacher, batch)
-        parts["attention_kl"] = kl, None
-        parts["attention_mse"] = mse, None
+        outputs["attention_kl"] = kl, None
+        outputs["attention_mse"] = mse, None
     if "hidden" in wanted:
-        parts["hidden"] = hidden_losses(run, student, teacher, batch), None
-    return parts
+        outputs["hidden"] = hidden_losses(run, student, teacher, batch), None
+    return outputs
 
 
 def soft_loss(objective, student, teacher, batch):
@@ -160,7 +161,8 @@ def hidden_losses(run, student, teacher, batch):
         pairs = [("text", student.text, teacher.text), ("regions", student.regions, teacher.regions)]
     losses = []
     for kind, own, other in pairs:
-        projection = run.model.heads["hidden"]["regions" if "regions" in kind else "text"]
+        side = "regions" if "regions" in kind else "text"
+        projection = run.model.heads["hidden"][side]
         length = min(own.shape[1], other.shape[1])
         mask = real_positions(batch, kind, length)
         losses.append(hidden_loss(projection(own)[:, -length:], other[:, -length:], mask))  # (B, S, C)

@@ -115,6 +115,7 @@ def parse(argv=None):
     if args.resume and not (args.data and args.out):
         raise UserError("--resume goes on with the --out of --data; give both")
     draws = (args.scenes or args.image or args.search) and not args.attention
+    writes = draws or (args.data and not args.embed)
     for name, purpose, is_read in (
         ("text", "--image", args.image),
         ("boxes", "--image", args.image),
@@ -123,11 +124,7 @@ def parse(argv=None):
         ("split", "--data and --scenes", args.data or args.scenes or args.search or args.embed),
         ("prompt", "--data", args.data),
         ("to", "--export", args.export),
-        (
-            "out",
-            "--scenes, --image and --data without --attention and --embed, and for --search",
-            draws or (args.data and not args.embed),
-        ),
+        ("out", "--scenes, --image, --search and --data, without --attention or --embed", writes),
     ):
         if getattr(args, name) is not None and not is_read:
             raise UserError(f"--{name} is for {purpose}, and changes nothing here; leave it out")
@@ -335,12 +332,11 @@ def make_regions(run, where, path, boxes, network=None):
 def load_network(run):
     """The function that computes the regions of a new picture by the network that made those of training; None if they
     were cut out of the pictures. UserError if the checkpoint was trained on feature files."""
-    width = run.model.config.feature_size
     if data.is_network(run.regions):
         from prepare.features import region_maker  # here, since few checkpoints need it
 
         return region_maker(run.regions, run.device)
-    if width != 3 * run.args.patch**2:
+    if run.model.config.feature_size != 3 * run.args.patch**2:
         raise UserError("the checkpoint was trained on feature files, not on pixels; it cannot look at a picture")
     return None
 
@@ -435,7 +431,9 @@ def read_images(run, task, args):
         questions.append((record, found))
     dataset = make_dataset(run, task, questions)
     lost = records.lost_text([dataset.lost])
-    for note in dict.fromkeys([*notes, lost] if lost else notes):  # one note for all pictures without boxes
+    if lost:
+        notes.append(lost)
+    for note in dict.fromkeys(notes):  # one note for all pictures without boxes
         data.warn(note)
     return dataset, files
 
@@ -519,7 +517,9 @@ def load_lines(run, task, args, lines_of=None):
     refuse_lost_data(args, description, lines_of)
     lines = optional_truth(lines_of, args.prompt or "")
     known = [*data.SPLITS, *description["extra_splits"]]
-    names = [args.split] if args.split else ["test", *(name for name in known if name != "test")]
+    names = ["test", *(name for name in known if name != "test")]  # the others are read only if there is no test
+    if args.split:
+        names = [args.split]
     datasets = []
     for name in names:
         dataset = data.load(source, lines, name, patch=run.args.patch, grid=run.args.grid, network=run.regions)
@@ -659,7 +659,7 @@ def main(argv=None):
     with safe_output():
         try:
             args = parse(argv)
-            answer(args)
+            run_mode(args)
         except (UserError, OSError, RuntimeError, MemoryError) as error:
             message = machine.explain(error, advice="try --dtype bf16 or another --device, with more memory")
             if message is None:
@@ -669,7 +669,7 @@ def main(argv=None):
     return 0
 
 
-def answer(args):
+def run_mode(args):
     """What the command line asks for."""
     if args.export:
         export_checkpoint(args)

@@ -280,26 +280,27 @@ def add_batch(sums, objective, batch, loss, logits):
 
 
 def pretraining_logits(run, dataset, index):
-    """[(match logit, masked text, logits of the masked word (V,), its label)]; None for what model or text lacks.
+    """For each example a dict of what model and text have of: `match` logit, `masked` text, `word_logits` (V,), `label`.
 
     One word piece of each text is masked: a content word, if the data set names any. The generator's seed is the number
     of the first example, so that the same batch has the same words masked.
     """
-    found = [[None, None, None, None] for _ in index]
+    found = [{} for _ in index]
     if "itm" in run.model.heads:
         for row, logit in enumerate(evaluation.score_pairs(run, dataset, index, dataset.image[index], "itm")):
-            found[row][0] = logit
+            found[row]["match"] = logit
     if "mlm" in run.model.heads:
         masking = {"only": content_pieces(run) if run.content_words else None, "one": True}
         rng = np.random.default_rng((1, int(index[0])))
         batch = make_batch(run, dataset, index, ["mlm"], rng, 0.0, masking)
         _, logits = loss_and_logits(run, batch, "mlm")  # (M, V)
-        T = batch.text.shape[1]
         for i, position in enumerate(batch.word_index.tolist()):
-            row = position // T
+            row = position // batch.text.shape[1]
             pieces = batch.text[row, : int(batch.text_mask[row].sum())].tolist()[1:-1]  # without [CLS] and [SEP]
-            words = [run.tokenizer.decode([piece], skip_special_tokens=False) for piece in pieces]
-            found[row][1:] = " ".join(words).replace(" ##", ""), logits[i], int(batch.word_labels[i])
+            words = [run.tokenizer.id_to_token(piece) for piece in pieces]
+            found[row]["masked"] = " ".join(words).replace(" ##", "")
+            found[row]["word_logits"] = logits[i]
+            found[row]["label"] = int(batch.word_labels[i])
     return found
 
 
@@ -502,7 +503,7 @@ def vcr_examples(record):
         if "reasons" in record and right in (i, -1):
             kind = "reason" if right == i else f"reason given answer {i}"
             reasons = [((record["text"], answer, reason), 0) for reason in record["reasons"]]
-            examples.append(data.Example(record["id"], kind, reasons, target=record.get("reason", -1)))
+            examples.append(data.Example(record["id"], kind, reasons, target=record["reason"] if right == i else -1))
     return examples
 
 
@@ -644,10 +645,10 @@ def evaluate_captions(run, dataset):
     of one generated caption a picture, against all its captions. Chance: scores of a caption of another picture."""
     index = test_examples(run, "caption", dataset)
     examples = np.flatnonzero(np.isin(dataset.image, dataset.image[index]))
-    perplexity = caption_perplexity(run, dataset, examples)
     own = {}
+    beams = 1 if dataset.split == "val" else run.args.beams  # greedily while the model is trained
     for part in evaluation_batches(run, dataset, index):
-        for i, text in zip(part, generate_captions(run, dataset, part), strict=True):
+        for i, text in zip(part, generate_captions(run, dataset, part, beams), strict=True):
             own[int(dataset.image[i])] = evaluation.words_of(text)
     generated = {}
     for captions in evaluation.gather_objects(run, own):
@@ -656,7 +657,7 @@ def evaluate_captions(run, dataset):
     for i in examples:
         references.setdefault(int(dataset.image[i]), []).append(evaluation.words_of(dataset.text[i]))
     metrics, chance = evaluation.caption_metrics(generated, references)
-    return {"perplexity": perplexity} | metrics, chance
+    return {"perplexity": caption_perplexity(run, dataset, examples)} | metrics, chance
 
 
 def caption_perplexity(run, dataset, examples):
@@ -669,15 +670,15 @@ def caption_perplexity(run, dataset, examples):
         loss += float(mean) * len(batch.word_index)
         pieces += len(batch.word_index)
     loss, pieces = common.all_reduce_sum([loss, pieces]).tolist()
-    return math.exp(loss / max(1, pieces))
+    return math.exp(min(700.0, loss / max(1, pieces)))  # exp(710) is beyond float64
 
 
-def generate_captions(run, dataset, index):
-    """A caption for the picture of each example: B texts. By beam search with --beams, on val greedily."""
+def generate_captions(run, dataset, index, beams=None):
+    """A caption for the picture of each example: B texts. beams: of the search; None: --beams."""
     batch = evaluation.collate_pairs(run, dataset, index, dataset.image[index])
     first = run.tokenizer.token_to_id("[CLS]")
     last = run.tokenizer.token_to_id("[SEP]")
-    beams = 1 if dataset.split == "val" else run.args.beams
+    beams = beams or run.args.beams
     with run.autocast():
         captions = evaluation.generate(run.model, batch, first, last, beams, most=run.args.max_words - 2)
     return [evaluation.join_ideographs(run.tokenizer.decode(pieces)) for pieces in captions]

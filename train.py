@@ -122,7 +122,10 @@ def train(args):
         formats.export_official(args.model, run.model.state_dict())  # fails now, not after training
     print_run(run)
     machine.trim_memory()
-    training_loop(run, Log(run))
+    log = Log(run)
+    if rank == 0 and not args.resume:
+        resume.remove_earlier_run(args.out)
+    training_loop(run, log)
     result = run_test(run)
     if args.export_official and rank == 0:
         checkpoints.save(formats.export_official(args.model, run.model.state_dict()), Path(args.export_official))

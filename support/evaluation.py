@@ -129,7 +129,9 @@ def pretraining_score(metrics):
     losses = [float(value) for name, value in metrics.items() if name.endswith("_loss")]
     if accuracies:
         return float(np.mean(accuracies)), f"mean of {len(accuracies)} accuracies"
-    return -sum(losses), "minus the sum of the losses"
+    if losses:
+        return -sum(losses), "minus the sum of the losses"
+    return -math.inf, "nothing"  # the last weights then count as the best
 
 
 def caption_examples(dataset):
@@ -615,15 +617,15 @@ def show_choices(names, probs, dataset, i, top):
 
 def show_pretraining(run, dataset, i, logits, top):
     """The match probability, the text with its masked word, the likeliest words for it, and the true one."""
-    match, masked, word_logits, label = logits
+    piece_of = run.tokenizer.id_to_token
     shown = {}
-    if match is not None:
-        shown["match"] = round(match.sigmoid().item(), 5)
-    if masked is not None:
-        pieces = [run.tokenizer.id_to_token(piece) for piece in range(run.tokenizer.get_vocab_size())]
-        shown["masked"] = masked
-        shown["answers"] = rank_answers(pieces, word_logits.softmax(-1), top)
-        shown["truth"] = pieces[label]
+    if "match" in logits:
+        shown["match"] = round(logits["match"].sigmoid().item(), 5)
+    if "masked" in logits:
+        shown["masked"] = logits["masked"]
+        best = rank_answers(range(run.tokenizer.get_vocab_size()), logits["word_logits"].softmax(-1), top)
+        shown["answers"] = [[piece_of(piece), prob] for piece, prob in best]
+        shown["truth"] = piece_of(logits["label"])
     return shown
 
 

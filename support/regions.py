@@ -33,7 +33,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from common import UserError
 
-VERSION = 14  # raise it whenever region features or columns change: it is part of every cache key
+VERSION = 15  # raise it whenever region features or columns change: it is part of every cache key
 
 # ---- files ------------------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,12 @@ def remove_leftovers(folder):
     (folder / f"{NEWEST}.new").unlink(missing_ok=True)  # was to become the newest; its step is computed again
 
 
+def remove_earlier_run(folder):
+    """Removes what an earlier run has left, which --resume would mix with the new one. No other run may be writing."""
+    for name in (NEWEST, PREVIOUS, BEST, "result.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def has_checkpoint(folder):
     """Whether a folder holds a run that can go on."""
     return (folder / NEWEST).is_file() or (folder / PREVIOUS).is_file()
@@ -116,19 +122,8 @@ def whole_lines(path, datasets, made_by):
 # ---- the fingerprint ---------------------------------------------------------------------------------------------
 
 # Options that change what a run computes. The others, as --steps, --device and --log-every, may change on --resume.
-RESULT_OPTIONS = (
-    "seed",
-    "batch_size",
-    "lr",
-    "lr_new",
-    "warmup",
-    "weight_decay",
-    "clip",
-    "mask",
-    "temperature",
-    "ablate",
-)
-RESULT_OPTIONS += ("size", "limit", "mine", "patch", "grid", "teacher", "distill")
+RESULT_OPTIONS = ("seed", "batch_size", "lr", "lr_new", "warmup", "weight_decay", "clip", "mask", "temperature", "ablate",
+                  "size", "limit", "mine", "patch", "grid", "teacher", "distill")  # fmt: skip
 
 
 def fingerprint(run):
@@ -143,6 +138,8 @@ def fingerprint(run):
         "--dtype": str(run.dtype).removeprefix("torch."),
         "--accumulate times processes": str(run.args.accumulate * run.world),
     }
+    if run.args.teacher:
+        found["the weights of --teacher"] = hash_file(run.args.teacher)
     for option in RESULT_OPTIONS:
         found[f"--{option.replace('_', '-')}"] = str(getattr(run.args, option))
     for task, splits in run.sets.items():

@@ -700,8 +700,10 @@ def refused(now):
     return None
 
 
-def test_each_option_that_changes_what_a_run_computes_stops_a_resume_alone():
+def test_each_option_that_changes_what_a_run_computes_stops_a_resume_alone(tmp_path):
     """Every option of train.py is in one of these lists."""
+    teacher = tmp_path / "teacher.pt"
+    teacher.write_bytes(b"weights")
     changed = {
         "model": "lxmert",
         "task": "vqa",
@@ -720,13 +722,17 @@ def test_each_option_that_changes_what_a_run_computes_stops_a_resume_alone():
         "clip": 1.0,
         "mine": 5,
         "temperature": "0.1",
-        "teacher": "teacher.pt",
+        "teacher": str(teacher),
         "distill": "hidden",
         "seed": 1,
     }
     for name, value in changed.items():
         message = refused(made_up_run(**{name: value}))
         assert message and message.startswith(f"--resume: --{name.replace('_', '-')} "), (name, message)
+    before = resume.fingerprint(made_up_run(teacher=str(teacher)))
+    teacher.write_bytes(b"other weights")
+    with pytest.raises(UserError, match="the weights of --teacher changed since the run stopped"):
+        resume.check_fingerprint(before, resume.fingerprint(made_up_run(teacher=str(teacher))))
     # noticed by what they lead to
     for name, value, message in (
         ("objectives", {"mlm": 1}, "the objectives was mlm,itm, now mlm"),  # --objectives, --rerank

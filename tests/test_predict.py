@@ -598,7 +598,7 @@ def test_too_little_memory_advises_options_that_predict_has(trained, monkeypatch
     def fail(args):
         raise MemoryError
 
-    monkeypatch.setattr(predict, "answer", fail)
+    monkeypatch.setattr(predict, "run_mode", fail)
     assert use(trained("uniter", "vqa"), "--scenes") == 2
     advised = re.findall(r"--\w+", capsys.readouterr().err)
     assert advised and set(advised) <= set(predict.build_parser().format_help().replace(",", " ").split())

@@ -680,6 +680,27 @@ def test_the_mean_recall_is_the_mean_of_all_six(drawn, tokenizer, monkeypatch):
     assert tasks.evaluate_retrieval(run, dataset)[0]["mean_recall"] == pytest.approx(0.7)
 
 
+def test_reasons_of_unlabelled_questions_have_no_truth():
+    """A reason is right for the right answer alone. Without it, as in VCR's test, each answer gets its reasons."""
+    record = {"id": "", "text": "why?", "choices": ["a", "b"], "reasons": ["x", "y"], "reason": 1}
+    assert [example.target for example in tasks.vcr_examples(record)] == [-1, -1, -1]
+    assert [example.target for example in tasks.vcr_examples({**record, "label": 0})] == [0, 1]
+
+
+def test_the_perplexity_of_a_model_that_diverged_is_a_number(monkeypatch):
+    batch = SimpleNamespace(word_index=[0, 1])
+    monkeypatch.setattr(tasks, "evaluation_batches", lambda *_: [np.arange(2)])
+    monkeypatch.setattr(tasks, "make_batch", lambda *_: batch)
+    monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (torch.tensor(1e4), None))
+    assert 1e300 < tasks.caption_perplexity(None, None, np.arange(2)) < math.inf
+
+
+def test_pretraining_that_nothing_measures_has_no_best_weights():
+    assert evaluation.pretraining_score({"text_to_image_r1": 0.5})[0] == -math.inf
+    assert evaluation.pretraining_score({"mrfr_loss": 2.0, "wra_loss": 0.5})[0] == -2.5
+    assert evaluation.pretraining_score({"mrfr_loss": 2.0, "itm_accuracy": 0.5})[0] == 0.5
+
+
 def many_captions(split, pictures):
     """A dataset of a question and two captions of each picture, without any text. Captions may be of any kind."""
     image = np.repeat(np.arange(pictures), 3)
@@ -725,7 +746,7 @@ def test_chance_of_retrieval_counts_draws():
 
 
 @pytest.mark.parametrize(("split", "expected"), [("val", 1), ("test", 5)])
-def test_captions_are_searched_with_beams_in_the_test_alone(split, expected, drawn, tokenizer, monkeypatch):
+def test_captions_are_scored_with_beams_in_the_test_alone(split, expected, drawn, tokenizer, monkeypatch):
     dataset = drawn(split, "caption", 20).encode(tokenizer)
     args = SimpleNamespace(ablate=None, beams=5, max_words=50)
     run = SimpleNamespace(args=args, tokenizer=tokenizer, model="a model")
@@ -738,6 +759,11 @@ def test_captions_are_searched_with_beams_in_the_test_alone(split, expected, dra
         return [dataset.tokens[1:3].tolist()] * 3
 
     monkeypatch.setattr(evaluation, "generate", generate)
+    monkeypatch.setattr(tasks, "test_examples", lambda run, task, dataset: np.arange(3))
+    monkeypatch.setattr(tasks, "evaluation_batches", lambda run, dataset, index: [np.arange(3)])
+    monkeypatch.setattr(tasks, "caption_perplexity", lambda run, dataset, examples: 1.0)
+    tasks.evaluate_captions(run, dataset)
+    expected = 5  # predict.py shows captions of every split as the test has them
     assert tasks.generate_captions(run, dataset, np.arange(3)) == [tokenizer.decode(dataset.tokens[1:3].tolist())] * 3
 
 

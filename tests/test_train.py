@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SMALL, as_double, joined, masked_batch, small_model
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
@@ -560,6 +561,7 @@ def test_options_are_taken_where_something_reads_them(arguments):
         (["--out", ""], "--out is empty"),
         (["--objectives", ""], "--objectives is empty"),
         (["--distill", "logits,dreams"], "dreams"),
+        (["--distill", "hidden,hidden"], "each part once"),
         (["--temperature", "warm"], "warm"),
         (["--temperature", "0.2:2"], "0.2:2"),
         (["--rerank", "5"], "--objectives"),
@@ -1357,6 +1359,43 @@ def test_resume_drops_log_lines_after_the_checkpoint_and_a_torn_one(tmp_path):
     (tmp_path / "log.jsonl").write_bytes(damaged)
     log.Log(SimpleNamespace(args=args, rank=0, progress={"step": 3}))
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 2}\n'
+
+
+def test_a_run_that_dies_in_the_folder_of_an_earlier_one_is_not_mixed_with_it(pictures, here, monkeypatch, capsys):
+    options = ["--data", pictures, "--task", "vqa"]
+    here(*options, "--steps", 2)
+
+    def die(*_):
+        raise SystemError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemError):
+        patch.setattr(train, "backward", die)
+        here(*options, "--steps", 2)  # best.pt is written before the first step
+    capsys.readouterr()
+    here(*options, "--steps", 4, "--resume", code=2)
+    assert "there is no out/uniter-vqa/checkpoint.pt" in capsys.readouterr().err
+
+
+def test_a_mistake_for_a_later_model_is_named_before_the_first_is_trained(pictures, here, capsys):
+    for option in (["--objectives", "mlm,itm,wra"], ["--config", "nlvr2=paired"]):
+        assert train.main(["--model", "all", "--data", str(pictures), *option]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(("train.py: --objectives: vilbert has no", "train.py: --config nlvr2")), error
+        assert not Path("out").exists()
+
+
+def test_pretraining_without_questions_in_val_and_test_goes_on(tmp_path, here):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (20, 20), "blue").save(tmp_path / "b.png")
+    lines = []
+    for name in "ab":
+        lines.append({"image": f"{name}.png", "text": f"what is {name}?", "answer": name})
+        for split in data.SPLITS:
+            lines.append({"image": f"{name}.png", "text": f"this is {name}", "split": split})
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    here("--model", "lxmert", "--data", "my.jsonl", "--features", "patches", "--steps", 1)
+    result = json.loads(Path("out/lxmert-pretrain/result.json").read_text())
+    assert "mlm_accuracy" in result and "qa_accuracy" not in result
 
 
 def test_a_used_folder_is_said_and_a_folder_in_use_is_refused(pictures, tmp_path, here, capsys):
