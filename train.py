@@ -540,14 +540,14 @@ def learning_rate(step, peak, warmup, steps):
     return min(peak, 1e-8)
 
 
-def set_temperature(run, part):
-    """Sets the temperature of itc to the one scheduled after a share `part` (0..1) of the run, unless it is learned."""
+def set_temperature(run, done):
+    """Sets the temperature of itc to the one scheduled after a share `done` (0..1) of the run, unless it is learned."""
     ends = options.parse_temperature(run.args.temperature)
     if ends is None or "itc" not in run.model.heads:
         return
     first, last = ends
     log_scale = run.model.heads["itc"].log_scale.requires_grad_(False)
-    log_scale.fill_(-math.log(contrast.scheduled_temperature(first, last, part)))
+    log_scale.fill_(-math.log(contrast.scheduled_temperature(first, last, done)))
 
 
 def restore_optimizer(run, checkpoint):

@@ -327,22 +327,22 @@ def two_stage(run, dataset, texts, pictures, k, head):
     picture's k best texts are scored. A pair in both lists is scored once. All other pairs rank below, by dot product.
     """
     dots = dot_products(run, dataset, texts, pictures)  # (n, m)
-    nothing = torch.zeros_like(dots, dtype=torch.bool)
+    no_pairs = torch.zeros_like(dots, dtype=torch.bool)
     best_pictures = dots.topk(min(k, dots.shape[1]), 1).indices  # (n, k)
     best_texts = dots.topk(min(k, dots.shape[0]), 0).indices  # (k, m)
-    near = {  # (n, m) bool, True = among the best k
-        "text_to_image": nothing.scatter(1, best_pictures, True),
-        "image_to_text": nothing.scatter(0, best_texts, True),
+    reranked = {  # (n, m) bool, True = among the best k
+        "text_to_image": no_pairs.scatter(1, best_pictures, True),
+        "image_to_text": no_pairs.scatter(0, best_texts, True),
     }
-    rows, columns = (near["text_to_image"] | near["image_to_text"]).numpy().nonzero()  # (P,) each
-    fine = torch.zeros_like(dots)
-    fine[rows, columns] = score_pairs(run, dataset, texts[rows], pictures[columns], head)
-    fine = fine - fine.min() + 2.0  # above every cosine
+    rows, columns = (reranked["text_to_image"] | reranked["image_to_text"]).numpy().nonzero()  # (P,) each
+    logits = torch.zeros_like(dots)
+    logits[rows, columns] = score_pairs(run, dataset, texts[rows], pictures[columns], head)
+    logits = logits - logits.min() + 2.0  # above every cosine
     truth = torch.from_numpy(np.searchsorted(pictures, dataset.image[texts]))  # (n,) columns
     recalls = {}
-    for way, mask in near.items():
-        for name, value in recall_at(torch.where(mask, fine, dots), truth).items():
-            if name.startswith(way):
+    for direction, mask in reranked.items():
+        for name, value in recall_at(torch.where(mask, logits, dots), truth).items():
+            if name.startswith(direction):
                 recalls[name] = value
     return recalls
 
