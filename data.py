@@ -344,7 +344,7 @@ def open_columns(folder, name, split):
 
 def find(source, cache=CACHE):
     """The path of a data set: a .jsonl file, or a folder with dataset.json. An existing path is returned unchanged. A
-    script of prepare/ that needs no published files (scenes) is given by its name, and run once, into the cache."""
+    script of prepare/ that needs no published files (scenes, charts) is given by its name, and run once, into the cache."""
     path = Path(source)
     if path.exists():
         return path
@@ -549,8 +549,8 @@ def read_tokenizer(path):
 
 def tokenizer_from_vocab(text):
     """Tokenizer of a vocab.txt: a piece a line, its id the line's number N from 0. A blank line becomes the piece
-    [blank N], and so does each of equal lines but the last: there are as many pieces as lines. The tokenizer is cased
-    if a piece has a capital letter. It strips accents if it is uncased and no piece has an accent."""
+    [blank N]; of equal lines all but the last do too. So there are as many pieces as lines. The tokenizer is cased if
+    a piece has a capital letter. It strips accents if it is uncased and no piece has an accent."""
     lines = text.removesuffix("\n").split("\n")  # not splitlines(), which also cuts at U+2028 and U+0085
     vocab = {}
     for number, line in enumerate(lines):
@@ -598,7 +598,7 @@ def batches(lengths, rng=None, *, size, rank=0, world=1):
     """
     lengths = np.atleast_2d(np.transpose(lengths)).T  # (E,P); (E,) becomes (E,1)
     order = np.arange(len(lengths))
-    chunk = max(1, len(lengths))  # a split without questions has none of length
+    chunk = max(1, len(lengths))  # at least 1, also for no examples: range() takes no step of 0
     if rng is not None:
         order = rng.permutation(len(lengths))
         chunk = 50 * size
@@ -914,7 +914,7 @@ def parse(argv):
     check_command = commands.add_parser("check", help="list what is wrong with a data set, else count what is in it")
     preview_command = commands.add_parser("preview", help="draw a sheet of examples: pictures with boxes, text, answer")
     for command in (check_command, preview_command):
-        command.add_argument("source", help="a .jsonl file, a folder with dataset.json, or scenes")
+        command.add_argument("source", help="a .jsonl file, a folder with dataset.json, scenes or charts")
         command.add_argument("--task", choices=list(tasks.TASKS), default="pretrain")
         command.add_argument("--patch", type=COUNT, default=12, help="a region becomes patch x patch pixels")
         command.add_argument("--grid", type=COUNT, default=6, help="regions: the picture and grid x grid parts of it")

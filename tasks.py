@@ -280,7 +280,7 @@ def add_batch(sums, objective, batch, loss, logits):
 
 
 def pretraining_logits(run, dataset, index):
-    """For each example a dict of what model and text have of: `match` logit, `masked` text, `word_logits` (V,), `label`.
+    """A dict for each example: `match` logit; `masked` text, `word_logits` (V,) and `label`; without what the model lacks.
 
     One word piece of each text is masked: a content word, if the data set names any. The generator's seed is the number
     of the first example, so that the same batch has the same words masked.
@@ -646,7 +646,7 @@ def evaluate_captions(run, dataset):
     index = test_examples(run, "caption", dataset)
     examples = np.flatnonzero(np.isin(dataset.image, dataset.image[index]))
     own = {}
-    beams = 1 if dataset.split == "val" else run.args.beams  # greedily while the model is trained
+    beams = 1 if dataset.split == "val" and run.optimizer else run.args.beams  # greedily while the model is trained
     for part in evaluation_batches(run, dataset, index):
         for i, text in zip(part, generate_captions(run, dataset, part, beams), strict=True):
             own[int(dataset.image[i])] = evaluation.words_of(text)
@@ -670,7 +670,7 @@ def caption_perplexity(run, dataset, examples):
         loss += float(mean) * len(batch.word_index)
         pieces += len(batch.word_index)
     loss, pieces = common.all_reduce_sum([loss, pieces]).tolist()
-    return math.exp(min(700.0, loss / max(1, pieces)))  # exp(710) is beyond float64
+    return math.exp(min(loss / max(1, pieces), 700.0))  # exp(710) is beyond float64; in this order NaN stays NaN
 
 
 def generate_captions(run, dataset, index, beams=None):

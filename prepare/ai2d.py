@@ -2,10 +2,10 @@
 
     python prepare/ai2d.py FOLDER OUT        writes OUT/ai2d.jsonl and the pictures OUT/letters/
 
-FOLDER has images/, questions/, annotations/ and ai2d_test_ids.csv, the numbers of the test pictures. A question with
-`abcLabel` speaks of letters ("What does A show?"), which the published pictures lack: a letter stands for each text of
-the diagram. So letters/ has these pictures with every text covered by its letter, `replacementText`. Quirk of the files:
-a choice that is empty, or "{}", is no choice; it becomes "none".
+FOLDER has images/, questions/, annotations/ and ai2d_test_ids.csv, the numbers of the test pictures. Questions with
+`abcLabel` refer to letters ("What does A show?"). The published pictures do not have these letters; the annotations give
+one for each text of a diagram, `replacementText`. So letters/ holds copies of these pictures in which each text is
+covered by its letter. Quirk of the files: a choice may be empty, or "{}"; it becomes "none".
 """
 
 import sys
@@ -15,6 +15,7 @@ from PIL import ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python prepare/ai2d.py`
 
+from common import UserError
 from prepare import published
 from support.regions import open_picture
 
@@ -28,42 +29,48 @@ def records(folder, out):
         content = published.read_json(path)
         published.check_keys(path, content, ("imageName", "questions"))
         name = content["imageName"]
-        if any(question.get("abcLabel") for question in content["questions"].values()):
+        questions = content["questions"]
+        published.require(isinstance(questions, dict), path, "'questions' is no object; is this the published file?")
+        for text, question in questions.items():
+            published.check_keys(f"{path}: {text!r}", question, NEEDED)
+        if any(question["abcLabel"] for question in questions.values()):
             draw_letters(folder, name, out)
-        for text, question in content["questions"].items():
+        for text, question in questions.items():
             where = f"{path}: {text!r}"
-            published.check_keys(where, question, NEEDED)
             choices = question["answerTexts"]
+            right = question["correctAnswer"]
             published.require(len(choices) == 4, where, f"{len(choices)} choices, not 4")
+            published.require(all(isinstance(choice, str) for choice in choices), where, "a choice is no text")
+            published.require(right in range(4), where, f"correctAnswer {right!r}, not 0 to 3")
             images = out / "letters" if question["abcLabel"] else folder / "images"
             yield {
                 "image": published.picture(images / name, out),
                 "text": text,
                 "choices": ["none" if choice.strip() in ("", "{}") else choice for choice in choices],
-                "label": int(question["correctAnswer"]),
+                "label": right,
                 "split": "test" if Path(name).stem in test else "train",
                 "id": question["questionId"],
             }
 
 
 def draw_letters(folder, name, out):
-    """Writes the picture OUT/letters/name, in which each text is covered by its letter, as large as the text is high."""
+    """Writes OUT/letters/name: the picture with each text covered by its letter, as large as the text's box allows."""
     path = folder / "annotations" / f"{name}.json"
     content = published.read_json(path)
     published.check_keys(path, content, ["text"])
     image = open_picture(path, folder / "images" / name)
     draw = ImageDraw.Draw(image)
+    published.require(isinstance(content["text"], dict), path, "'text' is no object; is this the published file?")
     for row in content["text"].values():
         published.check_keys(path, row, ("rectangle", "replacementText"))
-        corners = row["rectangle"]
-        published.require(
-            [len(corner) for corner in corners] == [2, 2], path, f"'rectangle' {corners}, not two corners"
-        )
-        (x1, y1), (x2, y2) = corners
+        try:
+            (x1, y1), (x2, y2) = row["rectangle"]
+        except (TypeError, ValueError):
+            raise UserError(f"{path}: 'rectangle' {row['rectangle']}, not two corners") from None
         if x1 >= x2 or y1 >= y2:
-            continue  # some are lines; none of these is asked for
+            continue  # a box without area cannot hold a letter
         draw.rectangle((x1, y1, x2, y2), fill="white")
-        font = ImageFont.load_default(size=y2 - y1)
+        font = ImageFont.load_default(size=min(x2 - x1, y2 - y1))
         draw.text(((x1 + x2) / 2, (y1 + y2) / 2), row["replacementText"], fill="black", font=font, anchor="mm")
     (out / "letters").mkdir(exist_ok=True)
     image.save(out / "letters" / name)

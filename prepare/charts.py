@@ -1,11 +1,12 @@
-"""Bar charts of the four quarters of a year, drawn, with questions: what to expect of charts, and a pattern for own data.
+"""Draws bar charts of four quarters and asks questions about them: a built-in data set, and a pattern for your own.
 
     python train.py --model uniter --task vqa --data charts
     python prepare/charts.py OUT [--boxes none]        writes OUT/charts.jsonl, OUT/dataset.json and the pictures
 
 4,000 charts with four questions each: which quarter is the highest, and which the lowest; whether one is higher than
 another; how many are above 50, for which one must read the axis. Sizes, colours, titles and the scale of the axis vary.
-The regions are the four bars; with --boxes none lines have no boxes, and the regions are those of any own picture.
+The regions are the four bars. With --boxes none the lines have no boxes, and the regions are made as for any picture of
+your own.
 """
 
 import json
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python p
 
 import data
 
+VERSION = 1  # raise it when `make` draws something else: it is part of the name of the folder in the cache
 COUNTS = {"train": 3200, "val": 200, "test": 600}
 QUARTERS = ("Q1", "Q2", "Q3", "Q4")
 TITLES = ("Revenue", "Sales", "Profit", "Costs", "Orders", "Turnover")

@@ -49,7 +49,10 @@ from support.regions import (
 
 UNFINISHED = ".unfinished"  # the folder in --out that holds what an interrupted run has made
 SHARD = 256  # pictures and crops whose regions are written at once: what an interruption may lose
-CROP_AREAS = (0.5, 1.0)  # share of the picture that a crop keeps, drawn uniformly; its sides end at the picture's
+CROP_AREAS = (
+    0.5,
+    1.0,
+)  # share of the picture's area that a crop keeps, drawn uniformly; a side is never longer than the picture's
 CROP_RATIOS = (0.8, 1.25)  # its aspect ratio by the picture's, log-uniform
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -349,11 +352,16 @@ def prepare(args):
     if out.resolve() == data_folder.resolve():
         raise UserError(f"--out {out}: holds the data; give another folder")
     unfinished = out / UNFINISHED
-    made_here = (out / "regions").is_dir() or unfinished.is_dir()
+    made_here = unfinished.is_dir()
+    if (out / "dataset.json").is_file():
+        made_here = made_here or data.is_network(data.read_dataset_json(out)["regions"])
     if out.is_dir() and any(out.iterdir()) and not made_here:
         raise UserError(f"--out {out}: holds other files; give a new folder")
     unfinished.mkdir(parents=True, exist_ok=True)
     files, description = find_files(source, out)
+    for path in files:
+        if path.resolve() == (out / path.name).resolve():
+            raise UserError(f"--out {out}: holds the data; give another folder")
     pictures = find_pictures(files, args.crops)
     network = networks.load_network(args.network, args.weights, args.device)
     regions = describe_regions(network, pictures, args)

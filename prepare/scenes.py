@@ -202,7 +202,9 @@ def make(folder, counts=None, seed=0):
         (folder / file).write_text("\n".join(map(json.dumps, content)) + "\n")
     pieces = vocabulary(lines["pretrain.jsonl"], graphs["train"][:300])
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
-    drawn = [word for word in DATASET_JSON["content_words"] if word in pieces]  # eight things of a kind are too rare
+    drawn = [
+        word for word in DATASET_JSON["content_words"] if word in pieces
+    ]  # a word such as "eight" may be in no text
     description = {**DATASET_JSON, "content_words": drawn}
     (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")  # last: now all is there
 

@@ -647,7 +647,9 @@ def percent(share):
 
 def format_value(name, value):
     """A metric as text: a share in percent, a loss, perplexity or CIDEr-D as it is."""
-    return f"{value:.4f}" if name.endswith(NO_SHARE) else percent(value)
+    if name.endswith(NO_SHARE):
+        return f"{value:.4f}" if value < 1e6 else f"{value:.2e}"
+    return percent(value)
 
 
 def format_metrics(title, metrics, chance):

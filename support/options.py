@@ -35,7 +35,7 @@ OPTIONS = {
         ("--ablate", ["text", "image"], None, "take the text or the image away, to measure what the other is worth"),
     ],
     "data": [
-        ("--data", str, "scenes", "scenes (built in), a .jsonl file or a folder with dataset.json; one for all tasks, or a,b,c"),
+        ("--data", str, "scenes", "scenes or charts (built in), a .jsonl file or a folder with dataset.json; one for all tasks, or a,b,c"),
         ("--limit", COUNT, None, "use N of the training examples, drawn at random"),
         ("--vocab", str, None, "a BERT vocab.txt or a tokenizer.json (default: trained on the training texts)"),
         ("--max-words", in_range(int, 8), None, "word pieces of a text, with [CLS] and [SEP]; the rest is cut off (default: 60)"),

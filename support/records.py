@@ -147,9 +147,9 @@ class Mistakes:
             raise UserError(f"{self.first[0]} (and {self.count - 1} more{hint})")
 
 
-def lines_of(file):
-    """The lines of a file that is open for reading bytes, none read further than LINE_BYTES + 1: the rest follows as
-    lines of its own."""
+def bounded_lines(file):
+    """The lines of a file opened in binary mode, in pieces of at most LINE_BYTES + 1 bytes: a longer line comes as
+    several."""
     return iter(lambda: file.readline(LINE_BYTES + 1), b"")
 
 
@@ -160,7 +160,7 @@ def read_records(path, task, splits, mistakes):
     Opens no picture. task: a row of tasks.TASKS.
     """
     with open(path, "rb") as file:
-        for number, line in enumerate(lines_of(file), 1):
+        for number, line in enumerate(bounded_lines(file), 1):
             where = f"{path}:{number}"
             if len(line) > LINE_BYTES:
                 raise UserError(f"{where}: this line has more than {LINE_BYTES:,} bytes; write one object a line")
@@ -482,7 +482,7 @@ class Pictures:
 
 
 def item_number(i, length):
-    """i in 0..length - 1; a negative i counts from the end. Outside IndexError, by which Python ends a loop."""
+    """i in 0..length - 1; a negative i counts from the end. IndexError if out of range, which also ends a loop."""
     if not -length <= i < length:
         raise IndexError(i)
     return i % length
@@ -644,7 +644,7 @@ def first_record(path):
     if not path.is_file():
         return {}
     with open(path, "rb") as file:
-        for line in lines_of(file):
+        for line in bounded_lines(file):
             line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue

@@ -837,10 +837,24 @@ def test_files_of_the_user_are_never_removed(tmp_path, no_network, capsys):
     assert extract(source, tmp_path / "mine") == 2
     assert "mine: holds other files; give a new folder" in capsys.readouterr().err
     make_picture(tmp_path / "album" / "regions" / "1.png", 1)
-    (tmp_path / "album" / "found").mkdir()
-    assert extract(source, tmp_path / "album") == 0
-    assert (tmp_path / "album" / "regions" / "1.png").is_file() and (tmp_path / "album" / "found").is_dir()
-    assert extract(source, tmp_path / "album") == 0  # made by this command: may be made anew
+    assert extract(source, tmp_path / "album") == 2
+    assert (tmp_path / "album" / "regions" / "1.png").is_file()
+    other = {"name": "other", "file": "my.jsonl", "regions": {"kind": "bottom-up"}}  # of prepare/bottom_up.py
+    write_json(tmp_path / "other" / "dataset.json", other)
+    assert extract(source, tmp_path / "other") == 2
+    assert json.loads((tmp_path / "other" / "dataset.json").read_text()) == other
+    assert extract(source, tmp_path / "out") == 0
+    assert extract(source, tmp_path / "out") == 0  # this command has made it, and may make it anew
+
+
+def test_the_data_are_no_place_for_their_features(tmp_path, no_network, capsys):
+    source = make_jsonl(tmp_path / "in" / "sub")
+    write_json(tmp_path / "in" / "dataset.json", {"files": {"vqa": "sub/my.jsonl"}})
+    (tmp_path / "in" / "sub" / ".unfinished").mkdir()
+    lines = source.read_text()
+    assert extract(tmp_path / "in", tmp_path / "in" / "sub") == 2
+    assert "holds the data; give another folder" in capsys.readouterr().err
+    assert source.read_text() == lines
 
 
 def test_a_key_that_stands_twice_is_one_line(tmp_path, no_network, capsys):
@@ -1391,6 +1405,12 @@ def test_ai2d(tmp_path, capsys):
     assert (drawn[outside] == (200, 0, 0)).all()  # a letter stays within the box of its text
     data.load(tmp_path / "out" / "ai2d.jsonl", tasks.TASKS["vcr"], "train")  # the lines are as --task vcr takes them
 
+    narrow = {**text, "rectangle": [[60, 5], [70, 55]], "replacementText": "M"}
+    write_json(folder / "annotations" / "7.png.json", {"text": {"T0": narrow}})
+    assert convert(ai2d, folder, tmp_path / "out") == 0
+    drawn = np.asarray(Image.open(tmp_path / "out" / "letters" / "7.png"))
+    assert (drawn[:, :60] == (200, 0, 0)).all() and (drawn[:, 71:] == (200, 0, 0)).all()
+
     text["rectangle"] = [[10, 20]]
     write_json(folder / "annotations" / "7.png.json", {"text": {"T0": text}})
     assert "7.png.json: 'rectangle' [[10, 20]]" in error_of(capsys, ai2d, folder, tmp_path / "out")
@@ -1403,6 +1423,14 @@ def test_ai2d(tmp_path, capsys):
     }
     write_json(folder / "questions" / "7.png.json", content)
     assert "'Why?': 2 choices, not 4" in error_of(capsys, ai2d, folder, tmp_path / "out")
+    for damage, message in (
+        ({"Why?": {**plain, "correctAnswer": 4, "questionId": "7.png-0"}}, "correctAnswer 4, not 0 to 3"),
+        ({"Why?": {**plain, "answerTexts": [1, 2, 3, 4], "questionId": "7.png-0"}}, "a choice is no text"),
+        ({"Why?": []}, "'Why?': not an object"),
+        (["Why?"], "'questions' is no object"),
+    ):
+        write_json(folder / "questions" / "7.png.json", {"imageName": "7.png", "questions": damage})
+        assert message in error_of(capsys, ai2d, folder, tmp_path / "out")
 
 
 def test_the_answers_about_charts_follow_from_their_bars(tmp_path):

@@ -693,6 +693,10 @@ def test_the_perplexity_of_a_model_that_diverged_is_a_number(monkeypatch):
     monkeypatch.setattr(tasks, "make_batch", lambda *_: batch)
     monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (torch.tensor(1e4), None))
     assert 1e300 < tasks.caption_perplexity(None, None, np.arange(2)) < math.inf
+    monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (torch.tensor(math.nan), None))
+    assert math.isnan(tasks.caption_perplexity(None, None, np.arange(2)))
+    assert evaluation.format_value("perplexity", 1e304) == "1.00e+304"
+    assert evaluation.format_value("perplexity", 12.34567) == "12.3457"
 
 
 def test_pretraining_that_nothing_measures_has_no_best_weights():
@@ -762,8 +766,11 @@ def test_captions_are_scored_with_beams_in_the_test_alone(split, expected, drawn
     monkeypatch.setattr(tasks, "test_examples", lambda run, task, dataset: np.arange(3))
     monkeypatch.setattr(tasks, "evaluation_batches", lambda run, dataset, index: [np.arange(3)])
     monkeypatch.setattr(tasks, "caption_perplexity", lambda run, dataset, examples: 1.0)
+    run.optimizer = "while it is trained"
     tasks.evaluate_captions(run, dataset)
-    expected = 5  # predict.py shows captions of every split as the test has them
+    expected = 5
+    run.optimizer = None  # predict.py scores the captions that it writes
+    tasks.evaluate_captions(run, dataset)
     assert tasks.generate_captions(run, dataset, np.arange(3)) == [tokenizer.decode(dataset.tokens[1:3].tolist())] * 3
 
 
