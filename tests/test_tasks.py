@@ -1035,6 +1035,7 @@ def test_a_caption_repeated_word_for_word_has_bleu_1(drawn, tokenizer, monkeypat
         tokenizer=tokenizer,
     )
     run.model, run.device, run.autocast, run.answers = None, torch.device("cpu"), train.nullcontext, []
+    run.optimizer = None
     pieces = [dataset.tokens[a + 1 : b - 1].tolist() for a, b in itertools.pairwise(dataset.offsets)]
     monkeypatch.setattr(tasks, "loss_and_logits", lambda *_: (torch.tensor(0.0), None))
     # the first caption of each picture, and its last one: every caption of the picture is a reference
