@@ -30,12 +30,15 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#1
 
 def draw_chart(values, rng):
     """(picture, boxes [[x1,y1,x2,y2], ...] of the bars in pixels) of four values in 10..99."""
-    width, height = int(rng.integers(240, 420)), int(rng.integers(180, 300))
+    width = int(rng.integers(240, 420))
+    height = int(rng.integers(180, 300))
     picture = Image.new("RGB", (width, height), rng.choice(GROUNDS))
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=int(rng.integers(10, 14)))
-    left, top = int(rng.integers(30, 46)), int(rng.integers(26, 41))
-    right, bottom = width - int(rng.integers(8, 21)), height - int(rng.integers(24, 35))
+    left = int(rng.integers(30, 46))
+    top = int(rng.integers(26, 41))
+    right = width - int(rng.integers(8, 21))
+    bottom = height - int(rng.integers(24, 35))
     highest = int(rng.integers(100, 131))  # value at the upper end of the axis
     pixels = (bottom - top) / highest  # of one unit
     title = f"{rng.choice(TITLES)} {rng.integers(2008, 2026)}, million"

@@ -49,10 +49,8 @@ from support.regions import (
 
 UNFINISHED = ".unfinished"  # the folder in --out that holds what an interrupted run has made
 SHARD = 256  # pictures and crops whose regions are written at once: what an interruption may lose
-CROP_AREAS = (
-    0.5,
-    1.0,
-)  # share of the picture's area that a crop keeps, drawn uniformly; a side is never longer than the picture's
+# share of the picture's area that a crop keeps, drawn uniformly; a side is never longer than the picture's
+CROP_AREAS = (0.5, 1.0)
 CROP_RATIOS = (0.8, 1.25)  # its aspect ratio by the picture's, log-uniform
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 

@@ -521,9 +521,8 @@ def default_learning_rate(paper, width, args, world):
     which they fine-tune: 1e-4 at base size.
     """
     if width <= 256:
-        rows = (
-            args.batch_size * args.accumulate * world * max(tasks.TASKS[task].rows_per_example for task in args.tasks)
-        )
+        rows_per_example = max(tasks.TASKS[task].rows_per_example for task in args.tasks)
+        rows = args.batch_size * args.accumulate * world * rows_per_example
         rate = 1e-3 * min(1.0, math.sqrt(rows / 256))
     elif width < 1024:
         rate = 5e-5

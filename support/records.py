@@ -49,9 +49,8 @@ def is_text(value):
     NUL is no text, because Strings separates segments by it."""
     if not isinstance(value, str) or "\0" in value:
         return False
-    return any(
-        unicodedata.category(letter)[0] not in "CZ" for letter in value
-    )  # C: control, format, unassigned; Z: separators
+    # categories C: control, format, unassigned; Z: separators
+    return any(unicodedata.category(letter)[0] not in "CZ" for letter in value)
 
 
 def is_texts(value, least=1):
