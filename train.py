@@ -115,7 +115,7 @@ def train(args):
     run.optimizer = AdamW(run.model, args.weight_decay, run.progress.get("at_random", ()), args.lr_new)
     run.fingerprint = resume.fingerprint(run)
     if args.resume:
-        restore_optimizer(run, checkpoint)
+        restore(run, checkpoint)
     else:
         machine.seed_dropout(run, [])
     if args.export_official:
@@ -486,7 +486,7 @@ def build_model(run, checkpoint):
     if args.max_words > model.config.max_positions:
         raise UserError(f"--max-words {args.max_words}: the model has only {model.config.max_positions} positions")
     run.progress["random_heads"] = list(sizes["heads"])
-    if checkpoint is None:
+    if checkpoint is None or args.resume:  # `restore` loads the weights of --resume, after it has compared the sizes
         return model
     if args.fresh:
         common.print0(f"init     {args.init}: its sizes and tokenizer only; all weights at random")
@@ -511,7 +511,7 @@ def start_sizes(run, checkpoint):
     if checkpoint["model"] != args.model:
         raise UserError(f"{args.init}: a checkpoint of {checkpoint['model']} does not fit --model {args.model}")
     sizes = {"classes": 2, "attributes": 1, **checkpoint["config"]}
-    if sizes.get("feature_size", store.width) != store.width and not (args.partial or args.fresh):
+    if sizes.get("feature_size", store.width) != store.width and not (args.partial or args.fresh or args.resume):
         raise UserError(
             f"{args.init}: trained on features of width {sizes['feature_size']}, {args.data} has {store.width}; "
             "use the same kind of features, for pixels the same --patch, or --partial for a new projection"
@@ -550,10 +550,11 @@ def set_temperature(run, done):
     log_scale.fill_(-math.log(contrast.scheduled_temperature(first, last, done)))
 
 
-def restore_optimizer(run, checkpoint):
-    """Restores the optimizer and the generators of dropout from the checkpoint."""
+def restore(run, checkpoint):
+    """Restores the weights, the optimizer and the generators of dropout from the checkpoint of --resume."""
     resume.check_fingerprint(checkpoint.get("fingerprint", {}), run.fingerprint)
     try:
+        run.model.load_state_dict(checkpoint["state"])
         run.optimizer.load_state(checkpoint["optimizer"])
         machine.seed_dropout(run, checkpoint["generators"].get(run.device.type, []))  # the state of each process
     except ValueError as error:

@@ -75,6 +75,8 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def trained(folder, small_scenes, monkeypatch, capsys):
     """trained(model, task, *options): best.pt of a run of a few steps, made on first use. The test then runs in `folder`."""
+    from helpers import narrow
+
     import train
 
     monkeypatch.chdir(folder)
@@ -85,7 +87,7 @@ def trained(folder, small_scenes, monkeypatch, capsys):
             command = ["--model", model, "--task", task, "--data", str(small_scenes(20)), "--out", out]
             command += ["--steps", "6", "--batch-size", "8", "--device", "cpu", "--dtype", "f32", "--pool", "15"]
             command += ["--limit", "64", "--eval-every", "6"]
-            assert train.main([*command, *options]) == 0
+            assert train.main(narrow([*command, *options])) == 0
         capsys.readouterr()
         return f"{out}/best.pt"
 
@@ -114,14 +116,14 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """train.py's command line in this process, in a folder of its own: the seconds of a start are saved."""
-    from helpers import SMALL
+    from helpers import SMALL, narrow
 
     import train
 
     monkeypatch.chdir(tmp_path)
 
     def start(*arguments, code=0):
-        assert train.main([*SMALL, *map(str, arguments)]) == code
+        assert train.main(narrow([*SMALL, *arguments])) == code
 
     return start
 

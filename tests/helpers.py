@@ -13,6 +13,22 @@ import predict
 
 # options of train.py for runs of a few steps
 SMALL = ["--batch-size", "4", "--log-every", "1", "--dtype", "f32", "--device", "cpu", "--patch", "4"]
+NARROW = ["hidden=32", "intermediate=64"]
+WIDTHS = {
+    "uniter": NARROW,
+    "lxmert": NARROW,
+    "vilbert": [*NARROW, "visual_hidden=32", "visual_intermediate=64", "shared=32"],
+}
+
+
+def narrow(arguments):
+    """The arguments of train.py for a model of a quarter of the tiny width, which takes half of the time. They stay
+    as they are where they say sizes themselves, or start from a checkpoint that has them."""
+    arguments = list(map(str, arguments))
+    if {"--config", "--init", "--size"} & set(arguments):
+        return arguments
+    model = arguments[arguments.index("--model") + 1] if "--model" in arguments else "uniter"
+    return [*arguments, "--config", *WIDTHS[model]] if model in WIDTHS else arguments
 
 
 def use(*arguments):

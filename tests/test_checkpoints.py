@@ -813,6 +813,8 @@ def test_a_resumed_run_names_what_has_changed(own, tmp_path, capsys):
         assert f"--resume: {option} was" in error and error.count("\n") == 1, error
     assert main(own, tmp_path, "--task", "ve", "--resume") == 2
     capsys.readouterr()
+    assert main(own, tmp_path, *options, "--resume", "--steps", "2", "--config", "hidden=64") == 2
+    assert "--resume: the model's hidden was " in capsys.readouterr().err
     data.train_tokenizer(["other words"]).save(str(tmp_path / "tokenizer.json"))
     for name, value in {"--size": "base", "--vocab": str(tmp_path / "tokenizer.json"), "--grid": "3"}.items():
         assert main(own, tmp_path, *options, "--resume", "--steps", "2", name, value) == 2

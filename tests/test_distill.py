@@ -263,7 +263,7 @@ def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsy
     assert student["config"]["layers"] == 1 and student["state"]["pooler.dense.weight"].shape == (64, 64)
     assert student["tokenizer"] == teacher["tokenizer"] and student["answers"] == teacher["answers"]
     here(*options, *small, "--out", "student", "--resume", "--steps", 3)
-    here(*options, "--out", "student", "--resume", "--steps", 3, code=2)  # without the teacher
+    here(*options, *small[:3], "--out", "student", "--resume", "--steps", 3, code=2)  # without the teacher
     here("--data", pictures, "--teacher", "uniter.pt", code=2)
     three = ["--teacher", "uniter.pt", "--distill", "attention", "--config", "hidden=48", "attention_heads=3"]
     here(*options, *three, code=2)

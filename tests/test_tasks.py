@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import narrow
 from test_scenes import COLORS, SHAPES
 
 import checkpoints
@@ -1180,8 +1181,7 @@ def folder(tmp_path_factory):
 def start(folder, monkeypatch, *arguments):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(scenes, "COUNTS", COUNTS)
-    code = train.main([*QUICK, *map(str, arguments)])
-    return code
+    return train.main(narrow([*QUICK, *arguments]))
 
 
 @pytest.mark.parametrize("name", PAPERS)

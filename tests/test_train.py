@@ -21,7 +21,7 @@ import benchmark
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, as_double, joined, masked_batch, small_model
+from helpers import SMALL, as_double, joined, masked_batch, narrow, small_model
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,7 +47,7 @@ def run(*arguments, cwd, processes=1, check=True):
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*start, str(ROOT / "train.py"), *SMALL, *map(str, arguments)]
+    command = [*start, str(ROOT / "train.py"), *narrow([*SMALL, *arguments])]
     done = subprocess.run(command, check=False, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -64,7 +64,7 @@ def in_two_processes(*arguments):
     for rank in ("0", "1"):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        process = context.Process(target=start_one_process, args=(environment, [*SMALL, *map(str, arguments)]))
+        process = context.Process(target=start_one_process, args=(environment, narrow([*SMALL, *arguments])))
         process.start()
         processes.append(process)
     try:
@@ -1606,7 +1606,8 @@ def test_one_process_that_dies_ends_the_others(pictures, tmp_path):
         "code = train.main(sys.argv[1:])\n"
         "os._exit(code)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["--monitor_interval=1", str(program)]  # else torchrun may end the other before it has said why
     command += [*SMALL, "--data", str(pictures), "--steps", "50", "--batch-size", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
