@@ -72,9 +72,9 @@ MODELS = {
 }
 
 for task in TASKS.values():
-    if task.loss:  # the task defines its objective, for all models
+    if task.own_objective:  # the task defines its objective, for all models
         for paper in MODELS.values():
-            paper.OBJECTIVES[task.objective] = task.loss
+            paper.OBJECTIVES[task.objective] = task.own_objective
 
 
 # ---- our own checkpoints -----------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class Task:
     batch: Callable  # (run, dataset, index, rng) -> data.Batch
     evaluate: Callable  # (run, dataset) -> (metrics, chance)
     show: Callable  # (run, dataset, example's number, its logits, how many answers) -> dict, see support/evaluation.py
-    loss: common.Objective | None = None  # the row of OBJECTIVES, if the models do not define it themselves
+    own_objective: common.Objective | None = None  # its row in OBJECTIVES, if the models do not define it
     logits: Callable | None = None  # (run, dataset, index) -> the logits that `show` takes; None: `example_logits`
     needs: tuple = ()  # keys that a line must have besides text and a picture
     truth: str = ""  # the key of what is to be predicted; predict.py reads lines without it
