@@ -43,10 +43,12 @@ from support.records import (
     Mistakes,
     Strings,
     files_named,
+    is_names,
     is_text,
     is_texts,
     make_columns,
     pair_keys,
+    print_warnings,
     read_columns,
     text_key,
     unique_keys,
@@ -58,7 +60,6 @@ from support.regions import (  # noqa: F401 (some are for other files too)
     is_network,
     make_once,
     map_array,
-    print_warnings,
     ragged,
     refuse_overwriting,
     warn,
@@ -220,7 +221,7 @@ class Dataset:
     def encode(self, tokenizer, max_length=64):
         """Fills in tokens, segment, offsets and lost by `encode_texts`. Returns self. If the columns are on disk, the
         word pieces are cached beside them, in one folder for each tokenizer and max_length."""
-        if self.folder is None:
+        if self.folder is None or not self.folder.is_dir():  # the cache was emptied meanwhile
             self.tokens, self.segment, self.offsets, self.lost = encode_texts(tokenizer, self.text, max_length)
             return self
 
@@ -397,7 +398,7 @@ DATASET_JSON = {  # key: its default, test of its value, what to write
         lambda value: isinstance(value, dict) and is_texts(list(value.values())),
         '{task: name of a .jsonl file}, as {"vqa": "vqa.jsonl"}',
     ),
-    "extra_splits": ([], is_texts, "a list of further splits for testing"),
+    "extra_splits": ([], is_names, "a list of further splits for testing, words of letters, digits, _ and -"),
     "vocab": ("", is_text, "the name of a vocab.txt"),
     "content_words": ([], is_texts, "a list of words"),
     "regions": ({}, lambda value: isinstance(value, dict), "an object that says how the features were made"),
@@ -430,7 +431,7 @@ def load(source, task, split, limit=None, patch=12, grid=6, cache=CACHE, network
     columns = make_columns(path, task, splits, patch, grid, cache, own_network, device, checked)
     dataset = open_columns(columns, description["name"], split)
     if split == "train" and len(dataset):
-        print_warnings(dataset.store, path)
+        print_warnings(dataset, path)
         if "target" in task.needs:
             dataset = drop_unreachable(dataset, path)
     if limit is not None:
@@ -844,7 +845,7 @@ def check(source, task, vocab, max_words, patch, grid):
         raise UserError(f"{path}: mistakes: {mistakes.count}, the first {len(mistakes.first)} above")
     sets = {split: load(source, task, split, None, patch, grid, checked=True) for split in splits if split in columns}
     if "train" not in sets:  # else `load` has printed them
-        print_warnings(next(iter(sets.values())).store, path)
+        print_warnings(next(iter(sets.values())), path)
     print_contents(path, sets)
     print_shared_pictures(sets)
     if "train" in sets and task.pictures == 1 and not task.needs:
@@ -864,31 +865,29 @@ def print_contents(path, sets):
     """Counts of examples, pictures, regions and answers."""
     counts = ", ".join(f"{len(dataset)} {split}" for split, dataset in sets.items())
     pictures = {(str(dataset.store.folder), row) for dataset in sets.values() for row in np.unique(dataset.image)}
-    answers = set()
-    for dataset in sets.values():
-        answers.update(answer_list(dataset))
+    answers = set(itertools.chain.from_iterable(map(answer_list, sets.values())))
     store = next(iter(sets.values())).store
+    widths = {dataset.store.width for dataset in sets.values()}
+    if len(widths) > 1:
+        raise UserError(f"{path}: its splits have features of {' and '.join(map(str, widths))} numbers; use one kind")
     regions = f"{store.offsets[-1] / len(store):.1f} regions of width {store.width} each"
     total = sum(map(len, sets.values()))
     print(f"{path}: {total} examples ({counts}), {len(pictures)} pictures, {regions}, {len(answers)} answers")
 
 
 def print_shared_pictures(sets):
-    """Warns of pictures of other splits that are also in train, and of pictures of one split that count as several: equal
-    pixels or features in another file, under another name or with other boxes."""
+    """Warns of pictures that two splits share, and of pictures of one split that count as several: equal pixels or features
+    in another file, under another name or with other boxes."""
     digests = {}  # split -> the digests of its pictures
     for split, dataset in sets.items():
         rows = np.unique(dataset.image)
-        if dataset.store.digests is None:
-            digests[split] = {dataset.store.digest(row) for row in rows}
-        else:
-            digests[split] = set(dataset.store.digests[rows].tolist())
+        digests[split] = dataset.store.digests_of(rows)
         if len(digests[split]) < len(rows):
             print(f"warning: the {len(rows)} pictures of {split} have only {len(digests[split])} different contents")
-    for split, own_digests in digests.items():
-        shared = own_digests & digests.get("train", set())
-        if split != "train" and shared:
-            print(f"warning: {len(shared)} of the {len(own_digests)} pictures of {split} are in train too")
+    for known, split in itertools.combinations(digests, 2):
+        shared = digests[split] & digests[known]
+        if known in ("train", "val") and shared:  # several splits for testing may well have the same pictures
+            print(f"warning: {len(shared)} of the {len(digests[split])} pictures of {split} are in {known} too")
 
 
 def preview(source, task, out, split, count, patch, grid):

@@ -536,7 +536,7 @@ def load_lines(run, task, args, lines_of=None):
     if lost:
         data.warn(lost)
     if datasets[0].split != "train":  # else `data.load` has printed them
-        regions.print_warnings(datasets[0].store, source)
+        data.print_warnings(datasets[0], source)
     return datasets
 
 

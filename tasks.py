@@ -488,8 +488,9 @@ def check_vcr(record):
     label = record["label"]
     if type(label) is not int or not 0 <= label <= most:
         return f"'label' is {label}; write the index of the right choice, 0 to {most}"
-    if "reasons" in record and not 0 <= record.get("reason", -1) < len(record["reasons"]):
-        return "'reasons' needs 'reason', the index of the right one, from 0"
+    reasons = record.get("reasons", [])
+    if (reasons or "reason" in record) and record.get("reason", -1) not in range(len(reasons)):
+        return "'reasons' and 'reason' belong together: texts, and the index of the right one, from 0"
     return None
 
 

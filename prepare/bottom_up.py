@@ -10,7 +10,8 @@ suffix, case, prefixes like "coco_" and leading zeros do not count. Files are re
 LXMERT's TSV has no header and ten columns: image id, height, width; then in base64 classes and confidence of objects (1,600)
 and of attributes (400); the number of boxes; in base64 boxes in pixels and features (2,048). Classes exclude background.
 UNITER's .npz: features, norm_bb (boxes in 0..1, then width and height), conf, soft_labels (1,601 class probabilities, the
-background first). Of these the boxes above a confidence of 0.2 are kept, at least 10 and at most 100, as UNITER does.
+background first). Of these the boxes above a confidence of 0.2 are kept, at least 10 and at most 100, as UNITER does. They
+do not tell the size of the picture, which referring expressions need: take the TSV for these.
 """
 
 import base64
@@ -131,6 +132,12 @@ def convert(source, out, data_file):
                 fields["size"] = size
             yield fields
 
+    description = {}
+    if data_file is not None:
+        if (data_file.parent / "dataset.json").is_file():  # prepare/refcoco.py names its splits there
+            description = published.read_json(data_file.parent / "dataset.json")
+        for name in (data_file.name, "dataset.json"):  # no old lines beside a new store
+            (out / name).unlink(missing_ok=True)
     store = out / "regions"
     data.write_store(store, pictures())
     (out / "ids.txt").write_text("".join(name + "\n" for name in names), encoding="utf-8")
@@ -144,8 +151,9 @@ def convert(source, out, data_file):
 
     written, left_out = published.link_lines(data_file, out / data_file.name, rows_of)
     published.require(written, data_file, f"none of its pictures is in {source}; ids look like {names[0]}")
+    kept = {key: description[key] for key in ("extra_splits", "content_words", "defaults") if key in description}
     regions = {"kind": "bottom-up", "boxes": "detected"}
-    published.write_dataset(out, name=data_file.stem, file=data_file.name, regions=regions)
+    published.write_dataset(out, name=data_file.stem, file=data_file.name, regions=regions, **kept)
     print(f"{out / data_file.name}: {written} lines, {left_out} left out: no features")
 
 

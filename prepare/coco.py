@@ -20,9 +20,7 @@ SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 def karpathy(path, folder, out):
     """Records of Karpathy's file. A picture's entry has `filepath` (val2014), `filename`, `split` and `sentences`."""
-    content = published.read_json(path)
-    published.check_keys(path, content, ["images"])
-    for where, row in published.entries(path, content["images"], ("filename", "split", "sentences")):
+    for where, _, row in published.stream_json(path, ("filename", "split", "sentences"), "images"):
         published.require(row["split"] in SPLITS, where, f"unknown split {row['split']!r}")
         image = published.picture(folder / row.get("filepath", "") / row["filename"], out)
         for sentence in row["sentences"]:

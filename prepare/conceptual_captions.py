@@ -25,8 +25,8 @@ CONCEPTUAL = {
 }
 
 
-def conceptual_captions(folder, out, missing):
-    """Records of Conceptual Captions. The URLs without a picture are appended to `missing`."""
+def conceptual_captions(folder, out, counts):
+    """Records of Conceptual Captions. Counts the lines without a picture in counts["missing"]."""
     for name, (images, split) in CONCEPTUAL.items():
         names = set()
         if (folder / images).is_dir():
@@ -41,16 +41,16 @@ def conceptual_captions(folder, out, missing):
                     yield {"image": image, "text": caption.strip(), "split": split, "id": f"{split}-{row}"}
                     break
             else:
-                missing.append(url)
+                counts["missing"] += 1
 
 
-def sbu(folder, out, missing):
-    """Records of SBU. The names without a picture are appended to `missing`."""
+def sbu(folder, out, counts):
+    """Records of SBU. Counts the lines without a picture in counts["missing"]."""
     names = set()
     if (folder / "images").is_dir():
         names = set(os.listdir(folder / "images"))
-    urls = published.read_text_lines(folder / "SBU_captioned_photo_dataset_urls.txt")
-    captions = published.read_text_lines(folder / "SBU_captioned_photo_dataset_captions.txt")
+    urls = published.read_text_lines(folder / "SBU_captioned_photo_dataset_urls.txt", blank=True)
+    captions = published.read_text_lines(folder / "SBU_captioned_photo_dataset_captions.txt", blank=True)
     for row, (address, caption) in enumerate(itertools.zip_longest(urls, captions)):
         in_step = address is not None and caption is not None
         published.require(in_step, folder, "the two SBU files have different numbers of lines; download them again")
@@ -59,17 +59,17 @@ def sbu(folder, out, missing):
             image = published.picture(folder / "images" / file, out)
             yield {"image": image, "text": caption[1].strip(), "split": "train", "id": f"sbu-{row}"}
         else:
-            missing.append(file)
+            counts["missing"] += 1
 
 
 def convert(folder, out):
     """Writes OUT/sbu.jsonl or OUT/conceptual_captions.jsonl, whichever the folder holds."""
-    missing = []
+    counts = {"missing": 0}
     if (folder / "SBU_captioned_photo_dataset_urls.txt").is_file():
-        published.write_jsonl(out / "sbu.jsonl", sbu(folder, out, missing))
+        published.write_jsonl(out / "sbu.jsonl", sbu(folder, out, counts))
     else:
-        published.write_jsonl(out / "conceptual_captions.jsonl", conceptual_captions(folder, out, missing))
-    print(f"{len(missing)} lines left out: no picture")
+        published.write_jsonl(out / "conceptual_captions.jsonl", conceptual_captions(folder, out, counts))
+    print(f"{counts['missing']} lines left out: no picture")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import data
 from common import UserError
 
 BETWEEN = re.compile(r"[\s,:]*")  # what stands between the values of a JSON file
+last_read = [""]  # where the entry stands that was read last, for the message about a mistake that no check foresaw
 
 
 def require(ok, where, what):
@@ -22,19 +23,21 @@ def require(ok, where, what):
 def read_json(path):
     """The content of a JSON file."""
     require(path.is_file(), path, "no such file")
+    last_read[0] = str(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); download it again") from None
 
 
-def read_text_lines(path):
-    """("<file>:<line number>", line) of each line of a text file that is not blank."""
+def read_text_lines(path, blank=False):
+    """("<file>:<line number>", line) of each line of a text file that is not blank. blank=True: of each line."""
     require(path.is_file(), path, "no such file")
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, encoding="utf-8-sig", newline="\n") as file:  # a single \r may stand in a caption
         try:
             for number, line in enumerate(file, 1):
-                if line.strip():
+                if blank or line.strip():
+                    last_read[0] = f"{path}:{number}"
                     yield f"{path}:{number}", line.rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error}); download it again") from None
@@ -56,6 +59,7 @@ def stream_json(path, needed=(), inside=None, chunk=1 << 20):
     an entry of a list is its number. Entries must be objects that have the keys `needed`. inside: the key of the
     list or object that holds the entries, as in {"info": {...}, "annotations": [...]}; None: the whole file."""
     require(path.is_file(), path, "no such file")
+    last_read[0] = str(path)
     decoder = json.JSONDecoder()
     number = 0
     with open(path, encoding="utf-8") as file:
@@ -83,6 +87,7 @@ def stream_json(path, needed=(), inside=None, chunk=1 << 20):
                 position = 0
                 continue
             where = f"{path}: entry {key}"
+            last_read[0] = where
             check_keys(where, entry, needed)
             yield where, key, entry
             number += 1
@@ -113,6 +118,7 @@ def entries(path, content, needed):
     require(isinstance(content, list), path, "not a list of entries; is this the published file?")
     for number, row in enumerate(content):
         where = f"{path}: entry {number}"
+        last_read[0] = where
         check_keys(where, row, needed)
         yield where, row
 
@@ -172,18 +178,26 @@ def write_dataset(out, **description):
 
 
 def write_jsonl(path, records):
-    """Writes records one a line, as they come, and prints how many there are of each split. The file is whole or absent."""
+    """Writes records one a line, as they come, and prints how many there are of each split. Records with a blank text are
+    left out. The file is whole or absent."""
     counts = {}
+    blank = 0
 
     def write(temporary):
+        nonlocal blank
         with open(temporary, "w", encoding="utf-8") as file:
             for record in records:
+                if isinstance(record.get("text"), str) and not data.is_text(record["text"]):
+                    blank += 1
+                    continue
                 file.write(json.dumps(record) + "\n")
                 counts[record["split"]] = counts.get(record["split"], 0) + 1
         require(counts, path, "the published files hold no examples")
 
     data.write_whole(path, write)
     print(f"{path}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
+    if blank:
+        print(f"{blank} records left out: their text is blank")
 
 
 # ---- predictions, back to the benchmark --------------------------------------------------------------------------------
@@ -213,6 +227,7 @@ def main(convert, description, add_options=None, arguments=None, predictions=Non
     """The command line of a script: SOURCE and OUT, then what add_options(parser) adds, as keywords of convert().
     predictions: see `write_predictions`. Exit code 0, or 2 with one line on stderr."""
     name = Path(sys.argv[0]).name
+    last_read[0] = ""
     parser = data.Parser(prog=name, description=description.split("\n")[0])
     parser.add_argument("source", type=Path, help="folder of the published files")
     parser.add_argument("out", type=Path, help="folder of the JSONL")
@@ -232,5 +247,9 @@ def main(convert, description, add_options=None, arguments=None, predictions=Non
             convert(source, out, **args)
     except (UserError, OSError) as error:
         print(f"{name}: {UserError(str(error))}", file=sys.stderr)
+        return 2
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        what = f"not as published ({type(error).__name__}: {error})"
+        print(f"{name}: {UserError(f'{last_read[0] or source}: {what}')}", file=sys.stderr)
         return 2
     return 0

@@ -53,6 +53,7 @@ def regions(folder, out, images):
                         "target": box,
                         "kind": "region",
                         "split": split,
+                        "id": str(row["region_id"]),
                     }
 
 

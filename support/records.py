@@ -36,6 +36,7 @@ from support.regions import (
     parallel,
     picture_regions,
     picture_size,
+    print_notes,
     show_progress,
     warn,
     write_store,
@@ -56,6 +57,11 @@ def is_text(value):
 def is_texts(value, least=1):
     """A list of at least `least` such strings."""
     return isinstance(value, list) and len(value) >= least and all(map(is_text, value))
+
+
+def is_names(value):
+    """A list of names that can be names of folders."""
+    return isinstance(value, list) and all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in value)
 
 
 def is_number(value):
@@ -214,6 +220,8 @@ def fill_prompt(record, prompt):
     for column in columns:
         if column not in record:
             raise UserError(f"--prompt: the line has no key {column!r}; it has {', '.join(record)}")
+        if not isinstance(record[column], (str, int, float)):
+            raise UserError(f"--prompt: {column!r} is {str(record[column])[:60]}, neither text nor a number")
     text = PROMPT_COLUMN.sub(lambda match: str(record[match[1]]), prompt)  # once: a value may hold braces itself
     for column in columns:
         if column not in KEYS and column in record:
@@ -387,6 +395,7 @@ class Pictures:
     def find_row(self, name, row):
         if name not in self.stores:
             self.stores[name] = FeatureStore(self.folder / name)
+            self.stores[name].check_values()
             self.outside += leaves_folder(name)
         if row >= len(self.stores[name]):
             raise UserError(f"'features': {name} has rows 0 to {len(self.stores[name]) - 1}, not {row}")
@@ -428,8 +437,7 @@ class Pictures:
         for job in self.jobs:
             yield job.path
         for name in self.stores:
-            yield self.folder / name / "offsets.npy"
-            yield self.folder / name / "features.npy"
+            yield from sorted((self.folder / name).glob("*.npy"))
 
     def extract(self, path, cache, mistakes):
         """The store of all jobs, made unless it is in the cache. UserError where a picture is wrong."""
@@ -691,34 +699,54 @@ def make_columns(path, task, splits, patch, grid, cache, network=None, device=No
         columns, pictures = read_columns(path, task, splits, patch, grid, mistakes, network, device)
         mistakes.stop(path)
         folders = {name: store.folder.resolve() for name, store in pictures.stores.items()}
-        depends = list(pictures.paths())
+        stamps = [file_stamp(file) for file in pictures.paths()]  # before they are read: one may change meanwhile
         if pictures.jobs:
             folders[""] = pictures.extract(path, Path(cache).resolve(), mistakes).folder
-            depends.append(folders[""] / "offsets.npy")
-        lost = sum(part.text.count("\ufffd".encode()) for part in columns.values())
-        if lost:
-            problem = f"{lost} characters are U+FFFD: a program that wrote the file could not decode them"
-            warn(f"{path}: {problem}; make the file again from its source")
-        if pictures.outside:
-            warn(f"{path}: {pictures.outside} pictures or stores lie outside of its folder")
+            stamps.append(file_stamp(folders[""] / "offsets.npy"))
         for split, part in columns.items():
             part.save(aside / split, folders[part.store])
-        stamps = [json.dumps(file_stamp(file)) for file in depends]
-        (aside / "depends.jsonl").write_text("\n".join(stamps))
+        (aside / "warnings.json").write_text(json.dumps(odd_lines(columns, pictures)))
+        (aside / "depends.jsonl").write_text("\n".join(map(json.dumps, stamps)))
 
     if not checked:
         remove_stale(folder)
     return make_once(folder, make)
 
 
+def odd_lines(columns, pictures):
+    """What is odd in the lines of a file, a list of sentences. columns: {split: Columns}."""
+    notes = []
+    lost = 0
+    for part in columns.values():
+        lost += part.text.count("\ufffd".encode()) + "".join(part.answers).count("\ufffd")
+    if lost:
+        problem = f"{lost} characters are U+FFFD: a program that wrote the file could not decode them"
+        notes.append(f"{problem}; make the file again from its source")
+    if pictures.outside:
+        notes.append(f"{pictures.outside} pictures or stores lie outside of its folder")
+    return notes
+
+
+def print_warnings(dataset, path):
+    """Warns of what was odd in the lines of a file and in their pictures when they were read. The notes on the pictures may
+    name another file, which has the same ones."""
+    for note in json.loads((dataset.folder.parent / "warnings.json").read_text()):
+        warn(f"{path}: {note}")
+    file = dataset.store.folder / "warnings.json"
+    if file.exists():
+        print_notes(json.loads(file.read_text()), f"among all pictures of {path}")
+
+
 def remove_stale(folder):
-    """Removes columns whose pictures or stores have changed since. Several runs may do so at the same time: one of them
+    """Removes columns whose pictures or stores have changed since, or of which only a part is left. Several runs may do so at the same time: one of them
     removes the columns, and none removes columns that another run has made anew."""
     aside = folder.with_name(f".making-stale-{folder.name}-{os.getpid()}-{time.time_ns()}")
+    depends = folder / "depends.jsonl"
     try:
-        seen = file_stamp(folder / "depends.jsonl")
-        if is_current(folder) or file_stamp(folder / "depends.jsonl") != seen:
-            return
+        if depends.exists():
+            seen = file_stamp(depends)
+            if is_current(folder) or file_stamp(depends) != seen:
+                return
         folder.rename(aside)  # at once, which rmtree is not
     except FileNotFoundError:  # there are none, or another run was faster
         return
@@ -731,10 +759,11 @@ def picture_file(dataset, row):
         return None
     paths = []
     for line in (dataset.folder.parent / "depends.jsonl").read_text().splitlines():
-        paths.append(Path(json.loads(line)[0]))
-    if dataset.store.folder / "features.npy" in paths or paths[row].suffix == ".npz":
-        return None  # a store that the lines name, or feature files
-    return paths[row]
+        path = Path(json.loads(line)[0])
+        if path.name == "features.npy" and path.parent.resolve() == dataset.store.folder:
+            return None  # a store that the lines name
+        paths.append(path)
+    return None if paths[row].suffix == ".npz" else paths[row]
 
 
 def is_current(folder):

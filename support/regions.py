@@ -24,6 +24,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,14 +114,6 @@ def warn(text):
         print(f"warning: {text}", file=sys.stderr)
 
 
-def print_warnings(store, path):
-    """Warns of what was odd in the pictures of a store when it was made. path: the file whose lines name them; the notes
-    may name another one, which has the same pictures."""
-    file = store.folder / "warnings.json"
-    if file.exists():
-        print_notes(json.loads(file.read_text()), f"among all pictures of {path}")
-
-
 def print_notes(notes, of_what):
     """Warns of what is odd in pictures: the first note of each kind, "WHERE: what is odd", and how many there are."""
     kinds = {}
@@ -137,9 +130,10 @@ def cache_key(*parts):
 
 
 def file_stamp(path):
-    """What changes when a file does: [resolved path, size, time of its last change]."""
-    state = path.stat()
-    return [str(path.resolve()), state.st_size, state.st_mtime_ns]
+    """What changes when a file does: [path, size, time of its last change]. Of a link the path is its own, because it
+    may come to lead elsewhere; size and time are those of the file that it leads to."""
+    state = os.stat(path)
+    return [os.path.abspath(path), state.st_size, state.st_mtime_ns]
 
 
 def content_digest(content):
@@ -156,7 +150,12 @@ def parallel(work, jobs, label):
         ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started them
         with ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
             chunk = min(50, 1 + len(jobs) // (100 * workers))  # jobs sent at once, for fewer messages
-            yield from show_progress(pool.map(work, jobs, chunksize=chunk), len(jobs), label)
+            try:
+                yield from show_progress(pool.map(work, jobs, chunksize=chunk), len(jobs), label)
+            except BrokenProcessPool:
+                raise UserError(
+                    f"{label}: one of {workers} processes was killed; is there too little memory?"
+                ) from None
     else:
         yield from show_progress(map(work, jobs), len(jobs), label)
 
@@ -515,11 +514,14 @@ class FeatureStore:
                 self.crops = np.load(self.folder / "crops.npy")
             if self.offsets.ndim != 1 or self.offsets.dtype.kind not in "iu":
                 raise ValueError("offsets.npy is not a list of integers")
-            self.width = self.fields["features"].shape[1]  # F
+            features = self.fields["features"]
+            if features.ndim != 2 or features.dtype.kind not in "fiu":
+                raise ValueError("features.npy is not (regions, F) of numbers")
+            self.width = features.shape[1]  # F
             if self.fields["boxes"].shape[1:] != (4,):
                 raise ValueError("boxes.npy is not (regions, 4)")
             lengths = {len(field) for field in self.fields.values()}
-            if lengths != {int(self.offsets[-1])} or (np.diff(self.offsets) < 1).any():
+            if lengths != {int(self.offsets[-1])} or self.offsets[0] != 0 or (np.diff(self.offsets) < 1).any():
                 raise ValueError("its files do not fit each other")
             if self.sizes is not None and self.sizes.shape != (len(self), 2):
                 raise ValueError("sizes.npy is not (pictures, 2)")
@@ -535,6 +537,17 @@ class FeatureStore:
     def __len__(self):
         return len(self.offsets) - 1
 
+    def check_values(self, sample=1000):
+        """UserError unless all boxes lie in 0..1 and features are finite, these in `sample` pictures evenly spaced."""
+        boxes = self.fields["boxes"]
+        for start in range(0, len(boxes), 1 << 20):
+            part = boxes[start : start + (1 << 20)]
+            if not (part.min() > -0.01 and part.max() < 1.01):  # False for NaN
+                raise UserError(f"{self.folder / 'boxes.npy'}: boxes lie outside 0..1; divide by width and height")
+        for row in range(0, len(self), 1 + len(self) // sample):
+            if not np.isfinite(self.fields["features"][self.offsets[row] : self.offsets[row + 1]]).all():
+                raise UserError(f"{self.folder / 'features.npy'}: picture {row} has NaN or infinity; write it again")
+
     def label_counts(self, config):
         """Sizes of the heads for the labels that the store has: {"classes": K with background, "attributes": A}. Where only
         hard labels tell them, at least those of `config`, a checkpoint's, or {}."""
@@ -547,10 +560,13 @@ class FeatureStore:
             counts["attributes"] = max(1 + int(self.open_field("attributes").max()), config.get("attributes", 1))
         return counts
 
-    def digest(self, row):
-        """A number that is equal for pictures with equal features."""
-        content = self.fields["features"][self.offsets[row] : self.offsets[row + 1]].tobytes()
-        return content_digest(content)
+    def digests_of(self, rows):
+        """The set of the digests of pictures `rows`: equal for equal pictures, or, where the store has none, for equal
+        features."""
+        if self.digests is not None:
+            return set(self.digests[rows].tolist())
+        features = self.fields["features"]
+        return {content_digest(features[self.offsets[row] : self.offsets[row + 1]].tobytes()) for row in rows}
 
     def draw_crops(self, images, rng):
         """For each picture of `images` (B,) int64 the row of itself or of one of its crops, all equally likely: (B,)."""
@@ -638,7 +654,7 @@ def write_store(folder, pictures):
 
     pictures: iterable of {field of STORED: (n,...) array}, boxes in 0..1, and `size`: (width, height), `digest` and
     `crops`: integers, if all have them. All pictures have the same fields. ValueError for values that are not finite in
-    their type on disk, and for boxes outside 0..1.
+    their type on disk, for boxes outside 0..1, and for fields of different lengths.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -664,6 +680,8 @@ def write_store(folder, pictures):
                     raise ValueError(f"{where} has NaN, infinity or too large numbers")
                 if name == "boxes" and not (rows.min(initial=0) > -0.01 and rows.max(initial=0) < 1.01):
                     raise ValueError(f"{where} lie outside 0..1; divide by width and height")
+                if len(rows) != len(picture["features"]):
+                    raise ValueError(f"{where} has {len(rows)} rows, 'features' has {len(picture['features'])}")
                 files[name].append(rows)
             offsets.append(offsets[-1] + len(picture["features"]))
             if "size" in picture:

@@ -171,6 +171,9 @@ def test_a_store_keeps_what_was_written(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             data.write_store(tmp_path / "x", [{"features": np.full((1, 3), features), "boxes": np.full((1, 4), boxes)}])
+    ragged = {"features": np.zeros((3, 3)), "boxes": np.zeros((4, 4))}
+    with pytest.raises(ValueError, match="'boxes' of picture 0 has 4 rows, 'features' has 3"):
+        data.write_store(tmp_path / "x", [ragged])
     with pytest.raises(ValueError, match="'objects' of picture 0 has NaN"):  # which a cast to integers would hide
         data.write_store(tmp_path / "x", [{**pictures[1], "objects": np.array([np.nan])}])
 
@@ -225,6 +228,9 @@ def test_a_store_with_crops_that_it_lacks_is_one_line(tmp_path):
         ("digests", np.ones(3, int), "digests.npy is not"),
         ("objects", np.zeros(2, int), "do not fit"),
         ("offsets", np.array(3), "not a feature store"),
+        ("offsets", np.array([-1, 1, 3]), "do not fit"),
+        ("features", np.zeros((3, 2, 5)), "features.npy is not"),
+        ("features", np.array([["a", "b"]] * 3), "features.npy is not"),
     ],
 )
 def test_a_store_with_an_array_of_another_shape_is_one_line(name, values, message, tmp_path):
@@ -234,6 +240,26 @@ def test_a_store_with_an_array_of_another_shape_is_one_line(name, values, messag
     np.save(tmp_path / f"{name}.npy", values)
     with pytest.raises(common.UserError, match=message):
         data.FeatureStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("boxes", np.full((3, 4), 20.0), "boxes lie outside 0..1"),
+        ("boxes", np.full((3, 4), np.nan), "boxes lie outside 0..1"),
+        ("features", np.full((3, 3), np.nan), "picture 0 has NaN or infinity"),
+        ("features", np.array([[0, 0, 0], [0, np.inf, 0], [0, 0, 0]]), "picture 1 has NaN or infinity"),
+    ],
+)
+def test_a_store_of_numbers_that_train_nothing_is_one_line(name, values, message, tmp_path):
+    """Of another program: `write_store` refuses them itself."""
+    pictures = [{"features": np.zeros((n, 3)), "boxes": np.full((n, 4), 0.5)} for n in (1, 2)]
+    data.write_store(tmp_path / "s", iter(pictures))
+    path = write_jsonl(tmp_path / "my.jsonl", [{"features": "s#0", "text": "a"}])
+    assert len(load(path, "caption", "train", cache=tmp_path / "c")) == 1
+    np.save(tmp_path / "s" / f"{name}.npy", values.astype(np.float32))
+    with pytest.raises(common.UserError, match=message):
+        load(path, "caption", "train", cache=tmp_path / "c")
 
 
 def load_in_a_process(path, cache):
@@ -555,6 +581,7 @@ BAD = [
     ({**GOOD, "answer": {"red": 3}}, "ve", "'answer'"),
     (GOOD, "ve", "'answer'.*entailment"),
     ({**GOOD, "label": 0, "choices": ["a", "b"], "reasons": ["a", "b"]}, "vcr", "'reason'"),
+    ({**GOOD, "label": 0, "choices": ["a", "b"], "reason": 0}, "vcr", "'reasons' and 'reason' belong together"),
     ({**GOOD, "split": "dev"}, "vqa", "'split'.*dev"),
     ({**GOOD, "boxes": [[0, 0, 9]]}, "vqa", "'boxes'"),
     ({**GOOD, "boxes": [[0, 0, 9, 99]]}, "vqa", "'boxes'.*outside"),
@@ -1207,6 +1234,111 @@ def test_a_run_that_finds_stale_columns_half_removed_makes_them(own, tmp_path, m
 
     monkeypatch.setattr(records, "is_current", removed_meanwhile)
     assert list(load(path, "caption", "train", cache=tmp_path / "c").text) == [GOOD["text"]]
+
+
+def first_pixel(path, cache):
+    dataset = load(path, "caption", "train", cache=cache)
+    return dataset.store.gather(dataset.image)["features"][0, 0, :3].tolist()
+
+
+def test_a_link_that_leads_to_another_picture_is_noticed(tmp_path):
+    """A link to the file, and one to its folder; both targets stay as they are."""
+    for version, color in (("v1", "red"), ("v2", "blue")):
+        (tmp_path / version).mkdir()
+        Image.new("RGB", (9, 9), color).save(tmp_path / version / "p.png")
+    for name, target in (("images", "v{}"), ("p.png", "v{}/p.png")):
+        link = tmp_path / name
+        line = {"image": "images/p.png" if name == "images" else name, "text": "a"}
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [line])
+        link.symlink_to(target.format(1))
+        before = first_pixel(path, tmp_path / "c")
+        link.unlink()
+        link.symlink_to(target.format(2))
+        after = first_pixel(path, tmp_path / "c")
+        assert before[0] > 0 > before[2] and after[2] > 0 > after[0], name
+
+
+def test_a_picture_that_changes_while_others_are_read_is_read_again(tmp_path, monkeypatch):
+    for name in "ab":
+        Image.new("RGB", (9, 9), "red").save(tmp_path / f"{name}.png")
+    path = write_jsonl(tmp_path / "my.jsonl", [{"image": f"{name}.png", "text": name} for name in "ab"])
+    real = records.parallel
+
+    def mended_meanwhile(work, jobs, label):
+        for number, job in enumerate(jobs):
+            yield work(job)
+            if number == 0:
+                Image.new("RGB", (9, 9), "blue").save(tmp_path / "a.png")
+                os.utime(tmp_path / "a.png", ns=(0, 10**18))
+
+    monkeypatch.setattr(records, "parallel", mended_meanwhile)
+    first_pixel(path, tmp_path / "c")
+    monkeypatch.setattr(records, "parallel", real)
+    pixel = first_pixel(path, tmp_path / "c")
+    assert pixel[2] > 0 > pixel[0]
+
+
+def test_sizes_that_change_move_the_targets(tmp_path):
+    pictures = [{"features": np.zeros((1, 3)), "boxes": np.array([[0, 0, 1, 1.0]]), "size": (200, 100)}]
+    data.write_store(tmp_path / "s", iter(pictures))
+    path = write_jsonl(tmp_path / "my.jsonl", [{"features": "s#0", "text": "a", "target": [0, 0, 100, 100]}])
+    assert load(path, "refer", "train", cache=tmp_path / "c").target[0].tolist() == [0, 0, 0.5, 1]
+    np.save(tmp_path / "s" / "sizes.npy", np.array([[400, 200]]))
+    assert load(path, "refer", "train", cache=tmp_path / "c").target[0].tolist() == [0, 0, 0.25, 0.5]
+
+
+def test_a_cache_that_is_emptied_during_a_run_heals(own, tmp_path):
+    """The word pieces of the first run find no folder; a folder with them alone would count as the columns for ever."""
+    path = own(GOOD)
+    dataset = load(path, "caption", "train", cache=tmp_path / "c")
+    shutil.rmtree(tmp_path / "c")
+    dataset.encode(data.train_tokenizer(["what"]))
+    assert len(dataset.tokens) > 0 and not (tmp_path / "c").exists()
+    (dataset.folder / "tokens-of-before").mkdir(parents=True)
+    assert list(load(path, "caption", "train", cache=tmp_path / "c").text) == [GOOD["text"]]
+
+
+def test_a_killed_process_among_those_that_read_pictures_is_one_line(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(common.UserError, match="reading: one of 2 processes was killed"):
+        list(regions.parallel(os._exit, [1, 1, 1], "reading"))
+
+
+def test_names_of_splits_are_no_paths(own, tmp_path):
+    own({**GOOD, "split": "../../evil"})
+    for name in ("../../evil", "a/b", "", " "):
+        (tmp_path / "dataset.json").write_text(json.dumps({"file": "my.jsonl", "extra_splits": [name]}))
+        with pytest.raises(common.UserError, match="'extra_splits' is .*; write a list of further splits"):
+            load(tmp_path, "caption", "train", cache=tmp_path / "c")
+
+
+def test_check_repeats_its_warnings_and_compares_val_with_test(tmp_path, capsys):
+    for name, color in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (9, 9), color).save(tmp_path / f"{name}.png")
+    lines = [{"image": "a.png", "text": "what?", "answer": "caf\ufffd", "split": "train"}]
+    lines += [{"image": "b.png", "text": "what?", "answer": "red", "split": split} for split in ("val", "test")]
+    path = write_jsonl(tmp_path / "my.jsonl", lines)
+    for _ in range(2):  # the second time from the cache
+        assert data.main(["check", str(path), "--task", "vqa"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err.count("1 characters are U+FFFD") == 1
+        assert "warning: 1 of the 1 pictures of test are in val too" in captured.out
+        assert "in train too" not in captured.out
+
+
+def test_splits_with_features_of_two_widths_are_one_line(tmp_path, capsys):
+    lines = []
+    for split, width in (("train", 3), ("val", 5)):
+        data.write_store(tmp_path / split, [{"features": np.zeros((1, width)), "boxes": np.zeros((1, 4))}])
+        lines.append({"features": f"{split}#0", "text": "a", "split": split})
+    assert data.main(["check", str(write_jsonl(tmp_path / "my.jsonl", lines)), "--task", "caption"]) == 2
+    assert re.search("splits have features of (3 and 5|5 and 3) numbers", capsys.readouterr().err)
+
+
+def test_a_prompt_takes_texts_and_numbers_alone():
+    for value in (None, ["k", 1], {"a": 1}):
+        with pytest.raises(common.UserError, match="--prompt: 'animal' is .*, neither text nor a number"):
+            records.fill_prompt({"animal": value}, "a {animal}")
 
 
 def test_a_value_with_braces_is_filled_into_a_prompt_as_it_is():

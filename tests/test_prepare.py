@@ -1123,6 +1123,26 @@ KARPATHY = {
 }
 
 
+def test_values_of_another_kind_than_published_are_one_line(tmp_path, capsys):
+    """What no check of a reader foresaw, with the place in the file."""
+    path = tmp_path / "in" / "dataset_coco.json"
+    for damage in ({"sentences": None}, {"sentences": [{"raw": None}]}, {"split": []}):
+        write_json(path, {"images": [KARPATHY, {**KARPATHY, **damage}]})
+        error = error_of(capsys, coco, tmp_path / "in", tmp_path / "out")
+        assert "dataset_coco.json: entry 1: not as published (" in error
+    path.write_text('{"images": ' + "[" * 100_000)
+    assert "dataset_coco.json: " in error_of(capsys, coco, tmp_path / "in", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_captions_of_blanks_are_left_out_and_counted(tmp_path, capsys):
+    blank = {**KARPATHY, "sentences": [{"raw": " \n"}, {"raw": "a man"}]}
+    write_json(tmp_path / "in" / "dataset_coco.json", {"images": [blank]})
+    assert convert(coco, tmp_path / "in", tmp_path / "out") == 0
+    assert [record["text"] for record in read_lines(tmp_path / "out" / "coco.jsonl")] == ["a man"]
+    assert "1 records left out: their text is blank" in capsys.readouterr().out
+
+
 def test_coco_with_karpathys_split(tmp_path, capsys):
     other = {**KARPATHY, "split": "test", "filename": "COCO_val2014_000000000001.jpg"}
     path = write_json(tmp_path / "in" / "dataset_coco.json", {"images": [KARPATHY, other], "dataset": "coco"})
@@ -1164,7 +1184,7 @@ def test_flickr30k(tmp_path, capsys):
     assert records[1] == {"image": image, "text": "Man riding", "split": "val", "id": "1000092795.jpg"}
 
     path.write_text('{"images": [')
-    assert "dataset_flickr30k.json: not JSON" in error_of(capsys, flickr30k, tmp_path / "in", tmp_path / "out")
+    assert "dataset_flickr30k.json: entry 0: not JSON" in error_of(capsys, flickr30k, tmp_path / "in", tmp_path / "out")
 
 
 # ---- VQA v2 -----------------------------------------------------------------------------------------------------------
@@ -1620,7 +1640,7 @@ def test_visual_genome(tmp_path, capsys):
     image = {"image": "../in/VG_100K_2/1.jpg", "split": "train"}
     lines = read_lines(tmp_path / "out" / "regions.jsonl")
     text = "the clock is green in colour"
-    assert lines[0] == {**image, "text": text, "target": [421, 57, 503, 196], "kind": "region"}
+    assert lines[0] == {**image, "text": text, "target": [421, 57, 503, 196], "kind": "region", "id": "1382"}
     assert [line["split"] for line in lines] == ["train", "val"]
     lines = read_lines(tmp_path / "out" / "questions.jsonl")
     assert lines[0] == {**image, "text": "What color is the clock?", "answer": "green", "id": "986768"}
@@ -1748,6 +1768,13 @@ def test_sbu(tmp_path, capsys):
     expected = {"image": "../in/images/2_b.jpg", "text": "Pond in the park .", "split": "train", "id": "sbu-1"}
     assert records == [expected]
 
+    captions = folder / "SBU_captioned_photo_dataset_captions.txt"
+    urls.write_text("http://f.com/a.jpg\n\nhttp://f.com/2_b.jpg\n")  # a blank line keeps its place in both files
+    captions.write_bytes(b"Bus.\nLost.\nPond\rin the park .\n")  # a single carriage return ends no line
+    assert convert(conceptual_captions, folder, tmp_path / "out") == 0
+    records = read_lines(tmp_path / "out" / "sbu.jsonl")
+    assert records == [{**expected, "text": "Pond\rin the park .", "id": "sbu-2"}]
+
     urls.write_text("http://static.flickr.com/1/1_a.jpg\n")
     err = error_of(capsys, conceptual_captions, folder, tmp_path / "out")
     assert "different numbers of lines" in err
@@ -1842,6 +1869,15 @@ def test_bottom_up_features_of_lxmert(tmp_path, capsys):
     np.testing.assert_allclose(regions["boxes"][0], np.array(boxes) / [640, 480, 640, 480], rtol=1e-6)
     assert regions["objects"][0].tolist() == [0, 1, 2] and regions["attributes"][0].tolist() == [0, 1, 2]
     assert np.load(tmp_path / "out" / "regions" / "sizes.npy").tolist() == [[640, 480]] * 2
+
+    splits = {"name": "refs", "file": "my.jsonl", "extra_splits": ["testA"], "vocab": "v.txt"}
+    write_json(tmp_path / "dataset.json", splits)
+    assert convert(bottom_up, path, tmp_path / "out", "--data", str(source)) == 0
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["extra_splits"] == ["testA"]
+    other = tsv_line("1", features_1 * np.nan, boxes)  # the old lines name rows of a store that is written anew
+    (tmp_path / "other.tsv").write_bytes(other.encode())
+    error_of(capsys, bottom_up, tmp_path / "other.tsv", tmp_path / "out", "--data", str(source))
+    assert not (tmp_path / "out" / "my.jsonl").exists() and not (tmp_path / "out" / "dataset.json").exists()
 
     inside = write_lines(tmp_path / "out" / "inside.jsonl", records)
     assert "give another folder" in error_of(capsys, bottom_up, path, tmp_path / "out", "--data", str(inside))
