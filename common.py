@@ -2,7 +2,7 @@
 
 All three papers build on BERT's post-norm Transformer (Devlin 2019). Its parts come first. Losses and the objectives
 that the models share follow, then helpers for several processes, messages and dropout. Where torch has a faster kernel,
-the explicit formula stands first and the kernel is used. tests/test_common.py checks that the two are equal.
+the explicit formula stands beside it, and tests/test_common.py checks that the two are equal.
 
 Letters: B batch, T text positions, N regions, S keys (text, regions or both), C width, H heads, D = C / H.
 F region-feature width, V vocabulary, A answers, K classes, M masked positions.
@@ -118,7 +118,7 @@ class MultiHeadAttention(nn.Module):
         """Self-attention without a context, cross-attention with one. Returns (B, T, C).
 
         bias: from `attention_bias`.   maps: a list, to which the attention probabilities (B, H, T, S) are appended.
-        cache: a dict for incremental decoding, here {layer: (keys, values)}; models add entries of their own. In
+        cache: a dict for incremental decoding, here {attention: (keys, values)}; models add entries of their own. In
         self-attention x holds the new positions only, and they see the cached ones too. In cross-attention only the
         first call projects the context.
         """
@@ -176,8 +176,8 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x):
-        inner = F.gelu(self.up(x))  # (B, S, C) -> (B, S, inner)
-        return self.norm(x + self.dropout(self.down(inner)))
+        x_inner = F.gelu(self.up(x))  # (B, S, C) -> (B, S, inner)
+        return self.norm(x + self.dropout(self.down(x_inner)))
 
 
 class TransformerLayer(nn.Module):
@@ -222,7 +222,7 @@ def at_least_float32(x):
 
 
 def in_float32(loss):
-    """Decorator: computes a loss in float32 whatever autocast does; float64 stays float64.
+    """Decorator: computes a loss in float32 whatever autocast does; float64 stays float64. Tensors are positional.
 
     Under autocast logits arrive in bfloat16, and their softmax would stay in it. Nearly right predictions would then
     have almost no gradient.
@@ -441,7 +441,7 @@ def retrieval_rank(model, encoding, batch):
 def referring_expression(model, encoding, batch):
     """Referring expressions (UNITER, section 4): cross-entropy over the regions, SUMMED over the batch (official code).
 
-    batch.target (B, N) float: each region's IoU with the true box; the region with the largest is the label.
+    batch.target (B, N) float: each region's IoU with the true box, -1 at padding; the largest is the label's.
     Logits (B, N), -10000 at padding.
     """
     logits = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
@@ -488,15 +488,15 @@ class Objective:
     loss: Callable
     head: str | None = None  # the key in the model's HEADS of the head that it uses
     pretraining: bool = False  # True: --objectives may name it
-    masks: str | None = None  # what is masked in its batches: "words", "regions" or nothing
+    masks: str | None = None  # what is masked in its batches: "words", "regions" or None
     mismatched: bool = False  # True: some pairs of its batches are mismatched
     mean_over: str = "rows"  # what the mean in the loss runs over: see `count_items`
     is_sum: bool = False  # True: the loss is a sum over the batch, not a mean
-    encodes: bool = False  # True: it encodes the batch itself and does not read `encoding`
+    encodes_itself: bool = False  # True: it encodes the batch itself and does not read `encoding`
     fields: tuple = ()  # fields of a Batch that it reads and that not all data sets have
     labels: Callable | None = None  # (batch, logits) -> (M,) int64, -1 = none; for its accuracy. None: no accuracy
     open_answers: bool = False  # True: its logits have a column for each answer of the training split
-    logits: str = "classes"  # distilled as "classes" (KL), "pairs" (KL of both axes), "numbers" (squares), "nothing"
+    logits: str = "classes"  # how a student learns them: "classes" and "pairs" (KL), "numbers" (squares), "nothing"
 
 
 def regions_to_predict(batch):
@@ -534,7 +534,7 @@ SHARED_OBJECTIVES = {  # each model's table adds its own, or replaces one of the
     "vcr": Objective(visual_commonsense_reasoning, head="vcr"),
     "rank": Objective(retrieval_rank, head="rank"),
     "refer": Objective(referring_expression, head="refer", is_sum=True),
-    "caption": Objective(captioning, head="mlm", mean_over="words", encodes=True),
+    "caption": Objective(captioning, head="mlm", mean_over="words", encodes_itself=True),
 }
 
 # ---- several processes, messages --------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from support.distillation import (
     hidden_loss,
     layer_pairs,
     real_positions,
-    soft_label_loss,
+    renumber_tasks,
+    soft_loss,
     why_not_comparable,
 )
 
@@ -35,6 +36,7 @@ DISTILLATION = {"logits": (), "attention": ("attention_kl", "attention_mse"), "h
 def read_teacher(run, checkpoint):
     """Sets run.teacher, in eval mode and without gradients. UserError if its features have another width."""
     run.teacher_paper = checkpoints.MODELS[checkpoint["model"]]
+    run.teacher_tasks = checkpoint["task"].split(",")
     config = run.teacher_paper.Config(**checkpoint["config"])
     width = run.splits["train"].store.width
     if config.feature_size != width:
@@ -56,7 +58,7 @@ def match_teacher(run, checkpoint):
         task = tasks.TASK_OF_OBJECTIVE.get(name)  # None: a pretraining objective, whose rows all models read alike
         if task:
             check_same_rows(run, task)
-        reason = why_not_comparable(run, name, task, checkpoint["task"].split(","))
+        reason = why_not_comparable(run, name, checkpoint.get("objectives", {}))
         if reason:
             left_out[name] = reason
     run.distilled = tuple(name for name in run.objectives if name not in left_out)
@@ -100,16 +102,16 @@ def forward_with_teacher(run, batch, names):
     """{objective: (loss, logits)} of the model, and {name: (loss, None)} of `distillation_losses`, in one dict."""
     wanted = run.args.distill.split(",")
     record = wanted != ["logits"]
-    # objectives that encode the batch themselves need no encoding
-    encodes = record or not all(run.paper.OBJECTIVES[name].encodes for name in names)
-    student = run.model.encode(batch, record=record) if encodes else None
+    needs_encoding = record or not all(run.paper.OBJECTIVES[name].encodes_itself for name in names)
+    student = run.model.encode(batch, record=record) if needs_encoding else None
+    teacher_batch = renumber_tasks(run, batch, names)
     with torch.no_grad():
-        teacher = run.teacher.encode(batch, record=record) if encodes else None
+        teacher = run.teacher.encode(teacher_batch, record=record) if needs_encoding else None
     outputs = {name: run.paper.OBJECTIVES[name].loss(run.model, student, batch) for name in names}
     for name in names:
         if "logits" in wanted and name in run.distilled:
             with torch.no_grad():
-                _, logits = run.teacher_paper.OBJECTIVES[name].loss(run.teacher, teacher, batch)
+                _, logits = run.teacher_paper.OBJECTIVES[name].loss(run.teacher, teacher, teacher_batch)
             own_logits = outputs[name][1]
             outputs[f"{name}_soft"] = soft_loss(run.paper.OBJECTIVES[name], own_logits, logits, batch), None
     if "attention" in wanted:
@@ -119,19 +121,6 @@ def forward_with_teacher(run, batch, names):
     if "hidden" in wanted:
         outputs["hidden"] = hidden_losses(run, student, teacher, batch), None
     return outputs
-
-
-def soft_loss(objective, student, teacher, batch):
-    """`soft_label_loss` on an objective's logits, (M, K) or (rows,). Pictures x texts (M, M): the mean over both
-    directions, as in the contrast itself. Numbers: the squared difference."""
-    if objective.logits == "numbers":
-        return common.squared_error(student, teacher)
-    if objective.logits == "pairs":
-        return (soft_label_loss(student, teacher) + soft_label_loss(student.T, teacher.T)) / 2
-    if student.ndim == 1:  # one logit a row: the rows of one example are the classes
-        student = student.view(len(batch.ids), -1)  # (rows,) -> (B, choices)
-        teacher = teacher.view(len(batch.ids), -1)
-    return soft_label_loss(student, teacher)
 
 
 def attention_losses(run, student, teacher, batch):

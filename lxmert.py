@@ -11,7 +11,7 @@ What the model does, in five lines:
 Known deviations from the official code:
 - Official pretraining has 36 regions in every picture. Here their number may vary, and means leave padding out.
 - A batch without any label gives a loss of 0. The official code gives NaN.
-- The official optimizer, BertAdam, is not copied. tests/test_golden.py replays it and lists how it differs.
+- Initial weights: boxes have larger ones, and narrow models too. AdamW has a bias correction, official BertAdam has none.
 - In pretraining a quarter of the pairs is mismatched; officially a half is. Nothing is predicted in mismatched pairs,
   as in 12-in-1; the official code predicts words and regions there. docs/decisions.md has the numbers.
 - At least one word of every caption is masked, as in UNITER. Mismatched sentences, and features that replace a masked
@@ -249,8 +249,8 @@ class LXMERT(nn.Module):
             for layer in self.cross_layers[:-1]:
                 regions = layer.regions(regions, region_bias)
                 cache["regions"].append(regions)
-        text, seen = common.next_words(self, batch, cache, batch.region_mask[:, :0])
-        text_bias = common.attention_bias(seen, text.dtype, self.config.hidden_score)  # (B, 1, T, words so far)
+        text, visible = common.next_words(self, batch, cache, batch.region_mask[:, :0])
+        text_bias = common.attention_bias(visible, text.dtype, self.config.hidden_score)  # (B, 1, T, words so far)
         for layer in self.language_layers:
             text = layer(text, text_bias, cache=cache)
         for layer, regions in zip(self.cross_layers, cache["regions"], strict=True):
@@ -264,7 +264,7 @@ class LXMERT(nn.Module):
 
     def forward(self, batch, objectives):
         encoding = None
-        if not all(OBJECTIVES[name].encodes for name in objectives):
+        if not all(OBJECTIVES[name].encodes_itself for name in objectives):
             encoding = self.encode(batch)
         return {name: OBJECTIVES[name].loss(self, encoding, batch) for name in objectives}
 
@@ -274,12 +274,12 @@ class LXMERT(nn.Module):
 PRETRAINING = {
     "objectives": {"mlm": 1, "mrfr": 1, "mrc": 1, "attr": 1, "itm": 1, "qa": 1},  # all at once; see second_half
     "conditional": False,  # words and regions are masked in the same step, independently of each other
-    "predict_false_pairs": False,  # False: masked words and regions of mismatched pairs are not predicted (12-in-1); officially they are
+    "predict_false_pairs": False,  # False: masked words and regions of mismatched pairs are not predicted
     "second_half": ("qa",),  # questions are answered in the second half of the steps only (3.3)
     "joined": {},
     "rate": 2.0,  # learning rate relative to fine-tuning: 1e-4 at base size
     "weights": {},  # factors of the losses; 1 where none is named
-    # shares of the masked regions whose feature becomes zero, or that of another region; the others keep it
+    # of the masked regions 80% get a zero feature, 10% the feature of another region, and 10% keep theirs
     "region_masking": {"zero": 0.8, "random": 0.1, "force_one": False},  # force_one False: maybe none in a picture
     "false_pairs": 0.25,  # share of mismatched pairs; the official half would leave half of the words unused here
     "mismatch": "text",  # a mismatched pair keeps its image and gets another sentence

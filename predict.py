@@ -72,17 +72,20 @@ def build_parser():
     add("--boxes", action="append", metavar="JSON", help="[[x1,y1,x2,y2],...] in pixels, once for each --image")
     add("--choices", nargs="+", metavar="TEXT", help="vcr: what to choose from")
     add("--answer", metavar="TEXT", help="vcr: the answer, if the choices are reasons for it")
-    add = parser.add_argument_group("options of --data and --scenes").add_argument
+    add = parser.add_argument_group("options of --data, --scenes, --search and --embed").add_argument
     add("--split", help="which split (default: test; all lines if --data has no test split)")
     add("--prompt", metavar="TEXT", help='the text of each line of --data, as "what color is the {thing}?"')
-    add("--resume", action="store_true", help="go on after the last whole line of --out")
+    add("--resume", action="store_true", help="with --data: go on after the last whole line of --out")
     add = parser.add_argument_group("attention, beside --image or --scenes").add_argument
     add("--attention", metavar="FILE", help="draw which regions the words attend to")
     add("--method", choices=[*attention.METHODS, "transport"], help="how it is computed (default: raw)")
     add("--word", help="one word of the text, and its regions")
-    add("--region", type=options.COUNT_OR_ZERO, help="one region, from 0, and its words")
-    add("--layer", type=options.COUNT_OR_ZERO, help="with --method raw: one layer, from 0 (default: mean over layers)")
-    add("--head", type=options.COUNT_OR_ZERO, help="with --method raw: one head, from 0 (default: mean over heads)")
+    for name, what in (
+        ("--region", "one region, from 0, and its words"),
+        ("--layer", "with --method raw: one layer, from 0 (default: mean over layers)"),
+        ("--head", "with --method raw: one head, from 0 (default: mean over heads)"),
+    ):
+        add(name, type=options.COUNT_OR_ZERO, metavar="N", help=what)
     add = parser.add_argument_group("options of --export").add_argument
     add("--to", choices=[*export.WEIGHTS, *export.PROGRAMS],
         help="weights under the paper's own names (the default), a folder for transformers (LXMERT), a program of "
@@ -90,10 +93,10 @@ def build_parser():
     add = parser.add_argument_group("options of several").add_argument
     add("--out", metavar="FILE", help="the picture of --scenes, --image or --search, the predictions of --data")
     add("--task", help="which task, of a checkpoint that has several (default: its first)")
-    add("--top", type=options.COUNT, default=3, help="how many answers or pictures to show (default: 3)")
-    add("--beams", type=options.COUNT, help="captions: beam width; 1 is greedy (default: as trained)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--dtype", choices=["auto", "f32", "bf16"], default="auto", help="number format of matrix products")
+    add("--top", type=options.COUNT, metavar="N", help="how many answers or pictures to show (default: 3)")
+    add("--beams", type=options.COUNT, metavar="N", help="captions: beam width; 1 is greedy (default: as trained)")
+    add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1 or mps")
+    add("--dtype", choices=["auto", "f32", "bf16"], default="auto", help="of matrix products (default: auto)")
     add("--int8", action="store_true", help="layers with weights of 8 bits: a smaller model, on a CPU")
     return parser
 
@@ -121,17 +124,26 @@ def parse(argv=None):
         ("boxes", "--image", args.image),
         ("choices", "--image", args.image),
         ("answer", "--image", args.image),
-        ("split", "--data and --scenes", args.data or args.scenes or args.search or args.embed),
+        ("split", "--data, --scenes, --search and --embed", args.data or args.scenes or args.search or args.embed),
         ("prompt", "--data", args.data),
         ("to", "--export", args.export),
+        ("top", "answers and pictures", not (args.export or args.embed)),
+        ("beams", "captions", not (args.export or args.embed or args.search)),
+        ("task", "--export --to onnx and program", args.to in export.PROGRAMS or not args.export),
         ("out", "--scenes, --image, --search and --data, without --attention or --embed", writes),
     ):
         if getattr(args, name) is not None and not is_read:
             raise UserError(f"--{name} is for {purpose}, and changes nothing here; leave it out")
-    for name in ("text", "search"):
-        text = getattr(args, name)
-        if text and text.strip() and not records.is_text(text):
+    if args.export and args.device not in ("auto", "cpu"):
+        raise UserError("--device is not for --export, which works on the CPU; leave it out")
+    for name, text in (("text", (args.text or "").strip()), ("search", args.search)):
+        if text and not records.is_text(text):
             raise UserError(f"--{name} {text!r}: has no visible character")
+    args.top = args.top or 3
+    if draws and args.out:
+        drawing.picture_format(args.out, "--out")
+    if args.attention:
+        drawing.picture_format(args.attention, "--attention")
     attention_sheet.check_options(args)
     inputs = [args.checkpoint, *(args.image or ())]
     for option in ("out", "embed", "export", "attention"):
@@ -211,20 +223,6 @@ def predict(run, task, dataset, index, top):
     return [answers[i] for i in index.tolist()]
 
 
-def describe(answer, separator="  "):
-    """An answer as one line of text: "red 0.981  blue 0.012"."""
-    parts = []
-    if "match" in answer:
-        parts.append(f"match {answer['match']:.3f}")
-    names = [f"{drawing.short_name(name)} {prob:.3f}" for name, prob in answer.get("answers", [])]
-    if "masked" in answer:
-        names[0] = f"{answer['masked']}: {names[0]}"
-    parts += names
-    if "caption" in answer:
-        parts.append(answer["caption"])
-    return separator.join(parts)
-
-
 # ---- --scenes: held-out examples of the data set that the checkpoint was trained on -----------------------------------
 
 
@@ -298,7 +296,7 @@ def show_scenes(run, task, args):
 def print_answer(task, dataset, i, answer):
     """Three lines: the example, the answers, the truth."""
     print(f"{dataset.ids[i]}: {drawing.text_of(task, dataset, i)}")
-    print(f"    {describe(answer)}")
+    print(f"    {drawing.describe(answer)}")
     if "truth" in answer:
         print(f"    {drawing.truth_line(answer)}")
 
@@ -377,9 +375,8 @@ def make_example(task, record):
     record = {"id": "", "text": "", **record}
     if task.truth != "text" and not record["text"].strip():
         raise UserError(f"{task.name} needs a text")
-    for key in task.needs:
-        if key != task.truth and len(record.get(key) or ()) < 2:
-            raise UserError(f"{task.name} needs at least two {key}")
+    if "choices" in task.needs and not records.is_texts(record.get("choices"), 2):
+        raise UserError(f"{task.name} needs at least two choices, none of them blank")
     for key in ("answer", "choices"):
         if record.get(key) and "choices" not in task.needs:
             raise UserError(f"{task.name} takes no {key}; leave it out")
@@ -387,6 +384,8 @@ def make_example(task, record):
         raise UserError(f"{task.name} writes the text itself; leave it out")
     record["text"] = records.normalize_text(record["text"])
     answer = record.pop("answer", None)
+    if answer and not records.is_text(answer):
+        raise UserError(f"the answer {answer!r} has no visible character")
     if answer:  # the choices are reasons for it
         record.update(choices=[answer], label=0, reasons=record["choices"], reason=0)
         return task.examples(record)[-1]._replace(target=-1)
@@ -420,8 +419,8 @@ def read_images(run, task, args):
     for i in range(0, len(args.image), task.pictures):
         found = []
         for file, own_boxes in zip(args.image[i : i + task.pictures], boxes[i : i + task.pictures], strict=True):
-            if not Path(file).is_file():
-                raise UserError(f"--image {file}: no such file")
+            if not Path(file).is_file() or Path(file).suffix == ".npz":
+                raise UserError(f"--image {file}: no such file, or no picture; feature files belong into --data")
             files[len(files)] = Path(file)
             picture, own_notes = make_regions(run, f"--image {file}", Path(file), own_boxes, network)
             found.append(picture)
@@ -444,7 +443,7 @@ def answer_images(run, task, args):
     answers = predict(run, task, dataset, np.arange(len(dataset)), args.top)
     for i, answer in enumerate(answers):
         begin = f"{dataset.ids[i]}: " if len(answers) > 1 else ""
-        print(begin + describe(answer))
+        print(begin + drawing.describe(answer))
     if args.out:
         drawing.draw(task, dataset, answers, files, Path(args.out))
 
@@ -460,7 +459,7 @@ def show_attention(run, task, args):
         dataset, files = read_images(run, task, args)
     titles = []
     for i, answer in enumerate(predict(run, task, dataset, np.arange(len(dataset)), args.top)):
-        titles.append([drawing.text_of(task, dataset, i), describe(answer, ", ")])
+        titles.append([drawing.text_of(task, dataset, i), drawing.describe(answer, ", ")])
         if "truth" in answer:
             titles[-1].append(drawing.truth_line(answer))
     attention_sheet.show(run, task, dataset, files, titles, args)
@@ -514,8 +513,8 @@ def load_lines(run, task, args, lines_of=None):
     description = data.read_dataset_json(data.find(source))
     options.warn_of_other_network(source, description, run.regions)
     lines_of = lines_of or task_of_lines(run, task, description)
-    refuse_lost_data(args, description, lines_of)
     lines = optional_truth(lines_of, args.prompt or "")
+    refuse_lost_data(args, description, lines)
     known = [*data.SPLITS, *description["extra_splits"]]
     names = ["test", *(name for name in known if name != "test")]  # the others are read only if there is no test
     if args.split:
@@ -527,6 +526,8 @@ def load_lines(run, task, args, lines_of=None):
             datasets.append(use_dataset(run, task, dataset))
         if name == "test" and len(dataset):
             break
+    if args.split and args.split not in known:
+        raise UserError(f"{source}: has no split {args.split}; there are {', '.join(known)}")
     if not datasets:
         raise UserError(f"{source}: has no examples of split {' or '.join(names)}")
     first = records.first_record(data.task_file(description, lines_of.name))

@@ -68,6 +68,7 @@ class Run:
     optimizer: AdamW = None
     teacher: torch.nn.Module = None
     teacher_paper: object = None
+    teacher_tasks: list = ()
     fingerprint: dict = None  # what must not change on --resume
     distilled: tuple = ()  # objectives whose logits are distilled
     progress: dict = field(default_factory=lambda: {"step": 0, "seconds": 0.0, "examples": 0, "best": -math.inf})

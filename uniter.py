@@ -11,7 +11,8 @@ Known deviations from the official code:
 - Regions follow the padded words. Official code puts them right behind the last word. No valid position changes.
 - The mask embedding is one vector. The official table has a row 0 too, which is zeroed at each use.
 - Widths and heights are computed from the corners of a box. Official files hold them in float16.
-- NLVR2's paired attention is initialised like all of BERT, N(0, 0.02^2); officially queries, keys and values are Xavier-uniform.
+- Initial weights: boxes have larger ones, and narrow models too. In NLVR2's paired attention queries, keys and values
+  have N(0, 0.02^2) like all of BERT; officially they are Xavier-uniform.
 docs/details.md lists the errors of the official code.
 Letters: B batch, T text positions, N regions, S = T + N positions of both. C width, F region-feature width,
 V vocabulary, K classes, A answers, M masked words or regions.
@@ -200,7 +201,7 @@ class UNITER(nn.Module):
     def forward(self, batch, objectives):
         """The losses of these objectives: {name: (loss, logits)}."""
         encoding = None
-        if not all(OBJECTIVES[name].encodes for name in objectives):
+        if not all(OBJECTIVES[name].encodes_itself for name in objectives):
             encoding = self.encode(batch)
         return {name: OBJECTIVES[name].loss(self, encoding, batch) for name in objectives}
 
@@ -208,7 +209,8 @@ class UNITER(nn.Module):
 # ---- pretraining objectives: (model, encoding, batch) -> (loss, logits) -----------------------------------------
 
 PRETRAINING = {
-    # ratio in which steps draw them. Official in-domain pretraining has 2 for mlm; short runs need more masked words
+    # ratio in which steps draw them. Official in-domain pretraining has 2 for mlm; short runs need more masked words.
+    # wra is trained too, in every step of itm
     "objectives": {"mlm": 4, "mrfr": 1, "mrc_kl": 1, "itm": 2},
     "conditional": True,  # one objective a step, so a batch has masked words or masked regions, never both
     "joined": {"itm": ("wra",)},  # computed in the same step, on the same pairs
@@ -288,7 +290,7 @@ def word_region_alignment(model, encoding, batch):
         L = ( sum over true pairs of D - sum over mismatched pairs of D ) / B
 
     D: eq. 3, the optimal-transport distance of the words' and regions' last states; [CLS] and [SEP] count as words. The
-    paper's loss is D. Its difference between true and mismatched pairs is the official code's.
+    paper minimises D. The official code, as here, minimises D on true pairs and maximises it on mismatched ones.
     Logits: the distances (B,).
     """
     distances, _, _ = common.optimal_transport(encoding.text, encoding.regions, batch.text_mask, batch.region_mask)
@@ -327,8 +329,8 @@ class PairedAttentionHead(nn.Module):
         self.left = common.MultiHeadAttention(width, config.attention_heads, config.dropout)
         self.right = common.MultiHeadAttention(width, config.attention_heads, config.dropout)
         self.join = nn.Linear(2 * width, width)
-        self.score = nn.Linear(width, 1)
-        self.output = nn.Linear(2 * width, 2)
+        self.score = common.Float32Linear(width, 1)
+        self.output = common.Float32Linear(2 * width, 2)
         self.dropout = common.Dropout(config.dropout)
 
     def pool(self, attended, states, mask):
@@ -355,8 +357,8 @@ def nlvr2_head(config):
     if config.nlvr2 == "paired-attention":
         return PairedAttentionHead(config)
     if config.nlvr2 == "paired":
-        return nn.Linear(2 * config.hidden, 2)
-    return nn.Linear(config.hidden, 2)
+        return common.Float32Linear(2 * config.hidden, 2)
+    return common.Float32Linear(config.hidden, 2)
 
 
 def refer_head(config):

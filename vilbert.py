@@ -16,6 +16,8 @@ Known deviations from the official code:
 - At least one word of every caption is masked, as in UNITER.
 - Pretraining skips the masked-prediction losses on mismatched pairs, as 12-in-1 does. ViLBERT's code does not.
 - Mismatched sentences come from the batch, officially from the whole data set.
+- The whole image is no candidate of a referring expression and has no term in that loss; officially it has both.
+- Initial weights: boxes have larger ones, and narrow models too. AdamW has a bias correction, official BertAdam has none.
 docs/details.md lists the errors of the official code.
 Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
 M masked positions, A answers.
@@ -129,15 +131,16 @@ class CoAttentionLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        text, visual, inner = config.hidden, config.visual_hidden, config.shared
-        heads, dropout = config.shared_heads, config.dropout
-        self.text_reads = common.AttentionBlock(text, heads, dropout, context_width=visual, inner=inner)
-        self.regions_read = common.AttentionBlock(visual, heads, dropout, context_width=text, inner=inner)
-        self.text_feed_forward = common.FeedForward(text, config.intermediate, dropout)
-        self.region_feed_forward = common.FeedForward(visual, config.visual_intermediate, dropout)
+        text = config.hidden
+        visual = config.visual_hidden
+        sizes = {"heads": config.shared_heads, "dropout": config.dropout, "inner": config.shared}
+        self.text_reads = common.AttentionBlock(text, context_width=visual, **sizes)
+        self.regions_read = common.AttentionBlock(visual, context_width=text, **sizes)
+        self.text_feed_forward = common.FeedForward(text, config.intermediate, config.dropout)
+        self.region_feed_forward = common.FeedForward(visual, config.visual_intermediate, config.dropout)
         # Official q_dense1 and q_dense2. No output depends on them, but every released checkpoint has them.
-        self.unused1 = nn.Linear(inner, visual).requires_grad_(False)
-        self.unused2 = nn.Linear(inner, text).requires_grad_(False)
+        self.unused1 = nn.Linear(config.shared, visual).requires_grad_(False)
+        self.unused2 = nn.Linear(config.shared, text).requires_grad_(False)
 
     def forward(self, text, regions, text_bias, region_bias, maps=None):
         new_text = self.text_reads(text, regions, region_bias, maps)
@@ -327,8 +330,8 @@ class ViLBERT(nn.Module):
                 elif kind == "cross":
                     cache["regions"].append(regions)
                     regions = self.connections[i].region_feed_forward(regions)
-        text, seen = common.next_words(self, batch, cache, batch.region_mask[:, :0])
-        text_bias = common.attention_bias(seen, text.dtype)  # (B, 1, T, words so far)
+        text, visible = common.next_words(self, batch, cache, batch.region_mask[:, :0])
+        text_bias = common.attention_bias(visible, text.dtype)  # (B, 1, T, words so far)
         for kind, i in self.schedule:
             if kind == "text":
                 text = self.text_layers[i](text, text_bias, cache=cache)
@@ -343,7 +346,7 @@ class ViLBERT(nn.Module):
 
     def forward(self, batch, objectives):
         encoding = None
-        if not all(OBJECTIVES[name].encodes for name in objectives):
+        if not all(OBJECTIVES[name].encodes_itself for name in objectives):
             encoding = self.encode(batch)
         return {name: OBJECTIVES[name].loss(self, encoding, batch) for name in objectives}
 
@@ -353,7 +356,7 @@ class ViLBERT(nn.Module):
 PRETRAINING = {
     "objectives": {"mlm": 1, "mrc_kl": 1, "itm": 1},
     "conditional": False,  # words and regions are masked in the same step, independently of each other
-    "predict_false_pairs": False,  # as in 12-in-1: masked words and regions of mismatched pairs are not predicted; in ViLBERT's own code they are
+    "predict_false_pairs": False,  # as in 12-in-1; ViLBERT's code predicts words and regions of mismatched pairs too
     "joined": {},
     "rate": 2.0,  # learning rate relative to fine-tuning: 1e-4 at base size
     "weights": {},  # factors of the losses; 1 where none is named
@@ -429,7 +432,8 @@ class WeightNormLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out))
 
     def forward(self, x):
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm()), self.bias)
+        with common.full_precision(x.device):  # see common.Float32Linear
+            return F.linear(x.to(self.bias.dtype), self.weight_v * (self.weight_g / self.weight_v.norm()), self.bias)
 
 
 def answer_head(config, answers):
@@ -474,7 +478,7 @@ def refer_logits(model, encoding, batch):
 def referring_expression(model, encoding, batch):
     """Referring expressions (section 3.2): binary cross-entropy, summed over the regions, mean over the batch.
 
-    batch.target (B, N) float: the overlap (IoU) of each region with the true box. Overlaps below 0.5 count as label 0.
+    batch.target (B, N) float: each region's overlap (IoU) with the true box, -1 at padding; below 0.5 the label is 0.
     Logits (B, N).
     """
     logits = refer_logits(model, encoding, batch)
@@ -492,7 +496,7 @@ HEADS = {
     "itc": lambda c: contrast.ContrastHead(c.hidden, c.visual_hidden, c.hidden, c.contrast, c.text_vector),
     "hidden": lambda c: common.teacher_projections(c.hidden, c.visual_hidden, c.teacher_widths),
     "vqa": lambda c: answer_head(c, c.answers),
-    "ve": lambda c: nn.Linear(c.shared, 3),
+    "ve": lambda c: common.Float32Linear(c.shared, 3),
     "nlvr2": lambda c: common.mlp_head(2 * c.shared, 2 * c.shared, 2),
     "vcr": lambda c: common.Float32Linear(c.shared, 1),
     "rank": lambda c: common.Float32Linear(c.shared, 1),

@@ -119,8 +119,16 @@ def all_rows(record, words, image, boxes, args):
 
 def word_rows(record, words, image, boxes, args):
     """One word: its picture and its regions as bars. Raw maps also by layer (a row each) and head, where neither is chosen."""
+    rows = []
+    for number, word in enumerate(words):
+        if word == args.word:
+            rows += rows_of_word(record, number, image, boxes, args)
+    return rows
+
+
+def rows_of_word(record, number, image, boxes, args):
+    """`word_rows` for one place of the word in the text: its number among all words."""
     matrix, name = relevance(record, args)
-    number = words.index(args.word)
     weights = attention.words_to_regions(record, matrix)[number].tolist()
     print_heaviest(args.word, weights)
     heaviest = np.argsort(weights)[::-1][:MOST].tolist()
@@ -187,9 +195,13 @@ def titled(picture, title):
 
 
 def write_number(pen, image, box, text):
-    """A short text at the upper left corner of a box, white with a black rim."""
+    """A short text at the upper left corner of a box, white with a black rim. That of the whole picture stands at the lower
+    right: the first square of a grid has the same upper left corner."""
     font = ImageFont.load_default(13)
-    left, top, _, _ = corners_of(image, box)
+    left, top, right, bottom = corners_of(image, box)
+    if (left, top, right, bottom) == (0, 0, *image.size):
+        left = right
+        top = bottom - 12
     left = min(left + 4, image.width - font.getlength(text) - 3)
     pen.text((left, max(0, top - 5)), text, "white", font, stroke_width=2, stroke_fill="black")
 
@@ -214,9 +226,10 @@ def draw_heat(image, boxes, weights, title):
     """
     order = np.argsort(weights).tolist()  # the heaviest one is drawn last
     most = max(weights[order[-1]], 1e-9)
+    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes]
     dark = image.point(lambda value: value * DARK)
     shown = dark.copy()
-    for i in order:
+    for i in sorted(order, key=lambda i: -areas[i]):  # small ones last, or a heavy large one would hide them
         corners = corners_of(image, boxes[i])
         region = Image.blend(dark.crop(corners), image.crop(corners), weights[i] / most)
         shown.paste(region, corners[:2])

@@ -156,7 +156,7 @@ class ContrastHead(nn.Module):
 
     Text: a linear map of the last state of [CLS], or with text_vector "mean" of the mean over all words, [CLS] and
     [SEP] included. Picture: a linear map of the mean over its regions. The temperature is learned as log_scale =
-    log(1 / temperature) (CLIP 2021, section 2.5). It starts at 0.07 and stays in 0.01..1.
+    log(1 / temperature) (CLIP 2021, section 2.5). It starts at 0.07, for "sigmoid" at SigLIP's 0.1, and stays in 0.01..1.
     """
 
     def __init__(self, text_width, region_width, width, kind="infonce", text_vector="cls"):
@@ -165,7 +165,7 @@ class ContrastHead(nn.Module):
         self.project_image = common.Float32Linear(region_width, width, bias=False)
         self.kind = kind
         self.text_vector = text_vector
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(0.1 if kind == "sigmoid" else 0.07)))
         self.bias = nn.Parameter(torch.tensor(-10.0)) if kind == "sigmoid" else None
 
     def text(self, states, mask):
@@ -221,7 +221,7 @@ CONTRAST = common.Objective(
     head="itc",
     pretraining=True,
     mean_over="pairs",
-    encodes=True,
+    encodes_itself=True,
     logits="pairs",
     labels=lambda batch, logits: torch.arange(len(logits)),  # picture i belongs to text i
 )

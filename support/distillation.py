@@ -4,11 +4,14 @@ distill.py uses them in each step. The losses take only tensors, so that they ca
 Letters: B rows, T queries, S keys or positions, H heads, C width, M rows of logits, K classes.
 """
 
+import dataclasses
+
 import torch
 from torch import nn
 
 import common
 from common import UserError
+from tasks import TASK_OF_OBJECTIVE
 
 # ---- losses on logits, attention maps and hidden states --------------------------------------------------------------
 
@@ -25,6 +28,19 @@ def soft_label_loss(student, teacher, temperature=2.0):
     log_p = (student / temperature).log_softmax(-1)
     log_t = (teacher / temperature).log_softmax(-1)
     return temperature**2 * (log_t.exp() * (log_t - log_p)).sum(-1).mean()  # (M, K) -> (M,) -> ()
+
+
+def soft_loss(objective, student, teacher, batch):
+    """`soft_label_loss` on an objective's logits, (M, K) or (rows,). Pictures x texts (M, M): the mean over both
+    directions, as in the contrast itself. Numbers: the squared difference."""
+    if objective.logits == "numbers":
+        return common.squared_error(student, teacher)
+    if objective.logits == "pairs":
+        return (soft_label_loss(student, teacher) + soft_label_loss(student.T, teacher.T)) / 2
+    if student.ndim == 1:  # one logit a row: the rows of one example are the classes
+        student = student.view(len(batch.ids), -1)  # (rows,) -> (B, choices)
+        teacher = teacher.view(len(batch.ids), -1)
+    return soft_label_loss(student, teacher)
 
 
 def average_heads(maps, heads):
@@ -108,15 +124,23 @@ def check_same_rows(run, task):
         )
 
 
-def why_not_comparable(run, name, task, teacher_tasks):
+def logits_of(objective):
+    """What two objectives must share for their logits to mean the same: head, what is masked, kind of logits."""
+    return objective.head, objective.masks, objective.logits
+
+
+def why_not_comparable(run, name, teacher_objectives):
     """Why the logits of an objective cannot be distilled; None if they can. Both models need logits over the same
     classes."""
     objective = run.paper.OBJECTIVES[name]
     head = objective.head
     if objective.logits == "nothing":
         return "it has no logits of classes"
-    # a trained head is not enough: captioning uses the masked-word head, which pretraining trains too
-    if head not in run.teacher.heads or (task and task.name not in teacher_tasks):
+    # a trained head is not enough: captioning trains the head of masked words too, `nce` that of `mrfr`
+    kinds = []
+    for other in teacher_objectives:
+        kinds.append(logits_of(run.teacher_paper.OBJECTIVES[other]))
+    if logits_of(objective) not in kinds:
         return "the teacher was not trained for it"
     if objective.masks == "regions" and objective.labels:  # classes or attributes of regions
         student = output_width(run.model.heads[head])
@@ -124,6 +148,17 @@ def why_not_comparable(run, name, task, teacher_tasks):
         if student != teacher:  # one has a logit for background, the other does not
             return f"the student has {student} region classes, the teacher {teacher}"
     return None
+
+
+def renumber_tasks(run, batch, names):
+    """The batch with the number that the teacher's own list of tasks gives to this task, 0 where it lacks it. A model with
+    `task_tokens` reads it."""
+    task = TASK_OF_OBJECTIVE.get(names[0])
+    number = 0
+    if task and task.name in run.teacher_tasks:
+        number = run.teacher_tasks.index(task.name)
+    task_numbers = torch.full((len(batch.text),), number, device=batch.text.device)  # (B,)
+    return dataclasses.replace(batch, task=task_numbers)
 
 
 def output_width(head):

@@ -5,6 +5,7 @@ regions, lines of text, bars. attention_sheet.py uses them too.
 """
 
 import contextlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ GREY = (80, 80, 80)
 GREEN = (0, 140, 60)
 RED = (200, 40, 40)
 BLUE = (70, 120, 200)
+NO_WORDS = "(no words)"  # of a caption without any
+NO_PICTURE_NAME = "not the name of a picture file; write one that ends in .png"
 
 
 def draw(task, dataset, answers, files, out):
@@ -49,15 +52,21 @@ def grid(cells, columns):
 
 def save(picture, path, option):
     """Writes a picture file, whole or not at all. UserError, which names the option, for a name that no picture can have."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
+    kind = picture_format(path, option)
     try:
-        if kind not in Image.SAVE:
-            raise ValueError(f"Pillow writes no files that end in {path.suffix!r}")
         regions.write_whole(path, lambda temporary: picture.save(temporary, format=kind))
     except (ValueError, OSError) as error:  # without errno: a format without colours
         if getattr(error, "errno", None) is not None:
             raise
-        raise UserError(f"{option} {path}: not the name of a picture file; write one that ends in .png") from None
+        raise UserError(f"{option} {path}: {NO_PICTURE_NAME}") from None
+
+
+def picture_format(path, option):
+    """Pillow's name of the format that a file name stands for. UserError, which names the option, if there is none."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise UserError(f"{option} {path}: {NO_PICTURE_NAME}")
+    return kind
 
 
 def draw_cell(task, dataset, i, answer, files):
@@ -66,7 +75,8 @@ def draw_cell(task, dataset, i, answer, files):
     width = (SIDE - MARGIN * (len(rows) + 1)) // len(rows)
     pictures = [draw_regions(dataset.store, row, files.get(row), answer, width) for row in rows]
     texts = [text_cell(answer.get("masked", text_of(task, dataset, i)), 17, "black")]
-    texts.append(text_cell(answer.get("caption", ""), 17, BLUE))
+    if "caption" in answer:
+        texts.append(text_cell(answer["caption"] or NO_WORDS, 17, BLUE))
     bars = []  # (name, probability, colour)
     if "match" in answer:
         bars.append(("text and picture match", answer["match"], BLUE))
@@ -112,6 +122,20 @@ def truth_line(answer):
     return f"truth: {short_name(answer['truth'])}"
 
 
+def describe(answer, separator="  "):
+    """An answer as one line of text: "red 0.981  blue 0.012"."""
+    parts = []
+    if "match" in answer:
+        parts.append(f"match {answer['match']:.3f}")
+    names = [f"{short_name(name)} {prob:.3f}" for name, prob in answer.get("answers", [])]
+    if "masked" in answer:
+        names[0] = f"{answer['masked']}: {names[0]}"
+    parts += names
+    if "caption" in answer:
+        parts.append(answer["caption"] or NO_WORDS)
+    return separator.join(parts)
+
+
 def draw_regions(store, row, file, answer, width):
     """A picture, `width` pixels wide, with the boxes of its regions in white. If the answers are boxes, the likeliest one
     is drawn in blue, the true one in green."""
@@ -142,8 +166,8 @@ def picture_of(store, row, file, width):
 
 
 def resized(image, width):
-    """A picture of another width, with its shape."""
-    return image.resize((width, max(1, round(width * image.height / image.width))))
+    """A picture of another width, with its shape, but at least 8 pixels high."""
+    return image.resize((width, max(8, round(width * image.height / image.width))))
 
 
 def paste_regions(store, row, side):

@@ -27,6 +27,8 @@ from support import formats
 
 def export_official(checkpoint, out):
     """Writes a checkpoint under the paper's official names, one file."""
+    if Path(out).is_dir():
+        raise UserError(f"--export {out}: is a folder; this format is one file")
     checkpoints.save(formats.export_official(checkpoint["model"], checkpoint["state"]), Path(out))
 
 
@@ -34,6 +36,8 @@ def export_transformers(checkpoint, out):
     """Writes a checkpoint as a folder that transformers' `from_pretrained` loads: config.json, model.safetensors, the
     tokenizer, and the answers as all_ans.json. UserError for models that transformers lacks."""
     folder = Path(out)
+    if folder.is_file():
+        raise UserError(f"--export {out}: is a file; this format is a folder")
     state, config = formats.export_hugging_face(checkpoint["model"], checkpoint["config"], checkpoint["state"])
     try:
         from safetensors import torch as safetensors_torch  # optional: this format alone needs it

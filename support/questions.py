@@ -84,7 +84,9 @@ def parse_json(body):
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_VALUES:
         raise HttpError(400, "too many values")
     try:
-        request = json.loads(body)
+        request = json.loads(body, object_pairs_hook=records.unique_keys)
+    except UserError as error:  # a key stands there twice
+        raise HttpError(400, str(error)) from None
     except (ValueError, RecursionError):
         raise HttpError(400, 'not JSON; send {"images": [base64], "text": "..."}') from None
     if not isinstance(request, dict):
@@ -113,6 +115,8 @@ def parse_form(body, boundary):
             raise HttpError(400, f"the field {name!r} is no text, or no JSON") from None
         if name in ("boxes", "choices"):
             request.setdefault(name, []).append(value)
+        elif name in request:
+            raise HttpError(400, f"the field {name[:60]!r} stands there twice")
         elif isinstance(name, str):
             request[name] = value
     return request
@@ -140,7 +144,8 @@ def check_question(request, task):
     if choices is not None:
         is_valid = records.is_texts(choices, 2) and len(choices) <= MAX_LIST and max(map(len, choices)) <= MAX_TEXT
         if not is_valid:
-            raise HttpError(400, f"'choices' must be 2 to {MAX_LIST} strings")
+            size = f"2 to {MAX_LIST} strings of at most {MAX_TEXT} characters"
+            raise HttpError(400, f"'choices' must be {size}, none of them blank")
     record = {"text": request.get("text") or "", "choices": choices, "answer": request.get("answer")}
     try:
         json.dumps(record, ensure_ascii=False).encode()

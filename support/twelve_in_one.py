@@ -35,17 +35,20 @@ class DynamicLayer(common.TransformerLayer):
 
 def sample_negative_regions(batch, near, far):
     """Negatives for each masked region, drawn with replacement: `far` regions of other pictures, then `near` other
-    regions of its own picture. If one kind does not exist, the other kind takes its place.
+    regions of its own row. If one kind does not exist, the other kind takes its place.
 
-    Returns flat positions in B*N: (M, far + near). ValueError if the batch has no second region.
+    Returns flat positions in B*N: (M, far + near). ValueError if the batch has no second region. The official code may
+    draw padding too, and regions of the same picture in another row, which are the positive once more.
     """
     regions = batch.region_mask.shape[1]
     real = batch.region_mask.flatten()  # (B*N,) bool, True = a region
-    picture_of_region = torch.arange(len(real), device=real.device) // regions  # (B*N,)
-    picture_of_masked = batch.region_index // regions  # (M,)
-    same_picture = picture_of_masked[:, None] == picture_of_region  # (M, B*N)
-    far_pool = real & ~same_picture  # (M, B*N) bool, True = may be drawn
-    near_pool = (real & same_picture).scatter(1, batch.region_index[:, None], False)
+    row_of_region = torch.arange(len(real), device=real.device) // regions  # (B*N,)
+    row_of_masked = batch.region_index // regions  # (M,)
+    picture_of_region = batch.pictures[row_of_region]  # (B*N,)
+    picture_of_masked = batch.pictures[row_of_masked]  # (M,)
+    far_pool = real & (picture_of_masked[:, None] != picture_of_region)  # (M, B*N) bool, True = may be drawn
+    same_row = row_of_masked[:, None] == row_of_region  # (M, B*N)
+    near_pool = (real & same_row).scatter(1, batch.region_index[:, None], False)
     # This check would make a GPU wait; there torch.multinomial fails instead.
     if real.is_cpu and not (near_pool | far_pool).any(1).all():
         raise ValueError("the NCE objective needs a second region in the batch")

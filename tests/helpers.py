@@ -77,6 +77,7 @@ def masked_batch(rows, seed):
         region_index=regions.flatten().nonzero()[:, 0],
         masked_regions=regions,
         matched=torch.from_numpy(rng.integers(0, 2, rows)),
+        pictures=torch.arange(rows),
         ids=[str(i) for i in range(rows)],
     )
 

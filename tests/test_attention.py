@@ -17,7 +17,7 @@ import predict
 import tasks
 import train
 from prepare import scene_texts, scenes
-from support import attention, attention_sheet, questions, regions
+from support import attention, attention_sheet, drawing, questions, regions
 
 MODELS = ("uniter", "vilbert", "lxmert")
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer"
@@ -531,6 +531,28 @@ def test_a_sheet_of_each_kind_is_drawn(model, trained, folder, capsys):
         assert use(checkpoint, *asked, *more, "--attention", "a-one.png") == 0
         assert re.search(lines, capsys.readouterr().out), more
         assert Image.open("a-one.png").width >= 2 * 400
+
+
+def test_a_word_that_stands_twice_is_drawn_twice(trained, folder, capsys):
+    asked = ["--image", "a.png", "--text", "is the circle a circle?", "--boxes", "[[0,0,50,50],[40,40,112,112]]"]
+    heights = []
+    for word, times in (("is", 1), ("circle", 2)):
+        assert use(trained("uniter"), *asked, "--word", word, "--attention", "a-word.png") == 0
+        assert capsys.readouterr().out.count(f"    {word}: region ") == times
+        heights.append(Image.open("a-word.png").height)
+    assert heights[1] > 1.5 * heights[0]
+
+
+def test_a_light_region_on_a_heavy_one_keeps_its_own_brightness():
+    """By the middle pixels of a white picture: full weight is white, none is DARK."""
+    white = Image.new("RGB", (200, 200), "white")
+    boxes = [[0, 0, 1, 1], [0, 0, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]]
+    for weights in ([0.6, 0.0, 0.3], [0.3, 0.0, 0.6]):
+        cell = attention_sheet.draw_heat(white, boxes, weights, "")
+        left, top = drawing.MARGIN, 28
+        for weight, place in zip(weights, ((180, 20), (50, 50), (140, 140)), strict=True):
+            expected = 255 * (attention_sheet.DARK + (1 - attention_sheet.DARK) * weight / 0.6)
+            assert abs(cell.getpixel((left + place[0], top + place[1]))[0] - expected) < 3
 
 
 def test_two_pictures_have_a_sheet_each(trained, capsys):

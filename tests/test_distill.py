@@ -25,7 +25,7 @@ def taught(student, teacher, distill, **changes):
     teacher_paper, other = small_model(teacher)
     names = SimpleNamespace(distill=distill, model=student, teacher=teacher)
     return SimpleNamespace(args=names, paper=paper, model=model, teacher_paper=teacher_paper, teacher=other.eval(),
-                           distilled=("mlm", "mrfr", "itm"), device=torch.device("cpu"), autocast=train.nullcontext)  # fmt: skip
+                           teacher_tasks=["pretrain"], distilled=("mlm", "mrfr", "itm"), device=torch.device("cpu"), autocast=train.nullcontext)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", checkpoints.MODELS)
@@ -170,7 +170,9 @@ def test_distilled_parts_of_unlike_size_give_the_gradients_of_the_whole(model, n
 def teacher_checkpoint(name, **changes):
     """A small model as a checkpoint holds it, with dropout everywhere."""
     _, model = small_model(name, dropout=0.5, **changes)
-    return {"model": name, "task": "pretrain", "config": dataclasses.asdict(model.config), "state": model.state_dict()}
+    trained = [objective for objective in model.config.heads if objective in checkpoints.MODELS[name].OBJECTIVES]
+    return {"model": name, "task": "pretrain", "objectives": dict.fromkeys(trained, 1), "state": model.state_dict(),
+            "config": dataclasses.asdict(model.config)}  # fmt: skip
 
 
 def student_of(checkpoint, name, objectives, distill_what="logits"):
@@ -406,12 +408,47 @@ def test_hidden_loss_by_hand():
 
 def test_a_teacher_of_pretraining_does_not_teach_captions():
     head = torch.nn.Linear(2, 2)
-    run = SimpleNamespace(paper=uniter, model=SimpleNamespace(heads={"mlm": head}))
+    run = SimpleNamespace(paper=uniter, teacher_paper=uniter, model=SimpleNamespace(heads={"mlm": head}))
     run.teacher = SimpleNamespace(heads={"mlm": head})
-    task = tasks.TASKS["caption"]
     reason = "the teacher was not trained for it"
-    assert distillation.why_not_comparable(run, "caption", task, ["pretrain"]) == reason
-    assert distillation.why_not_comparable(run, "caption", task, ["caption"]) is None
+    for own, of_teacher in (("caption", "mlm"), ("mlm", "caption")):
+        assert distillation.why_not_comparable(run, own, [of_teacher]) == reason
+        assert distillation.why_not_comparable(run, own, ["itm", own]) is None
+
+
+def test_nce_does_not_teach_feature_regression():
+    """Both train the head "mrfr", one for dot products."""
+    head = torch.nn.Linear(2, 2)
+    run = SimpleNamespace(
+        paper=vilbert, teacher_paper=vilbert, model=SimpleNamespace(heads={"mrfr": head, "mrc": head})
+    )
+    run.teacher = SimpleNamespace(heads={"mrfr": head, "mrc": head})
+    assert distillation.why_not_comparable(run, "mrfr", ["mlm", "nce"]) == "the teacher was not trained for it"
+    assert distillation.why_not_comparable(run, "mrfr", ["mrfr"]) is None
+    assert distillation.why_not_comparable(run, "mrc_kl", ["mrc"]) is None
+
+
+def test_the_teacher_reads_its_own_number_of_a_task(monkeypatch):
+    """A task token: the teacher knows vqa and refer as tasks 0 and 1, the student refer as its only one."""
+    sizes = {"heads": ("refer",), "twelve_in_one": True}
+    paper, model = small_model("vilbert", task_tokens=1, **sizes)
+    _, teacher = small_model("vilbert", task_tokens=2, **sizes)
+    run = SimpleNamespace(
+        args=SimpleNamespace(distill="logits"), paper=paper, teacher_paper=paper, distilled=("refer",)
+    )
+    run.model = model.eval()
+    run.teacher = teacher.eval()
+    run.teacher_tasks = ["vqa", "refer"]
+    batch = as_double(masked_batch(3, 0))
+    batch.target = torch.rand(batch.region_mask.shape, dtype=torch.float64)
+    batch.task = torch.zeros(3, dtype=torch.long)
+    found = distill.forward_with_teacher(run, batch, ["refer"])["refer_soft"][0]
+    _, logits = paper.OBJECTIVES["refer"].loss(model, model.encode(batch), batch)
+    for number in (0, 1):
+        batch.task = torch.full((3,), number)
+        _, labels = paper.OBJECTIVES["refer"].loss(teacher, teacher.encode(batch), batch)
+        expected = distillation.soft_label_loss(logits, labels)
+        assert (abs(found - expected) < 1e-12) == (number == 1)
 
 
 def test_a_teacher_with_fewer_text_types_is_refused():

@@ -274,6 +274,7 @@ def test_what_is_read_is_never_written_over(trained, folder, capsys):
     checkpoint = trained("uniter", "vqa")
     shutil.copy(checkpoint, "c.pt")
     path = own_file(folder, "mine.jsonl", [{"image": "0.png", "text": "is it red?", "answer": "yes"}])
+    asked = own_file(folder, "asked.jsonl", [{"image": "0.png", "text": "is it red?"}])  # no answers
     os.symlink("0.png", "link.png")
     (folder / "set").mkdir()
     (folder / "set/dataset.json").write_text('{"name": "set", "files": {"vqa": "vqa.jsonl"}}')
@@ -289,6 +290,8 @@ def test_what_is_read_is_never_written_over(trained, folder, capsys):
         (["c.pt", "--export", "c.pt"], "c.pt"),
         ([checkpoint, "--data", path, "--out", "0.png"], "0.png"),
         ([checkpoint, "--data", "set", "--out", "set/vqa.jsonl"], "set/vqa.jsonl"),
+        ([checkpoint, "--data", asked, "--out", "0.png"], "0.png"),
+        ([checkpoint, "--data", asked, "--prompt", "is it so: {text}", "--out", "0.png"], "0.png"),
         ([own, "--scenes", "--out", "0.png"], "0.png"),
         ([own, "--scenes", "--attention", "0.png"], "0.png"),
     ):
@@ -342,7 +345,7 @@ def test_a_picture_gives_what_a_line_with_it_gives(trained, folder, capsys):
         given += [] if task == "caption" else ["--text", "a red circle"]
         assert use(checkpoint, *given, "--out", "one.png") == 0
         printed = capsys.readouterr()
-        assert printed.out == predict.describe(found) + "\n", task
+        assert printed.out == drawing.describe(found) + "\n", task
         assert Image.open(folder / "one.png").width == drawing.SIDE
         assert printed.err == ""
 
@@ -524,7 +527,7 @@ def test_letters_outside_ascii_are_drawn_and_a_long_text_is_cut():
         (["CKPT", "--image", "0.png", "--text", "x", "--answer", "red"], "vqa takes no answer"),
         (["CKPT", "--image", "0.png", "--text", "x", "--choices", "a", "b"], "vqa takes no choices"),
         (["CKPT", "--scenes", "--text", "x"], "--text is for --image, and changes nothing here"),
-        (["CKPT", "--serve", "--split", "val"], "--split is for --data and --scenes"),
+        (["CKPT", "--serve", "--split", "val"], "--split is for --data, --scenes, --search and --embed"),
         (["CKPT", "--scenes", "--prompt", "x"], "--prompt is for --data"),
         (["CKPT", "--scenes", "--to", "onnx"], "--to is for --export"),
         (["CKPT", "--export", "x.bin", "--out", "y.bin"], "--out is for --scenes"),
@@ -546,6 +549,17 @@ def test_letters_outside_ascii_are_drawn_and_a_long_text_is_cut():
         (["CKPT", "--search", "a star", "--scenes"], "give one of --scenes"),
         (["CKPT", "--export", "x.bin", "--to", "transformers"], "transformers has no uniter"),
         (["CKPT", "--search", ""], "--search is empty"),
+        (["CKPT", "--search", " "], "has no visible character"),
+        (["CKPT", "--image", "wide.npz", "--text", "x"], "feature files belong into --data"),
+        (["CKPT", "--image", "0.png", "--text", "x", "--out", "x.txt"], "--out x.txt: not the name of a picture"),
+        (["CKPT", "--scenes", "--attention", "x"], "--attention x: not the name of a picture"),
+        (["CKPT", "--data", "vqa.jsonl", "--split", "tset"], "no split tset; there are train, val, test"),
+        (["CKPT", "--export", "x.bin", "--top", "7"], "--top is for"),
+        (["CKPT", "--export", "x.bin", "--beams", "2"], "--beams is for"),
+        (["CKPT", "--export", "x.bin", "--task", "vqa"], "--task is for"),
+        (["CKPT", "--export", "x.bin", "--device", "cuda"], "--device is not for --export"),
+        (["CKPT", "--embed", "x.npz", "--data", "vqa.jsonl", "--top", "7"], "--top is for"),
+        (["CKPT", "--export", "."], "--export .: is a folder"),
         (["CKPT", "--export", ""], "--export is empty"),
         (["CKPT", "--embed", ""], "--embed is empty"),
         (["CKPT", "--data", ""], "--data is empty"),
@@ -562,6 +576,16 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, trained, fold
     assert use(*[checkpoint if argument == "CKPT" else argument for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "Traceback" not in error, error
+
+
+def test_what_is_chosen_from_is_visible():
+    for choices, answer in ((["", " "], None), (["a", "\u200b"], None), (["a"], None), (["a", "b"], " ")):
+        with pytest.raises(UserError, match="none of them blank|has no visible character"):
+            predict.make_example(tasks.TASKS["vcr"], {"text": "what?", "choices": choices, "answer": answer})
+
+
+def test_a_caption_without_words_is_told():
+    assert drawing.describe({"caption": ""}) == "(no words)" and drawing.describe({"caption": "a"}) == "a"
 
 
 def test_a_caption_takes_no_text():

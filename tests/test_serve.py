@@ -27,7 +27,7 @@ import predict
 import serve
 from common import UserError
 from prepare import scenes
-from support import questions
+from support import drawing, questions
 
 ROOT = Path(__file__).parent.parent
 
@@ -115,7 +115,7 @@ def test_pictures_of_a_request_are_answered_as_files_are(start, scene, tmp_path,
     assert predict.main(command) == 0
     question = {"images": [f"data:image/png;base64,{scene}"], "boxes": [boxes], "text": "what is it?"}
     status, answer = request(server, "POST", "/predict", question)
-    assert status == 200 and predict.describe(answer) + "\n" == capsys.readouterr().out
+    assert status == 200 and drawing.describe(answer) + "\n" == capsys.readouterr().out
 
 
 def test_an_answer_warns_of_lost_words_and_further_frames(start, scene):
@@ -294,6 +294,7 @@ def test_the_files_of_a_form_are_kept_byte_for_byte(content):
         ([("boxes", b"[[1,")], "'boxes'"),
         ([("sample", b"1, 2")], "no JSON"),
         ([("text", b"x"), ("attention", b"1")], "'attention'"),
+        ([("text", b"x"), ("text", b"y")], "'text' stands there twice"),
         ([("text", b"x"), ("image", b"x"), ("image", b"x")], "1 picture"),
         ([("text", b"x"), ("image", b"x")], "no picture"),
         ([("text", b"x")] * 101, "100 fields"),
@@ -316,7 +317,7 @@ def test_a_turned_photograph_is_answered_as_the_file_is(start, tmp_path, capsys,
     capsys.readouterr()
     command = [str(checkpoints("vqa")), "--image", str(tmp_path / "a.jpg"), "--text", "what is it?"]
     assert predict.main([*command, "--boxes", "[[0,0,90,40]]", "--device", "cpu", "--dtype", "f32"]) == 0
-    assert predict.describe(answer) + "\n" == capsys.readouterr().out
+    assert drawing.describe(answer) + "\n" == capsys.readouterr().out
     assert "outside" in request(server, "POST", "/predict", {**question, "boxes": [[[0, 0, 40, 90]]]})[1]["error"]
 
 
@@ -370,6 +371,7 @@ def test_a_tiff_of_several_pages_and_eps_are_refused(start):
         ("POST", "/predict", {"text": 3}, 400, "'text'"),
         ("POST", "/predict", {"text": "x" * 2001}, 400, "'text'"),
         ("POST", "/predict", {"text": "x\0y"}, 400, "'text'"),
+        ("POST", "/predict", '{"text": "x", "text": "y"}', 400, "twice"),
         ("POST", "/predict", '{"text": "\\ud83d"}', 400, "half a character"),
         ("POST", "/predict", {"text": "x"}, 400, "'images'"),
         ("POST", "/predict", {"text": "x", "images": ["AA", "AA"]}, 400, "1 picture"),

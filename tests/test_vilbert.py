@@ -52,6 +52,7 @@ def make_batch(rows=4, words=6, regions=5, seed=0):
         clean_features=features.clone(),
         object_probs=draw(rows, regions, 5).softmax(-1),
         matched=torch.arange(rows) % 2,
+        pictures=torch.arange(rows),
         answers=(draw(rows, 7) > 0.5).float(),
         target=torch.arange(rows) % 2,
     )
@@ -461,6 +462,10 @@ def test_negatives_are_real_regions():
     for m, masked in enumerate(batch.region_index.tolist()):  # all that may come did come
         allowed = set(position[batch.region_mask].tolist()) - {masked}
         assert set(drawn[m].tolist()) == allowed
+    batch.pictures[1] = batch.pictures[0]  # another row of the same picture has the positive once more
+    drawn = twelve_in_one.sample_negative_regions(batch, near=200, far=300)
+    pictures = batch.pictures[drawn // 5]
+    assert (pictures[:, :300] != batch.pictures[row]).all() and (drawn[:, 300:] // 5 == row).all()
     alone = make_batch(rows=1)
     assert (twelve_in_one.sample_negative_regions(alone, near=5, far=5) < 5).all()
     alone.region_mask[:, 1:], alone.region_index = False, torch.zeros(1, dtype=torch.long)
