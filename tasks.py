@@ -13,7 +13,7 @@ Letters: B rows or examples of a batch, E examples, T text positions, N regions,
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -173,22 +173,6 @@ def simple_example(record, kind, answer=None, target=-1):
 # ---- pretraining --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class ObjectiveSums:
-    """What an objective's mean loss and accuracy are computed from, added up over batches and processes."""
-
-    loss: float = 0.0  # sum over items
-    items: int = 0
-    hits: int = 0  # items whose label has the highest logit
-    labels: Counter = field(default_factory=Counter)  # label -> items that have it
-
-    def add(self, loss, items, hits, labels):
-        self.loss += loss
-        self.items += items
-        self.hits += hits
-        self.labels.update(labels)
-
-
 def pretraining_examples(record):
     """A caption, or a question if the line has an answer."""
     answer = record.get("answer")
@@ -251,32 +235,18 @@ def content_pieces(run):
 
 
 def objective_sums(run, dataset, index, name, word_masking=None):
-    """ObjectiveSums of one objective on examples `index`, over all processes. Half of the pairs are
+    """evaluation.ObjectiveSums of one objective on examples `index`, over all processes. Half of the pairs are
     mismatched, whatever the share in training, so that chance is the same for all models."""
-    own = ObjectiveSums()
+    own = evaluation.ObjectiveSums()
     for part in evaluation_batches(run, dataset, index):
         rng = data.random_stream("evaluation", int(part[0]))
         batch = make_batch(run, dataset, part, [name], rng, 0.5, word_masking)
         loss, logits = loss_and_logits(run, batch, name)
-        add_batch(own, run.paper.OBJECTIVES[name], batch, float(loss), logits)
-    total = ObjectiveSums()
+        evaluation.add_batch(own, run.paper.OBJECTIVES[name], batch, float(loss), logits)
+    total = evaluation.ObjectiveSums()
     for part in evaluation.gather_objects(run, own):
         total.add(part.loss, part.items, part.hits, part.labels)
     return total
-
-
-def add_batch(sums, objective, batch, loss, logits):
-    """Adds a batch, its mean loss and its logits to ObjectiveSums."""
-    items = common.count_items(objective.mean_over, batch)
-    hits = 0
-    labels = []
-    if objective.labels:
-        labels = objective.labels(batch, logits)  # (M,) int64, -1 = no label
-        known = labels >= 0
-        labels = labels[known]
-        hits = int((logits[known].argmax(-1) == labels).sum())
-        labels = labels.tolist()
-    sums.add(loss * items, items, hits, labels)
 
 
 def pretraining_logits(run, dataset, index):

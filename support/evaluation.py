@@ -1,10 +1,11 @@
 """evaluation.py: how well a model does: accuracies, retrieval, captions, and tables of them.
 
 1. Accuracy of the best choice, by kind of question.
-2. Retrieval: recall; the full matrix of texts and pictures; dot products of vectors; two stages.
-3. Captions: beam search, BLEU and CIDEr-D.
-4. Answers as predict.py shows them.
-5. Metrics as text: metrics beside chance, and models beside each other with the spread over seeds.
+2. Pretraining: losses and hits added up over batches and processes.
+3. Retrieval: recall; the full matrix of texts and pictures; dot products of vectors; two stages.
+4. Captions: beam search, BLEU and CIDEr-D.
+5. Answers as predict.py shows them.
+6. Metrics as text: metrics beside chance, and models beside each other with the spread over seeds.
 
 Which metrics a task has, and on which examples, is in tasks.py. Accuracies, recalls and BLEU are in 0..1, CIDEr-D in
 0..10. `run` is train.Run, as in tasks.py. Every process computes its share; the sums are then added over all processes.
@@ -17,7 +18,7 @@ import re
 import time
 import unicodedata
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -73,6 +74,50 @@ def gather_objects(run, value):
     return values
 
 
+# ---- pretraining ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ObjectiveSums:
+    """What an objective's mean loss and accuracy are computed from, added up over batches and processes."""
+
+    loss: float = 0.0  # sum over items
+    items: int = 0
+    hits: int = 0  # items whose label has the highest logit
+    labels: Counter = field(default_factory=Counter)  # label -> items that have it
+
+    def add(self, loss, items, hits, labels):
+        self.loss += loss
+        self.items += items
+        self.hits += hits
+        self.labels.update(labels)
+
+
+def add_batch(sums, objective, batch, loss, logits):
+    """Adds a batch, its mean loss and its logits to ObjectiveSums."""
+    items = common.count_items(objective.mean_over, batch)
+    hits = 0
+    labels = []
+    if objective.labels:
+        labels = objective.labels(batch, logits)  # (M,) int64, -1 = no label
+        known = labels >= 0
+        labels = labels[known]
+        hits = int((logits[known].argmax(-1) == labels).sum())
+        labels = labels.tolist()
+    sums.add(loss * items, items, hits, labels)
+
+
+def pretraining_score(metrics):
+    """`tasks.best_score` of pretraining: the mean accuracy, or minus the sum of the losses where there is none."""
+    accuracies = [float(value) for name, value in metrics.items() if name.endswith("_accuracy")]
+    losses = [float(value) for name, value in metrics.items() if name.endswith("_loss")]
+    if accuracies:
+        return float(np.mean(accuracies)), f"mean of {len(accuracies)} accuracies"
+    if losses:
+        return -sum(losses), "minus the sum of the losses"
+    return -math.inf, "nothing"  # the last weights then count as the best
+
+
 # ---- retrieval: recall -----------------------------------------------------------------------------------------------
 
 
@@ -121,17 +166,6 @@ def recall_chance(recalls, pictures):
     rows, truth = np.unique(pictures, return_inverse=True)
     guess = recall_at(torch.zeros(len(truth), len(rows)), torch.from_numpy(truth))
     return {name: guess[name.removeprefix("itc_")] for name in recalls}
-
-
-def pretraining_score(metrics):
-    """`tasks.best_score` of pretraining: the mean accuracy, or minus the sum of the losses where there is none."""
-    accuracies = [float(value) for name, value in metrics.items() if name.endswith("_accuracy")]
-    losses = [float(value) for name, value in metrics.items() if name.endswith("_loss")]
-    if accuracies:
-        return float(np.mean(accuracies)), f"mean of {len(accuracies)} accuracies"
-    if losses:
-        return -sum(losses), "minus the sum of the losses"
-    return -math.inf, "nothing"  # the last weights then count as the best
 
 
 def caption_examples(dataset):

@@ -792,7 +792,7 @@ def test_pretraining_is_evaluated_on_one_caption_a_picture_and_chance_is_the_usu
     def sums(run, dataset, index, name):
         seen[name] = index.tolist()
         labels = Counter({1: 30, 0: 10}) if name == "itm" else Counter()
-        return tasks.ObjectiveSums(loss=8.0, items=16, hits=25, labels=labels)
+        return evaluation.ObjectiveSums(loss=8.0, items=16, hits=25, labels=labels)
 
     def all_pairs(run, dataset, index, head):
         seen["all pairs"] = index.tolist()
@@ -828,7 +828,7 @@ def test_contrast_is_tested_among_the_pictures_that_the_command_line_says(monkey
         sizes.append((len(texts), len(images)))
         return (dataset.image[texts][:, None] == images).astype(float) @ np.eye(len(images))
 
-    monkeypatch.setattr(tasks, "objective_sums", lambda *_: tasks.ObjectiveSums())
+    monkeypatch.setattr(tasks, "objective_sums", lambda *_: evaluation.ObjectiveSums())
     monkeypatch.setattr(evaluation, "dot_products", lambda *args: torch.from_numpy(dot_products(*args)))
     for split in ("val", "test"):
         metrics, chance = tasks.evaluate_pretraining(run, many_captions(split, 150))
