@@ -610,7 +610,7 @@ def measure(run, task, dataset):
         run.objectives = options.drop_unsupported(run.paper, objectives, {dataset.split: dataset})
     metrics, chance = tasks.evaluate(run, dataset.split)
     run.objectives = objectives
-    count = len(tasks.test_examples(run, task.name, dataset))
+    count = len(tasks.examples_to_evaluate(run, task.name, dataset))
     title = f"{run.args.model} {task.name}, {dataset.name}, split {dataset.split}, {count} examples"
     print(evaluation.format_metrics(title, metrics, chance))
     return metrics, chance

@@ -146,10 +146,12 @@ def evaluation_batches(run, dataset, index):
         yield index[part]
 
 
-def test_examples(run, name, dataset):
+def examples_to_evaluate(run, name, dataset):
     """The examples that a task is evaluated on. Most tasks: all. Retrieval: captions of the first --pool pictures (val:
-    100). Captioning: one example of each of these pictures."""
+    100). Captioning: one example of each of these pictures. Pretraining: one caption of each of MOST_PRETRAINING pictures."""
     task = TASKS[name]
+    if not task.objective:
+        return evaluation.first_captions(dataset)[:MOST_PRETRAINING]
     if not task.most_pictures:
         return np.arange(len(dataset))
     pool = min(100 if dataset.split == "val" else run.args.pool, task.most_pictures)
@@ -180,17 +182,20 @@ def pretraining_examples(record):
     return [simple_example(record, kind, answer)]
 
 
-def evaluate_pretraining(run, dataset, most=1000, candidates=100):
+MOST_PRETRAINING = 1000  # pictures, and questions, that pretraining is evaluated on
+
+
+def evaluate_pretraining(run, dataset, candidates=100):
     """Loss and accuracy of each objective, masked under a fixed seed, and zero-shot retrieval among `candidates`
     pictures (itc in the test: among those of --pool).
 
-    Examples: the first caption of each of at most `most` pictures; for question answering, at most `most` questions.
+    Examples: those of `examples_to_evaluate`; for question answering as many questions.
     Accuracies are over masked words, masked regions, pairs or questions. mlm_content masks in every caption of these
     pictures one of the data set's `content_words`, such as colours. Chance: always the most frequent label.
     """
     is_question = np.array([len(answer) > 0 for answer in dataset.answer])
-    captions = evaluation.first_captions(dataset)[:most]
-    questions = np.flatnonzero(is_question)[:most]
+    captions = examples_to_evaluate(run, PRETRAIN.name, dataset)
+    questions = np.flatnonzero(is_question)[:MOST_PRETRAINING]
     sums = {}
     for name in run.objectives:
         if run.paper.OBJECTIVES[name].mismatched and not dataset.has_several_pictures:
@@ -566,7 +571,9 @@ def target_overlaps(dataset, index, batch):
 def evaluate_refer(run, dataset):
     """Accuracy: the region with the highest logit has IoU > 0.5 with the target box. `reachable`: the share of
     expressions for which some region has. Chance: the mean share of a picture's regions that have."""
-    hits, guess, reachable = np.zeros((3, len(dataset)))
+    hits = np.zeros(len(dataset))
+    guess = np.zeros(len(dataset))
+    reachable = np.zeros(len(dataset))
     for index in evaluation_batches(run, dataset, np.arange(len(dataset))):
         logits = example_logits(run, dataset, index, "refer")  # (B, N)
         clean = data.collate(dataset, index)  # --ablate image takes the boxes away
@@ -614,7 +621,7 @@ REFER = Task(
 def evaluate_captions(run, dataset):
     """Perplexity: exp of the mean loss of a word piece, over all captions of the pictures. BLEU-1 to BLEU-4 and CIDEr-D
     of one generated caption a picture, against all its captions. Chance: scores of a caption of another picture."""
-    index = test_examples(run, "caption", dataset)
+    index = examples_to_evaluate(run, "caption", dataset)
     examples = np.flatnonzero(np.isin(dataset.image, dataset.image[index]))
     own = {}
     beams = 1 if dataset.split == "val" and run.optimizer else run.args.beams  # greedily while the model is trained
@@ -690,9 +697,9 @@ def retrieval_batch(run, dataset, index, rng):
 
 
 def evaluate_retrieval(run, dataset):
-    """Recall at 1, 5 and 10 in both directions, and their mean, over the texts and pictures of `test_examples`."""
-    texts = test_examples(run, "retrieval", dataset)
-    metrics = evaluation.test_recalls(run, dataset, texts, "rank")
+    """Recall at 1, 5 and 10 in both directions, and their mean, over the texts and pictures of `examples_to_evaluate`."""
+    texts = examples_to_evaluate(run, "retrieval", dataset)
+    metrics = evaluation.retrieval_recalls(run, dataset, texts, "rank")
     chance = evaluation.recall_chance(metrics, dataset.image[texts])
     metrics["mean_recall"] = float(np.mean(list(metrics.values())))
     chance["mean_recall"] = float(np.mean(list(chance.values())))

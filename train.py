@@ -159,22 +159,22 @@ def training_loop(run, log):
             progress["step"] = step
             trained = tasks.heads_for(run.paper, names)
             progress["random_heads"] = [head for head in progress["random_heads"] if head not in trained]
-            saved = step == args.steps or step % args.eval_every == 0
-            due = saved or step % args.log_every == 0  # logged first: a resumed run has no earlier losses
-            if due and run.device.type != "cpu":
+            save_now = step == args.steps or step % args.eval_every == 0
+            log_now = save_now or step % args.log_every == 0
+            if log_now and run.device.type != "cpu":
                 float(grad_norm)  # waits for the GPU: its remaining work belongs to the time of these steps
             log.add(losses, grad_norm, rate, batches, waited, time.perf_counter() - start)
-            if due:
-                log.line()
+            if log_now:
+                log.line()  # before the checkpoint is saved: a resumed run has no losses of earlier steps
             if step % 50 == 0:
                 machine.trim_memory()
-            if saved:
+            if save_now:
                 validate(run, log)
             # all processes stop after the same step: one that went on would wait for the others for ever
             if common.all_reduce_sum([interrupted()])[0]:
-                if not due:
+                if not log_now:
                     log.line()
-                checkpoints.save_checkpoint(run, "checkpoint.pt")
+                checkpoints.save_checkpoint(run, checkpoints.NEWEST)
                 raise KeyboardInterrupt(f"interrupted after step {step}, which is saved; go on with --resume")
     log.data_time()
 
@@ -249,7 +249,8 @@ def load_data(run, checkpoint, teacher):
             split.task_number = number  # which task token ViLBERT reads
             widths.add(split.store.width)
     if len(widths) > 1:
-        raise UserError(f"--data: features of {' and '.join(map(str, sorted(widths)))} numbers; all need equally many")
+        found = " and ".join(map(str, sorted(widths)))
+        raise UserError(f"--data: features of widths {found}; all tasks need one width")
     if tasks.is_pretraining(args.task):
         run.objectives = options.drop_unsupported(run.paper, run.objectives, run.splits, args.rerank)
     run.tokenizer = make_tokenizer(run, checkpoint or teacher)
@@ -268,7 +269,7 @@ def load_data(run, checkpoint, teacher):
         objectives_of_task = run.objectives
         if not tasks.is_pretraining(task):
             objectives_of_task = tasks.task_objectives(args, task)
-        if not run.answers and options.has_open_answers(run.paper, objectives_of_task):
+        if options.has_open_answers(run.paper, objectives_of_task):
             run.answers = data.answer_list(splits["train"])
             if not tasks.is_pretraining(task):
                 run.usual_answers = tasks.most_frequent_answers(splits["train"])
@@ -314,6 +315,9 @@ def load_splits(run, task, path, description):
                 splits[name] = split
     if "train" not in splits:
         raise UserError(f"{path}: no example of split train for --task {args.task}")
+    parts = run.world * args.accumulate
+    if len(splits["train"]) < parts:
+        raise UserError(f"{path}: {len(splits['train'])} examples are too few for {parts} forward passes in a step")
     return splits
 
 
@@ -394,7 +398,7 @@ def sample_task(run, step):
     return str(rng.choice(list(run.sets), p=sizes / sizes.sum()))
 
 
-def sample_objectives(paper, objectives, rng, done=1.0):
+def sample_objectives(paper, objectives, rng, done):
     """The objectives that one step trains. objectives: {name: ratio}; done: share of the run that is over, 0..1.
 
     With conditional masking (UNITER 3.2) one is drawn by ratio, with those joined to it. Without, all are
@@ -426,10 +430,7 @@ def index_stream(args, dataset, parts, skip):
 
     The order depends on seed and epoch alone. Examples of a step have similar lengths. Forward pass p of `parts` takes
     index[p::parts], so that no process waits for another one's longer texts. skip: steps to leave out at the start.
-    UserError if there are fewer examples than parts.
     """
-    if len(dataset) < parts:
-        raise UserError(f"{len(dataset)} examples are too few for {parts} forward passes in a step")
     for epoch in itertools.count():
         rng = data.random_stream("order", args.seed, epoch)
         order = data.batches(dataset.lengths(), rng, size=args.batch_size * parts)
@@ -444,7 +445,7 @@ def index_stream(args, dataset, parts, skip):
 def read_start(args):
     """The checkpoint of --resume or --init that the run starts from; None if all weights start at random."""
     if args.resume:
-        args.init = args.out / "checkpoint.pt"
+        args.init = args.out / checkpoints.NEWEST
         args.fresh = False
         return resume.load_latest(args.out)
     if args.init:
@@ -582,12 +583,12 @@ def validate(run, log):
             score, name = tasks.best_score(run, metrics)
             if score > run.progress["best"]:
                 run.progress["best"] = score
-                checkpoints.save_checkpoint(run, "best.pt")
+                checkpoints.save_checkpoint(run, checkpoints.BEST)
                 common.print0(f"best     step {run.progress['step']}: {name} {score:.4f}")
     if run.progress["step"] > 0:
         if run.progress["best"] == -math.inf:
-            checkpoints.save_checkpoint(run, "best.pt")
-        checkpoints.save_checkpoint(run, "checkpoint.pt")
+            checkpoints.save_checkpoint(run, checkpoints.BEST)
+        checkpoints.save_checkpoint(run, checkpoints.NEWEST)
 
 
 def run_test(run):
@@ -596,7 +597,7 @@ def run_test(run):
     if dist.is_initialized():
         dist.barrier()  # the first process writes best.pt, all read it
     if run.progress["best"] > -math.inf:
-        best = checkpoints.load_checkpoint(args.out / "best.pt")
+        best = checkpoints.load_checkpoint(args.out / checkpoints.BEST)
         run.model.load_state_dict(best["state"])
         run.progress["random_heads"] = best["progress"].get("random_heads", [])
     result = describe_result(run)
@@ -608,7 +609,7 @@ def run_test(run):
         examples = 0
         for task, splits in run.sets.items():
             if split in splits:
-                examples += len(tasks.test_examples(run, task, splits[split]))
+                examples += len(tasks.examples_to_evaluate(run, task, splits[split]))
         title = f"{args.model} {args.task}, split {split}, {examples} examples"
         if "random_heads" in result:
             title += f"; WARNING: untrained, at random: {', '.join(result['random_heads'])}"

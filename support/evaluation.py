@@ -384,7 +384,7 @@ def two_stage(run, dataset, texts, pictures, k, head):
 LARGE_MATRIX = 1_000_000  # pairs; scoring more takes too long
 
 
-def test_recalls(run, dataset, texts, head):
+def retrieval_recalls(run, dataset, texts, head):
     """Recalls of the examples `texts` and their pictures: by the full matrix; with --rerank and a large matrix, in two
     stages."""
     pictures = np.unique(dataset.image[texts])
@@ -671,7 +671,7 @@ def show_match(run, dataset, i, logits, top):
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-NO_SHARE = ("_loss", "perplexity", "cider")  # endings of the metrics that are no share of anything
+NO_SHARE = ("_loss", "perplexity", "cider")  # endings of the metrics that are printed as numbers, not as percent
 
 
 def percent(share):
@@ -711,7 +711,7 @@ def compare_models(results, out):
         for model in models:
             values = [result[name] for result in results if result["model"] == model and name in result]
             if values:
-                spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+                spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
                 row[model] = {"mean": float(np.mean(values)), "spread": spread}
         rows[name] = row
         best = ""
@@ -723,6 +723,8 @@ def compare_models(results, out):
         cells = [format_cell(name, row.get(model)) for model in models]
         lines.append(f"| {name} | {' | '.join(cells)} | {best} | {chance} |")
     text = "\n".join(lines) + "\n"
+    if len(results) == len(models):
+        text += "\nOne run a model: a lead may be chance. --seeds 3 adds the spread, and which model is best.\n"
     common.print0("\n" + text)
     if common.rank_and_world()[0] == 0:
         data.write_text(out / "comparison.json", json.dumps({"runs": results, "table": rows}, indent=1) + "\n")
@@ -730,20 +732,26 @@ def compare_models(results, out):
 
 
 def format_cell(name, entry):
-    """mean ± standard deviation, shares in percent."""
+    """mean ± standard deviation, shares in percent; the mean alone where a single run has no deviation."""
     if entry is None:
         return ""
-    if name.endswith(NO_SHARE):
-        return f"{entry['mean']:.4f} ± {entry['spread']:.4f}"
     if name in ("parameters", "examples_per_second"):
         return f"{entry['mean']:,.0f}"
-    return f"{100 * entry['mean']:.1f} ± {100 * entry['spread']:.1f}"
+    factor = 100
+    digits = 1
+    if name.endswith(NO_SHARE):
+        factor = 1
+        digits = 4
+    mean = f"{factor * entry['mean']:.{digits}f}"
+    if entry["spread"] is None:
+        return mean
+    return f"{mean} ± {factor * entry['spread']:.{digits}f}"
 
 
 def best_model(row):
     """The model with the highest mean, or "tie" where the gap to the second is within the two standard deviations added
-    together. row: {model: {"mean": .., "spread": ..}}."""
-    if len(row) < 2:
+    together, or "" where a model has a single run. row: {model: {"mean": .., "spread": ..}}."""
+    if len(row) < 2 or any(entry["spread"] is None for entry in row.values()):
         return ""
     first, second = sorted(row, key=lambda model: -row[model]["mean"])[:2]
     gap = row[first]["mean"] - row[second]["mean"]

@@ -80,7 +80,10 @@ class Log:
                     what = f"the loss of {name}"
                     break
             if what:
-                examples = ", ".join(ids[:8])
+                everywhere = []
+                for part in evaluation.gather_objects(self.run, ids):  # so that all processes say the same
+                    everywhere += part
+                examples = ", ".join(everywhere[:8])
                 raise UserError(f"step {step}: {what} is not finite; try a lower --lr. Examples: {examples} ...")
 
     def line(self):
@@ -122,7 +125,10 @@ class Log:
     def data_time(self):
         """How much of the training time was spent waiting for data."""
         share = 100 * self.waited / max(1e-9, self.worked)
-        common.print0(f"data     {share:.1f}% of the training time was spent waiting for it")
+        what = "waiting for it"
+        if any(tasks.TASKS[task].hard_negatives for task in self.run.sets):
+            what = "preparing it and choosing hard negatives"
+        common.print0(f"data     {share:.1f}% of the training time was spent {what}")
 
     def write(self, record):
         if self.run.rank == 0:
@@ -134,7 +140,11 @@ def print_run(run):
     """The final configuration, once."""
     args = run.args
     parameters = sum(p.numel() for p in run.model.parameters())
-    size = "as in --init" if args.init else args.size
+    size = args.size
+    if args.resume:
+        size = "as in the stopped run"
+    elif args.init:
+        size = "as in --init"
     common.print0(f"model    {args.model} {size}, {parameters / 1e6:.2f} M parameters: {run.model.config}")
     for task, splits in run.sets.items():
         counts = ", ".join(f"{name} {len(split)}" for name, split in splits.items())

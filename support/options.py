@@ -167,6 +167,8 @@ def check_options(args, defaults):
     ):
         if getattr(args, name) != getattr(defaults, name) and not is_read:
             raise UserError(f"--{name} {getattr(args, name)}: is for {purpose}, and changes nothing here; leave it out")
+    if args.lr is not None and args.lr * args.lr_new * args.weight_decay >= 1:
+        raise UserError("--lr times --weight-decay is 1 or more, so every step would take the weights beyond zero")
     if args.export_official:
         if args.seeds > 1 and "{seed}" not in args.export_official:
             raise UserError("--export-official: put {seed} into the name, or each run writes over the one before")
@@ -306,7 +308,10 @@ def line_files(args, model):
 def default_steps(args, world, models):
     """Steps for four passes over the lines of the data, whatever their split; at least 1,000 and at most 5,000. Equal for
     all models that are compared: the lines are those of the one that reads most."""
-    lines = max(sum(records.count_lines(file) for file in set(line_files(args, model))) for model in models)
+    lines = 0
+    for model in models:
+        files = set(line_files(args, model))  # tasks may share one
+        lines = max(lines, sum(records.count_lines(file) for file in files))
     if args.limit:
         lines = min(lines, args.limit)
     steps = math.ceil(4 * lines / (args.batch_size * args.accumulate * world))
@@ -516,7 +521,7 @@ def default_learning_rate(paper, width, args, world):
     """Peak learning rate of a model of this width: the papers' for base (768) and large (1024), more for narrow ones.
 
     Narrow models: 1e-3 for steps of 256 rows or more, and in proportion to the square root of the rows for fewer, as the
-    gradient's noise falls with that root. A UNITER of 128 numbers at 1e-3 learned nothing from 750 steps of 64 rows.
+    gradient's noise falls with that root. A UNITER of width 128 at 1e-3 learned nothing from 750 steps of 64 rows.
     The width decides, not --size, because --init may bring any width. ViLBERT and LXMERT pretrain at twice the rate at
     which they fine-tune: 1e-4 at base size.
     """

@@ -19,7 +19,7 @@ from common import UserError, print0, rank_and_world
 
 # ---- the run's folder --------------------------------------------------------------------------------------------
 
-WRITTEN = (f"{NEWEST}.new", BEST, "log.jsonl", "result.json")  # by way of NAME.tmp
+WRITTEN = (f"{NEWEST}.new", BEST, "log.jsonl", "result.json")  # each to NAME.tmp first, which is then renamed
 
 
 def remove_leftovers(folder):
@@ -123,7 +123,7 @@ def whole_lines(path, datasets, made_by):
 
 # Options that change what a run computes. The others, as --steps, --device and --log-every, may change on --resume.
 RESULT_OPTIONS = ("seed", "batch_size", "lr", "lr_new", "warmup", "weight_decay", "clip", "mask", "temperature", "ablate",
-                  "size", "limit", "mine", "patch", "grid", "teacher", "distill")  # fmt: skip
+                  "size", "limit", "mine", "patch", "grid", "max_words", "teacher", "distill")  # fmt: skip
 
 
 def fingerprint(run):

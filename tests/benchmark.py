@@ -127,7 +127,7 @@ def make_run(args, model, size, dtype, folder, **sizes):
 def batch_of(run, index, step):
     """The batch of a step and the objectives it trains; the same for the same step."""
     rng = np.random.default_rng((2, step))
-    names = train.sample_objectives(run.paper, run.objectives, np.random.default_rng((3, step)))
+    names = train.sample_objectives(run.paper, run.objectives, np.random.default_rng((3, step)), 1.0)
     return tasks.make_batch(run, run.splits["train"], index, names, rng), names
 
 

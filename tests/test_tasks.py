@@ -728,15 +728,23 @@ def test_which_examples_are_evaluated():
         ("caption", "val", 120, range(1, 3 * 100, 3)),
     ):
         run.args.pool = pool
-        assert tasks.test_examples(run, name, many_captions(split, 150)).tolist() == list(expected), (name, split, pool)
+        assert tasks.examples_to_evaluate(run, name, many_captions(split, 150)).tolist() == list(expected), (
+            name,
+            split,
+            pool,
+        )
     run.args.pool = 9999
-    assert len(tasks.test_examples(run, "retrieval", many_captions("test", 1100))) == 1000
-    assert len(tasks.test_examples(run, "caption", many_captions("test", 1100))) == 1100
+    assert len(tasks.examples_to_evaluate(run, "retrieval", many_captions("test", 1100))) == 1000
+    assert len(tasks.examples_to_evaluate(run, "pretrain", many_captions("test", 1100))) == 1000
+    assert tasks.examples_to_evaluate(run, "pretrain", many_captions("test", 150)).tolist() == list(range(1, 450, 3))
+    assert len(tasks.examples_to_evaluate(run, "caption", many_captions("test", 1100))) == 1100
     run.args = SimpleNamespace(pool=120, captions="all")
     every = [i for i in range(3 * 120) if i % 3 != 0]  # without the questions
-    assert tasks.test_examples(run, "retrieval", many_captions("test", 150)).tolist() == every
-    assert tasks.test_examples(run, "retrieval", many_captions("val", 150)).tolist() == list(range(1, 3 * 100, 3))
-    assert tasks.test_examples(run, "caption", many_captions("test", 150)).tolist() == list(range(1, 3 * 120, 3))
+    assert tasks.examples_to_evaluate(run, "retrieval", many_captions("test", 150)).tolist() == every
+    assert tasks.examples_to_evaluate(run, "retrieval", many_captions("val", 150)).tolist() == list(
+        range(1, 3 * 100, 3)
+    )
+    assert tasks.examples_to_evaluate(run, "caption", many_captions("test", 150)).tolist() == list(range(1, 3 * 120, 3))
 
 
 def test_chance_of_retrieval_counts_draws():
@@ -764,7 +772,7 @@ def test_captions_are_scored_with_beams_in_the_test_alone(split, expected, drawn
         return [dataset.tokens[1:3].tolist()] * 3
 
     monkeypatch.setattr(evaluation, "generate", generate)
-    monkeypatch.setattr(tasks, "test_examples", lambda run, task, dataset: np.arange(3))
+    monkeypatch.setattr(tasks, "examples_to_evaluate", lambda run, task, dataset: np.arange(3))
     monkeypatch.setattr(tasks, "evaluation_batches", lambda run, dataset, index: [np.arange(3)])
     monkeypatch.setattr(tasks, "caption_perplexity", lambda run, dataset, examples: 1.0)
     run.optimizer = "while it is trained"
@@ -814,7 +822,8 @@ def test_pretraining_is_evaluated_on_one_caption_a_picture_and_chance_is_the_usu
     assert (metrics["text_to_image_r5"], chance["text_to_image_r5"]) == (0.5, pytest.approx(0.05))
     assert (metrics["itc_image_to_text_r1"], chance["itc_image_to_text_r1"]) == (1.0, pytest.approx(0.01))
     monkeypatch.setattr(evaluation, "recall_of_all_pairs", lambda *_: {})
-    tasks.evaluate_pretraining(run, dataset, most=7)
+    monkeypatch.setattr(tasks, "MOST_PRETRAINING", 7)
+    tasks.evaluate_pretraining(run, dataset)
     assert seen["itm"] == list(range(1, 21, 3)) and seen["qa"] == list(range(0, 21, 3))
 
 
@@ -1162,7 +1171,7 @@ def test_tasks_trained_together_need_features_of_one_width(tmp_path, monkeypatch
         line = {key: file, "text": "is it red?", "answer": "yes"}
         Path(f"{key}.jsonl").write_text("\n".join(json.dumps({**line, "split": s}) for s in ("train", "val")))
     assert train.main(["--task", "vqa,caption", "--data", "image.jsonl,features.jsonl"]) == 2
-    assert "features of 7 and 432 numbers" in capsys.readouterr().err
+    assert "features of widths 7 and 432" in capsys.readouterr().err
 
 
 # ---- the command line ------------------------------------------------------------------------------------------

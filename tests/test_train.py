@@ -242,7 +242,7 @@ def test_the_optimizer_goes_on_from_its_state_and_from_no_other():
 def test_steps_draw_one_objective_by_ratio_with_what_is_joined_to_it():
     ratio = {**uniter.PRETRAINING["objectives"], "wra": 0}
     rng = np.random.default_rng(0)
-    drawn = [tuple(train.sample_objectives(uniter, ratio, rng)) for _ in range(3000)]
+    drawn = [tuple(train.sample_objectives(uniter, ratio, rng, 1.0)) for _ in range(3000)]
     share = {names: drawn.count(names) / 3000 for names in set(drawn)}
     assert set(share) == {("mlm",), ("mrfr",), ("mrc_kl",), ("itm", "wra")}
     for names, expected in {("mlm",): 1 / 2, ("mrfr",): 1 / 8, ("mrc_kl",): 1 / 8, ("itm", "wra"): 1 / 4}.items():
@@ -280,6 +280,7 @@ def test_comparison_says_tie_where_the_spread_covers_the_lead():
     both = {"a": {"mean": 0.91, "spread": 0.006}, "b": {"mean": 0.90, "spread": 0.006}}  # neither alone covers it
     assert evaluation.best_model(close) == evaluation.best_model(both) == "tie"
     assert evaluation.best_model(clear) == "a"
+    assert evaluation.best_model({**clear, "b": {"mean": 0.5, "spread": None}}) == ""  # one seed shows nothing
 
 
 def test_comparison_has_the_mean_and_the_standard_deviation_of_a_sample(tmp_path):
@@ -292,8 +293,8 @@ def test_comparison_has_the_mean_and_the_standard_deviation_of_a_sample(tmp_path
     table = json.loads((tmp_path / "comparison.json").read_text())["table"]
     assert list(table) == ["parameters", "examples_per_second", "accuracy"]
     assert table["accuracy"]["uniter"] == pytest.approx({"mean": 0.6, "spread": 0.1 * math.sqrt(2)})
-    assert table["accuracy"]["lxmert"] == {"mean": 0.6, "spread": 0.0}
-    assert "| accuracy | 60.0 ± 14.1 | 60.0 ± 0.0 | tie | 25.0% |" in (tmp_path / "comparison.md").read_text()
+    assert table["accuracy"]["lxmert"] == {"mean": 0.6, "spread": None}  # one run has none
+    assert "| accuracy | 60.0 ± 14.1 | 60.0 |  | 25.0% |" in (tmp_path / "comparison.md").read_text()
 
 
 @pytest.fixture
@@ -523,7 +524,8 @@ def test_ablation_removes_a_modality():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(pictures, here, capsys):
-    here("--data", pictures, "--steps", 60, "--lr", "1e30", "--clip", "1e30", code=2)
+    diverges = ["--lr", "1e30", "--clip", "1e30", "--weight-decay", 0]
+    here("--data", pictures, "--steps", 60, *diverges, code=2)
     error = capsys.readouterr().err
     assert "is not finite" in error and "own.jsonl:" in error
     assert error.count("\n") == 1, error
@@ -545,6 +547,7 @@ def test_options_are_taken_where_something_reads_them(arguments):
     ("arguments", "message"),
     [
         (["--nonsense"], "--nonsense"),
+        (["--lr", "1", "--weight-decay", "1"], "--lr times --weight-decay is 1 or more"),
         (["--model", "bert"], "bert"),
         (["--task", "sing"], "sing"),
         (["--objectives", "mlm,xyz"], "xyz"),
@@ -1349,6 +1352,15 @@ def test_resume_keeps_the_best_of_before(pictures, tmp_path, here):
     assert path.with_name("best.pt").read_bytes() == before
 
 
+def test_a_run_that_cannot_start_leaves_the_earlier_one(pictures, here, capsys):
+    given = ["--data", pictures, "--task", "vqa", "--batch-size", 2]
+    here(*given, "--steps", 1)
+    before = Path("out/uniter-vqa/checkpoint.pt").read_bytes()
+    here(*given, "--steps", 2, "--limit", 3, "--accumulate", 4, code=2)
+    assert "3 examples are too few for 4 forward passes" in capsys.readouterr().err
+    assert Path("out/uniter-vqa/checkpoint.pt").read_bytes() == before
+
+
 def test_resume_drops_log_lines_after_the_checkpoint_and_a_torn_one(tmp_path):
     lines = [json.dumps({"step": step, "lr": 0.1}) for step in range(6)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 2, "l')
@@ -1650,7 +1662,7 @@ def test_the_first_row_of_a_step_is_mismatched_as_often_as_any_other(pictures):
 @pytest.mark.parametrize(
     ("widths", "probs", "given", "message"),
     [
-        ({"val": 5}, {}, [], "train.py: --data: features of 4 and 5 numbers; all need equally many\n"),
+        ({"val": 5}, {}, [], "train.py: --data: features of widths 4 and 5; all tasks need one width\n"),
         ({}, {"train"}, ["--objectives", "mrc_kl"], "the data have nothing for any of the objectives"),
         ({}, {"train"}, ["--objectives", "mlm,mrc_kl"], ""),
         ({}, {}, ["--objectives", "itm,itc", "--rerank", "2"], "--rerank needs the objectives itm and itc"),
