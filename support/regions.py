@@ -34,7 +34,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from common import UserError
 
-VERSION = 15  # raise it whenever region features or columns change: it is part of every cache key
+VERSION = 16  # raise it whenever region features or columns change: it is part of every cache key
 
 # ---- files ------------------------------------------------------------------------------------------------------------
 
