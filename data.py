@@ -869,7 +869,8 @@ def print_contents(path, sets):
     store = next(iter(sets.values())).store
     widths = {dataset.store.width for dataset in sets.values()}
     if len(widths) > 1:
-        raise UserError(f"{path}: its splits have features of {' and '.join(map(str, widths))} numbers; use one kind")
+        found = " and ".join(map(str, sorted(widths)))
+        raise UserError(f"{path}: its splits have features of widths {found}; use one kind")
     regions = f"{store.offsets[-1] / len(store):.1f} regions of width {store.width} each"
     total = sum(map(len, sets.values()))
     print(f"{path}: {total} examples ({counts}), {len(pictures)} pictures, {regions}, {len(answers)} answers")

@@ -738,8 +738,8 @@ def print_warnings(dataset, path):
 
 
 def remove_stale(folder):
-    """Removes columns whose pictures or stores have changed since, or of which only a part is left. Several runs may do so at the same time: one of them
-    removes the columns, and none removes columns that another run has made anew."""
+    """Removes columns whose pictures or stores have changed since, or of which only a part is left. Several runs may do so at
+    the same time: one of them removes the columns, and none removes columns that another run has made anew."""
     aside = folder.with_name(f".making-stale-{folder.name}-{os.getpid()}-{time.time_ns()}")
     depends = folder / "depends.jsonl"
     try:

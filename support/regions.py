@@ -539,13 +539,14 @@ class FeatureStore:
 
     def check_values(self, sample=1000):
         """UserError unless all boxes lie in 0..1 and features are finite, these in `sample` pictures evenly spaced."""
-        boxes = self.fields["boxes"]
+        boxes = self.open_field("boxes")
+        features = self.open_field("features")
         for start in range(0, len(boxes), 1 << 20):
             part = boxes[start : start + (1 << 20)]
             if not (part.min() > -0.01 and part.max() < 1.01):  # False for NaN
                 raise UserError(f"{self.folder / 'boxes.npy'}: boxes lie outside 0..1; divide by width and height")
         for row in range(0, len(self), 1 + len(self) // sample):
-            if not np.isfinite(self.fields["features"][self.offsets[row] : self.offsets[row + 1]]).all():
+            if not np.isfinite(features[self.offsets[row] : self.offsets[row + 1]]).all():
                 raise UserError(f"{self.folder / 'features.npy'}: picture {row} has NaN or infinity; write it again")
 
     def label_counts(self, config):
