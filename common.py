@@ -222,7 +222,8 @@ def at_least_float32(x):
 
 
 def in_float32(loss):
-    """Decorator: computes a loss in float32 whatever autocast does; float64 stays float64. Tensors are positional.
+    """Decorator: computes a loss in float32 whatever autocast does; float64 stays float64. Pass tensors as
+    positional arguments: keyword ones are not converted.
 
     Under autocast logits arrive in bfloat16, and their softmax would stay in it. Nearly right predictions would then
     have almost no gradient.

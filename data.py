@@ -48,6 +48,7 @@ from support.records import (
     is_texts,
     make_columns,
     pair_keys,
+    print_shared_pictures,
     print_warnings,
     read_columns,
     text_key,
@@ -865,7 +866,9 @@ def print_contents(path, sets):
     """Counts of examples, pictures, regions and answers."""
     counts = ", ".join(f"{len(dataset)} {split}" for split, dataset in sets.items())
     pictures = {(str(dataset.store.folder), row) for dataset in sets.values() for row in np.unique(dataset.image)}
-    answers = set(itertools.chain.from_iterable(map(answer_list, sets.values())))
+    answers = set()
+    for dataset in sets.values():
+        answers.update(answer_list(dataset))
     store = next(iter(sets.values())).store
     widths = {dataset.store.width for dataset in sets.values()}
     if len(widths) > 1:
@@ -874,21 +877,6 @@ def print_contents(path, sets):
     regions = f"{store.offsets[-1] / len(store):.1f} regions of width {store.width} each"
     total = sum(map(len, sets.values()))
     print(f"{path}: {total} examples ({counts}), {len(pictures)} pictures, {regions}, {len(answers)} answers")
-
-
-def print_shared_pictures(sets):
-    """Warns of pictures that two splits share, and of pictures of one split that count as several: equal pixels or features
-    in another file, under another name or with other boxes."""
-    digests = {}  # split -> the digests of its pictures
-    for split, dataset in sets.items():
-        rows = np.unique(dataset.image)
-        digests[split] = dataset.store.digests_of(rows)
-        if len(digests[split]) < len(rows):
-            print(f"warning: the {len(rows)} pictures of {split} have only {len(digests[split])} different contents")
-    for known, split in itertools.combinations(digests, 2):
-        shared = digests[split] & digests[known]
-        if known in ("train", "val") and shared:  # several splits for testing may well have the same pictures
-            print(f"warning: {len(shared)} of the {len(digests[split])} pictures of {split} are in {known} too")
 
 
 def preview(source, task, out, split, count, patch, grid):

@@ -129,7 +129,7 @@ def parse(argv=None):
         ("to", "--export", args.export),
         ("top", "answers and pictures", not (args.export or args.embed)),
         ("beams", "captions", not (args.export or args.embed or args.search)),
-        ("task", "--export --to onnx and program", args.to in export.PROGRAMS or not args.export),
+        ("task", "one task; this format holds all", args.to in export.PROGRAMS or not args.export),
         ("out", "--scenes, --image, --search and --data, without --attention or --embed", writes),
     ):
         if getattr(args, name) is not None and not is_read:
@@ -230,7 +230,9 @@ def held_out(run, task, split, count):
     """(a Dataset of `count` examples of a split, always the same ones; {row of its store: picture file or None}).
     By default the split is test; if there is no test, val; if there is neither, train."""
     source = own_source(run, task)
-    lines = task_of_lines(run, task, data.read_dataset_json(data.find(source)))
+    description = data.read_dataset_json(data.find(source))
+    options.check_split(split, source, description)
+    lines = task_of_lines(run, task, description)
     names = [split] if split else ["test", "val", "train"]
     for name in names:
         dataset = data.load(source, lines, name, patch=run.args.patch, grid=run.args.grid, network=run.regions)
@@ -392,24 +394,13 @@ def make_example(task, record):
     return task.examples(record)[0]
 
 
-def parse_boxes(text):
-    """--boxes as a list. UserError for anything else."""
-    try:
-        boxes = json.loads(text)
-    except ValueError:
-        boxes = None
-    if not records.is_boxes(boxes):
-        raise UserError("--boxes: write [[x1,y1,x2,y2],...] in pixels")
-    return boxes
-
-
 def read_images(run, task, args):
     """The Dataset of `--text` with each picture, or with each pair, and {row of its store: picture file}."""
     if len(args.image) % task.pictures:
         raise UserError(f"{task.name} takes two --image for each answer, not {len(args.image)}")
     boxes = [None] * len(args.image)
     if args.boxes:
-        boxes = [parse_boxes(text) for text in args.boxes]
+        boxes = [options.parse_boxes(text) for text in args.boxes]
         if len(boxes) != len(args.image):
             raise UserError(f"{len(boxes)} --boxes for {len(args.image)} --image: give one for each, or none")
     network = load_network(run)
@@ -419,8 +410,10 @@ def read_images(run, task, args):
     for i in range(0, len(args.image), task.pictures):
         found = []
         for file, own_boxes in zip(args.image[i : i + task.pictures], boxes[i : i + task.pictures], strict=True):
-            if not Path(file).is_file() or Path(file).suffix == ".npz":
-                raise UserError(f"--image {file}: no such file, or no picture; feature files belong into --data")
+            if not Path(file).is_file():
+                raise UserError(f"--image {file}: no such file")
+            if Path(file).suffix == ".npz":
+                raise UserError(f"--image {file}: is a feature file; name it in a line of --data")
             files[len(files)] = Path(file)
             picture, own_notes = make_regions(run, f"--image {file}", Path(file), own_boxes, network)
             found.append(picture)
@@ -512,6 +505,7 @@ def load_lines(run, task, args, lines_of=None):
     source = args.data or own_source(run, task)
     description = data.read_dataset_json(data.find(source))
     options.warn_of_other_network(source, description, run.regions)
+    options.check_split(args.split, source, description)
     lines_of = lines_of or task_of_lines(run, task, description)
     lines = optional_truth(lines_of, args.prompt or "")
     refuse_lost_data(args, description, lines)
@@ -526,8 +520,6 @@ def load_lines(run, task, args, lines_of=None):
             datasets.append(use_dataset(run, task, dataset))
         if name == "test" and len(dataset):
             break
-    if args.split and args.split not in known:
-        raise UserError(f"{source}: has no split {args.split}; there are {', '.join(known)}")
     if not datasets:
         raise UserError(f"{source}: has no examples of split {' or '.join(names)}")
     first = records.first_record(data.task_file(description, lines_of.name))

@@ -111,6 +111,7 @@ def train(args):
         distill.match_teacher(run, teacher)
     if args.lr is None:
         args.lr = options.default_learning_rate(paper, run.model.config.hidden, args, world)
+    options.check_decay(args)
     if args.compile:
         machine.compile_layers(run.model)
     run.optimizer = AdamW(run.model, args.weight_decay, run.progress.get("at_random", ()), args.lr_new)
@@ -257,9 +258,7 @@ def load_data(run, checkpoint, teacher):
     if options.one_source(args):
         run.content_words = words_of_one_piece(run.tokenizer, args.data_sets[0][1]["content_words"])
     if args.max_words is None:
-        sizes = dict(checkpoint["config"] if checkpoint else run.paper.PRESETS.get(args.size, {}))
-        sizes.update(options.parse_config_options(args, run.paper))
-        args.max_words = min(60, sizes.get("max_positions", run.paper.Config.max_positions))
+        args.max_words = options.default_max_words(args, run.paper, checkpoint)
     for splits in run.sets.values():
         for split in splits.values():
             split.encode(run.tokenizer, max_length=args.max_words)

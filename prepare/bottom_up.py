@@ -47,6 +47,7 @@ def read_tsv(path):
     with open(path, encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.reader(file, delimiter="\t"), 1):
             where = f"{path}:{number}"
+            published.note_place(where)
             published.require(len(row) == 10, where, f"{len(row)} columns, not ten; is this LXMERT's file?")
             name, height, width = row[:3]
             count = row[7]
@@ -66,6 +67,7 @@ def read_tsv(path):
 
 def read_npz(path):
     """(name, fields of the store, None) of one of UNITER's files, which do not say how large the picture is."""
+    published.note_place(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("features", "norm_bb", "conf", "soft_labels")}
@@ -97,15 +99,29 @@ def check_fields(where, fields):
     fields["boxes"] = np.clip(boxes, 0, 1)
 
 
+def files_of(source):
+    """The .tsv files and the .npz files of a folder, two lists. A file counts as a .tsv. UserError if there are none."""
+    tables = [source] if source.is_file() else sorted(source.glob("*.tsv"))
+    arrays = sorted(source.glob("*.npz"))
+    published.require(tables or arrays, source, "no .tsv or .npz files; SOURCE is one .tsv or their folder")
+    return tables, arrays
+
+
 def read_all(source):
     """The pictures of a file or a folder."""
-    tables = [source] if source.is_file() else sorted(source.glob("*.tsv"))
+    tables, arrays = files_of(source)
     for path in tables:
         yield from read_tsv(path)
-    arrays = sorted(source.glob("*.npz"))
     for path in arrays:
         yield read_npz(path)
-    published.require(tables or arrays, source, "no .tsv or .npz files; SOURCE is one .tsv or their folder")
+
+
+def remove_old_lines(out):
+    """Removes dataset.json and the lines that it names: they name rows of a store that is about to be replaced."""
+    file = out / "dataset.json"
+    if file.is_file():
+        (out / published.read_json(file).get("file", "")).unlink(missing_ok=True)
+        file.unlink()
 
 
 def picture_key(name):
@@ -133,11 +149,10 @@ def convert(source, out, data_file):
             yield fields
 
     description = {}
-    if data_file is not None:
-        if (data_file.parent / "dataset.json").is_file():  # prepare/refcoco.py names its splits there
-            description = published.read_json(data_file.parent / "dataset.json")
-        for name in (data_file.name, "dataset.json"):  # no old lines beside a new store
-            (out / name).unlink(missing_ok=True)
+    if data_file is not None and (data_file.parent / "dataset.json").is_file():  # refcoco.py names its splits there
+        description = published.read_json(data_file.parent / "dataset.json")
+    files_of(source)  # ends here if there are none
+    remove_old_lines(out)
     store = out / "regions"
     data.write_store(store, pictures())
     (out / "ids.txt").write_text("".join(name + "\n" for name in names), encoding="utf-8")

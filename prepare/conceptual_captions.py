@@ -52,6 +52,9 @@ def sbu(folder, out, counts):
     urls = published.read_text_lines(folder / "SBU_captioned_photo_dataset_urls.txt", blank=True)
     captions = published.read_text_lines(folder / "SBU_captioned_photo_dataset_captions.txt", blank=True)
     for row, (address, caption) in enumerate(itertools.zip_longest(urls, captions)):
+        rest = address or caption
+        if (address is None or caption is None) and not rest[1].strip():
+            continue  # blank lines at the end of one file
         in_step = address is not None and caption is not None
         published.require(in_step, folder, "the two SBU files have different numbers of lines; download them again")
         file = address[1].strip().rpartition("/")[2]

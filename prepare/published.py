@@ -11,7 +11,13 @@ import data
 from common import UserError
 
 BETWEEN = re.compile(r"[\s,:]*")  # what stands between the values of a JSON file
-last_read = [""]  # where the entry stands that was read last, for the message about a mistake that no check foresaw
+_place = ""  # see note_place
+
+
+def note_place(where):
+    """Notes where the entry stands that is read now, for the message about a mistake that no check foresaw."""
+    global _place
+    _place = str(where)
 
 
 def require(ok, where, what):
@@ -23,7 +29,7 @@ def require(ok, where, what):
 def read_json(path):
     """The content of a JSON file."""
     require(path.is_file(), path, "no such file")
-    last_read[0] = str(path)
+    note_place(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -37,7 +43,7 @@ def read_text_lines(path, blank=False):
         try:
             for number, line in enumerate(file, 1):
                 if blank or line.strip():
-                    last_read[0] = f"{path}:{number}"
+                    note_place(f"{path}:{number}")
                     yield f"{path}:{number}", line.rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error}); download it again") from None
@@ -59,7 +65,7 @@ def stream_json(path, needed=(), inside=None, chunk=1 << 20):
     an entry of a list is its number. Entries must be objects that have the keys `needed`. inside: the key of the
     list or object that holds the entries, as in {"info": {...}, "annotations": [...]}; None: the whole file."""
     require(path.is_file(), path, "no such file")
-    last_read[0] = str(path)
+    note_place(path)
     decoder = json.JSONDecoder()
     number = 0
     with open(path, encoding="utf-8") as file:
@@ -87,7 +93,7 @@ def stream_json(path, needed=(), inside=None, chunk=1 << 20):
                 position = 0
                 continue
             where = f"{path}: entry {key}"
-            last_read[0] = where
+            note_place(where)
             check_keys(where, entry, needed)
             yield where, key, entry
             number += 1
@@ -118,7 +124,7 @@ def entries(path, content, needed):
     require(isinstance(content, list), path, "not a list of entries; is this the published file?")
     for number, row in enumerate(content):
         where = f"{path}: entry {number}"
-        last_read[0] = where
+        note_place(where)
         check_keys(where, row, needed)
         yield where, row
 
@@ -197,7 +203,7 @@ def write_jsonl(path, records):
     data.write_whole(path, write)
     print(f"{path}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
     if blank:
-        print(f"{blank} records left out: their text is blank")
+        print(f"left out because their text is blank: {blank}")
 
 
 # ---- predictions, back to the benchmark --------------------------------------------------------------------------------
@@ -205,8 +211,10 @@ def write_jsonl(path, records):
 
 def first_answer(where, line):
     """The likeliest answer of a line that predict.py wrote."""
-    require(bool(line.get("answers")), where, "has no answers; is this what predict.py --data ... --out wrote?")
-    return line["answers"][0][0]
+    answers = line.get("answers")
+    pairs = isinstance(answers, list) and answers and isinstance(answers[0], list) and answers[0]
+    require(bool(pairs), where, "has no answers; is this what predict.py --data ... --out wrote?")
+    return answers[0][0]
 
 
 def whole_number(where, text):
@@ -227,7 +235,6 @@ def main(convert, description, add_options=None, arguments=None, predictions=Non
     """The command line of a script: SOURCE and OUT, then what add_options(parser) adds, as keywords of convert().
     predictions: see `write_predictions`. Exit code 0, or 2 with one line on stderr."""
     name = Path(sys.argv[0]).name
-    last_read[0] = ""
     parser = data.Parser(prog=name, description=description.split("\n")[0])
     parser.add_argument("source", type=Path, help="folder of the published files")
     parser.add_argument("out", type=Path, help="folder of the JSONL")
@@ -244,12 +251,20 @@ def main(convert, description, add_options=None, arguments=None, predictions=Non
             write_predictions(source, out, predictions)
         else:
             out.mkdir(parents=True, exist_ok=True)
-            convert(source, out, **args)
+            convert_or_explain(convert, source, out, args)
     except (UserError, OSError) as error:
         print(f"{name}: {UserError(str(error))}", file=sys.stderr)
         return 2
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        what = f"not as published ({type(error).__name__}: {error})"
-        print(f"{name}: {UserError(f'{last_read[0] or source}: {what}')}", file=sys.stderr)
-        return 2
     return 0
+
+
+def convert_or_explain(convert, source, out, args):
+    """convert(source, out, **args). UserError, with the place, where the files hold values of another kind than published
+    and no check foresaw it."""
+    note_place(source)
+    try:
+        convert(source, out, **args)
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{_place}: not as published ({type(error).__name__}: {error})") from None

@@ -220,16 +220,17 @@ def draw_numbers(image, boxes, chosen=None):
 
 def draw_heat(image, boxes, weights, title):
     """A cell: the picture, dark outside of its regions. A region is the brighter, and its frame the thicker, the larger
-    its weight; the heaviest region has its full brightness. The 12 heaviest (MOST) have their weight in percent.
+    its weight. Small regions cover large ones, so a large one shows its brightness where no smaller one lies. The 12
+    heaviest (MOST) have their weight in percent.
 
     boxes: N lists x1, y1, x2, y2 in 0..1.   weights: N numbers in 0..1.
     """
-    order = np.argsort(weights).tolist()  # the heaviest one is drawn last
+    order = np.argsort(weights).tolist()  # of frames: the heaviest last
     most = max(weights[order[-1]], 1e-9)
     areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes]
     dark = image.point(lambda value: value * DARK)
     shown = dark.copy()
-    for i in sorted(order, key=lambda i: -areas[i]):  # small ones last, or a heavy large one would hide them
+    for i in sorted(order, key=lambda i: -areas[i]):
         corners = corners_of(image, boxes[i])
         region = Image.blend(dark.crop(corners), image.crop(corners), weights[i] / most)
         shown.paste(region, corners[:2])

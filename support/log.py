@@ -82,8 +82,8 @@ class Log:
             if what:
                 everywhere = []
                 for part in evaluation.gather_objects(self.run, ids):  # so that all processes say the same
-                    everywhere += part
-                examples = ", ".join(everywhere[:8])
+                    everywhere += part[: math.ceil(8 / self.run.world)]
+                examples = ", ".join(everywhere)
                 raise UserError(f"step {step}: {what} is not finite; try a lower --lr. Examples: {examples} ...")
 
     def line(self):

@@ -154,6 +154,19 @@ def check_options(args, defaults):
         raise UserError(f"--distill {args.distill} says what to learn from --teacher; give --teacher too")
     if args.rerank and not any(tasks.TASKS[name].ranks for name in names):
         raise UserError("--rerank is for --task retrieval, or for pretraining with --objectives ...,itm,itc")
+    refuse_unread_options(args, defaults)
+    if args.export_official:
+        if args.seeds > 1 and "{seed}" not in args.export_official:
+            raise UserError("--export-official: put {seed} into the name, or each run writes over the one before")
+        if args.model == "all" and "{model}" not in args.export_official:
+            raise UserError("--export-official: put {model} into the name, or each run writes over the one before")
+    parse_temperature(args.temperature)
+
+
+def refuse_unread_options(args, defaults):
+    """UserError for an option that is given and that nothing reads in this run."""
+    names = args.task.split(",")
+    pretraining = any(tasks.is_pretraining(name) for name in names)
     contrasts = bool(args.rerank) or "itc" in (args.objectives or "").split(",")
     mines = any(tasks.TASKS[name].hard_negatives for name in names)
     generates = any(tasks.TASKS[name].generates for name in names)
@@ -162,19 +175,12 @@ def check_options(args, defaults):
         ("mine", "--task retrieval", mines),
         ("captions", "retrieval and itc", mines or contrasts),
         ("beams", "--task caption", generates),
+        ("pool", "retrieval, captions and itc", mines or generates or contrasts),
         ("size", "a start without --init, whose sizes stay", not args.init or args.resume),
         ("temperature", "the objective itc", contrasts),
     ):
         if getattr(args, name) != getattr(defaults, name) and not is_read:
             raise UserError(f"--{name} {getattr(args, name)}: is for {purpose}, and changes nothing here; leave it out")
-    if args.lr is not None and args.lr * args.lr_new * args.weight_decay >= 1:
-        raise UserError("--lr times --weight-decay is 1 or more, so every step would take the weights beyond zero")
-    if args.export_official:
-        if args.seeds > 1 and "{seed}" not in args.export_official:
-            raise UserError("--export-official: put {seed} into the name, or each run writes over the one before")
-        if args.model == "all" and "{model}" not in args.export_official:
-            raise UserError("--export-official: put {model} into the name, or each run writes over the one before")
-    parse_temperature(args.temperature)
 
 
 def parse_temperature(text):
@@ -515,6 +521,37 @@ def parse_config_value(text, name, value, default):
     if type(value) is not type(default) or too_small:
         raise UserError(f"--config {text}: {name} is something like {default}")
     return value
+
+
+def check_decay(args):
+    """UserError where a step of weight decay would take the weights to zero or past it."""
+    if args.lr * args.lr_new * args.weight_decay >= 1:
+        raise UserError("--lr times --lr-new times --weight-decay is 1 or more; take a smaller --weight-decay")
+
+
+def parse_boxes(text):
+    """--boxes of predict.py as a list. UserError for anything else."""
+    try:
+        boxes = json.loads(text)
+    except ValueError:
+        boxes = None
+    if not records.is_boxes(boxes):
+        raise UserError("--boxes: write [[x1,y1,x2,y2],...] in pixels")
+    return boxes
+
+
+def check_split(split, source, description):
+    """UserError unless a data set may have this split. None: none is asked for."""
+    known = [*data.SPLITS, *description["extra_splits"]]
+    if split and split not in known:
+        raise UserError(f"{source}: has no split {split}; there are {', '.join(known)}")
+
+
+def default_max_words(args, paper, checkpoint):
+    """The longest text, in word pieces: 60, or as many as the model has positions. checkpoint: that of --init, or None."""
+    sizes = dict(checkpoint["config"] if checkpoint else paper.PRESETS.get(args.size, {}))
+    sizes.update(parse_config_options(args, paper))
+    return min(60, sizes.get("max_positions", paper.Config.max_positions))
 
 
 def default_learning_rate(paper, width, args, world):

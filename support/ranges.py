@@ -17,13 +17,16 @@ def in_range(kind, least, most=math.inf, above=False):
     """A type for argparse: a finite number of this kind, int or float, from `least` to `most`. above=True: `least`
     itself is refused."""
 
+    wanted_kind = "whole number" if kind is int else "number"
+    bound = "above" if above else "at least"
+
     def parse_number(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is no {wanted_kind}") from None
         if not least <= value <= most or value == math.inf or (above and value == least):
-            wanted = f"{'above' if above else 'at least'} {least}"
+            wanted = f"{bound} {least}"
             if most < math.inf:
                 wanted += f" and at most {most}"
             raise argparse.ArgumentTypeError(f"{text} must be {wanted}")

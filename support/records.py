@@ -699,13 +699,15 @@ def make_columns(path, task, splits, patch, grid, cache, network=None, device=No
         columns, pictures = read_columns(path, task, splits, patch, grid, mistakes, network, device)
         mistakes.stop(path)
         folders = {name: store.folder.resolve() for name, store in pictures.stores.items()}
-        stamps = [file_stamp(file) for file in pictures.paths()]  # before they are read: one may change meanwhile
+        stamps = [file_stamp(file) for file in pictures.paths()]  # before their pixels are read, which may take hours
         if pictures.jobs:
             folders[""] = pictures.extract(path, Path(cache).resolve(), mistakes).folder
             stamps.append(file_stamp(folders[""] / "offsets.npy"))
+        if pictures.outside:
+            warn(f"{path}: {pictures.outside} pictures or stores lie outside of its folder")
         for split, part in columns.items():
             part.save(aside / split, folders[part.store])
-        (aside / "warnings.json").write_text(json.dumps(odd_lines(columns, pictures)))
+        (aside / "warnings.json").write_text(json.dumps(odd_lines(columns)))
         (aside / "depends.jsonl").write_text("\n".join(map(json.dumps, stamps)))
 
     if not checked:
@@ -713,17 +715,15 @@ def make_columns(path, task, splits, patch, grid, cache, network=None, device=No
     return make_once(folder, make)
 
 
-def odd_lines(columns, pictures):
+def odd_lines(columns):
     """What is odd in the lines of a file, a list of sentences. columns: {split: Columns}."""
     notes = []
     lost = 0
     for part in columns.values():
         lost += part.text.count("\ufffd".encode()) + "".join(part.answers).count("\ufffd")
     if lost:
-        problem = f"{lost} characters are U+FFFD: a program that wrote the file could not decode them"
+        problem = f"U+FFFD stands {lost} times for a character that a program could not decode"
         notes.append(f"{problem}; make the file again from its source")
-    if pictures.outside:
-        notes.append(f"{pictures.outside} pictures or stores lie outside of its folder")
     return notes
 
 
@@ -735,6 +735,21 @@ def print_warnings(dataset, path):
     file = dataset.store.folder / "warnings.json"
     if file.exists():
         print_notes(json.loads(file.read_text()), f"among all pictures of {path}")
+
+
+def print_shared_pictures(sets):
+    """Warns of pictures that two splits share, and of pictures of one split that count as several: equal pixels or features
+    in another file, under another name or with other boxes."""
+    digests = {}  # split -> the digests of its pictures
+    for split, dataset in sets.items():
+        rows = np.unique(dataset.image)
+        digests[split] = dataset.store.digests_of(rows)
+        if len(digests[split]) < len(rows):
+            print(f"warning: the {len(rows)} pictures of {split} have only {len(digests[split])} different contents")
+    for known, split in itertools.combinations(digests, 2):
+        shared = digests[split] & digests[known]
+        if known in ("train", "val") and shared:  # several splits for testing may well have the same pictures
+            print(f"warning: {len(shared)} of the {len(digests[split])} pictures of {split} are in {known} too")
 
 
 def remove_stale(folder):
@@ -772,9 +787,9 @@ def is_current(folder):
         for line in stamps:
             path, *known = json.loads(line)
             try:
-                state = os.stat(path)  # not file_stamp, which also resolves the path: that is slow for millions
+                _, *now = file_stamp(path)
             except OSError:
                 return False
-            if [state.st_size, state.st_mtime_ns] != known:
+            if now != known:
                 return False
     return True

@@ -133,7 +133,7 @@ def file_stamp(path):
     """What changes when a file does: [path, size, time of its last change]. Of a link the path is its own, because it
     may come to lead elsewhere; size and time are those of the file that it leads to."""
     state = os.stat(path)
-    return [os.path.abspath(path), state.st_size, state.st_mtime_ns]
+    return [str(Path(path).absolute()), state.st_size, state.st_mtime_ns]  # with its "..", which may follow a link
 
 
 def content_digest(content):
@@ -518,8 +518,8 @@ class FeatureStore:
             if features.ndim != 2 or features.dtype.kind not in "fiu":
                 raise ValueError("features.npy is not (regions, F) of numbers")
             self.width = features.shape[1]  # F
-            if self.fields["boxes"].shape[1:] != (4,):
-                raise ValueError("boxes.npy is not (regions, 4)")
+            if self.fields["boxes"].shape[1:] != (4,) or self.fields["boxes"].dtype.kind not in "fiu":
+                raise ValueError("boxes.npy is not (regions, 4) of numbers")
             lengths = {len(field) for field in self.fields.values()}
             if lengths != {int(self.offsets[-1])} or self.offsets[0] != 0 or (np.diff(self.offsets) < 1).any():
                 raise ValueError("its files do not fit each other")

@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def trained(folder, small_scenes, monkeypatch, capsys):
     """trained(model, task, *options): best.pt of a run of a few steps, made on first use. The test then runs in `folder`."""
-    from helpers import narrow
+    from helpers import narrow, with_pool
 
     import train
 
@@ -85,9 +85,9 @@ def trained(folder, small_scenes, monkeypatch, capsys):
         out = "-".join([model, task, *options])  # other options, another run
         if not (folder / out / "result.json").exists():
             command = ["--model", model, "--task", task, "--data", str(small_scenes(20)), "--out", out]
-            command += ["--steps", "6", "--batch-size", "8", "--device", "cpu", "--dtype", "f32", "--pool", "15"]
+            command += ["--steps", "6", "--batch-size", "8", "--device", "cpu", "--dtype", "f32"]
             command += ["--limit", "64", "--eval-every", "6"]
-            assert train.main(narrow([*command, *options])) == 0
+            assert train.main(narrow(with_pool([*command, *options], 15))) == 0
         capsys.readouterr()
         return f"{out}/best.pt"
 

@@ -21,6 +21,15 @@ WIDTHS = {
 }
 
 
+def with_pool(arguments, pictures):
+    """The arguments of train.py, and --pool if one of their tasks is tested on that many pictures."""
+    arguments = list(map(str, arguments))
+    tasks_given = arguments[arguments.index("--task") + 1].split(",") if "--task" in arguments else []
+    if "--pool" in arguments or not {"retrieval", "caption"} & set(tasks_given):
+        return arguments
+    return [*arguments, "--pool", str(pictures)]
+
+
 def narrow(arguments):
     """The arguments of train.py for a model of a quarter of the tiny width, which takes half of the time. They stay
     as they are where they say sizes themselves, or start from a checkpoint that has them."""

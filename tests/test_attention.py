@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tables
 import torch
-from helpers import narrow, use
+from helpers import narrow, use, with_pool
 from PIL import Image
 
 import common
@@ -39,10 +39,10 @@ def trained(folder, small_scenes, monkeypatch, capsys):
     def run(model, task=TASKS):
         out = f"{model}-{task[:3]}"
         if not (folder / out / "result.json").exists():
-            command = ["--model", model, "--task", task, "--data", str(small_scenes(10)), "--out", out, "--pool", "5"]
+            command = ["--model", model, "--task", task, "--data", str(small_scenes(10)), "--out", out]
             command += ["--steps", "6", "--batch-size", "8", "--device", "cpu", "--dtype", "f32", "--limit", "16"]
             command += ["--eval-every", "6"]
-            assert train.main(narrow(command)) == 0
+            assert train.main(narrow(with_pool(command, 5))) == 0
         capsys.readouterr()
         return f"{out}/checkpoint.pt"
 

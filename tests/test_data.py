@@ -231,6 +231,7 @@ def test_a_store_with_crops_that_it_lacks_is_one_line(tmp_path):
         ("offsets", np.array([-1, 1, 3]), "do not fit"),
         ("features", np.zeros((3, 2, 5)), "features.npy is not"),
         ("features", np.array([["a", "b"]] * 3), "features.npy is not"),
+        ("boxes", np.array([["a"] * 4] * 3), "boxes.npy is not"),
     ],
 )
 def test_a_store_with_an_array_of_another_shape_is_one_line(name, values, message, tmp_path):
@@ -1186,7 +1187,7 @@ def test_texts_of_all_scripts_and_line_ends_are_read_as_they_are(own, tmp_path, 
     assert "U+FFFD" not in capsys.readouterr().err
     own({"image": "a.png", "text": "caf\ufffd"})
     load(path, "caption", "train", cache=tmp_path / "c")
-    assert "1 characters are U+FFFD: a program that wrote the file" in capsys.readouterr().err
+    assert "U+FFFD stands 1 times for a character" in capsys.readouterr().err
 
 
 def test_equal_answers_are_merged_and_ids_are_kept(own, tmp_path):
@@ -1258,6 +1259,21 @@ def test_a_link_that_leads_to_another_picture_is_noticed(tmp_path):
         assert before[0] > 0 > before[2] and after[2] > 0 > after[0], name
 
 
+def test_a_way_up_behind_a_linked_folder_leads_to_the_picture(tmp_path):
+    """`..` of a link's target, as prepare scripts write it, beside another picture where the link itself lies."""
+    for folder, color in (("disk/in", "red"), ("home/in", "blue")):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (9, 9), color).save(tmp_path / folder / "0.png")
+    (tmp_path / "disk/out").mkdir()
+    (tmp_path / "home/out").symlink_to("../disk/out")
+    path = write_jsonl(tmp_path / "home/out/my.jsonl", [{"image": "../in/0.png", "text": "a"}])
+    for _ in range(2):
+        dataset = load(path, "caption", "train", cache=tmp_path / "c")
+        assert Image.open(records.picture_file(dataset, 0)).getpixel((0, 0)) == (255, 0, 0)
+        inode = (dataset.folder / "text.npy").stat().st_ino
+        assert inode == (load(path, "caption", "train", cache=tmp_path / "c").folder / "text.npy").stat().st_ino
+
+
 def test_a_picture_that_changes_while_others_are_read_is_read_again(tmp_path, monkeypatch):
     for name in "ab":
         Image.new("RGB", (9, 9), "red").save(tmp_path / f"{name}.png")
@@ -1321,7 +1337,7 @@ def test_check_repeats_its_warnings_and_compares_val_with_test(tmp_path, capsys)
     for _ in range(2):  # the second time from the cache
         assert data.main(["check", str(path), "--task", "vqa"]) == 0
         captured = capsys.readouterr()
-        assert captured.err.count("1 characters are U+FFFD") == 1
+        assert captured.err.count("U+FFFD stands 1 times") == 1
         assert "warning: 1 of the 1 pictures of test are in val too" in captured.out
         assert "in train too" not in captured.out
 

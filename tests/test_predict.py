@@ -550,7 +550,7 @@ def test_letters_outside_ascii_are_drawn_and_a_long_text_is_cut():
         (["CKPT", "--export", "x.bin", "--to", "transformers"], "transformers has no uniter"),
         (["CKPT", "--search", ""], "--search is empty"),
         (["CKPT", "--search", " "], "has no visible character"),
-        (["CKPT", "--image", "wide.npz", "--text", "x"], "feature files belong into --data"),
+        (["CKPT", "--image", "wide.npz", "--text", "x"], "is a feature file; name it in a line"),
         (["CKPT", "--image", "0.png", "--text", "x", "--out", "x.txt"], "--out x.txt: not the name of a picture"),
         (["CKPT", "--scenes", "--attention", "x"], "--attention x: not the name of a picture"),
         (["CKPT", "--data", "vqa.jsonl", "--split", "tset"], "no split tset; there are train, val, test"),

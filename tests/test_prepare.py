@@ -1140,7 +1140,7 @@ def test_captions_of_blanks_are_left_out_and_counted(tmp_path, capsys):
     write_json(tmp_path / "in" / "dataset_coco.json", {"images": [blank]})
     assert convert(coco, tmp_path / "in", tmp_path / "out") == 0
     assert [record["text"] for record in read_lines(tmp_path / "out" / "coco.jsonl")] == ["a man"]
-    assert "1 records left out: their text is blank" in capsys.readouterr().out
+    assert "left out because their text is blank: 1" in capsys.readouterr().out
 
 
 def test_coco_with_karpathys_split(tmp_path, capsys):
@@ -1774,6 +1774,9 @@ def test_sbu(tmp_path, capsys):
     assert convert(conceptual_captions, folder, tmp_path / "out") == 0
     records = read_lines(tmp_path / "out" / "sbu.jsonl")
     assert records == [{**expected, "text": "Pond\rin the park .", "id": "sbu-2"}]
+    captions.write_bytes(captions.read_bytes() + b"\n")
+    assert convert(conceptual_captions, folder, tmp_path / "out") == 0
+    assert read_lines(tmp_path / "out" / "sbu.jsonl") == records
 
     urls.write_text("http://static.flickr.com/1/1_a.jpg\n")
     err = error_of(capsys, conceptual_captions, folder, tmp_path / "out")
@@ -1874,9 +1877,11 @@ def test_bottom_up_features_of_lxmert(tmp_path, capsys):
     write_json(tmp_path / "dataset.json", splits)
     assert convert(bottom_up, path, tmp_path / "out", "--data", str(source)) == 0
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["extra_splits"] == ["testA"]
+    assert "no .tsv or .npz" in error_of(capsys, bottom_up, tmp_path / "typo", tmp_path / "out", "--data", str(source))
+    assert (tmp_path / "out" / "my.jsonl").exists()  # the store is as it was
     other = tsv_line("1", features_1 * np.nan, boxes)  # the old lines name rows of a store that is written anew
     (tmp_path / "other.tsv").write_bytes(other.encode())
-    error_of(capsys, bottom_up, tmp_path / "other.tsv", tmp_path / "out", "--data", str(source))
+    error_of(capsys, bottom_up, tmp_path / "other.tsv", tmp_path / "out")
     assert not (tmp_path / "out" / "my.jsonl").exists() and not (tmp_path / "out" / "dataset.json").exists()
 
     inside = write_lines(tmp_path / "out" / "inside.jsonl", records)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import narrow
+from helpers import narrow, with_pool
 from test_scenes import COLORS, SHAPES
 
 import checkpoints
@@ -1176,7 +1176,7 @@ def test_tasks_trained_together_need_features_of_one_width(tmp_path, monkeypatch
 
 # ---- the command line ------------------------------------------------------------------------------------------
 
-QUICK = ["--steps", "2", "--batch-size", "8", "--log-every", "1", "--dtype", "f32", "--device", "cpu", "--pool", "10"]
+QUICK = ["--steps", "2", "--batch-size", "8", "--log-every", "1", "--dtype", "f32", "--device", "cpu"]
 QUICK += ["--eval-every", "2"]
 SIX = "ve,nlvr2,vcr,retrieval,refer,caption"
 COUNTS = {"train": 40, "val": 12, "test": 12, "compose": 12}  # pictures of the drawn scenes
@@ -1190,7 +1190,7 @@ def folder(tmp_path_factory):
 def start(folder, monkeypatch, *arguments):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(scenes, "COUNTS", COUNTS)
-    return train.main(narrow([*QUICK, *arguments]))
+    return train.main(narrow(with_pool([*QUICK, *arguments], 10)))
 
 
 @pytest.mark.parametrize("name", PAPERS)

@@ -547,7 +547,7 @@ def test_options_are_taken_where_something_reads_them(arguments):
     ("arguments", "message"),
     [
         (["--nonsense"], "--nonsense"),
-        (["--lr", "1", "--weight-decay", "1"], "--lr times --weight-decay is 1 or more"),
+        (["--task", "vqa", "--pool", "5"], "--pool 5: is for retrieval, captions and itc"),
         (["--model", "bert"], "bert"),
         (["--task", "sing"], "sing"),
         (["--objectives", "mlm,xyz"], "xyz"),
@@ -1350,6 +1350,12 @@ def test_resume_keeps_the_best_of_before(pictures, tmp_path, here):
     before = path.with_name("best.pt").read_bytes()
     here(*given, "--resume", "--steps", 3)
     assert path.with_name("best.pt").read_bytes() == before
+
+
+def test_a_decay_that_takes_weights_beyond_zero_is_refused(pictures, here, capsys):
+    for given in (["--lr", 1, "--weight-decay", 1], ["--weight-decay", 1e5]):
+        here("--data", pictures, "--steps", 2, *given, code=2)
+        assert "--lr times --lr-new times --weight-decay is 1 or more" in capsys.readouterr().err
 
 
 def test_a_run_that_cannot_start_leaves_the_earlier_one(pictures, here, capsys):
