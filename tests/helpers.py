@@ -14,9 +14,9 @@ import predict
 # options of train.py for runs of a few steps
 SMALL = ["--batch-size", "4", "--log-every", "1", "--dtype", "f32", "--device", "cpu", "--patch", "4"]
 NARROW = ["hidden=32", "intermediate=64"]
-WIDTHS = {
-    "uniter": NARROW,
-    "lxmert": NARROW,
+SIZES = {
+    "uniter": [*NARROW, "layers=2"],
+    "lxmert": [*NARROW, "language_layers=1"],
     "vilbert": [*NARROW, "visual_hidden=32", "visual_intermediate=64", "shared=32"],
 }
 
@@ -31,13 +31,13 @@ def with_pool(arguments, pictures):
 
 
 def narrow(arguments):
-    """The arguments of train.py for a model of a quarter of the tiny width, which takes half of the time. They stay
+    """The arguments of train.py for a model smaller than the tiny one, which takes half of the time. They stay
     as they are where they say sizes themselves, or start from a checkpoint that has them."""
     arguments = list(map(str, arguments))
     if {"--config", "--init", "--size"} & set(arguments):
         return arguments
     model = arguments[arguments.index("--model") + 1] if "--model" in arguments else "uniter"
-    return [*arguments, "--config", *WIDTHS[model]] if model in WIDTHS else arguments
+    return [*arguments, "--config", *SIZES[model]] if model in SIZES else arguments
 
 
 def use(*arguments):

@@ -234,7 +234,7 @@ def test_raw_maps_are_those_of_torch(trained):
         cells = batch.region_mask
         matrix = attention.raw(record)
         if model == "uniter":
-            x = [states["embedding"], states["layer.0"], states["layer.1"]]
+            x = [states["embedding"], states["layer.0"]]
             both = torch.cat([words, cells], 1)
             probs = [torch_probs(layer.attention, y, y, both) for layer, y in zip(run.model.layers, x, strict=True)]
             torch.testing.assert_close(matrix, torch.stack(probs).mean(0)[0], atol=1e-5, rtol=1e-4)
@@ -242,7 +242,7 @@ def test_raw_maps_are_those_of_torch(trained):
             torch.testing.assert_close(attention.raw(record, layer=1), probs, atol=1e-5, rtol=1e-4)
             continue
         if model == "lxmert":
-            inputs = [("text.1", "regions.0"), ("cross.0.text", "cross.0.regions")]
+            inputs = [("text.0", "regions.0"), ("cross.0.text", "cross.0.regions")]
             blocks = [(layer.cross, layer.cross) for layer in run.model.cross_layers]
         else:  # before the second connection one more layer of each has run
             inputs = [("text.1", "regions.embedding"), ("text.2", "regions.0")]
