@@ -29,7 +29,7 @@ from common import UserError
 from prepare import published
 
 PREFIXES = ("coco_", "nlvr2_", "flickr30k_", "vg_")
-
+REGIONS = {"kind": "bottom-up", "boxes": "detected"}  # `regions` of the dataset.json that this script writes
 
 COLUMNS = {  # LXMERT's, in their order, as fields of the store: type, shape of one region
     "objects": ("<i8", ()),
@@ -116,11 +116,17 @@ def read_all(source):
         yield read_npz(path)
 
 
-def remove_old_lines(out):
-    """Removes dataset.json and the lines that it names: they name rows of a store that is about to be replaced."""
+def remove_old_lines(out, writes_lines):
+    """Removes the lines and the dataset.json that this script wrote before: they name rows of a store that is about to be
+    replaced. Other files stay; UserError if one of them is a dataset.json and lines are to be written."""
     file = out / "dataset.json"
-    if file.is_file():
-        (out / published.read_json(file).get("file", "")).unlink(missing_ok=True)
+    if not file.is_file():
+        return
+    description = published.read_json(file)
+    is_own = description.get("regions") == REGIONS
+    published.require(is_own or not writes_lines, file, "was not written by this script; give another folder")
+    if is_own:
+        (out / description["file"]).unlink(missing_ok=True)
         file.unlink()
 
 
@@ -152,7 +158,7 @@ def convert(source, out, data_file):
     if data_file is not None and (data_file.parent / "dataset.json").is_file():  # refcoco.py names its splits there
         description = published.read_json(data_file.parent / "dataset.json")
     files_of(source)  # ends here if there are none
-    remove_old_lines(out)
+    remove_old_lines(out, data_file is not None)
     store = out / "regions"
     data.write_store(store, pictures())
     (out / "ids.txt").write_text("".join(name + "\n" for name in names), encoding="utf-8")
@@ -167,8 +173,7 @@ def convert(source, out, data_file):
     written, left_out = published.link_lines(data_file, out / data_file.name, rows_of)
     published.require(written, data_file, f"none of its pictures is in {source}; ids look like {names[0]}")
     kept = {key: description[key] for key in ("extra_splits", "content_words", "defaults") if key in description}
-    regions = {"kind": "bottom-up", "boxes": "detected"}
-    published.write_dataset(out, name=data_file.stem, file=data_file.name, regions=regions, **kept)
+    published.write_dataset(out, name=data_file.stem, file=data_file.name, regions=REGIONS, **kept)
     print(f"{out / data_file.name}: {written} lines, {left_out} left out: no features")
 
 

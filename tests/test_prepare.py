@@ -1884,7 +1884,13 @@ def test_bottom_up_features_of_lxmert(tmp_path, capsys):
     error_of(capsys, bottom_up, tmp_path / "other.tsv", tmp_path / "out")
     assert not (tmp_path / "out" / "my.jsonl").exists() and not (tmp_path / "out" / "dataset.json").exists()
 
+    own = write_json(tmp_path / "out" / "dataset.json", {"name": "own", "file": "inside.jsonl"})
     inside = write_lines(tmp_path / "out" / "inside.jsonl", records)
+    before = inside.read_bytes()
+    assert convert(bottom_up, path, tmp_path / "out") == 0  # a user's own lines in the folder stay
+    error = error_of(capsys, bottom_up, path, tmp_path / "out", "--data", str(source))
+    assert "dataset.json: was not written by this script" in error
+    assert inside.read_bytes() == before and json.loads(own.read_text())["name"] == "own"
     assert "give another folder" in error_of(capsys, bottom_up, path, tmp_path / "out", "--data", str(inside))
     path.write_bytes(lines[0].encode().replace(b"\t3\t", b"\t4\t"))
     assert "tsv:1: objects are damaged" in error_of(capsys, bottom_up, path, tmp_path / "out")
