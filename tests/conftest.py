@@ -131,6 +131,8 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory, small_scenes):
     """checkpoints(task): best.pt of a run of one step on drawn scenes, made on first use."""
+    from helpers import narrow
+
     import train
 
     folder = tmp_path_factory.mktemp("checkpoints")
@@ -139,7 +141,10 @@ def checkpoints(tmp_path_factory, small_scenes):
         out = folder / task
         if not out.exists():
             command = ["--task", task, "--data", str(small_scenes(20)), "--out", str(out), "--steps", "1"]
-            assert train.main([*command, "--batch-size", "8", "--device", "cpu", "--dtype", "f32"]) == 0
+            command += ["--batch-size", "8", "--device", "cpu", "--dtype", "f32"]
+            if task != "vqa":  # the small model's answers to many questions are hard to tell apart
+                command = narrow(command)
+            assert train.main(command) == 0
         return out / "best.pt"
 
     return checkpoint
