@@ -96,7 +96,8 @@ def build_parser():
     add("--top", type=options.COUNT, metavar="N", help="how many answers or pictures to show (default: 3)")
     add("--beams", type=options.COUNT, metavar="N", help="captions: beam width; 1 is greedy (default: as trained)")
     add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1 or mps")
-    add("--dtype", choices=["auto", "f32", "bf16"], default="auto", help="of matrix products (default: auto)")
+    add("--dtype", choices=["auto", "f32", "bf16"], default="auto",
+        help="number format of matrix products (default: auto)")  # fmt: skip
     add("--int8", action="store_true", help="layers with weights of 8 bits: a smaller model, on a CPU")
     return parser
 
@@ -129,7 +130,7 @@ def parse(argv=None):
         ("to", "--export", args.export),
         ("top", "answers and pictures", not (args.export or args.embed)),
         ("beams", "captions", not (args.export or args.embed or args.search)),
-        ("task", "one task; this format holds all", args.to in export.PROGRAMS or not args.export),
+        ("task", "exports by --to program or onnx", args.to in export.PROGRAMS or not args.export),
         ("out", "--scenes, --image, --search and --data, without --attention or --embed", writes),
     ):
         if getattr(args, name) is not None and not is_read:
