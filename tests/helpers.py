@@ -20,6 +20,9 @@ SIZES = {
     "vilbert": [*NARROW, "visual_hidden=32", "visual_intermediate=64", "shared=32"],
 }
 
+# fields of Config for one layer of each kind; a model lacks some of them
+ONE_LAYER = {"layers": 1, "language_layers": 1, "visual_layers": 1, "cross_layers": 1, "connections": ((1, 1),)}
+
 
 def with_pool(arguments, pictures):
     """The arguments of train.py, and --pool if one of their tasks is tested on that many pictures."""

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import use
+from helpers import ONE_LAYER, use
 
 import checkpoints
 import data
@@ -77,9 +77,8 @@ def make_run(model, name):
     run.objectives = dict.fromkeys([task.objective] if task.objective else ["mlm", "itm"], 1)
     sizes = {"vocab_size": run.tokenizer.get_vocab_size(), "feature_size": 432, "answers": 4}
     sizes |= {"heads": tasks.heads_for(paper, run.objectives), "types": len(paper.text_types([name]))}
-    few = {"layers": 1, "language_layers": 1, "visual_layers": 1, "cross_layers": 1, "connections": ((1, 1),)}
     known = paper.Config.__dataclass_fields__
-    sizes |= {key: value for key, value in few.items() if key in known}
+    sizes |= {key: value for key, value in ONE_LAYER.items() if key in known}
     torch.manual_seed(0)
     run.model = paper.MODEL(paper.Config(**paper.PRESETS["tiny"] | sizes)).eval()
     return run, task
