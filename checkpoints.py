@@ -92,7 +92,12 @@ OTHER_TYPES = {"data": str, "patch": int, "grid": int, "optimizer": dict, "progr
 
 def save(content, path):
     """torch.save that writes the whole file or none."""
-    data.write_whole(path, lambda file: torch.save(content, file))
+
+    def write(temporary):
+        temporary.touch()  # torch.save's own error of a file that cannot be made has no name
+        torch.save(content, temporary)
+
+    data.write_whole(path, write)
 
 
 def save_checkpoint(run, name):
@@ -159,6 +164,8 @@ def is_checkpoint(content):
 
 def load_checkpoint(path):
     """A checkpoint of `save_checkpoint`, on the CPU. UserError if it is missing, damaged or something else."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder; give its {BEST} or {NEWEST}")
     content = weights.read_torch(Path(path))
     if not is_checkpoint(content):
         raise UserError(f"{path}: not a checkpoint of train.py (it lacks {', '.join(CHECKPOINT_TYPES)})")

@@ -43,6 +43,7 @@ from support.records import (
     Mistakes,
     Strings,
     files_named,
+    first_record,
     is_names,
     is_text,
     is_texts,
@@ -828,6 +829,8 @@ def describe(source, task, cache=CACHE):
 
 def check(source, task, vocab, max_words, patch, grid):
     """Prints what a data set holds, and returns 0. Or prints its first twenty mistakes, and raises UserError."""
+    from prepare import networks  # here, since both import this file
+
     path, splits, description = describe(source, task)
     mistakes = Mistakes(task)
     columns, pictures = read_columns(path, task, splits, patch, grid, mistakes)
@@ -848,15 +851,18 @@ def check(source, task, vocab, max_words, patch, grid):
     if "train" not in sets:  # else `load` has printed them
         print_warnings(next(iter(sets.values())), path)
     print_contents(path, sets)
+    first = first_record(path)
+    if not (description["regions"] or "features" in first or "boxes" in first) and networks.best_installed():
+        print(f"these are patches; train.py takes regions of {networks.best_installed()} without --features patches")
     print_shared_pictures(sets)
     if "train" in sets and task.pictures == 1 and not task.needs:
         repeated = sets["train"].repeated_texts()
         if repeated:
             print(f"{repeated} examples of train have a text that another picture has too; "
                   "such a pair is never used as a mismatch")  # fmt: skip
-    if "train" in sets:
-        if description["vocab"] and not vocab:
-            vocab = description["folder"] / description["vocab"]
+    if description["vocab"] and not vocab:
+        vocab = description["folder"] / description["vocab"]
+    if vocab or "train" in sets:
         tokenizer = read_tokenizer(vocab) if vocab else own_tokenizer([sets["train"]])
         print(describe_lost_text([dataset.encode(tokenizer, max_words) for dataset in sets.values()]))
     return 0

@@ -9,10 +9,12 @@ the names of the maps and states that their `encode` records. support/distillati
 the two models must agree in.
 """
 
+import numpy as np
 import torch
 
 import checkpoints
 import common
+import data
 import tasks
 from common import UserError
 from support.distillation import (
@@ -20,6 +22,7 @@ from support.distillation import (
     check_same_rows,
     check_same_words,
     hidden_loss,
+    is_taught,
     layer_pairs,
     real_positions,
     renumber_tasks,
@@ -47,6 +50,16 @@ def read_teacher(run, checkpoint):
     run.teacher.load_state_dict(checkpoint["state"])
 
 
+def teaches_answers(run, checkpoint):
+    """Whether the student learns the teacher's logits of answers. Then it must have the teacher's list of answers."""
+    paper = checkpoints.MODELS[checkpoint["model"]]
+    trained = checkpoint.get("objectives", {})
+    answering = [name for name in run.objectives if run.paper.OBJECTIVES[name].open_answers]
+    return "logits" in run.args.distill.split(",") and any(
+        is_taught(run.paper.OBJECTIVES[name], paper, trained) for name in answering
+    )
+
+
 def match_teacher(run, checkpoint):
     """Sets run.distilled, the objectives whose logits the student learns, and prints which are left out and why.
 
@@ -62,6 +75,8 @@ def match_teacher(run, checkpoint):
         if reason:
             left_out[name] = reason
     run.distilled = tuple(name for name in run.objectives if name not in left_out)
+    if "attention" in run.args.distill.split(","):
+        compare_maps(run)
     if "logits" not in run.args.distill.split(","):
         return
     if not run.distilled:
@@ -69,6 +84,15 @@ def match_teacher(run, checkpoint):
         raise UserError(f"{run.args.teacher}: no logits to learn from: {reasons}")
     for name, reason in left_out.items():
         common.print0(f"teacher  logits of {name} are not distilled: {reason}")
+
+
+def compare_maps(run):
+    """UserError, before the first step, if the two models have no attention maps in common."""
+    batch = data.collate(run.splits["train"], np.arange(1)).to(run.device)
+    with torch.no_grad():
+        student = run.model.encode(batch, record=True)
+        teacher = run.teacher.encode(batch, record=True)
+        attention_losses(run, student, teacher, batch)
 
 
 # ---- a step ----------------------------------------------------------------------------------------------------------

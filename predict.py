@@ -140,7 +140,6 @@ def parse(argv=None):
     for name, text in (("text", (args.text or "").strip()), ("search", args.search)):
         if text and not records.is_text(text):
             raise UserError(f"--{name} {text!r}: has no visible character")
-    args.top = args.top or 3
     if draws and args.out:
         drawing.picture_format(args.out, "--out")
     if args.attention:
@@ -150,6 +149,8 @@ def parse(argv=None):
     for option in ("out", "embed", "export", "attention"):
         path = getattr(args, option)
         if path:
+            if Path(path).is_dir() and not (option == "export" and args.to == "transformers"):
+                raise UserError(f"--{option} {path}: is a folder; give the name of a file")
             regions.refuse_overwriting(f"--{option}", path, inputs)
     return args
 
@@ -176,6 +177,9 @@ def load_run(args):
         if not tasks.TASKS[name].generates:
             raise UserError(f"--beams is for captions, and changes nothing in {name}; leave it out")
         run_args.beams = args.beams
+    if args.top and tasks.TASKS[name].generates and not args.search:
+        raise UserError("--top is for answers and pictures; a picture has one caption")
+    args.top = args.top or 3
     dtype = machine.pick_dtype("f32" if args.int8 else args.dtype, device)
     run = train.Run(run_args, paper, device, dtype, rank=0, world=1)
     run.objectives = checkpoint.get("objectives", {})
@@ -376,8 +380,8 @@ def make_dataset(run, task, questions):
 def make_example(task, record):
     """The data.Example of a record without its truth."""
     record = {"id": "", "text": "", **record}
-    if task.truth != "text" and not record["text"].strip():
-        raise UserError(f"{task.name} needs a text")
+    if task.truth != "text" and not records.is_text(record["text"]):
+        raise UserError(f"{task.name} needs a text with a visible character")
     if "choices" in task.needs and not records.is_texts(record.get("choices"), 2):
         raise UserError(f"{task.name} needs at least two choices, none of them blank")
     for key in ("answer", "choices"):
@@ -485,7 +489,8 @@ def answer_file(run, task, args):
     for dataset in datasets:
         known = np.flatnonzero(has_truth(task, dataset))
         if len(known) == 0:
-            print(f"split {dataset.split}: {len(dataset)} examples without {task.truth}, nothing to measure")
+            hint = "" if args.out else "; --out FILE writes the predictions"
+            print(f"split {dataset.split}: {len(dataset)} examples without {task.truth}, nothing to measure{hint}")
             continue
         part = dataset if len(known) == len(dataset) else dataset.subset(known)
         metrics, chance = measure(run, task, part)
@@ -497,6 +502,8 @@ def answer_file(run, task, args):
 
 def write_results(path, results):
     """Writes beside the predictions how they are made and, at the end, the metrics of each split."""
+    if path.exists() and not path.is_file():
+        return  # a pipe or /dev/stdout
     data.write_text(resume.results_file(path), json.dumps(results, indent=1, default=float) + "\n")
 
 

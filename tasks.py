@@ -246,7 +246,9 @@ def objective_sums(run, dataset, index, name, word_masking=None):
     for part in evaluation_batches(run, dataset, index):
         rng = data.random_stream("evaluation", int(part[0]))
         batch = make_batch(run, dataset, part, [name], rng, 0.5, word_masking)
-        loss, logits = loss_and_logits(run, batch, name)
+        with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+            torch.manual_seed(int(part[0]))  # of the negatives of `nce`; training goes on with its own numbers
+            loss, logits = loss_and_logits(run, batch, name)
         evaluation.add_batch(own, run.paper.OBJECTIVES[name], batch, float(loss), logits)
     total = evaluation.ObjectiveSums()
     for part in evaluation.gather_objects(run, own):

@@ -150,7 +150,7 @@ def training_loop(run, log):
             waited = time.perf_counter() - start
 
             model.train()
-            set_temperature(run, (step - 1) / args.steps)
+            set_temperature(run, (step - 1) / max(1, args.steps - 1))
             losses = backward(run, batches, names)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             rate = learning_rate(step, args.lr, args.warmup * args.steps, args.steps)
@@ -272,7 +272,7 @@ def load_data(run, checkpoint, teacher):
             run.answers = data.answer_list(splits["train"])
             if not tasks.is_pretraining(task):
                 run.usual_answers = tasks.most_frequent_answers(splits["train"])
-    if teacher and teacher["answers"] and run.answers:
+    if teacher and run.answers and distill.teaches_answers(run, teacher):
         known = len(set(run.answers) & set(teacher["answers"]))
         if known == 0:
             raise UserError(

@@ -117,7 +117,8 @@ def best_logit(run, task, batch, encoding):
             raise UserError(f"{task.name}: the checkpoint has no head {task.ranks}, so there is no answer to explain")
         return evaluation.match_logits(run.model, encoding.pooled, task.ranks)[0]
     _, logits = run.paper.OBJECTIVES[task.objective].loss(run.model, encoding, batch)
-    return logits.float().max()
+    logits = logits.float().flatten()
+    return logits[logits.argmax()]  # of equal ones the first; the gradient of `max` would be divided among all
 
 
 def row_record(run, dataset, i, batch, encoding, map_gradients, state_gradients, row):

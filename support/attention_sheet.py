@@ -51,10 +51,14 @@ def show(run, task, dataset, files, titles, args):
     files: {row of the store: picture file}.   titles: of each example its question and answer, a list of lines.
     UserError where no text has the --word, or no picture the --region.
     """
+    if args.word and run.tokenizer.normalizer:  # as the text's words are written: in lower case, of most vocabularies
+        args.word = run.tokenizer.normalizer.normalize_str(args.word).strip()
     sheets = []
     for i, lines in enumerate(titles):
         print("\n".join(lines))
-        for record in attention.record_example(run, task, dataset, i):
+        for number, record in enumerate(attention.record_example(run, task, dataset, i), 1):
+            if task.pictures > 1:
+                print(f"    picture {number}")
             image, boxes = drawing.picture_of(dataset.store, record.picture, files.get(record.picture), LARGE)
             words, _ = attention.join_pieces(record.pieces)
             if args.region is not None and args.region >= len(boxes):

@@ -129,6 +129,15 @@ def logits_of(objective):
     return objective.head, objective.masks, objective.logits
 
 
+def is_taught(objective, teacher_paper, teacher_objectives):
+    """Whether one of the objectives that the teacher was trained for has logits of the same meaning.
+
+    A trained head is not enough: captioning trains the head of masked words too, `nce` that of `mrfr`.
+    """
+    kinds = [logits_of(teacher_paper.OBJECTIVES[name]) for name in teacher_objectives]
+    return logits_of(objective) in kinds
+
+
 def why_not_comparable(run, name, teacher_objectives):
     """Why the logits of an objective cannot be distilled; None if they can. Both models need logits over the same
     classes."""
@@ -136,12 +145,12 @@ def why_not_comparable(run, name, teacher_objectives):
     head = objective.head
     if objective.logits == "nothing":
         return "it has no logits of classes"
-    # a trained head is not enough: captioning trains the head of masked words too, `nce` that of `mrfr`
-    kinds = []
-    for other in teacher_objectives:
-        kinds.append(logits_of(run.teacher_paper.OBJECTIVES[other]))
-    if logits_of(objective) not in kinds:
+    if not is_taught(objective, run.teacher_paper, teacher_objectives):
         return "the teacher was not trained for it"
+    student = run.model.config.vocab_size
+    teacher = run.teacher.config.vocab_size
+    if head == "mlm" and student != teacher:  # a table of words may be longer than the list of word pieces
+        return f"the student has {student} word pieces, the teacher {teacher}"
     if objective.masks == "regions" and objective.labels:  # classes or attributes of regions
         student = output_width(run.model.heads[head])
         teacher = output_width(run.teacher.heads[head])

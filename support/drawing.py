@@ -166,8 +166,9 @@ def picture_of(store, row, file, width):
 
 
 def resized(image, width):
-    """A picture of another width, with its shape, but at least 8 pixels high."""
-    return image.resize((width, max(8, round(width * image.height / image.width))))
+    """A picture of another width, with its shape, but at least a quarter as high as wide and at most four times."""
+    height = round(width * image.height / image.width)
+    return image.resize((width, min(max(width // 4, height), 4 * width)))
 
 
 def paste_regions(store, row, side):

@@ -256,7 +256,7 @@ def sample_negative_pairs(run, dataset, index, rng):
     In the first half of the steps each mismatched pair is drawn at random. In the second half --mine candidates are
     drawn, and the one with the highest logit is kept. UNITER (appendix A.2) adds two of the best 20 of 128 to random
     ones; ViLBERT (3.2) adds one of the 100 pictures nearest by features. A text that equals one of the picture's own
-    texts, ignoring case, is no mismatch. UserError if no mismatch is found.
+    texts, ignoring case, is no mismatch. UserError if a picture or a text has none.
     """
     kinds = run.paper.NEGATIVES
     second_half = 2 * run.progress["step"] >= run.args.steps
@@ -272,16 +272,28 @@ def sample_negative_pairs(run, dataset, index, rng):
         again = dataset.belong_together(texts, images)
         if not again.any():
             break
-    else:
-        raise common.UserError(
-            "retrieval needs pictures with different texts: found no text that is wrong for some picture"
-        )
+    for place in map(tuple, np.argwhere(again)):  # nearly all texts fit this picture, or all pictures this text
+        everything = np.arange(len(dataset))
+        fixed = np.full_like(everything, true[place])
+        if swap_picture[0, place[1], 0]:
+            wrong = ~dataset.belong_together(fixed, dataset.image[everything])
+            images[place] = dataset.image[draw_one(wrong, rng)]
+        else:
+            wrong = ~dataset.belong_together(everything, dataset.image[fixed])
+            texts[place] = draw_one(wrong, rng)
     best = np.zeros((*texts.shape[:2], 1), np.int64)  # (B, K, 1)
     if mine > 1:
         best = hardest_pairs(run, dataset, texts, images)
     texts = np.take_along_axis(texts, best, 2)[:, :, 0]  # (B, K, mine) -> (B, K)
     images = np.take_along_axis(images, best, 2)[:, :, 0]
     return np.column_stack([index, texts]), np.column_stack([dataset.image[index], images])
+
+
+def draw_one(wrong, rng):
+    """One of the examples that are True in `wrong`, (E,) bool."""
+    if not wrong.any():
+        raise common.UserError("retrieval needs pictures with different texts: a text of the data fits all pictures")
+    return rng.choice(np.flatnonzero(wrong))
 
 
 def hardest_pairs(run, dataset, texts, images):

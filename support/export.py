@@ -27,8 +27,6 @@ from support import formats
 
 def export_official(checkpoint, out):
     """Writes a checkpoint under the paper's official names, one file."""
-    if Path(out).is_dir():
-        raise UserError(f"--export {out}: is a folder; this format is one file")
     checkpoints.save(formats.export_official(checkpoint["model"], checkpoint["state"]), Path(out))
 
 

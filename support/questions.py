@@ -238,7 +238,8 @@ def find_regions(server, request):
     images = request.get("images")
     wanted = server.task.pictures
     if not isinstance(images, list) or len(images) != wanted:
-        raise HttpError(400, f"'images' must be a list of {wanted} picture{'s' if wanted > 1 else ''} in base64")
+        pictures = "1 picture" if wanted == 1 else f"{wanted} pictures"
+        raise HttpError(400, f"send {pictures}: in a form as 'image', in JSON as 'images', a list in base64")
     boxes = request.get("boxes")
     if boxes is None:
         boxes = [None] * wanted
@@ -256,9 +257,9 @@ def pixel_boxes(picture):
 def find_warning(run, dataset, i, pictures):
     """{"warning": what is odd in the pictures of example i, and which of its words were unknown or cut off}; {} if nothing."""
     notes = []
-    for picture in pictures:
-        notes += [f"picture: {note}" for note in picture.get("notes", ())]  # a sample's regions have none
-    notes = list(dict.fromkeys(notes))  # both pictures of nlvr2 may lack boxes
+    for number, picture in enumerate(pictures, 1):
+        name = "picture" if len(pictures) == 1 else f"picture {number}"
+        notes += [f"{name}: {note}" for note in picture.get("notes", ())]  # a sample's regions have none
     if any(dataset.lost[1:]):  # of all questions that are answered together
         own = dataset.subset(np.array([i])).encode(run.tokenizer, run.args.max_words)
         lost = records.lost_text([own.lost])

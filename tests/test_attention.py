@@ -536,8 +536,8 @@ def test_a_sheet_of_each_kind_is_drawn(model, trained, folder, capsys):
 def test_a_word_that_stands_twice_is_drawn_twice(trained, folder, capsys):
     asked = ["--image", "a.png", "--text", "is the circle a circle?", "--boxes", "[[0,0,50,50],[40,40,112,112]]"]
     heights = []
-    for word, times in (("is", 1), ("circle", 2)):
-        assert use(trained("uniter"), *asked, "--word", word, "--attention", "a-word.png") == 0
+    for word, times in (("is", 1), ("circle", 2)):  # --word may be in capitals, as the text may
+        assert use(trained("uniter"), *asked, "--word", word.upper(), "--attention", "a-word.png") == 0
         assert capsys.readouterr().out.count(f"    {word}: region ") == times
         heights.append(Image.open("a-word.png").height)
     assert heights[1] > 1.5 * heights[0]
@@ -557,7 +557,17 @@ def test_a_light_region_on_a_heavy_one_keeps_its_own_brightness():
 
 def test_two_pictures_have_a_sheet_each(trained, capsys):
     assert use(trained("lxmert"), "--task", "nlvr2", "--scenes", 1, "--attention", "two.png") == 0
-    assert capsys.readouterr().out.count("(the answer)") == 2
+    found = re.findall(r"picture \d|\(the answer\)", capsys.readouterr().out)
+    assert found == ["picture 1", "(the answer)", "picture 2", "(the answer)"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_of_choices_with_one_logit_a_single_one_is_explained(model, trained):
+    """The gradient of a maximum is divided among all that reach it."""
+    run, task, dataset = load(trained(model), "vcr")
+    dataset.text = [text[:-1] + ("red",) for text in dataset.text]  # all choices
+    dataset.encode(run.tokenizer, max_length=60)
+    assert len(attention.record_example(run, task, dataset, 0)) == 1
 
 
 def test_the_printed_region_is_the_heaviest(trained, capsys):

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import data
 import tasks
+from prepare import networks
 from support import options, records, regions
 
 COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"]
@@ -1439,6 +1440,16 @@ def test_check_counts_unknown_words_by_the_data_set_s_own_vocabulary(own, tmp_pa
     (tmp_path / "v.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ndisc")
     (tmp_path / "dataset.json").write_text(json.dumps({"file": "my.jsonl", "vocab": "v.txt"}))
     assert "75.00% of the word pieces are unknown" in run_command(capsys, "check", tmp_path)[1]
+    own({**GOOD, "text": "disc zebra", "split": "test"})
+    assert "50.00% of the word pieces are unknown" in run_command(capsys, "check", tmp_path)[1]
+
+
+def test_check_says_which_regions_train_py_takes_instead(own, monkeypatch, capsys):
+    path = own(GOOD)
+    assert "train.py takes" not in run_command(capsys, "check", path)[1]
+    monkeypatch.setattr(networks, "best_installed", lambda: "the best")
+    assert "train.py takes regions of the best" in run_command(capsys, "check", path)[1]
+    assert "train.py takes" not in run_command(capsys, "check", own({**GOOD, "boxes": [[0, 0, 5, 5]]}))[1]
 
 
 def test_each_kind_of_odd_picture_is_one_warning(own, tmp_path, monkeypatch, capsys):

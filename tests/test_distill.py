@@ -268,7 +268,8 @@ def test_a_smaller_student_from_the_command_line(pictures, tmp_path, here, capsy
     here(*options, *small[:3], "--out", "student", "--resume", "--steps", 3, code=2)  # without the teacher
     here("--data", pictures, "--teacher", "uniter.pt", code=2)
     three = ["--teacher", "uniter.pt", "--distill", "attention", "--config", "hidden=48", "attention_heads=3"]
-    here(*options, *three, code=2)
+    here(*options, *three, "--out", "student", code=2)
+    assert (tmp_path / "student/best.pt").exists()  # found before the earlier run is removed
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3 and "--teacher was uniter.pt, now None" in errors[0] and "not trained for it" in errors[1]
     assert "4 attention heads of the teacher cannot be shared by 3" in errors[2]
@@ -286,6 +287,8 @@ def test_answers_that_the_teacher_does_not_know_are_counted(pictures, tmp_path, 
     own.write_text(both)
     here(*options, code=2)
     assert "knows none of the 2 answers" in capsys.readouterr().err
+    here(*options, "--distill", "hidden")  # which needs no answers in common
+    assert checkpoints.load_checkpoint(tmp_path / "other/best.pt")["answers"] == ["non", "oui"]
 
 
 # ---- distillation ----------------------------------------------------------------------------------------------
@@ -407,22 +410,21 @@ def test_hidden_loss_by_hand():
 
 
 def test_a_teacher_of_pretraining_does_not_teach_captions():
-    head = torch.nn.Linear(2, 2)
-    run = SimpleNamespace(paper=uniter, teacher_paper=uniter, model=SimpleNamespace(heads={"mlm": head}))
-    run.teacher = SimpleNamespace(heads={"mlm": head})
+    model = small_model("uniter")[1]
+    run = SimpleNamespace(paper=uniter, teacher_paper=uniter, model=model, teacher=model)
     reason = "the teacher was not trained for it"
     for own, of_teacher in (("caption", "mlm"), ("mlm", "caption")):
         assert distillation.why_not_comparable(run, own, [of_teacher]) == reason
         assert distillation.why_not_comparable(run, own, ["itm", own]) is None
+    run.teacher = small_model("uniter", vocab_size=32)[1]  # a table longer than the list of word pieces
+    assert distillation.why_not_comparable(run, "mlm", ["mlm"]) == "the student has 30 word pieces, the teacher 32"
+    assert distillation.why_not_comparable(run, "itm", ["itm"]) is None
 
 
 def test_nce_does_not_teach_feature_regression():
     """Both train the head "mrfr", one for dot products."""
-    head = torch.nn.Linear(2, 2)
-    run = SimpleNamespace(
-        paper=vilbert, teacher_paper=vilbert, model=SimpleNamespace(heads={"mrfr": head, "mrc": head})
-    )
-    run.teacher = SimpleNamespace(heads={"mrfr": head, "mrc": head})
+    model = small_model("vilbert", heads=("mlm", "mrfr", "mrc"))[1]
+    run = SimpleNamespace(paper=vilbert, teacher_paper=vilbert, model=model, teacher=model)
     assert distillation.why_not_comparable(run, "mrfr", ["mlm", "nce"]) == "the teacher was not trained for it"
     assert distillation.why_not_comparable(run, "mrfr", ["mrfr"]) is None
     assert distillation.why_not_comparable(run, "mrc_kl", ["mrc"]) is None

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,8 @@ from prepare import scenes
 from support import drawing, options, regions
 
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer,caption"
-EVALUATED = list(itertools.product(("uniter", "vilbert", "lxmert"), (*TASKS.split(","), "pretrain")))
+EVALUATED = [("uniter", task) for task in (*TASKS.split(","), "pretrain")]
+EVALUATED += itertools.product(("vilbert", "lxmert"), ("nlvr2", "retrieval", "caption", "pretrain"))
 
 
 def result_of(checkpoint):
@@ -74,6 +76,20 @@ def test_a_split_and_a_task_can_be_chosen(trained, small_scenes, capsys, tmp_pat
     assert round(found["accuracy"], 5) == expected["detected_refer_accuracy"]
 
 
+def test_predictions_may_go_into_a_pipe(trained, folder, tmp_path, capsys):
+    lines = [{"id": "q", "image": "0.png", "text": "what color is the circle?"}]
+    checkpoint = trained("uniter", "vqa")
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        reader = pool.submit((tmp_path / "pipe").read_text)
+        assert use(checkpoint, "--data", own_file(folder, "one.jsonl", lines), "--out", tmp_path / "pipe") == 0
+        assert json.loads(reader.result(60))["id"] == "q"
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    capsys.readouterr()
+    assert use(checkpoint, "--data", "one.jsonl") == 0
+    assert "nothing to measure; --out FILE writes the predictions" in capsys.readouterr().out
+
+
 def own_file(folder, name, lines):
     (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder / name
@@ -86,7 +102,7 @@ def test_answers_are_optional_and_the_accuracy_is_that_of_the_lines_with_one(tra
         lines.append({"id": f"q{i}", "image": f"{i % 3}.png", "text": "what color is the circle?"})
         lines[-1]["boxes"] = [[0, 0, 40, 40], [30, 30, 90, 90]]
     assert use(checkpoint, "--data", own_file(folder, "without.jsonl", lines), "--out", "p.jsonl") == 0
-    assert "nothing to measure" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("split train: 9 examples without answer, nothing to measure\n")
     found = [json.loads(line) for line in (folder / "p.jsonl").read_text().splitlines()]
     assert [line["id"] for line in found] == [line["id"] for line in lines]
     assert not any("truth" in line for line in found)
@@ -507,6 +523,11 @@ def test_letters_outside_ascii_are_drawn_and_a_long_text_is_cut():
     assert long.height == drawing.MOST_LINES * 19
 
 
+@pytest.mark.parametrize(("size", "expected"), [((4, 4000), (80, 320)), ((4000, 4), (80, 20)), ((30, 45), (80, 120))])
+def test_a_picture_is_drawn_at_most_four_times_as_high_as_wide(size, expected):
+    assert drawing.resized(Image.new("RGB", size), 80).size == expected
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -523,6 +544,10 @@ def test_letters_outside_ascii_are_drawn_and_a_long_text_is_cut():
         (["CKPT", "--scenes", "--task", "ve"], "trained for vqa"),
         (["CKPT", "--image", "none.png", "--text", "x"], "no such file"),
         (["CKPT", "--image", "0.png"], "vqa needs a text"),
+        ([".", "--scenes"], ".: is a folder; give its best.pt"),
+        (["CKPT", "--data", "vqa.jsonl", "--out", "."], "--out .: is a folder"),
+        (["CKPT", "--export", ".", "--to", "program"], "--export .: is a folder"),
+        (["CKPT", "--export", "/proc/x.bin"], "/proc/x.bin"),
         (["CKPT", "--image", "0.png", "--text", " "], "vqa needs a text"),
         (["CKPT", "--image", "0.png", "--text", "x", "--answer", "red"], "vqa takes no answer"),
         (["CKPT", "--image", "0.png", "--text", "x", "--choices", "a", "b"], "vqa takes no choices"),
@@ -576,6 +601,11 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, trained, fold
     assert use(*[checkpoint if argument == "CKPT" else argument for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "Traceback" not in error, error
+
+
+def test_a_caption_takes_no_number_of_answers(trained, capsys):
+    assert use(trained("uniter", "caption"), "--scenes", "1", "--top", "2") == 2
+    assert "--top is for answers and pictures" in capsys.readouterr().err
 
 
 def test_what_is_chosen_from_is_visible():

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import narrow, with_pool
+from helpers import ONE_LAYER, narrow, with_pool
 from test_scenes import COLORS, SHAPES
 
 import checkpoints
@@ -439,6 +439,12 @@ def test_a_negative_does_not_repeat_a_caption_of_the_picture():
         drawn = np.random.default_rng(seed).integers(12, size=(12, 3))
         repeated += ((image[drawn] < 3) == (image[index] < 3)[:, None]).sum()
     assert repeated > 100  # draws that had a chance to go wrong
+    rare = dataclasses.replace(dataset, text=["the same"] * 11 + ["other"], text_keys=None, pairs=None)
+    rare.image = np.arange(12)  # eleven pictures share a caption: nearly all draws are true pairs
+    for seed in range(300):
+        texts, images = evaluation.sample_negative_pairs(run, rare, np.array([0, 11]), np.random.default_rng(seed))
+        assert (texts[0, 1], texts[0, 3], images[0, 2]) == (11, 11, 11)
+        assert 11 not in (*texts[1, [1, 3]], images[1, 2])
     dataset = dataclasses.replace(dataset, text=["the same"] * 12, text_keys=None, pairs=None)
     with pytest.raises(common.UserError, match="different texts"):
         evaluation.sample_negative_pairs(run, dataset, index, np.random.default_rng(0))
@@ -866,7 +872,7 @@ def test_half_of_the_pairs_are_mismatched_in_evaluation_for_every_model(drawn, n
     """LXMERT trains with a quarter. The itm accuracy of a model that says "match" to all is chance, one half."""
     dataset = drawn("train", "caption", 60).encode(tokenizer)
     run = SimpleNamespace(args=SimpleNamespace(ablate=None, mask=0.15), paper=checkpoints.MODELS[name])
-    run.rank, run.world, run.answers, run.tokenizer = 0, 1, [], tokenizer
+    run.rank, run.world, run.answers, run.tokenizer, run.device = 0, 1, [], tokenizer, torch.device("cpu")
 
     def always_match(run, batch, name):
         return torch.tensor(0.7), torch.tensor([[0.0, 1.0]]).expand(len(batch.text), 2)
@@ -879,6 +885,21 @@ def test_half_of_the_pairs_are_mismatched_in_evaluation_for_every_model(drawn, n
     assert sums.loss == pytest.approx(0.7 * len(dataset), rel=1e-6)
     again = tasks.objective_sums(run, dataset, np.arange(len(dataset)), "itm")
     assert again == sums  # the same pairs at every evaluation
+
+
+def test_evaluation_draws_the_same_negatives_and_none_of_training_s_numbers(drawn, tokenizer):
+    """Objective `nce` draws its negatives by torch's generator, as dropout does."""
+    dataset = drawn("train", "caption", 20).encode(tokenizer)
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "feature_size": dataset.store.width, "heads": ("mrfr",)}
+    run = SimpleNamespace(args=SimpleNamespace(ablate=None, mask=0.15), paper=vilbert, autocast=train.nullcontext)
+    run.rank, run.world, run.answers, run.tokenizer, run.device = 0, 1, [], tokenizer, torch.device("cpu")
+    run.model = vilbert.MODEL(vilbert.Config(**vilbert.PRESETS["tiny"] | sizes)).eval()
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        first = tasks.objective_sums(run, dataset, np.arange(20), "nce")
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(3)
+        assert tasks.objective_sums(run, dataset, np.arange(20), "nce") == first
 
 
 def test_an_answer_and_its_reason_belong_together_even_if_lines_have_equal_ids(monkeypatch):
@@ -1138,7 +1159,13 @@ def test_no_step_waits_for_a_value(drawn, small_scenes, name, tokenizer):
     sets = {task: drawn("train", task, 20).encode(tokenizer) for task in trained.values()}
     run = SimpleNamespace(args=args, paper=paper, tokenizer=tokenizer, answers=["red"], progress={"step": 0})
     run.columns = lambda task="vqa": dict.fromkeys(data.ENTAILMENT if task == "ve" else run.answers, 0)
-    sizes = {**paper.PRESETS["tiny"], "dropout": 0.1, "vocab_size": tokenizer.get_vocab_size(), "classes": 7}
+    sizes = {
+        **paper.PRESETS["tiny"],
+        **ONE_LAYER,
+        "dropout": 0.1,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "classes": 7,
+    }
     sizes |= {"attributes": 8, "answers": 1, "types": 4, "feature_size": sets["vqa"].store.width}
     known = {field.name for field in dataclasses.fields(paper.Config)}
     config = paper.Config(**{k: v for k, v in sizes.items() if k in known}, heads=tasks.heads_for(paper, trained))
@@ -1195,7 +1222,7 @@ def start(folder, monkeypatch, *arguments):
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_six_tasks_at_once_and_what_their_checkpoint_says(name, folder, monkeypatch, capsys):
-    options = ["--model", name, "--task", SIX, "--steps", 24, "--eval-every", 24, "--batch-size", 4]
+    options = ["--model", name, "--task", SIX, "--steps", 12, "--eval-every", 12, "--batch-size", 4]
     assert start(folder, monkeypatch, *options, "--out", name) == 0
     printed = capsys.readouterr().out
     result = json.loads((folder / name / "result.json").read_text())
