@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +54,6 @@ def run_script(folder, script, *arguments):
 
 def become(folder, script, arguments, output):
     """Turns this process, a copy of the one that tests, into `python script arguments` in `folder`."""
-    with open(output, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", closefd=False, buffering=1)
     ours = [ROOT, ROOT / "support", ROOT / "prepare", ROOT / "tests"]
     for name, module in list(sys.modules.items()):
         if Path(getattr(module, "__file__", None) or "").parent in ours:
@@ -65,10 +61,8 @@ def become(folder, script, arguments, output):
     sys.path[:] = [str((folder / script).parent), *(path for path in sys.path if Path(path) not in ours)]
     sys.argv = [script, *map(str, arguments)]
     os.chdir(folder)
-    try:
+    with open(output, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         runpy.run_path(script, run_name="__main__")
-    finally:
-        sys.stdout.flush()
 
 
 def changes(diff):

@@ -35,7 +35,7 @@ import tasks
 import train
 import uniter
 from prepare import scenes
-from support import contrast, evaluation, log, machine, options, records, resume
+from support import evaluation, log, machine, options, records, resume
 from support.optimizer import AdamW
 
 ROOT = Path(__file__).parent.parent
