@@ -846,7 +846,8 @@ def check(source, task, vocab, max_words, patch, grid):
         if not mistakes.count:
             mistakes.add(problem)
         print(*mistakes.first, sep="\n", file=sys.stderr)
-        raise UserError(f"{path}: mistakes: {mistakes.count}, the first {len(mistakes.first)} above")
+        shown = f", the first {len(mistakes.first)} above" if mistakes.count > len(mistakes.first) else ""
+        raise UserError(f"{path}: mistakes: {mistakes.count}{shown}")
     sets = {split: load(source, task, split, None, patch, grid, checked=True) for split in splits if split in columns}
     if "train" not in sets:  # else `load` has printed them
         print_warnings(next(iter(sets.values())), path)
@@ -858,8 +859,7 @@ def check(source, task, vocab, max_words, patch, grid):
     if "train" in sets and task.pictures == 1 and not task.needs:
         repeated = sets["train"].repeated_texts()
         if repeated:
-            print(f"{repeated} examples of train have a text that another picture has too; "
-                  "such a pair is never used as a mismatch")  # fmt: skip
+            print(f"{repeated} texts of train describe another picture too, which is then no mismatch for them")
     if description["vocab"] and not vocab:
         vocab = description["folder"] / description["vocab"]
     if vocab or "train" in sets:
@@ -880,9 +880,10 @@ def print_contents(path, sets):
     if len(widths) > 1:
         found = " and ".join(map(str, sorted(widths)))
         raise UserError(f"{path}: its splits have features of widths {found}; use one kind")
-    regions = f"{store.offsets[-1] / len(store):.1f} regions of width {store.width} each"
+    regions = f"{store.offsets[-1] / len(store):.1f} regions of {store.width} numbers each"
     total = sum(map(len, sets.values()))
-    print(f"{path}: {total} examples ({counts}), {len(pictures)} pictures, {regions}, {len(answers)} answers")
+    of_answers = f", {len(answers)} answers" if answers else ""
+    print(f"{path}: {total} examples ({counts}), {len(pictures)} pictures, {regions}{of_answers}")
 
 
 def preview(source, task, out, split, count, patch, grid):
@@ -903,20 +904,22 @@ def parse(argv):
     """The command line."""
     import tasks  # here, since tasks.py imports this file
 
-    parser = Parser(prog="data.py", description="Check a data set, or look at it.")
+    parser = Parser(prog="data.py", description="Check a data set, or look at it. Options: data.py check --help")
     commands = parser.add_subparsers(dest="command", required=True)
     check_command = commands.add_parser("check", help="list what is wrong with a data set, else count what is in it")
     preview_command = commands.add_parser("preview", help="draw a sheet of examples: pictures with boxes, text, answer")
     for command in (check_command, preview_command):
         command.add_argument("source", help="a .jsonl file, a folder with dataset.json, scenes or charts")
-        command.add_argument("--task", choices=list(tasks.TASKS), default="pretrain")
+        command.add_argument("--task", choices=list(tasks.TASKS), default="pretrain", help="(default: pretrain)")
         command.add_argument("--patch", type=COUNT, default=12, help="a region becomes patch x patch pixels")
         command.add_argument("--grid", type=COUNT, default=6, help="regions: the picture and grid x grid parts of it")
     check_command.add_argument("--vocab", help="a BERT vocab.txt or tokenizer.json (default: the data set's own)")
     check_command.add_argument("--max-words", type=in_range(int, 8), default=60, help="longest text, in word pieces")
-    preview_command.add_argument("--out", default="preview.png")
-    preview_command.add_argument("--split", default="train")
-    preview_command.add_argument("--count", type=COUNT, default=6, help="examples on the sheet")
+    preview_command.add_argument("--out", default="preview.png", help="the picture (default: preview.png)")
+    preview_command.add_argument("--split", default="train", help="(default: train)")
+    preview_command.add_argument(
+        "--count", type=COUNT, default=6, help="examples, each of another picture (default: 6)"
+    )
     args = parser.parse_args(argv)
     args.task = tasks.TASKS[args.task]
     return vars(args)

@@ -148,9 +148,7 @@ def parse(argv=None):
     inputs = [args.checkpoint, *(args.image or ())]
     for option in ("out", "embed", "export", "attention"):
         path = getattr(args, option)
-        if path:
-            if Path(path).is_dir() and not (option == "export" and args.to == "transformers"):
-                raise UserError(f"--{option} {path}: is a folder; give the name of a file")
+        if path and not (option == "export" and args.to == "transformers"):  # which is a folder
             regions.refuse_overwriting(f"--{option}", path, inputs)
     return args
 
@@ -565,11 +563,13 @@ def optional_truth(task, prompt=""):
         return task.check(record) if task.truth in record else None
 
     needs = tuple(key for key in task.needs if key != task.truth)
-    return dataclasses.replace(task, needs=needs, check=check, prompt=prompt)
+    return dataclasses.replace(task, needs=needs, check=check, prompt=prompt, text_is_optional=task.truth == "text")
 
 
 def has_truth(task, dataset):
     """(E,) bool, True = the line says what is to be predicted."""
+    if task.truth == "text":
+        return np.array([len(text) > 0 for text in dataset.text], bool)
     if task.truth not in task.needs:
         return np.ones(len(dataset), bool)
     if task.truth == "answer":
@@ -677,6 +677,7 @@ def run_mode(args):
         return
     run, task = load_run(args)
     if args.attention:
+        attention.check_task(run, task)
         show_attention(run, task, args)
     elif args.scenes:
         show_scenes(run, task, args)

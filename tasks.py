@@ -41,6 +41,7 @@ class Task:
     needs: tuple = ()  # keys that a line must have besides text and a picture
     truth: str = ""  # the key of what is to be predicted; predict.py reads lines without it
     prompt: str = ""  # template of a line's text: see records.fill_prompt
+    text_is_optional: bool = False  # True: a line may lack its text, which is then ""; predict.py sets it for captions
     pictures: int = 1  # pictures of a line
     rows_per_example: int = 1  # that an example typically takes, for the default batch size
     check: Callable = lambda record: None  # record -> None, or a sentence that says what is wrong with it

@@ -595,10 +595,12 @@ def run_test(run):
     args = run.args
     if dist.is_initialized():
         dist.barrier()  # the first process writes best.pt, all read it
+    step = run.progress["step"]
     if run.progress["best"] > -math.inf:
         best = checkpoints.load_checkpoint(args.out / checkpoints.BEST)
         run.model.load_state_dict(best["state"])
         run.progress["random_heads"] = best["progress"].get("random_heads", [])
+        step = best["progress"]["step"]
     result = describe_result(run)
     lines = []
     for split in split_names(run):
@@ -609,7 +611,7 @@ def run_test(run):
         for task, splits in run.sets.items():
             if split in splits:
                 examples += len(tasks.examples_to_evaluate(run, task, splits[split]))
-        title = f"{args.model} {args.task}, split {split}, {examples} examples"
+        title = f"{args.model} {args.task}, split {split}, {examples} examples, weights of step {step}"
         if "random_heads" in result:
             title += f"; WARNING: untrained, at random: {', '.join(result['random_heads'])}"
         lines.append(evaluation.format_metrics(title, metrics, chance))
@@ -632,6 +634,8 @@ def run_test(run):
     if run.rank == 0:
         data.write_text(args.out / "result.json", json.dumps(result, indent=1) + "\n")
     common.print0("\n".join(lines))
+    weights = args.out / (checkpoints.BEST if (args.out / checkpoints.BEST).exists() else checkpoints.NEWEST)
+    common.print0(f"\nto see it at work: python predict.py {weights} --scenes 4")
     return result
 
 

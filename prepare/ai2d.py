@@ -25,6 +25,7 @@ NEEDED = ("answerTexts", "correctAnswer", "abcLabel", "questionId")
 def records(folder, out):
     """A record for each question."""
     test = {line.strip() for _, line in published.read_text_lines(folder / "ai2d_test_ids.csv")}
+    published.require((folder / "questions").is_dir(), folder / "questions", "no such folder")
     for path in sorted((folder / "questions").glob("*.json")):
         content = published.read_json(path)
         published.check_keys(path, content, ("imageName", "questions"))
@@ -67,8 +68,8 @@ def draw_letters(folder, name, out):
             (x1, y1), (x2, y2) = row["rectangle"]
         except (TypeError, ValueError):
             raise UserError(f"{path}: 'rectangle' {row['rectangle']}, not two corners") from None
-        if x1 >= x2 or y1 >= y2:
-            continue  # a box without area cannot hold a letter
+        if x1 + 1 > x2 or y1 + 1 > y2:
+            continue  # no letter is smaller than a pixel
         draw.rectangle((x1, y1, x2, y2), fill="white")
         font = ImageFont.load_default(size=min(x2 - x1, y2 - y1))
         draw.text(((x1 + x2) / 2, (y1 + y2) / 2), row["replacementText"], fill="black", font=font, anchor="mm")

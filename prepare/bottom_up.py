@@ -1,10 +1,10 @@
 """Bottom-up features (Anderson et al. 2018) as LXMERT and UNITER published them, into a feature store.
 
-    python prepare/bottom_up.py SOURCE OUT [--data my.jsonl]
+    python prepare/bottom_up.py SOURCE OUT [--data my.jsonl my_test.jsonl ...]
 
 SOURCE is a .tsv file or a folder of .tsv (LXMERT) or .npz files (UNITER). Writes OUT/regions (the store) and
-OUT/ids.txt (line N: the name of the picture in row N). With --data also OUT/my.jsonl, with "features": "regions#N" in
-place of `image`, and OUT/dataset.json. A line of the data gets the row whose name equals its picture's file name;
+OUT/ids.txt (line N: the name of the picture in row N). With --data also OUT/my.jsonl and so on, with "features": "regions#N"
+in place of `image`, and OUT/dataset.json, which names the first of them. A line of the data gets the row whose name equals its picture's file name;
 suffix, case, prefixes like "coco_" and leading zeros do not count. Files are read one picture at a time.
 
 LXMERT's TSV has no header and ten columns: image id, height, width; then in base64 classes and confidence of objects (1,600)
@@ -44,7 +44,7 @@ COLUMNS = {  # LXMERT's, in their order, as fields of the store: type, shape of 
 def read_tsv(path):
     """(image id, fields of the store, (width, height)) of each line of LXMERT's TSV. boxes: (N,4) in 0..1."""
     csv.field_size_limit(1 << 30)
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         for number, row in enumerate(csv.reader(file, delimiter="\t"), 1):
             where = f"{path}:{number}"
             published.note_place(where)
@@ -126,8 +126,11 @@ def remove_old_lines(out, writes_lines):
     is_own = description.get("regions") == REGIONS
     published.require(is_own or not writes_lines, file, "was not written by this script; give another folder")
     if is_own:
-        (out / description["file"]).unlink(missing_ok=True)
         file.unlink()
+        for path in out.glob("*.jsonl"):
+            if str(data.first_record(path).get("features", "")).startswith("regions#"):
+                path.unlink()
+                print(f"{path}: removed, since it names rows of the old store")
 
 
 def picture_key(name):
@@ -138,10 +141,12 @@ def picture_key(name):
     return name.lstrip("0")
 
 
-def convert(source, out, data_file):
-    """Writes OUT/regions from the files in `source`, and with a JSONL file its lines linked to these regions."""
-    if data_file is not None:
-        published.require(data_file.resolve().parent != out, out, f"{data_file} lies there; give another folder")
+def convert(source, out, data_files):
+    """Writes OUT/regions from the files in `source`, and the lines of JSONL files linked to these regions."""
+    for file in data_files:
+        published.require(file.resolve().parent != out, out, f"{file} lies there; give another folder")
+    if len({file.name for file in data_files}) < len(data_files):
+        raise UserError("--data: two of the files have one name; rename one")
     rows = {}
     names = []
 
@@ -155,31 +160,35 @@ def convert(source, out, data_file):
             yield fields
 
     description = {}
-    if data_file is not None and (data_file.parent / "dataset.json").is_file():  # refcoco.py names its splits there
-        description = published.read_json(data_file.parent / "dataset.json")
+    if data_files and (data_files[0].parent / "dataset.json").is_file():  # refcoco.py names its splits there
+        description = published.read_json(data_files[0].parent / "dataset.json")
     files_of(source)  # ends here if there are none
-    remove_old_lines(out, data_file is not None)
+    remove_old_lines(out, len(data_files) > 0)
     store = out / "regions"
     data.write_store(store, pictures())
+    published.require(names, source, "its files hold no pictures; download them again")
     (out / "ids.txt").write_text("".join(name + "\n" for name in names), encoding="utf-8")
     print(f"{store}: {len(names)} pictures")
-    if data_file is None:
-        return
 
     def rows_of(_, record):
         images = record["images"] if "images" in record else [record.get("image", "")]
         return [rows.get(picture_key(Path(image).stem)) for image in images]
 
-    written, left_out = published.link_lines(data_file, out / data_file.name, rows_of)
-    published.require(written, data_file, f"none of its pictures is in {source}; ids look like {names[0]}")
-    kept = {key: description[key] for key in ("extra_splits", "content_words", "defaults") if key in description}
-    published.write_dataset(out, name=data_file.stem, file=data_file.name, regions=REGIONS, **kept)
-    print(f"{out / data_file.name}: {written} lines, {left_out} left out: no features")
+    for file in data_files:
+        written, left_out = published.link_lines(file, out / file.name, rows_of)
+        if not written:
+            (out / file.name).unlink()
+        published.require(written, file, f"none of its pictures is in {source}; ids look like {names[0]}")
+        print(f"{out / file.name}: {written} lines, {left_out} left out: no features")
+    if data_files:
+        kept = {key: description[key] for key in ("extra_splits", "content_words", "defaults") if key in description}
+        published.write_dataset(out, name=data_files[0].stem, file=data_files[0].name, regions=REGIONS, **kept)
 
 
 def add_options(parser):
     """This script's own options."""
-    parser.add_argument("--data", dest="data_file", type=Path, help="JSONL whose pictures these are")
+    words = "JSONL files whose pictures these are"
+    parser.add_argument("--data", dest="data_files", type=Path, nargs="+", default=[], help=words)
 
 
 if __name__ == "__main__":

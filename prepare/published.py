@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import data
@@ -31,7 +32,7 @@ def read_json(path):
     require(path.is_file(), path, "no such file")
     note_place(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); download it again") from None
 
@@ -68,8 +69,9 @@ def stream_json(path, needed=(), inside=None, chunk=1 << 20):
     note_place(path)
     decoder = json.JSONDecoder()
     number = 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         text = read_chunk(file, path, chunk).lstrip()
+        require(text, path, "is empty; download it again")
         if inside is not None:
             text = skip_to(file, path, text, inside, chunk)
         require(text[:1] in ("[", "{"), path, "neither a JSON list nor an object; is this the published file?")
@@ -110,13 +112,12 @@ def read_chunk(file, path, chunk):
 
 def skip_to(file, path, text, key, chunk):
     """The text of a JSON file from the value of `key` on, at least a chunk of it. text: what was read of the file."""
-    wanted = f'"{key}"'
-    while wanted not in text:
+    wanted = re.compile(rf'"{re.escape(key)}"\s*:\s*(?=[\[{{])')  # a key with a list or an object, no value
+    while not wanted.search(text):
         more = read_chunk(file, path, chunk)
         require(more, path, f"has no {key!r}; is this the published file?")
-        text = text[-len(wanted) :] + more  # the key may be cut by the end of a chunk
-    text = text[text.index(wanted) + len(wanted) :] + read_chunk(file, path, chunk)
-    return text[BETWEEN.match(text).end() :]
+        text = text[-len(key) - 100 :] + more  # the key may be cut by the end of a chunk
+    return text[wanted.search(text).end() :] + read_chunk(file, path, chunk)
 
 
 def entries(path, content, needed):
@@ -184,26 +185,28 @@ def write_dataset(out, **description):
 
 
 def write_jsonl(path, records):
-    """Writes records one a line, as they come, and prints how many there are of each split. Records with a blank text are
-    left out. The file is whole or absent."""
-    counts = {}
-    blank = 0
+    """Writes records one a line, as they come, and prints how many there are of each split. A record may be a text instead,
+    the reason why an example is left out; these are counted, as are blank texts. The file is whole or absent."""
+    counts = Counter()  # split: examples
+    left_out = Counter()  # reason: examples
 
     def write(temporary):
-        nonlocal blank
         with open(temporary, "w", encoding="utf-8") as file:
             for record in records:
-                if isinstance(record.get("text"), str) and not data.is_text(record["text"]):
-                    blank += 1
-                    continue
-                file.write(json.dumps(record) + "\n")
-                counts[record["split"]] = counts.get(record["split"], 0) + 1
-        require(counts, path, "the published files hold no examples")
+                if isinstance(record, str):
+                    left_out[record] += 1
+                elif isinstance(record.get("text"), str) and not data.is_text(record["text"]):
+                    left_out["blank text"] += 1
+                else:
+                    file.write(json.dumps(record) + "\n")
+                    counts[record["split"]] += 1
+        reasons = [f"{count} left out: {reason}" for reason, count in left_out.items()]
+        require(counts, path, "; ".join(["the published files hold no examples", *reasons]))
 
     data.write_whole(path, write)
     print(f"{path}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
-    if blank:
-        print(f"left out because their text is blank: {blank}")
+    for reason, count in left_out.items():
+        print(f"    {count} left out: {reason}")
 
 
 # ---- predictions, back to the benchmark --------------------------------------------------------------------------------
@@ -250,6 +253,7 @@ def main(convert, description, add_options=None, arguments=None, predictions=Non
         if args.pop("predictions", False):
             write_predictions(source, out, predictions)
         else:
+            require(not out.is_file(), out, "is a file; name a folder")
             out.mkdir(parents=True, exist_ok=True)
             convert_or_explain(convert, source, out, args)
     except (UserError, OSError) as error:

@@ -185,7 +185,7 @@ def make(folder, counts=None, seed=0):
     detected = []
     true = []
     lines = {file: [] for file in FILES.values()}
-    prepared = parallel(prepare_scene, jobs, f"drawing {len(jobs)} scenes")
+    prepared = parallel(prepare_scene, jobs, f"drawing {len(jobs)} scenes, once")
     for scene, detected_regions, true_regions, new_lines in prepared:
         graphs.setdefault(scene.split, []).append(scene)
         detected.append(detected_regions)

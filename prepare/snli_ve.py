@@ -4,6 +4,7 @@
 
 FOLDER has snli_ve_{train,dev,test}.jsonl and flickr30k-images/. `gold_label` is the answer, `sentence2` the hypothesis;
 `sentence1`, the caption that the picture stands for, is not used. Lines with the label "-" (no majority) are left out.
+Quirk of the files: the picture's key is spelt in several ways, and its value may have the suffix .jpg.
 """
 
 import sys
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python p
 import data
 from prepare import published
 
+PICTURE_KEYS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID")
 SPLITS = {"train": "train", "dev": "val", "test": "test"}
 
 
@@ -21,12 +23,16 @@ def records(folder, out):
     """A record for each hypothesis with a gold label, of which "-" is none."""
     for name, split in SPLITS.items():
         path = folder / f"snli_ve_{name}.jsonl"
-        for where, row in published.read_json_lines(path, ("Flickr30K_ID", "gold_label", "sentence2", "pairID")):
+        for where, row in published.read_json_lines(path, ("gold_label", "sentence2", "pairID")):
             if row["gold_label"] == "-":
+                yield "the label is -"
                 continue
             published.require(row["gold_label"] in data.ENTAILMENT, where, f"gold_label {row['gold_label']!r}")
+            keys = [key for key in PICTURE_KEYS if key in row]
+            published.require(keys, where, f"has none of {', '.join(PICTURE_KEYS)}; is this the published file?")
+            name = str(row[keys[0]]).removesuffix(".jpg")
             yield {
-                "image": published.picture(folder / "flickr30k-images" / f"{row['Flickr30K_ID']}.jpg", out),
+                "image": published.picture(folder / "flickr30k-images" / f"{name}.jpg", out),
                 "text": row["sentence2"],
                 "answer": row["gold_label"],
                 "split": split,

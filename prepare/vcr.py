@@ -5,8 +5,8 @@
 
 FOLDER has {train,val,test}.jsonl and vcr1images/, in which each picture's metadata file gives the detected boxes. The test
 labels are not public. Texts are lists of words in which a list of numbers, [0, 2], stands for objects of the picture.
-A person becomes a name by its number, so that "Casey" is the same person in question, answers and reasons; another object
-becomes its class. The regions are the detected boxes, in their order.
+A person becomes a name by its number, so that "Casey" is the same person in question, answers and reasons; numbers 12 apart
+have one name. Another object becomes its class. The regions are the detected boxes, in their order.
 """
 
 import sys
@@ -65,9 +65,10 @@ def read_boxes(path):
 def question_record(folder, out, where, row):
     """A record without labels and split."""
     objects = row["objects"]
+    boxes = read_boxes(folder / "vcr1images" / row["metadata_fn"])
     return {
         "image": published.picture(folder / "vcr1images" / row["img_fn"], out),
-        "boxes": read_boxes(folder / "vcr1images" / row["metadata_fn"]),
+        **({"boxes": boxes} if boxes else {}),  # without any the picture is cut into a grid
         "text": plain_text(row["question"], objects, where),
         "choices": [plain_text(words, objects, where) for words in row["answer_choices"]],
         "reasons": [plain_text(words, objects, where) for words in row["rationale_choices"]],

@@ -17,6 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python p
 
 from prepare import published
 
+NOT_NAMED = "its picture is not in image_data.json, or also COCO's"
+NO_AREA = "its box has no area in the picture"
+
 
 def read_images(folder, out, without_coco):
     """{image id: (path, split, width, height)}. The picture's folder is part of its URL."""
@@ -43,18 +46,22 @@ def regions(folder, out, images):
     for where, _, entry in published.stream_json(folder / "region_descriptions.json", ["regions"]):
         for row in entry["regions"]:
             published.check_keys(where, row, ("image_id", "region_id", "phrase"))
-            if row["image_id"] in images and row["phrase"].strip():
-                image, split, width, height = images[row["image_id"]]
-                box = inside(where, row, width, height)
-                if box is not None:
-                    yield {
-                        "image": image,
-                        "text": row["phrase"].strip(),
-                        "target": box,
-                        "kind": "region",
-                        "split": split,
-                        "id": str(row["region_id"]),
-                    }
+            if row["image_id"] not in images:
+                yield NOT_NAMED
+                continue
+            image, split, width, height = images[row["image_id"]]
+            box = inside(where, row, width, height)
+            if box is None:
+                yield NO_AREA
+                continue
+            yield {
+                "image": image,
+                "text": row["phrase"].strip(),
+                "target": box,
+                "kind": "region",
+                "split": split,
+                "id": str(row["region_id"]),
+            }
 
 
 def questions(folder, out, images):
@@ -63,28 +70,33 @@ def questions(folder, out, images):
         for row in entry["qas"]:
             published.check_keys(where, row, ("image_id", "qa_id", "question", "answer"))
             answer = row["answer"].strip().rstrip(".").lower()  # "Green."
-            if row["image_id"] in images and answer:
-                image, split, _, _ = images[row["image_id"]]
-                yield {
-                    "image": image,
-                    "text": row["question"],
-                    "answer": answer,
-                    "split": split,
-                    "id": str(row["qa_id"]),
-                }
+            if row["image_id"] not in images or not answer:
+                yield "blank answer" if row["image_id"] in images else NOT_NAMED
+                continue
+            image, split, _, _ = images[row["image_id"]]
+            yield {
+                "image": image,
+                "text": row["question"],
+                "answer": answer,
+                "split": split,
+                "id": str(row["qa_id"]),
+            }
 
 
 def objects(folder, out, images):
     """A record for each object: its attributes and its name."""
     for where, _, entry in published.stream_json(folder / "attributes.json", ("image_id", "attributes")):
         if entry["image_id"] not in images:
+            yield from [NOT_NAMED] * len(entry["attributes"] or [])
             continue
         image, split, width, height = images[entry["image_id"]]
         for row in entry["attributes"] or []:
             published.check_keys(where, row, ["names"])
             text = " ".join([*(row.get("attributes") or []), *row["names"][:1]]).strip()
             box = inside(where, row, width, height)
-            if text and box is not None:
+            if box is None:
+                yield NO_AREA
+            else:
                 yield {"image": image, "text": text, "target": box, "kind": "object", "split": split}
 
 

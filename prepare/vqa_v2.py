@@ -67,9 +67,11 @@ def answered(folder, out, min_count):
                     scores[answer] = round(vqa_accuracy(count), 4)
                 elif answer in kept and answer:
                     scores[answer] = round(soft_score(count), 4)
-            if scores:
-                record = question_record(folder, name, row, out)
-                yield {**record, "answer": scores, "kind": kind, "split": "val" if name == "val2014" else "train"}
+            if not scores:
+                yield "none of its answers is kept"
+                continue
+            record = question_record(folder, name, row, out)
+            yield {**record, "answer": scores, "kind": kind, "split": "val" if name == "val2014" else "train"}
 
 
 def unanswered(folder, out):

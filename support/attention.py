@@ -74,15 +74,20 @@ def sequence_of(name):
     return "both"
 
 
+def check_task(run, task):
+    """UserError for a task or a model whose attention cannot be shown."""
+    if task.generates:
+        raise UserError(f"{task.name}: the words are written one by one, and their attention is not recorded")
+    if machine.is_quantized(run.model):
+        raise UserError("layers of 8 bits (--int8) have no gradients, so their attention cannot be shown")
+
+
 def record_example(run, task, dataset, i):
     """A list of Records of example i: of each row that the logit of its likeliest answer depends on; of a task with two
     pictures, of both rows."""
     index = np.array([i])
     with torch.inference_mode(False), torch.enable_grad():
-        if task.generates:
-            raise UserError("the caption decoder does not record attention")
-        if machine.is_quantized(run.model):
-            raise UserError("layers of 8 bits (--int8) have no gradients, so their attention cannot be shown")
+        check_task(run, task)
         if task.ranks:
             batch = data.remove_modality(data.collate(dataset, index), run.args.ablate)
         else:

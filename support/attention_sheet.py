@@ -205,9 +205,10 @@ def write_number(pen, image, box, text):
     left, top, right, bottom = corners_of(image, box)
     if (left, top, right, bottom) == (0, 0, *image.size):
         left = right
-        top = bottom - 12
+        top = bottom
     left = min(left + 4, image.width - font.getlength(text) - 3)
-    pen.text((left, max(0, top - 5)), text, "white", font, stroke_width=2, stroke_fill="black")
+    top = max(0, min(top + 1, image.height - 15))
+    pen.text((left, top), text, "white", font, stroke_width=2, stroke_fill="black")
 
 
 def draw_numbers(image, boxes, chosen=None):
@@ -219,7 +220,7 @@ def draw_numbers(image, boxes, chosen=None):
         pen.rectangle(corners_of(image, box), outline=color, width=4 if number == chosen else 1)
     for number, box in enumerate(boxes):
         write_number(pen, image, box, str(number))
-    return titled(shown, "numbers of the regions")
+    return titled(shown, f"regions; equal weights: {100 / len(boxes):.1f}")
 
 
 def draw_heat(image, boxes, weights, title):
@@ -239,10 +240,11 @@ def draw_heat(image, boxes, weights, title):
         region = Image.blend(dark.crop(corners), image.crop(corners), weights[i] / most)
         shown.paste(region, corners[:2])
     pen = ImageDraw.Draw(shown)
+    thickest = 3 if len(boxes) <= 2 * MOST else 1  # many frames would hide the picture
     for i in order:
         share = weights[i] / most
         color = tuple(round(60 + (value - 60) * share) for value in ORANGE)  # from grey to orange
-        pen.rectangle(corners_of(image, boxes[i]), outline=color, width=1 + round(3 * share))
+        pen.rectangle(corners_of(image, boxes[i]), outline=color, width=1 + round(thickest * share))
     for i in order[-MOST:]:
         write_number(pen, image, boxes[i], f"{100 * weights[i]:.0f}")
     return titled(shown, title)

@@ -62,7 +62,13 @@ def embed(run, datasets, out):
         arrays["picture_of_text"] = np.array(picture_of_text)
         data.write_whole(out, lambda file: write_npz(file, arrays))
     note = "" if "itc" in run.model.heads else "; texts and pictures are not of one space, since nothing trained itc"
-    print(f"{out}: {texts} texts, {pictures} pictures{note}")
+    print(f"{out}: {texts} texts, {pictures} pictures, {names_of_splits(datasets)}{note}")
+
+
+def names_of_splits(datasets):
+    """ "split test", or "splits train, val"."""
+    names = [dataset.split for dataset in datasets]
+    return f"split{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 @torch.inference_mode()
@@ -108,13 +114,15 @@ def search(run, datasets, text, top, out):
     found = top_pictures(run, datasets, text, top)
     cells = []
     for place, (similarity, dataset, example) in enumerate(found, 1):
-        print(f"{similarity:.3f}  {dataset.ids[example]}: {dataset.text[example]}")
-        cells.append(draw_found(dataset, example, f"{place}.  similarity {similarity:.3f}"))
+        file = records.picture_file(dataset, int(dataset.image[example]))
+        name = file.name if file else dataset.ids[example]
+        print(f"{similarity:.3f}  {name}  {dataset.ids[example]}: {dataset.text[example]}")
+        cells.append(draw_found(dataset, example, f"{place}.  {name}  similarity {similarity:.3f}"))
     sheet = drawing.grid(cells, 3)
     headline = drawing.text_cell(text, 20, "black", sheet.width)
     drawing.save(drawing.grid([drawing.blank(drawing.MARGIN), headline, sheet], 1), Path(out), "--out")
     pictures = sum(len(first_texts(dataset)) for dataset in datasets)
-    print(f"{out}: the best {len(found)} of {pictures} pictures")
+    print(f"{out}: the best {len(found)} of {pictures} pictures, {names_of_splits(datasets)}")
 
 
 def top_pictures(run, datasets, text, top):

@@ -119,15 +119,17 @@ class Log:
             if name in chance:
                 text += f" ({evaluation.format_value(name, chance[name])})"
             shown.append(text)
-        common.print0(f"step {step:5d}/{self.run.args.steps}  val: {', '.join(shown)}; {seconds:.0f} s")
+        common.print0(
+            f"step {step:5d}/{self.run.args.steps}  val (chance in brackets): {', '.join(shown)}; {seconds:.0f} s"
+        )
         self.write({"step": step, "split": "val", **metrics, "chance": chance})
 
     def data_time(self):
         """How much of the training time was spent waiting for data."""
         share = 100 * self.waited / max(1e-9, self.worked)
-        what = "waiting for it"
+        what = "waiting for batches"
         if any(tasks.TASKS[task].hard_negatives for task in self.run.sets):
-            what = "preparing it and choosing hard negatives"
+            what = "making batches and choosing hard negatives"
         common.print0(f"data     {share:.1f}% of the training time was spent {what}")
 
     def write(self, record):
@@ -157,8 +159,11 @@ def print_run(run):
             f"data     {task}, {name}: {counts} examples; {words:.1f} words, {regions:.1f} regions each{crops}"
         )
     dtype = str(run.dtype).removeprefix("torch.")
+    examples = f"{args.batch_size} examples"
+    if args.accumulate * run.world > 1:
+        examples = f"{args.batch_size} x {args.accumulate} passes x {run.world} processes examples"
     common.print0(
-        f"run      {args.steps} steps of {args.batch_size} x {args.accumulate} x {run.world} examples, lr {args.lr:g}, "
+        f"run      {args.steps} steps of {examples}, lr {args.lr:.3g}, "
         f"seed {args.seed}, {', '.join(run.objectives)}; {run.device}, {dtype}; to {args.out}"
     )
 

@@ -4,7 +4,7 @@
     the pictures that records name       Pictures
     records -> columns                   read_columns, make_columns
 
-Knows no task by name. `task` is a row of tasks.TASKS, whose name, needs, prompt, pictures, check and examples are read.
+Knows no task by name. `task` is a row of tasks.TASKS, whose name, needs, truth, prompt and so on are read.
 """
 
 import codecs
@@ -180,6 +180,7 @@ def read_records(path, task, splits, mistakes):
                 if task.prompt:
                     fill_prompt(record, task.prompt)
                 check_record(record, task, splits)
+                record.setdefault("text", "")
                 record.setdefault("id", f"{path.name}:{number}")
                 normalize_record(record)
                 problem = task.check(record)
@@ -258,9 +259,11 @@ def check_record(record, task, splits):
         is_valid, wanted = KEYS[key]
         if not is_valid(value):
             raise UserError(f"{key!r} is {str(value)[:60]!r}; write {wanted}")
-    for key in ("text", *task.needs):
+    needs = task.needs if task.text_is_optional else ("text", *task.needs)
+    for key in needs:
         if key not in record:
-            raise UserError(f"key {key!r} is missing; task {task.name} needs it: {KEYS[key][1]}")
+            hint = "; predict.py takes lines without it" if key == task.truth else ""
+            raise UserError(f"key {key!r} is missing; task {task.name} needs it: {KEYS[key][1]}{hint}")
     if record.get("split", "train") not in splits:
         raise UserError(f"'split' is {record['split'][:60]!r}; write {', '.join(splits[:-1])} or {splits[-1]}")
     sources = [key for key in ("image", "images", "features") if key in record]
@@ -689,7 +692,7 @@ def read_columns(path, task, splits, patch, grid, mistakes, network=None, device
 def make_columns(path, task, splits, patch, grid, cache, network=None, device=None, checked=False):
     """The folder with the columns of a JSONL file, a subfolder for each split. It is made unless it is in the cache and
     its pictures have not changed. device: that of the network. checked: this run has compared the pictures already."""
-    key = [*file_stamp(path), task.name, task.needs, task.prompt, splits, patch, grid]
+    key = [*file_stamp(path), task.name, task.needs, task.prompt, task.text_is_optional, splits, patch, grid]
     if network:
         key.append(network)
     folder = Path(cache).resolve() / f"columns-{cache_key(key)}"
@@ -704,7 +707,9 @@ def make_columns(path, task, splits, patch, grid, cache, network=None, device=No
             folders[""] = pictures.extract(path, Path(cache).resolve(), mistakes).folder
             stamps.append(file_stamp(folders[""] / "offsets.npy"))
         if pictures.outside:
-            warn(f"{path}: {pictures.outside} pictures or stores lie outside of its folder")
+            warn(
+                f"{path}: {pictures.outside} pictures or stores lie outside of its folder, which cannot be moved alone"
+            )
         for split, part in columns.items():
             part.save(aside / split, folders[part.store])
         (aside / "warnings.json").write_text(json.dumps(odd_lines(columns)))

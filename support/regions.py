@@ -102,7 +102,9 @@ def remove_half_made(folder):
 
 
 def refuse_overwriting(option, out, inputs):
-    """UserError if the file `out`, which is to be written, is one of those that are read."""
+    """UserError if the file `out`, which is to be written, is a folder or one of those that are read."""
+    if os.path.isdir(out):
+        raise UserError(f"{option} {out}: is a folder; give the name of a file")
     for path in inputs:
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
             raise UserError(f"{option} {out}: is read by this command and would be lost; give another name")

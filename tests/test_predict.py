@@ -603,6 +603,29 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, trained, fold
     assert message in error and error.count("\n") == 1 and "Traceback" not in error, error
 
 
+def test_pictures_without_texts_get_captions_and_are_found(trained, folder, capsys):
+    """Of an album whose lines hold pictures alone; a line with a text is measured."""
+    lines = [{"image": f"{i}.png"} for i in range(3)]
+    album = own_file(folder, "album.jsonl", lines)
+    caption = trained("uniter", "caption")
+    assert use(caption, "--data", album, "--out", "album.out.jsonl") == 0
+    assert "3 examples without text, nothing to measure" in capsys.readouterr().out
+    written = [json.loads(line) for line in (folder / "album.out.jsonl").read_text().splitlines()]
+    assert len(written) == 3 and all("caption" in line and "truth" not in line for line in written)
+    own_file(folder, "album.jsonl", [*lines, {"image": "0.png", "text": "a red disc"}])
+    assert use(caption, "--data", album, "--out", "album.out.jsonl") == 0
+    assert "split train, 1 examples" in capsys.readouterr().out
+    own_file(folder, "album.jsonl", lines)
+    contrast = trained("uniter", "pretrain", "--objectives", "itc")
+    assert use(contrast, "--search", "a red disc", "--data", album, "--top", "2") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\d  [012]\.png  album\.jsonl:\d", printed) and "best 2 of 3 pictures, split train" in printed
+    assert use(contrast, "--embed", "album.npz", "--data", album) == 0
+    assert np.load(folder / "album.npz")["picture_vectors"].shape[0] == 3
+    assert use(trained("uniter", "vqa"), "--data", album) == 2
+    assert "key 'text' is missing" in capsys.readouterr().err
+
+
 def test_a_caption_takes_no_number_of_answers(trained, capsys):
     assert use(trained("uniter", "caption"), "--scenes", "1", "--top", "2") == 2
     assert "--top is for answers and pictures" in capsys.readouterr().err

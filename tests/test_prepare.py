@@ -1140,7 +1140,7 @@ def test_captions_of_blanks_are_left_out_and_counted(tmp_path, capsys):
     write_json(tmp_path / "in" / "dataset_coco.json", {"images": [blank]})
     assert convert(coco, tmp_path / "in", tmp_path / "out") == 0
     assert [record["text"] for record in read_lines(tmp_path / "out" / "coco.jsonl")] == ["a man"]
-    assert "left out because their text is blank: 1" in capsys.readouterr().out
+    assert "    1 left out: blank text" in capsys.readouterr().out
 
 
 def test_coco_with_karpathys_split(tmp_path, capsys):
@@ -1296,7 +1296,9 @@ def test_vqa_v2(tmp_path, capsys):
     write_json(folder / "v2_OpenEnded_mscoco_test2015_questions.json", {"questions": test})
     assert convert(vqa_v2, folder, tmp_path / "out", "--min-count", "1") == 0
     assert len(read_lines(tmp_path / "out" / "vqa_v2.jsonl")) == 4
+    capsys.readouterr()
     assert convert(vqa_v2, folder, tmp_path / "out", "--min-count", "2") == 0
+    assert "1 left out: none of its answers is kept" in capsys.readouterr().out
     records = read_lines(tmp_path / "out" / "vqa_v2.jsonl")
     # "mesh" is the top answer of two questions, one of train and one of val; "net" of one and "unicorn" of one.
     image = "../in/train2014/COCO_train2014_000000458752.jpg"
@@ -1353,9 +1355,17 @@ def test_streamed_json_equals_json_load(chunk, tmp_path):
             found = [entry for _, _, entry in published.stream_json(path, chunk=chunk)]
             expected = list(content.values()) if isinstance(content, dict) else content
             assert found == expected
-            path.write_text(json.dumps({"info": {"a": ["b"]}, "data": content, "more": [1]}, indent=indent))
+            outer = {"info": {"a": ["b"], "of": "data", "data": 3}, "data": content, "more": [1]}
+            path.write_text(json.dumps(outer, indent=indent), encoding="utf-8-sig")
             found = [entry for _, _, entry in published.stream_json(path, inside="data", chunk=chunk)]
             assert found == expected
+
+
+def test_an_empty_file_and_a_file_as_folder_are_one_line(tmp_path, capsys):
+    (tmp_path / "train_balanced_questions.json").write_text("")
+    assert "is empty; download it again" in error_of(capsys, gqa, tmp_path, tmp_path / "out")
+    (tmp_path / "file").touch()
+    assert "is a file; name a folder" in error_of(capsys, gqa, tmp_path, tmp_path / "file")
 
 
 def test_streamed_json_takes_little_memory(tmp_path):
@@ -1514,6 +1524,17 @@ def test_snli_ve(tmp_path, capsys):
     image = "../in/flickr30k-images/4705552913.jpg"
     expected = {"image": image, "text": "The sisters are hugging goodbye.", "answer": "neutral", "split": "train"}
     assert records[0] == {**expected, "id": "4705552913.jpg#2r1n"}
+    for key, value in (("Flikr30kID", "4705552913.jpg"), ("Flickr30kID", "4705552913")):  # as other versions spell it
+        other = {**row, key: value}
+        del other["Flickr30K_ID"]
+        write_lines(tmp_path / "in" / "snli_ve_dev.jsonl", [other, {**other, "gold_label": "-"}])
+        capsys.readouterr()
+        assert convert(snli_ve, tmp_path / "in", tmp_path / "out") == 0
+        assert read_lines(tmp_path / "out" / "snli_ve.jsonl")[1]["image"] == image
+        assert "3 left out: the label is -" in capsys.readouterr().out
+    del other[key]
+    write_lines(tmp_path / "in" / "snli_ve_dev.jsonl", [other])
+    assert "snli_ve_dev.jsonl:1: has none of" in error_of(capsys, snli_ve, tmp_path / "in", tmp_path / "out")
 
     write_lines(tmp_path / "in" / "snli_ve_dev.jsonl", [{**row, "gold_label": "maybe"}])
     assert "snli_ve_dev.jsonl:1: gold_label 'maybe'" in error_of(capsys, snli_ve, tmp_path / "in", tmp_path / "out")
@@ -1608,6 +1629,10 @@ def test_vcr(tmp_path, capsys):
     assert convert(vcr, folder, tmp_path / "out") == 0
     unlabelled = {key: value for key, value in record.items() if key not in ("label", "reason")}
     assert read_lines(tmp_path / "out" / "vcr_test.jsonl") == [{**unlabelled, "split": "test"}]
+
+    write_json(folder / "vcr1images" / "lsmdc" / "1.json", {**metadata, "boxes": boxes[1:2]})  # none in the picture
+    assert convert(vcr, folder, tmp_path / "out") == 0
+    assert "boxes" not in read_lines(tmp_path / "out" / "vcr.jsonl")[0]
 
     write_lines(folder / "val.jsonl", [{**row, "question": ["Who", "is", [3]]}])
     assert "val.jsonl:1: a text names object 3 of 3" in error_of(capsys, vcr, folder, tmp_path / "out")
@@ -1742,10 +1767,11 @@ def test_conceptual_captions(tmp_path, capsys):
     (folder / "Train_GCC-training.tsv").write_text(table)
     (folder / "Validation_GCC-1.1.0-Validation.tsv").write_text(table)
     (folder / "training" / "2062798002").touch()  # CRC-32 of the first URL
-    (folder / "training" / f"2_{zlib.crc32(b'http://a.org/3.jpg')}").touch()
+    (folder / "training" / f"77_{zlib.crc32(b'http://a.org/3.jpg')}").touch()  # the number of a row of another file
     assert zlib.crc32(b"http://a.org/1.jpg") == 2062798002
     assert convert(conceptual_captions, folder, tmp_path / "out") == 0
-    assert "4 lines left out" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 left out: no picture in training/" in printed and "3 left out: no picture in validation/" in printed
     records = read_lines(tmp_path / "out" / "conceptual_captions.jsonl")
     image = "../in/training/2062798002"
     assert records[0] == {"image": image, "text": "a very typical bus station", "split": "train", "id": "train-0"}
@@ -1872,6 +1898,21 @@ def test_bottom_up_features_of_lxmert(tmp_path, capsys):
     np.testing.assert_allclose(regions["boxes"][0], np.array(boxes) / [640, 480, 640, 480], rtol=1e-6)
     assert regions["objects"][0].tolist() == [0, 1, 2] and regions["attributes"][0].tolist() == [0, 1, 2]
     assert np.load(tmp_path / "out" / "regions" / "sizes.npy").tolist() == [[640, 480]] * 2
+
+    second = write_lines(tmp_path / "my_test.jsonl", records[:1])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark is no part of the first name
+    assert convert(bottom_up, path, tmp_path / "out", "--data", str(source), str(second)) == 0
+    assert read_lines(tmp_path / "out" / "my_test.jsonl") == expected
+    assert (tmp_path / "out" / "ids.txt").read_text().startswith("COCO")
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["file"] == "my.jsonl"
+    write_lines(tmp_path / "sub" / "my.jsonl", records)
+    error = error_of(capsys, bottom_up, path, tmp_path / "out", "--data", str(source), str(tmp_path / "sub/my.jsonl"))
+    assert "two of the files have one name" in error
+    capsys.readouterr()
+    assert convert(bottom_up, path, tmp_path / "out", "--data", str(source)) == 0
+    assert "my_test.jsonl: removed" in capsys.readouterr().out and not (tmp_path / "out" / "my_test.jsonl").exists()
+    (tmp_path / "empty.tsv").touch()
+    assert "its files hold no pictures" in error_of(capsys, bottom_up, tmp_path / "empty.tsv", tmp_path / "nothing")
 
     splits = {"name": "refs", "file": "my.jsonl", "extra_splits": ["testA"], "vocab": "v.txt"}
     write_json(tmp_path / "dataset.json", splits)

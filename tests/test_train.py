@@ -1483,7 +1483,7 @@ def test_a_full_disk_names_the_file_that_did_not_fit(tmp_path):
 def test_a_head_left_at_random_is_said_on_the_result_line(pictures, tmp_path, here, capsys):
     given = ["--data", pictures, "--task", "vqa"]
     here(*given, "--steps", 0, "--out", "untrained")
-    assert "4 examples; WARNING: untrained, at random: vqa" in capsys.readouterr().out
+    assert "4 examples, weights of step 0; WARNING: untrained, at random: vqa" in capsys.readouterr().out
     assert json.loads((tmp_path / "untrained/result.json").read_text())["random_heads"] == ["vqa"]
     here(*given, "--steps", 1, "--out", "trained")
     best = checkpoints.load_checkpoint(tmp_path / "trained/best.pt")
