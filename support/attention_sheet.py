@@ -220,7 +220,7 @@ def draw_numbers(image, boxes, chosen=None):
         pen.rectangle(corners_of(image, box), outline=color, width=4 if number == chosen else 1)
     for number, box in enumerate(boxes):
         write_number(pen, image, box, str(number))
-    return titled(shown, f"regions; equal weights: {100 / len(boxes):.1f}")
+    return titled(shown, f"equal weights: {100 / len(boxes):.1f}")
 
 
 def draw_heat(image, boxes, weights, title):
