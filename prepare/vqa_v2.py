@@ -8,7 +8,8 @@ the pictures in train2014/, val2014/ and test2015/.
 
 Answers are normalised as the official evaluation does.
 - train: an answer that n annotators gave has the soft score min(n/3, 1). Kept are the answers that are the most frequent one
-  (multiple_choice_answer) of at least 9 questions of train and val, 3,129 of them; a question with none of these is left out.
+  (multiple_choice_answer) of at least 9 questions of train and val, 3,129 of them. One is empty and not used. A question
+  with none of them is left out.
 - val: each answer has the official accuracy, the mean of min(n/3, 1) over the ten ways to leave one annotator out, so that
   the score of a prediction is what the server gives for it. No answer is left out.
 """
