@@ -41,7 +41,7 @@ import distill
 import tasks
 from common import UserError
 from support import contrast, evaluation, formats, machine, options, resume
-from support.log import Log, describe_result, lock_folder, print_run, safe_output, warn_at_chance
+from support.log import Log, describe_result, lock_folder, print_next_command, print_run, safe_output, warn_at_chance
 from support.optimizer import AdamW
 
 # ---- the run and its loop --------------------------------------------------------------------------------------
@@ -634,8 +634,7 @@ def run_test(run):
     if run.rank == 0:
         data.write_text(args.out / "result.json", json.dumps(result, indent=1) + "\n")
     common.print0("\n".join(lines))
-    weights = args.out / (checkpoints.BEST if (args.out / checkpoints.BEST).exists() else checkpoints.NEWEST)
-    common.print0(f"\nto see it at work: python predict.py {weights} --scenes 4")
+    print_next_command(args.out)
     return result
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
+import checkpoints
 import common
 import data
 import tasks
@@ -166,6 +167,14 @@ def print_run(run):
         f"run      {args.steps} steps of {examples}, lr {args.lr:.3g}, "
         f"seed {args.seed}, {', '.join(run.objectives)}; {run.device}, {dtype}; to {args.out}"
     )
+
+
+def print_next_command(folder):
+    """What to try with the weights of a finished run."""
+    for name in (checkpoints.BEST, checkpoints.NEWEST):
+        if (folder / name).exists():
+            common.print0(f"\nto see it at work: python predict.py {folder / name} --scenes 4")
+            return
 
 
 def warn_at_chance(run, metrics, chance):

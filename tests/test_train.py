@@ -1486,9 +1486,13 @@ def test_a_head_left_at_random_is_said_on_the_result_line(pictures, tmp_path, he
     assert "4 examples, weights of step 0; WARNING: untrained, at random: vqa" in capsys.readouterr().out
     assert json.loads((tmp_path / "untrained/result.json").read_text())["random_heads"] == ["vqa"]
     here(*given, "--steps", 1, "--out", "trained")
+    output = capsys.readouterr().out
+    command = output.splitlines()[-1].removeprefix("to see it at work: python predict.py ").split()
+    assert predict.main([*command, "--device", "cpu"]) == 0
     best = checkpoints.load_checkpoint(tmp_path / "trained/best.pt")
     tested_at_random = best["progress"]["step"] == 0  # no later step was better
-    assert ("WARNING" in capsys.readouterr().out) == tested_at_random
+    assert ("WARNING" in output) == tested_at_random
+    capsys.readouterr()
     here(*given, "--steps", 0, "--init", "trained/checkpoint.pt", "--out", "again")
     assert "WARNING" not in capsys.readouterr().out
 
