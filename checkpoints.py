@@ -57,12 +57,12 @@ from tasks import TASKS
 #   objectives        {objective: ratio}, those of the paper
 #   conditional       True: a step trains one of them, drawn by ratio; False: all of them
 #   joined            {objective: others that are trained in the same step}; read only if conditional
-#   weights           {objective: factor of its loss}, 1 where none is named
+#   loss_weights      {objective: factor of its loss}, 1 where none is named
 #   rate              learning rate relative to fine-tuning
 #   region_masking    arguments of data.mask_regions
-#   false_pairs       share of mismatched pairs
+#   mismatched_share  share of mismatched pairs
 #   mismatch          which side of a mismatched pair is replaced: "image" or "text"
-#   predict_false_pairs  False: nothing is predicted in mismatched pairs
+#   predict_mismatched  False: nothing is predicted in mismatched pairs
 #   second_half       objectives that are trained in the second half of the steps only
 # Official names and sizes are optional: they stand in formats.FORMATS, not in the model's file.
 MODELS = {

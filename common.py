@@ -4,7 +4,7 @@ All three papers build on BERT's post-norm Transformer (Devlin 2019). Its parts 
 that the models share follow, then helpers for several processes, messages and dropout. Where torch has a faster kernel,
 the explicit formula stands beside it, and tests/test_common.py checks that the two are equal.
 
-Letters: B batch, T text positions, N regions, S keys (text, regions or both), C width, H heads, D = C / H.
+Letters: B batch, T text positions, N regions, S keys or positions of text, regions or both, C width, H heads of width D,
 F region-feature width, V vocabulary, A answers, K classes, M masked positions.
 """
 
@@ -97,37 +97,37 @@ class TextEmbedding(nn.Module):
 class MultiHeadAttention(nn.Module):
     """Multi-head attention (Vaswani 2017, section 3.2.2): concat_h(attention(x W_q^h, c W_k^h, c W_v^h)) W_o.
 
-    Queries come from x (B, T, C), keys and values from the context c (B, S, C'). All four maps have biases. `inner`
-    is the width of all heads together, by default C. ValueError if `inner` is not a multiple of `heads`.
+    Queries come from x (B, T, C), keys and values from the context c (B, S, C'). All four projections have biases.
+    attention_width: of all heads together, by default C. ValueError if it is not a multiple of `heads`.
     """
 
-    def __init__(self, width, heads, dropout=0.0, context_width=None, inner=None):
+    def __init__(self, width, heads, dropout=0.0, context_width=None, attention_width=None):
         super().__init__()
         context_width = context_width or width
-        inner = inner or width
-        if inner % heads:
-            raise ValueError(f"attention width {inner} is not a multiple of {heads} heads")
+        attention_width = attention_width or width
+        if attention_width % heads:
+            raise ValueError(f"attention width {attention_width} is not a multiple of {heads} heads")
         self.heads = heads
         self.dropout = dropout
-        self.query = nn.Linear(width, inner)
-        self.key = nn.Linear(context_width, inner)
-        self.value = nn.Linear(context_width, inner)
-        self.output = nn.Linear(inner, width)
+        self.query = nn.Linear(width, attention_width)
+        self.key = nn.Linear(context_width, attention_width)
+        self.value = nn.Linear(context_width, attention_width)
+        self.output = nn.Linear(attention_width, width)
 
     def forward(self, x, context=None, bias=None, maps=None, cache=None):
         """Self-attention without a context, cross-attention with one. Returns (B, T, C).
 
         bias: from `attention_bias`.   maps: a list, to which the attention probabilities (B, H, T, S) are appended.
-        cache: a dict for incremental decoding, here {attention: (keys, values)}; models add entries of their own. In
-        self-attention x holds the new positions only, and they see the cached ones too. In cross-attention only the
-        first call projects the context.
+        cache: a dict for incremental decoding, here {attention: (keys, values)}; models add entries that are no tuples,
+        which beam search reorders. In self-attention x holds the new positions only, and they see the cached ones too.
+        In cross-attention only the first call projects the context.
         """
         cached = cache is not None and self in cache
         if cached and context is not None:
             key, value = cache[self]
         else:
             source = x if context is None else context
-            key = self.key(source)  # (B, S, C') -> (B, S, inner)
+            key = self.key(source)  # (B, S, C') -> (B, S, H*D)
             value = self.value(source)
             if cached:
                 past_key, past_value = cache[self]
@@ -138,7 +138,7 @@ class MultiHeadAttention(nn.Module):
         return self.attend_heads(self.query(x), key, value, bias, maps)
 
     def attend_heads(self, query, key, value, bias=None, maps=None):
-        """Attention in each head, then the output map: query (B, T, inner), key, value (B, S, inner) -> (B, T, C)."""
+        """Attention in each head, then the projection: query (B, T, H*D), key, value (B, S, H*D) -> (B, T, C)."""
         query = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, T, H*D) -> (B, T, H, D) -> (B, H, T, D)
         key = key.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         value = value.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -155,8 +155,8 @@ class MultiHeadAttention(nn.Module):
 class AttentionBlock(MultiHeadAttention):
     """Post-norm attention block: norm(x + dropout(attention(x, context))). Arguments and shapes as above."""
 
-    def __init__(self, width, heads, dropout=0.0, context_width=None, inner=None):
-        super().__init__(width, heads, dropout, context_width, inner)
+    def __init__(self, width, heads, dropout=0.0, context_width=None, attention_width=None):
+        super().__init__(width, heads, dropout, context_width, attention_width)
         self.norm = LayerNorm(width)
         self.hidden_dropout = Dropout(dropout)
 
@@ -200,7 +200,7 @@ class Encoding:
     """
 
     text: torch.Tensor | None  # (B, T, C), the last layer's states; None if the text was not encoded
-    regions: torch.Tensor | None  # (B, N, C'), the same for regions; C' = C but in ViLBERT
+    regions: torch.Tensor | None  # (B, N, C'), the same for regions; C' = C except in ViLBERT
     pooled: torch.Tensor  # (B, C), one vector for each row; in ViLBERT as wide as `shared`
     states: dict = field(default_factory=dict)
     maps: dict = field(default_factory=dict)
@@ -242,7 +242,7 @@ def in_float32(loss):
 
 
 class Float32Linear(nn.Linear):
-    """A linear map in float32 whatever autocast does, for logits that rank: in bfloat16 many of them would be equal."""
+    """A linear map in float32 whatever autocast does, for logits that rank and what they read: in bfloat16 many tie."""
 
     def forward(self, x):
         with full_precision(x.device):
@@ -314,7 +314,7 @@ def init_weights(model, width):
 
 @torch.no_grad()
 def init_box_projection(linear):
-    """Initialises a box projection so that boxes count as much as features do, for centre and size alike:
+    """Initialises a box projection, after `init_weights`: boxes count as much as features, centre and size alike.
 
         W b + bias = sum over centre x, centre y, width, height of  g (value - mean) / std,   g (C,) from N(0, 1/4)
 
@@ -361,7 +361,7 @@ def squared_error(predictions, targets):
 
 @in_float32
 def kl_divergence(logits, probs):
-    """KL(t || softmax(logits)) = sum_k t_k (log t_k - log p_k), summed over rows. logits, probs t (M, K).
+    """KL(t || p) = sum_k t_k (log t_k - log p_k), p = softmax(logits), summed over rows. logits, probs t (M, K).
 
     Classes with t_k = 0 count as 0. Rows of t need not sum to 1: detectors store them rounded.
     """
@@ -383,7 +383,7 @@ def soft_answer_loss(logits, targets):
 def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iterations=50):
     """Word-region distance by the inexact proximal point method IPOT (Xie 2018; UNITER, eq. 3):
 
-        min_P <P, C>,   C_ij = 1 - cos(text_i, regions_j)
+        min_P sum_ij P_ij c_ij,   c_ij = 1 - cos(text_i, regions_j)
 
     The minimum is over plans P (T, N) >= 0. Each word's row sums to 1 / #words, each region's column to 1 / #regions.
     text (B, T, C), regions (B, N, C); text_mask (B, T), region_mask (B, N) bool, True = not padding.
@@ -402,10 +402,10 @@ def optimal_transport(text, regions, text_mask, region_mask, beta=0.5, iteration
         sigma = text_mask[:, :, None] / num_words.to(cost.dtype)  # (B, T, 1)
         for _ in range(iterations):
             q = kernel * plan
-            columns = num_regions * (q * sigma).sum(1, keepdim=True)  # (B, T, N) -> (B, 1, N)
-            delta = region_mask[:, None, :] / columns.clamp(min=tiny)
-            rows = num_words * (q * delta).sum(2, keepdim=True)  # (B, T, N) -> (B, T, 1)
-            sigma = text_mask[:, :, None] / rows.clamp(min=tiny)
+            sums = (q * sigma).sum(1, keepdim=True)  # (B, T, N) -> (B, 1, N)
+            delta = region_mask[:, None, :] / (num_regions * sums).clamp(min=tiny)
+            sums = (q * delta).sum(2, keepdim=True)  # (B, T, N) -> (B, T, 1)
+            sigma = text_mask[:, :, None] / (num_words * sums).clamp(min=tiny)
             plan = sigma * q * delta
     return (plan * cost).sum((1, 2)), plan, cost
 
@@ -420,7 +420,7 @@ def question_answering(model, encoding, batch, head="vqa"):
 
 
 def visual_commonsense_reasoning(model, encoding, batch):
-    """VCR (UNITER, section 4): cross-entropy of right against wrong for each choice, one choice a row.
+    """VCR (UNITER, section 4.1): cross-entropy of right against wrong for each choice, one choice a row.
 
     batch.target (rows,), 1 = the right choice. Logits (rows,): of "right", which rank a question's choices."""
     logits = model.heads["vcr"](encoding.pooled)  # (rows, 2)
@@ -440,7 +440,7 @@ def retrieval_rank(model, encoding, batch):
 
 
 def referring_expression(model, encoding, batch):
-    """Referring expressions (UNITER, section 4): cross-entropy over the regions, SUMMED over the batch (official code).
+    """Referring expressions (UNITER, 4.1): cross-entropy over the regions, SUMMED over the batch (official code).
 
     batch.target (B, N) float: each region's IoU with the true box, -1 at padding; the largest is the label's.
     Logits (B, N), -10000 at padding.
@@ -450,7 +450,7 @@ def referring_expression(model, encoding, batch):
     return cross_entropy(logits, batch.target.argmax(1), reduction="sum"), logits
 
 
-def next_words(model, batch, cache, region_mask):
+def decoder_inputs(model, batch, cache, region_mask):
     """Embeddings and mask for `decode`: a prefix language model (UniLM, Dong 2019; in none of the three papers).
 
     Every word attends to the regions, to earlier words and to itself. Regions attend to regions only.
@@ -497,7 +497,7 @@ class Objective:
     fields: tuple = ()  # fields of a Batch that it reads and that not all data sets have
     labels: Callable | None = None  # (batch, logits) -> (M,) int64, -1 = none; for its accuracy. None: no accuracy
     open_answers: bool = False  # True: its logits have a column for each answer of the training split
-    logits: str = "classes"  # how a student learns them: "classes" and "pairs" (KL), "numbers" (squares), "nothing"
+    learn_as: str = "classes"  # how a student learns it: "classes" or "pairs" (KL), "numbers" (squares), "nothing"
 
 
 def regions_to_predict(batch):
@@ -550,7 +550,7 @@ class UserError(ValueError):
 
 
 def rank_and_world():
-    """(rank, world) under torchrun, (0, 1) without it. NCCL adds up tensors on GPUs, gloo those on CPUs."""
+    """(rank, world). Under torchrun the first call starts the group of processes: NCCL for GPUs, gloo for CPUs."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():

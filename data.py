@@ -84,7 +84,7 @@ class Batch:
 
     text: torch.Tensor  # (B,T) int64 word pieces, 0 = padding
     text_mask: torch.Tensor  # (B,T) bool, True = real piece
-    segments: torch.Tensor  # (B,T) int64 token types
+    segments: torch.Tensor  # (B,T) int64 segment numbers, which the models read as text types; vcr's: tasks.vcr_batch
     features: torch.Tensor  # (B,N,F) float32
     boxes: torch.Tensor  # (B,N,4) float32, 0..1
     region_mask: torch.Tensor  # (B,N) bool, True = real region
@@ -126,8 +126,8 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def select(self, index):
-        """Rows `index` (LongTensor). The flat lists word_index, word_labels, region_index, pair_index become None:
-        they count positions of the whole batch, so mask after selecting."""
+        """Rows `index` (LongTensor) of a batch with one row an example; else set `ids` and `target` to None first. The flat
+        lists word_index, word_labels, region_index, pair_index become None, as they count positions of the whole batch."""
         flat = dataclasses.replace(self, word_index=None, word_labels=None, region_index=None, pair_index=None)
         part = flat._map(lambda tensor: tensor[index])
         if self.ids is not None:

@@ -22,11 +22,10 @@ from support.distillation import (
     check_same_rows,
     check_same_words,
     hidden_loss,
-    is_taught,
     layer_pairs,
+    logits_loss,
     real_positions,
     renumber_tasks,
-    soft_loss,
     why_not_comparable,
 )
 
@@ -48,16 +47,6 @@ def read_teacher(run, checkpoint):
         )
     run.teacher = run.teacher_paper.MODEL(config).to(run.device).eval().requires_grad_(False)
     run.teacher.load_state_dict(checkpoint["state"])
-
-
-def teaches_answers(run, checkpoint):
-    """Whether the student learns the teacher's logits of answers. Then it must have the teacher's list of answers."""
-    paper = checkpoints.MODELS[checkpoint["model"]]
-    trained = checkpoint.get("objectives", {})
-    answering = [name for name in run.objectives if run.paper.OBJECTIVES[name].open_answers]
-    return "logits" in run.args.distill.split(",") and any(
-        is_taught(run.paper.OBJECTIVES[name], paper, trained) for name in answering
-    )
 
 
 def match_teacher(run, checkpoint):
@@ -90,9 +79,7 @@ def compare_maps(run):
     """UserError, before the first step, if the two models have no attention maps in common."""
     batch = data.collate(run.splits["train"], np.arange(1)).to(run.device)
     with torch.no_grad():
-        student = run.model.encode(batch, record=True)
-        teacher = run.teacher.encode(batch, record=True)
-        attention_losses(run, student, teacher, batch)
+        attention_losses(run, run.model.encode(batch, record=True), run.teacher.encode(batch, record=True), batch)
 
 
 # ---- a step ----------------------------------------------------------------------------------------------------------
@@ -137,7 +124,7 @@ def forward_with_teacher(run, batch, names):
             with torch.no_grad():
                 _, logits = run.teacher_paper.OBJECTIVES[name].loss(run.teacher, teacher, teacher_batch)
             own_logits = outputs[name][1]
-            outputs[f"{name}_soft"] = soft_loss(run.paper.OBJECTIVES[name], own_logits, logits, batch), None
+            outputs[f"{name}_soft"] = logits_loss(run.paper.OBJECTIVES[name], own_logits, logits, batch), None
     if "attention" in wanted:
         kl, mse = attention_losses(run, student, teacher, batch)
         outputs["attention_kl"] = kl, None
@@ -174,7 +161,7 @@ def hidden_losses(run, student, teacher, batch):
         pairs = [("text", student.text, teacher.text), ("regions", student.regions, teacher.regions)]
     losses = []
     for kind, own, other in pairs:
-        side = "regions" if "regions" in kind else "text"
+        side = "regions" if "regions" in kind else "text"  # states of both together, UNITER's, count as text
         projection = run.model.heads["hidden"][side]
         length = min(own.shape[1], other.shape[1])
         mask = real_positions(batch, kind, length)

@@ -11,7 +11,7 @@ What the model does, in five lines:
 Known deviations from the official code:
 - Official pretraining has 36 regions in every picture. Here their number may vary, and means leave padding out.
 - A batch without any label gives a loss of 0. The official code gives NaN.
-- Initial weights: boxes have larger ones, and narrow models too. AdamW has a bias correction, official BertAdam has none.
+- Initial weights are larger for boxes and in narrow models. AdamW has a bias correction, official BertAdam has none.
 - In pretraining a quarter of the pairs is mismatched; officially a half is. Nothing is predicted in mismatched pairs,
   as in 12-in-1; the official code predicts words and regions there. docs/decisions.md has the numbers.
 - At least one word of every caption is masked, as in UNITER. Mismatched sentences, and features that replace a masked
@@ -153,7 +153,7 @@ class LXMERT(nn.Module):
         self.pooler = common.Pooler(config.hidden)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
         if {"mrfr", "mrc", "attr"} & set(config.heads):
-            self.heads["regions"] = common.HeadTransform(config.hidden)  # the three region heads share it
+            self.heads["regions"] = common.HeadTransform(config.hidden)  # these heads share it
         common.init_weights(self, config.hidden)
         common.init_box_projection(self.region_embedding.boxes)
 
@@ -173,15 +173,11 @@ class LXMERT(nn.Module):
         """
         states = {}
         maps = {}
-        text_states = None
-        region_states = None
-        if given is not None:
-            text_states, region_states = given
+        if given is None:
+            text_states = self.embed_text(batch) if text else None
+            region_states = self.embed_regions(batch) if regions else None
         else:
-            if text:
-                text_states = self.embed_text(batch)
-            if regions:
-                region_states = self.embed_regions(batch)
+            text_states, region_states = given
         if text:
             text_bias = common.attention_bias(batch.text_mask, text_states.dtype, self.config.hidden_score)
         if regions:
@@ -233,7 +229,7 @@ class LXMERT(nn.Module):
         return self.encode(batch, regions=False).text, self.encode(batch, text=False).regions
 
     def decode(self, batch, cache=None):
-        """The text read from left to right, for captions (see `common.next_words`). Returns (B, T, C).
+        """The text read from left to right, for captions (see `common.decoder_inputs`). Returns (B, T, C).
 
         Regions must not attend to words, or earlier words would see later ones through them. So the regions' half of a
         cross-modality layer has no cross-attention here.
@@ -249,7 +245,7 @@ class LXMERT(nn.Module):
             for layer in self.cross_layers[:-1]:
                 regions = layer.regions(regions, region_bias)
                 cache["regions"].append(regions)
-        text, visible = common.next_words(self, batch, cache, batch.region_mask[:, :0])
+        text, visible = common.decoder_inputs(self, batch, cache, batch.region_mask[:, :0])
         text_bias = common.attention_bias(visible, text.dtype, self.config.hidden_score)  # (B, 1, T, words so far)
         for layer in self.language_layers:
             text = layer(text, text_bias, cache=cache)
@@ -274,14 +270,14 @@ class LXMERT(nn.Module):
 PRETRAINING = {
     "objectives": {"mlm": 1, "mrfr": 1, "mrc": 1, "attr": 1, "itm": 1, "qa": 1},  # all at once; see second_half
     "conditional": False,  # words and regions are masked in the same step, independently of each other
-    "predict_false_pairs": False,  # False: masked words and regions of mismatched pairs are not predicted
+    "predict_mismatched": False,  # False: masked words and regions of mismatched pairs are not predicted
     "second_half": ("qa",),  # questions are answered in the second half of the steps only (3.3)
     "joined": {},
     "rate": 2.0,  # learning rate relative to fine-tuning: 1e-4 at base size
-    "weights": {},  # factors of the losses; 1 where none is named
+    "loss_weights": {},  # factors of the losses; 1 where none is named
     # of the masked regions 80% get a zero feature, 10% the feature of another region, and 10% keep theirs
     "region_masking": {"zero": 0.8, "random": 0.1, "force_one": False},  # force_one False: maybe none in a picture
-    "false_pairs": 0.25,  # share of mismatched pairs; the official half would leave half of the words unused here
+    "mismatched_share": 0.25,  # share of mismatched pairs; the official half would leave half of the words unused here
     "mismatch": "text",  # a mismatched pair keeps its image and gets another sentence
 }
 
@@ -419,7 +415,7 @@ MASKED_WORDS = common.Objective(
 )
 
 REGION_FEATURES = common.Objective(
-    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="all regions", logits="numbers"
+    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="all regions", learn_as="numbers"
 )
 
 REGION_CLASSES = common.Objective(
@@ -429,7 +425,7 @@ REGION_CLASSES = common.Objective(
     masks="regions",
     mean_over="all regions",
     fields=("objects", "object_conf"),
-    labels=lambda batch, logits: batch.objects.flatten()[batch.region_index],
+    labels=lambda batch, logits: common.gather_positions(batch.objects, batch.region_index),
 )
 
 REGION_ATTRIBUTES = replace(
@@ -437,7 +433,7 @@ REGION_ATTRIBUTES = replace(
     loss=masked_region_attribute,
     head="attr",
     fields=("attributes", "attribute_conf"),
-    labels=lambda batch, logits: batch.attributes.flatten()[batch.region_index],
+    labels=lambda batch, logits: common.gather_positions(batch.attributes, batch.region_index),
 )
 
 MATCHING = common.Objective(
@@ -454,7 +450,7 @@ QUESTIONS = common.Objective(
     open_answers=True,
 )
 
-SOFT_LABELS = {"fields": ("object_probs",), "labels": common.most_likely_class}
+SOFT_CLASSES = {"fields": ("object_probs",), "labels": common.most_likely_class}
 
 # The tasks that this file does not define (vqa, ve, vcr, rank, refer, caption) come from SHARED_OBJECTIVES.
 OBJECTIVES = common.SHARED_OBJECTIVES | {
@@ -462,7 +458,7 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "mlm": MASKED_WORDS,
     "mrfr": REGION_FEATURES,
     "mrc": REGION_CLASSES,
-    "mrc_kl": replace(REGION_CLASSES, loss=masked_region_class_kl, mean_over="regions", **SOFT_LABELS),
+    "mrc_kl": replace(REGION_CLASSES, loss=masked_region_class_kl, mean_over="regions", **SOFT_CLASSES),
     "attr": REGION_ATTRIBUTES,
     "itm": MATCHING,
     "qa": QUESTIONS,
@@ -476,5 +472,5 @@ MODEL = LXMERT
 
 
 def text_types(tasks):
-    """The table of text types: for each row, the row of pretraining's table that it starts as. All tasks have two."""
+    """The table of text types: for each row, the row of pretraining's table that initialises it. All tasks have two."""
     return (0, 1)

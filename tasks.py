@@ -6,7 +6,7 @@ file lists the rows; train.py and predict.py reach every task through it.
 
 Accuracies and recalls are in 0..1. Chance is the score of guessing without the model. Processes share the examples.
 `run` is train.Run, or anything with the same attributes: args, paper (the model's module), model, tokenizer, answers,
-usual_answers, content_words, device, autocast(), rank, world, sets, objectives, progress, columns().
+usual_answers, content_words, device, autocast(), rank, world, sets, objectives, progress, answer_columns().
 Letters: B rows or examples of a batch, E examples, T text positions, N regions, C width, K choices, V vocabulary.
 """
 
@@ -59,21 +59,22 @@ class Task:
 # ---- batches -----------------------------------------------------------------------------------------------------------
 
 
-def make_batch(run, dataset, index, names, rng, false_pairs=None, word_masking=None):
-    """The batch of examples `index` for objectives `names`: a downstream task's, or one of pretraining.
+def make_batch(run, dataset, index, names, rng, mismatched_share=None, word_masking=None):
+    """The batch of examples `index` for objectives `names`: a downstream task's, or one of pretraining. The first name
+    decides which; a task's own objective comes first.
 
-    false_pairs: share of mismatched pairs, by default that of the model's PRETRAINING. word_masking: arguments of
+    mismatched_share: share of mismatched pairs, by default that of the model's PRETRAINING. word_masking: arguments of
     data.mask_words, by default those of --mask. Both are for pretraining objectives only.
     """
     task = TASK_OF_OBJECTIVE.get(names[0])
     if task is None:
-        batch = pretraining_batch(run, dataset, index, names, rng, false_pairs, word_masking)
+        batch = pretraining_batch(run, dataset, index, names, rng, mismatched_share, word_masking)
     else:
         batch = task.batch(run, dataset, index, rng)
     return data.remove_modality(batch, run.args.ablate)
 
 
-def pretraining_batch(run, dataset, index, names, rng, false_pairs, word_masking):
+def pretraining_batch(run, dataset, index, names, rng, mismatched_share, word_masking):
     """One batch for all objectives `names`: pairs are mismatched, words and regions masked, as they need it."""
     settings = run.paper.PRETRAINING
     objectives = [run.paper.OBJECTIVES[name] for name in names]
@@ -81,10 +82,10 @@ def pretraining_batch(run, dataset, index, names, rng, false_pairs, word_masking
     mismatch = any(objective.mismatched for objective in objectives)
     images = None
     if mismatch:
-        if false_pairs is None:
-            false_pairs = settings["false_pairs"]
-        index, images = data.sample_mismatches(dataset, index, rng, false_pairs, settings["mismatch"])
-    columns = run.columns() if run.answers else None
+        if mismatched_share is None:
+            mismatched_share = settings["mismatched_share"]
+        index, images = data.sample_mismatches(dataset, index, rng, mismatched_share, settings["mismatch"])
+    columns = run.answer_columns() if run.answers else None
     fields = [name for objective in objectives for name in objective.fields]
     batch = data.collate(dataset, index, images, columns, fields, rng)
     if any(objective.mean_over == "answers" for objective in objectives):
@@ -95,7 +96,7 @@ def pretraining_batch(run, dataset, index, names, rng, false_pairs, word_masking
         batch = data.mask_words(batch, run.tokenizer, rng, **word_masking)
     if "regions" in masks:
         batch = data.mask_regions(batch, rng, **settings["region_masking"])
-    if mismatch and not settings.get("predict_false_pairs", True):
+    if mismatch and not settings.get("predict_mismatched", True):
         batch = data.drop_mismatched_labels(batch)
     return batch
 
@@ -143,7 +144,7 @@ def example_logits(run, dataset, index, name):
 
 def evaluation_batches(run, dataset, index):
     """Yields this process's share of the examples `index`, in batches of similar lengths."""
-    for part in data.batches(dataset.lengths()[index], size=256, rank=run.rank, world=run.world):
+    for part in data.batches(dataset.lengths()[index], size=evaluation.BATCH, rank=run.rank, world=run.world):
         yield index[part]
 
 
@@ -269,7 +270,7 @@ def pretraining_logits(run, dataset, index):
             found[row]["match"] = logit
     if "mlm" in run.model.heads:
         masking = {"only": content_pieces(run) if run.content_words else None, "one": True}
-        rng = np.random.default_rng((1, int(index[0])))
+        rng = data.random_stream("shown masks", int(index[0]))
         batch = make_batch(run, dataset, index, ["mlm"], rng, 0.0, masking)
         _, logits = loss_and_logits(run, batch, "mlm")  # (M, V)
         for i, position in enumerate(batch.word_index.tolist()):
@@ -342,7 +343,7 @@ VQA = Task(
     needs=("answer",),
     truth="answer",
     examples=lambda record: [simple_example(record, "vqa", record.get("answer"))],
-    batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=run.columns(), rng=rng),
+    batch=lambda run, dataset, index, rng: data.collate(dataset, index, answers=run.answer_columns(), rng=rng),
     evaluate=evaluate_vqa,
     show=lambda run, dataset, i, logits, top: evaluation.show_answers(run.answers, logits.sigmoid(), dataset, i, top),
 )
@@ -560,7 +561,7 @@ def refer_examples(record):
 
 def refer_batch(run, dataset, index, rng):
     """batch.target (B, N): the overlap (IoU) of each region with the target box."""
-    batch = data.collate(dataset, index)
+    batch = data.collate(dataset, index)  # without rng: a crop would move the boxes
     batch.target = target_overlaps(dataset, index, batch)
     return batch
 

@@ -40,7 +40,7 @@ import data
 import distill
 import tasks
 from common import UserError
-from support import contrast, evaluation, formats, machine, options, resume
+from support import contrast, distillation, evaluation, formats, machine, options, resume
 from support.log import Log, describe_result, lock_folder, print_next_command, print_run, safe_output, warn_at_chance
 from support.optimizer import AdamW
 
@@ -57,7 +57,7 @@ class Run:
     dtype: torch.dtype
     rank: int  # of this process
     world: int  # number of processes
-    objectives: dict = None  # name -> ratio in which pretraining draws it; 1 in fine-tuning
+    objectives: dict = None  # name -> ratio in which pretraining draws it, 0 if only joined; 1 in fine-tuning
     sets: dict = None  # task -> its splits, {name: data.Dataset}
     tokenizer: object = None
     content_words: list = ()  # words that only the picture reveals, such as colours
@@ -84,7 +84,7 @@ class Run:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def columns(self):
+    def answer_columns(self):
         """{answer: column} of the answers."""
         return {answer: column for column, answer in enumerate(self.answers)}
 
@@ -102,7 +102,7 @@ def train(args):
         distill.read_teacher(run, teacher)
     run.model = build_model(run, checkpoint).to(device)
     if args.resume:
-        run.progress.update(checkpoint["progress"])
+        run.progress.update(checkpoint["progress"])  # after build_model, which sets random_heads anew
         if run.progress["step"] > args.steps:
             raise UserError(
                 f"--resume: {args.out} has made {run.progress['step']} steps already, --steps is {args.steps}"
@@ -188,7 +188,7 @@ def backward(run, batches, names):
     A part is one batch of `batches`, here or in another process. L_part is a mean over n_part items: masked words,
     masked regions, pairs or rows (`distill.items_of`). So L_name is the mean over all items of the step. A loss that is
     a sum over its part (`Objective.is_sum`) is divided by n. names: the step's objectives, without a teacher's losses.
-    w_name: the objective's factor in PRETRAINING["weights"], else 1.
+    w_name: the factor in PRETRAINING["loss_weights"], else 1; so too for a teacher's losses and in fine-tuning.
     """
     names_with_teacher = names + distill.distillation_losses(run, names)
     counts = []  # of each part: {name: n_part}
@@ -210,15 +210,15 @@ def backward(run, batches, names):
             items = 1 if objective and objective.is_sum else count[name]
             share = items / max(1.0, items_of_step[name])
             loss, _ = outputs[name]
-            weighted_sum = weighted_sum + run.paper.PRETRAINING["weights"].get(name, 1.0) * share * loss
+            weighted_sum = weighted_sum + run.paper.PRETRAINING["loss_weights"].get(name, 1.0) * share * loss
             losses[name] += loss.detach() * share
         weighted_sum.backward()
     if dist.is_initialized():
-        sum_over_processes(run.model, losses)
+        all_reduce_gradients(run.model, losses)
     return losses
 
 
-def sum_over_processes(model, losses):
+def all_reduce_gradients(model, losses):
     """Adds up gradients and losses over all processes, in place: one flat vector, one reduction.
 
     All processes train the same objectives in a step, so the same parameters have gradients everywhere.
@@ -272,7 +272,7 @@ def load_data(run, checkpoint, teacher):
             run.answers = data.answer_list(splits["train"])
             if not tasks.is_pretraining(task):
                 run.usual_answers = tasks.most_frequent_answers(splits["train"])
-    if teacher and run.answers and distill.teaches_answers(run, teacher):
+    if teacher and run.answers and distillation.teaches_answers(run, teacher):
         known = len(set(run.answers) & set(teacher["answers"]))
         if known == 0:
             raise UserError(
@@ -367,7 +367,8 @@ def prepared_steps(run):
 def prepare_step(run, streams, step):
     """(batches, names) of step 1, 2, ...: the batches of this process and the objectives that they train.
 
-    A function of seed and step alone, except for retrieval's hard negatives. streams: see `index_streams`.
+    To be called for each step in order, as it takes the next examples from `streams` (see `index_streams`). All else is
+    a function of seed and step alone, except for retrieval's hard negatives.
     """
     args = run.args
     task = sample_task(run, step)

@@ -8,10 +8,10 @@ What the model does, in five lines:
 5. a small head on the pooled first position solves a downstream task; some heads read the states of words or regions.
 
 Known deviations from the official code:
-- Regions follow the padded words. Official code puts them right behind the last word. No valid position changes.
+- Regions follow the padded words. Official code puts them behind the last word. Real positions get the same states.
 - The mask embedding is one vector. The official table has a row 0 too, which is zeroed at each use.
 - Widths and heights are computed from the corners of a box. Official files hold them in float16.
-- Initial weights: boxes have larger ones, and narrow models too. In NLVR2's paired attention queries, keys and values
+- Initial weights: boxes and narrow models have larger ones. In NLVR2's paired attention queries, keys and values
   have N(0, 0.02^2) like all of BERT; officially they are Xavier-uniform.
 docs/details.md lists the errors of the official code.
 Letters: B batch, T text positions, N regions, S = T + N positions of both. C width, F region-feature width,
@@ -144,6 +144,8 @@ class UNITER(nn.Module):
     def encode(self, batch, text=True, regions=True, record=False, given=None):
         """Encodes words and regions together, or one of the two alone (text=False or regions=False).
 
+        pooled: of the first position, which is [CLS], or without text the first region.
+
         record: also return the states and attention maps of all layers.
         given: what `unimodal` returned. It replaces the embedding of the batch; both modalities are encoded.
         """
@@ -180,7 +182,7 @@ class UNITER(nn.Module):
         return common.Encoding(text_states, region_states, self.pooler(x), states, maps)
 
     def decode(self, batch, cache=None):
-        """Reads the text from left to right, for captions (see `common.next_words`). Returns (B, T, C)."""
+        """Reads the text from left to right, for captions (see `common.decoder_inputs`). Returns (B, T, C)."""
         if cache is None:
             cache = {}
         if not cache:  # the first call: regions alone, whose keys and values stay in the cache
@@ -188,7 +190,7 @@ class UNITER(nn.Module):
             bias = common.attention_bias(batch.region_mask, batch.boxes.dtype)  # (B, 1, 1, N)
             for layer in self.layers:
                 x = layer(x, bias, cache=cache)
-        x, visible = common.next_words(self, batch, cache, batch.region_mask)
+        x, visible = common.decoder_inputs(self, batch, cache, batch.region_mask)
         bias = common.attention_bias(visible, x.dtype)  # (B, 1, T, N + words so far)
         for layer in self.layers:
             x = layer(x, bias, cache=cache)
@@ -215,9 +217,9 @@ PRETRAINING = {
     "conditional": True,  # one objective a step, so a batch has masked words or masked regions, never both
     "joined": {"itm": ("wra",)},  # computed in the same step, on the same pairs
     "rate": 1.0,  # learning rate relative to fine-tuning: 5e-5 at base size
-    "weights": {"wra": 0.1},  # factors of the losses; 1 where none is named
+    "loss_weights": {"wra": 0.1},  # factors of the losses; 1 where none is named
     "region_masking": {"zero": 1.0, "random": 0.0},  # a masked region's feature is always zeroed (section 3.2)
-    "false_pairs": 0.5,  # share of mismatched pairs
+    "mismatched_share": 0.5,  # share of mismatched pairs
     "mismatch": "image",  # a mismatched pair keeps its sentence and gets another picture; the paper replaces either
 }
 
@@ -421,7 +423,7 @@ MATCHING = common.Objective(
 )
 
 REGION_FEATURES = common.Objective(
-    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="regions", logits="numbers"
+    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="regions", learn_as="numbers"
 )
 
 REGION_CLASSES = common.Objective(
@@ -441,7 +443,7 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "mrc": REGION_CLASSES,
     "mrc_kl": replace(REGION_CLASSES, loss=masked_region_class_kl),
     "itm": MATCHING,
-    "wra": common.Objective(word_region_alignment, pretraining=True, mismatched=True, logits="nothing"),
+    "wra": common.Objective(word_region_alignment, pretraining=True, mismatched=True, learn_as="nothing"),
     "nlvr2": common.Objective(natural_language_for_visual_reasoning, head="nlvr2"),
 }
 
@@ -454,7 +456,7 @@ NEGATIVES = ("image", "text")  # what each mismatched row of retrieval replaces 
 
 
 def text_types(tasks):
-    """The table of types for these tasks: for each row, the row of pretraining's table that it starts as.
+    """The table of types for these tasks: for each row, the row of pretraining's table that initialises it.
 
     Pretraining has 0 text and 1 picture. NLVR2's second picture has type 2; VCR's answer has 2 and its reason 3.
     """

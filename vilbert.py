@@ -17,10 +17,10 @@ Known deviations from the official code:
 - Pretraining skips the masked-prediction losses on mismatched pairs, as 12-in-1 does. ViLBERT's code does not.
 - Mismatched sentences come from the batch, officially from the whole data set.
 - The whole image is no candidate of a referring expression and has no term in that loss; officially it has both.
-- Initial weights: boxes have larger ones, and narrow models too. AdamW has a bias correction, official BertAdam has none.
+- Initial weights are larger for boxes and in narrow models. AdamW has a bias correction, official BertAdam has none.
 docs/details.md lists the errors of the official code.
-Letters: B batch, T text positions, N regions, C width, H heads, F region-feature width, V vocabulary, K classes,
-M masked positions, A answers.
+Letters: B batch, T text positions, N regions, C width of the text, C' of the regions, H heads, F region-feature width,
+V vocabulary, K classes, M masked positions, A answers.
 """
 
 from dataclasses import dataclass, replace
@@ -40,11 +40,11 @@ class Config:
     """Sizes of a ViLBERT. The defaults are the paper's (BERT-base and six visual layers); PRESETS gives the others."""
 
     vocab_size: int = 30522  # BERT's uncased word pieces
-    hidden: int = 768  # C of the text
+    hidden: int = 768  # C
     layers: int = 12
     attention_heads: int = 12
     intermediate: int = 3072
-    visual_hidden: int = 1024  # C of the regions
+    visual_hidden: int = 1024  # C'
     visual_layers: int = 6
     visual_heads: int = 8
     visual_intermediate: int = 1024
@@ -97,7 +97,7 @@ class RegionEmbedding(nn.Module):
     The whole image comes first, as a region of its own. Its feature is the mean of the region features, zeroed ones
     included. Its box is (0, 0, 1, 1).
     features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1; mask (B, N) bool, True = a region, not padding.
-    Returns (B, 1+N, C).
+    Returns (B, 1+N, C').
     """
 
     def __init__(self, config):
@@ -113,8 +113,8 @@ class RegionEmbedding(nn.Module):
         whole = boxes.new_tensor([0, 0, 1, 1])
         boxes = torch.cat([whole.expand(boxes.shape[0], 1, 4), boxes], 1)  # (B, 1+N, 4)
         area = (boxes[..., 2:] - boxes[..., :2]).prod(-1, keepdim=True)  # (B, 1+N, 1)
-        feature_emb = self.features(features)  # (B, 1+N, F) -> (B, 1+N, C)
-        box_emb = self.boxes(torch.cat([boxes, area], -1))  # (B, 1+N, 5) -> (B, 1+N, C)
+        feature_emb = self.features(features)  # (B, 1+N, F) -> (B, 1+N, C')
+        box_emb = self.boxes(torch.cat([boxes, area], -1))  # (B, 1+N, 5) -> (B, 1+N, C')
         return self.dropout(self.norm(feature_emb + box_emb))
 
 
@@ -133,7 +133,7 @@ class CoAttentionLayer(nn.Module):
         super().__init__()
         text = config.hidden
         visual = config.visual_hidden
-        sizes = {"heads": config.shared_heads, "dropout": config.dropout, "inner": config.shared}
+        sizes = {"heads": config.shared_heads, "dropout": config.dropout, "attention_width": config.shared}
         self.text_reads = common.AttentionBlock(text, context_width=visual, **sizes)
         self.regions_read = common.AttentionBlock(visual, context_width=text, **sizes)
         self.text_feed_forward = common.FeedForward(text, config.intermediate, config.dropout)
@@ -221,7 +221,7 @@ class ViLBERT(nn.Module):
         return torch.cat([text_emb[:, :1], task_emb[:, None], text_emb[:, 1:]], 1)
 
     def embed_regions(self, batch):
-        """(B, 1+N, C), the whole image first."""
+        """(B, 1+N, C'), the whole image first."""
         return self.region_embedding(batch.features, batch.boxes, batch.region_mask)
 
     def encode(self, batch, text=True, regions=True, record=False, given=None):
@@ -229,27 +229,23 @@ class ViLBERT(nn.Module):
 
         pooled is (B, shared) in all cases. given: what `unimodal` returned, from which the remaining layers go on.
         """
-        steps = self.schedule
-        text_states = None
-        region_states = None
-        if given is not None:
+        if given is None:
+            steps = self.schedule
+            text_states = self.embed_text(batch) if text else None
+            region_states = self.embed_regions(batch) if regions else None
+        else:
             steps = self.schedule[self.steps_alone :]
             text_states, region_states = given
-        else:
-            if text:
-                text_states = self.embed_text(batch)
-            if regions:
-                region_states = self.embed_regions(batch)
         text_states, region_states, states, maps = self.run_steps(batch, steps, text_states, region_states, record)
         pooled = self.fuse(text_states, region_states)
         if text and self.config.task_tokens > 0:
             text_states = torch.cat([text_states[:, :1], text_states[:, 2:]], 1)  # (B, T+1, C) -> (B, T, C)
         if regions:
-            region_states = region_states[:, 1:]  # (B, 1+N, C) -> (B, N, C)
+            region_states = region_states[:, 1:]  # (B, 1+N, C') -> (B, N, C')
         return common.Encoding(text_states, region_states, pooled, states, maps)
 
     def run_steps(self, batch, steps, text, regions, record=False):
-        """Runs some steps of the schedule on text (B, T, C) and regions (B, 1+N, C). If one is None, co-attention and
+        """Runs some steps of the schedule on text (B, T, C) and regions (B, 1+N, C'). If one is None, co-attention and
         the layers of that modality are skipped. Returns text, regions, and the recorded states and maps."""
         states = {}
         maps = {}
@@ -305,14 +301,14 @@ class ViLBERT(nn.Module):
 
     def unimodal(self, batch):
         """What each modality computes alone, for `encode(given=)`: states before the first co-attention, (B, T, C) and
-        (B, 1+N, C). With dynamic attention every visual layer reads the text, so none is computed."""
+        (B, 1+N, C'). With dynamic attention every visual layer reads the text, so none is computed."""
         steps = self.schedule[: self.steps_alone]
         text = self.run_steps(batch, steps, self.embed_text(batch), None)[0]
         regions = self.run_steps(batch, steps, None, self.embed_regions(batch))[1]
         return text, regions
 
     def decode(self, batch, cache=None):
-        """The text read from left to right, for captions (see `common.next_words`). Returns (B, T, C).
+        """The text read from left to right, for captions (see `common.decoder_inputs`). Returns (B, T, C).
 
         Regions must not attend to words, or earlier words would see later ones through them. So the regions' half of a
         co-attention layer is its feed-forward alone. Dynamic attention and task tokens are not used here.
@@ -330,7 +326,7 @@ class ViLBERT(nn.Module):
                 elif kind == "cross":
                     cache["regions"].append(regions)
                     regions = self.connections[i].region_feed_forward(regions)
-        text, visible = common.next_words(self, batch, cache, batch.region_mask[:, :0])
+        text, visible = common.decoder_inputs(self, batch, cache, batch.region_mask[:, :0])
         text_bias = common.attention_bias(visible, text.dtype)  # (B, 1, T, words so far)
         for kind, i in self.schedule:
             if kind == "text":
@@ -356,13 +352,13 @@ class ViLBERT(nn.Module):
 PRETRAINING = {
     "objectives": {"mlm": 1, "mrc_kl": 1, "itm": 1},
     "conditional": False,  # words and regions are masked in the same step, independently of each other
-    "predict_false_pairs": False,  # as in 12-in-1; ViLBERT's code predicts words and regions of mismatched pairs too
+    "predict_mismatched": False,  # as in 12-in-1; ViLBERT's code predicts words and regions of mismatched pairs too
     "joined": {},
     "rate": 2.0,  # learning rate relative to fine-tuning: 1e-4 at base size
-    "weights": {},  # factors of the losses; 1 where none is named
+    "loss_weights": {},  # factors of the losses; 1 where none is named
     # share of the masked regions whose feature becomes zero; the others keep it. A picture may have no masked region
     "region_masking": {"zero": 0.9, "random": 0.0, "force_one": False},
-    "false_pairs": 0.5,  # share of mismatched pairs
+    "mismatched_share": 0.5,  # share of mismatched pairs
     "mismatch": "text",  # a mismatched pair keeps its picture and gets another sentence
 }
 
@@ -383,10 +379,10 @@ def masked_region_class_kl(model, encoding, batch):
 
         L = KL(c || g(v_m)) = sum_k c_k (log c_k - log g_k),  mean over masked regions
 
-    c: the detector's distribution batch.object_probs (B, N, K). batch.region_index (M,): flat positions of the masked
-    regions. Logits (M, K).
+    g: the head's softmax; c: the detector's distribution batch.object_probs (B, N, K). batch.region_index (M,): flat
+    positions of the masked regions. Logits (M, K).
     """
-    logits = model.heads["mrc"](common.gather_positions(encoding.regions, batch.region_index))  # (M, C) -> (M, K)
+    logits = model.heads["mrc"](common.gather_positions(encoding.regions, batch.region_index))  # (M, C') -> (M, K)
     targets = common.gather_positions(batch.object_probs, batch.region_index)  # (M, K)
     return common.kl_divergence(logits, targets) / max(1, len(targets)), logits
 
@@ -397,7 +393,7 @@ def masked_region_class(model, encoding, batch):
     c: the detector's most likely class, never background. batch.region_index (M,); object_probs (B, N, K), class 0 =
     background. Logits (M, K).
     """
-    logits = model.heads["mrc"](common.gather_positions(encoding.regions, batch.region_index))  # (M, C) -> (M, K)
+    logits = model.heads["mrc"](common.gather_positions(encoding.regions, batch.region_index))  # (M, C') -> (M, K)
     return common.cross_entropy(logits, common.most_likely_class(batch, logits)), logits
 
 
@@ -406,7 +402,9 @@ def masked_region_features(model, encoding, batch):
 
     batch.region_index (M,); clean_features (B, N, F): the features f before masking. Logits: the predictions (M, F).
     """
-    predictions = model.heads["mrfr"](common.gather_positions(encoding.regions, batch.region_index))  # (M, C) -> (M, F)
+    predictions = model.heads["mrfr"](
+        common.gather_positions(encoding.regions, batch.region_index)
+    )  # (M, C') -> (M, F)
     targets = common.gather_positions(batch.clean_features, batch.region_index)  # (M, F)
     return common.squared_error(predictions, targets), predictions
 
@@ -470,7 +468,7 @@ def retrieval_rank(model, encoding, batch):
 
 def refer_logits(model, encoding, batch):
     """Logits of the regions (B, N). -10000 is added to those of padding."""
-    logits = model.heads["refer"](model.dropout(encoding.regions))  # (B, N, C) -> (B, N, 1)
+    logits = model.heads["refer"](model.dropout(encoding.regions))  # (B, N, C') -> (B, N, 1)
     logits = logits.squeeze(-1)  # (B, N)
     return logits + (1.0 - batch.region_mask.to(logits.dtype)) * -10000.0
 
@@ -526,7 +524,7 @@ REGION_CLASSES = common.Objective(
 )
 
 REGION_FEATURES = common.Objective(
-    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="regions", logits="numbers"
+    masked_region_features, head="mrfr", pretraining=True, masks="regions", mean_over="regions", learn_as="numbers"
 )
 
 MATCHING = common.Objective(
@@ -540,7 +538,7 @@ OBJECTIVES = common.SHARED_OBJECTIVES | {
     "mrc_kl": REGION_CLASSES,
     "mrc": replace(REGION_CLASSES, loss=masked_region_class),
     "mrfr": REGION_FEATURES,
-    "nce": replace(REGION_FEATURES, loss=twelve_in_one.noise_contrastive_regions, logits="nothing"),
+    "nce": replace(REGION_FEATURES, loss=twelve_in_one.noise_contrastive_regions, learn_as="nothing"),
     "itm": MATCHING,
     "ve": common.Objective(twelve_in_one.visual_entailment, head="ve"),
     "nlvr2": common.Objective(twelve_in_one.natural_language_for_visual_reasoning, head="nlvr2"),
@@ -556,5 +554,5 @@ MODEL = ViLBERT
 
 
 def text_types(tasks):
-    """The table of text types: for each row, the row of pretraining's table that it starts as. All tasks have two."""
+    """The table of text types: for each row, the row of pretraining's table that initialises it. All tasks have two."""
     return (0, 1)

@@ -83,8 +83,8 @@ def check_task(run, task):
 
 
 def record_example(run, task, dataset, i):
-    """A list of Records of example i: of each row that the logit of its likeliest answer depends on; of a task with two
-    pictures, of both rows."""
+    """A list of AttentionRecords of example i: of each row that the logit of its likeliest answer depends on; of a task
+    with two pictures, of both rows."""
     index = np.array([i])
     with torch.inference_mode(False), torch.enable_grad():
         check_task(run, task)

@@ -101,10 +101,10 @@ def decoupled_contrast(image, text, temperature=0.07, same=None):
     return (losses * has_negative).sum() / max(1, len(image))
 
 
-def scheduled_temperature(first, last, part):
-    """Half a cosine from `first` to `last` as `part` goes from 0 to 1 (cf. Kukleva 2023, section 3.2):
-    first + (last - first) (1 - cos(pi part)) / 2."""
-    return first + (last - first) * (1.0 - math.cos(math.pi * part)) / 2
+def scheduled_temperature(first, last, done):
+    """Half a cosine from `first` to `last` as `done` goes from 0 to 1 (cf. Kukleva 2023, section 3.2):
+    first + (last - first) (1 - cos(pi done)) / 2."""
+    return first + (last - first) * (1.0 - math.cos(math.pi * done)) / 2
 
 
 # ---- one loss over the rows of all processes -------------------------------------------------------------------------
@@ -222,6 +222,6 @@ CONTRAST = common.Objective(
     pretraining=True,
     mean_over="pairs",
     encodes_itself=True,
-    logits="pairs",
+    learn_as="pairs",
     labels=lambda batch, logits: torch.arange(len(logits)),  # picture i belongs to text i
 )

@@ -9,6 +9,7 @@ import dataclasses
 import torch
 from torch import nn
 
+import checkpoints
 import common
 from common import UserError
 from tasks import TASK_OF_OBJECTIVE
@@ -30,12 +31,12 @@ def soft_label_loss(student, teacher, temperature=2.0):
     return temperature**2 * (log_t.exp() * (log_t - log_p)).sum(-1).mean()  # (M, K) -> (M,) -> ()
 
 
-def soft_loss(objective, student, teacher, batch):
+def logits_loss(objective, student, teacher, batch):
     """`soft_label_loss` on an objective's logits, (M, K) or (rows,). Pictures x texts (M, M): the mean over both
     directions, as in the contrast itself. Numbers: the squared difference."""
-    if objective.logits == "numbers":
+    if objective.learn_as == "numbers":
         return common.squared_error(student, teacher)
-    if objective.logits == "pairs":
+    if objective.learn_as == "pairs":
         return (soft_label_loss(student, teacher) + soft_label_loss(student.T, teacher.T)) / 2
     if student.ndim == 1:  # one logit a row: the rows of one example are the classes
         student = student.view(len(batch.ids), -1)  # (rows,) -> (B, choices)
@@ -101,7 +102,7 @@ def hidden_loss(student, teacher, mask):
 
 
 def check_same_words(run):
-    """UserError if the words of one model only are preceded by a task token: then positions do not correspond."""
+    """UserError if only one of the two models has task tokens: then positions do not correspond."""
     has_token = [getattr(model.config, "task_tokens", 0) > 0 for model in (run.model, run.teacher)]
     if run.args.distill != "logits" and has_token[0] != has_token[1]:
         raise UserError("--distill: only one of the two models has task tokens, so positions differ; use logits")
@@ -126,7 +127,7 @@ def check_same_rows(run, task):
 
 def logits_of(objective):
     """What two objectives must share for their logits to mean the same: head, what is masked, kind of logits."""
-    return objective.head, objective.masks, objective.logits
+    return objective.head, objective.masks, objective.learn_as
 
 
 def is_taught(objective, teacher_paper, teacher_objectives):
@@ -138,12 +139,24 @@ def is_taught(objective, teacher_paper, teacher_objectives):
     return logits_of(objective) in kinds
 
 
+def teaches_answers(run, checkpoint):
+    """Whether the student learns the teacher's logits of answers. Then it must have the teacher's list of answers."""
+    if "logits" not in run.args.distill.split(","):
+        return False
+    teacher_paper = checkpoints.MODELS[checkpoint["model"]]
+    for name in run.objectives:
+        objective = run.paper.OBJECTIVES[name]
+        if objective.open_answers and is_taught(objective, teacher_paper, checkpoint.get("objectives", {})):
+            return True
+    return False
+
+
 def why_not_comparable(run, name, teacher_objectives):
     """Why the logits of an objective cannot be distilled; None if they can. Both models need logits over the same
     classes."""
     objective = run.paper.OBJECTIVES[name]
     head = objective.head
-    if objective.logits == "nothing":
+    if objective.learn_as == "nothing":
         return "it has no logits of classes"
     if not is_taught(objective, run.teacher_paper, teacher_objectives):
         return "the teacher was not trained for it"

@@ -74,7 +74,7 @@ def names_of_splits(datasets):
 @torch.inference_mode()
 def all_pair_vectors(run, dataset):
     """Yields (examples, the pooled vectors (B, C) of their texts with their pictures), batches of like lengths."""
-    for index in data.batches(dataset.lengths(), size=256):
+    for index in data.batches(dataset.lengths(), size=evaluation.BATCH):
         batch = evaluation.collate_pairs(run, dataset, index, dataset.image[index])
         with run.autocast():
             pooled = run.model.encode(batch).pooled

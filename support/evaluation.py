@@ -27,6 +27,8 @@ import torch.distributed as dist
 import common
 import data
 
+BATCH = 256  # examples of a forward pass of evaluation, whatever --batch-size
+
 # ---- accuracy --------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +219,7 @@ def recall_of_all_pairs(run, dataset, texts, head):
     batch = collate_pairs(run, dataset, np.full(m, texts[0]), pictures)  # the texts are replaced below
     with run.autocast():
         _, region_states = run.model.unimodal(batch)
-        for part in data.batches(np.diff(dataset.offsets)[texts], size=256, rank=run.rank, world=run.world):
+        for part in data.batches(np.diff(dataset.offsets)[texts], size=BATCH, rank=run.rank, world=run.world):
             captions = collate_pairs(run, dataset, texts[part], np.full(len(part), pictures[0]))
             text_states, _ = run.model.unimodal(captions)
             for row, i in enumerate(part.tolist()):
@@ -242,7 +244,7 @@ def score_pairs(run, dataset, texts, pictures, head):
     """`match_logits` of text i with picture i, (P,). texts: examples, pictures: store rows, (P,) each."""
     scores = torch.zeros(len(texts), dtype=torch.float64)
     lengths = np.stack([np.diff(dataset.offsets)[texts], np.diff(dataset.store.offsets)[pictures]], 1)  # (P, 2)
-    for part in data.batches(lengths, size=256, rank=run.rank, world=run.world):
+    for part in data.batches(lengths, size=BATCH, rank=run.rank, world=run.world):
         batch = collate_pairs(run, dataset, texts[part], pictures[part])
         with run.autocast():
             scores[part] = match_logits(run.model, run.model.encode(batch).pooled, head)
@@ -332,14 +334,14 @@ def picture_vectors(run, batch):
 
 def all_text_vectors(run, dataset, texts):
     """Yields (positions in `texts`, `text_vectors`) of this process's share of the examples `texts`."""
-    for part in data.batches(np.diff(dataset.offsets)[texts], size=256, rank=run.rank, world=run.world):
+    for part in data.batches(np.diff(dataset.offsets)[texts], size=BATCH, rank=run.rank, world=run.world):
         any_picture = np.full(len(part), dataset.image[texts[0]])  # not encoded
         yield part, text_vectors(run, collate_pairs(run, dataset, texts[part], any_picture))
 
 
 def all_picture_vectors(run, dataset, pictures):
     """Yields (positions in `pictures`, `picture_vectors`) of this process's share of the store rows `pictures`."""
-    for part in data.batches(np.diff(dataset.store.offsets)[pictures], size=256, rank=run.rank, world=run.world):
+    for part in data.batches(np.diff(dataset.store.offsets)[pictures], size=BATCH, rank=run.rank, world=run.world):
         any_text = np.zeros(len(part), np.int64)  # not encoded
         yield part, picture_vectors(run, collate_pairs(run, dataset, any_text, pictures[part]))
 

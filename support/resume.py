@@ -132,6 +132,7 @@ def fingerprint(run):
         "--model": run.args.model,
         "--task": run.args.task,
         "the objectives": ",".join(run.objectives),
+        "PRETRAINING in the model's file": str(run.paper.PRETRAINING),
         "the tokenizer": hash_text(run.tokenizer.to_str()),
         "the number of answers": f"{len(run.answers)} answers",
         "the list of answers": hash_text(json.dumps(run.answers)),

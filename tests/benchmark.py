@@ -165,7 +165,7 @@ def step_ours(run, index, step):
     def loss(given):
         with run.autocast():
             parts = run.model(*given)
-        weights = run.paper.PRETRAINING["weights"]
+        weights = run.paper.PRETRAINING["loss_weights"]
         return sum(weights.get(name, 1.0) * value.float() for name, (value, _) in parts.items())
 
     def update():

@@ -316,7 +316,7 @@ def test_soft_label_loss_of_special_cases():
 def test_features_are_distilled_by_their_squared_difference():
     student = randn(4, 5)
     teacher = randn(4, 5)
-    close(distill.soft_loss(uniter.OBJECTIVES["mrfr"], student, teacher, None), F.mse_loss(student, teacher))
+    close(distill.logits_loss(uniter.OBJECTIVES["mrfr"], student, teacher, None), F.mse_loss(student, teacher))
 
 
 def test_the_rows_of_one_example_are_its_classes():
@@ -325,7 +325,7 @@ def test_the_rows_of_one_example_are_its_classes():
     teacher = randn(6)
     batch = SimpleNamespace(ids=["a", "b"])
     want = distillation.soft_label_loss(student.view(2, 3), teacher.view(2, 3))
-    close(distill.soft_loss(uniter.OBJECTIVES["rank"], student, teacher, batch), want)
+    close(distill.logits_loss(uniter.OBJECTIVES["rank"], student, teacher, batch), want)
 
 
 def test_soft_labels_keep_their_gradient_at_high_temperature():

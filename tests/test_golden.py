@@ -397,7 +397,7 @@ def uniter_itm(fixture, task, dtype, rubbish):
     wra, distance = uniter.word_region_alignment(model, encoding, batch)
     _, plan, cost = transported(encoding, batch, dtype)
     text_grad, region_grad = torch.autograd.grad(wra, [encoding.text, encoding.regions], retain_graph=True)
-    total = itm + uniter.PRETRAINING["weights"]["wra"] * wra
+    total = itm + uniter.PRETRAINING["loss_weights"]["wra"] * wra
     positive, low = batch.matched == 1, transported(encoding, batch, torch.float32)[0]
     return {
         "pooled": encoding.pooled,

@@ -280,9 +280,9 @@ def test_pretraining_follows_the_official_recipe_but_for_two_choices():
     recipe = lxmert.PRETRAINING
     assert recipe["objectives"] == dict.fromkeys(("mlm", "mrfr", "mrc", "attr", "itm", "qa"), 1)
     assert recipe["region_masking"] == {"zero": 0.8, "random": 0.1, "force_one": False}
-    assert (recipe["mismatch"], recipe["false_pairs"], recipe["predict_false_pairs"]) == ("text", 0.25, False)
+    assert (recipe["mismatch"], recipe["mismatched_share"], recipe["predict_mismatched"]) == ("text", 0.25, False)
     assert (recipe["second_half"], recipe["conditional"], recipe["rate"]) == (("qa",), False, 2.0)
-    assert recipe["joined"] == recipe["weights"] == {}
+    assert recipe["joined"] == recipe["loss_weights"] == {}
     assert (lxmert.Config().region_factor, lxmert.Config().answer_factor) == (1 / 0.15, 1.0)
     tiny = lxmert.PRESETS["tiny"]
     assert (tiny["region_factor"], tiny["answer_factor"]) == (0.2, 0.2)

@@ -54,11 +54,11 @@ def run_script(folder, script, *arguments):
 
 def become(folder, script, arguments, output):
     """Turns this process, a copy of the one that tests, into `python script arguments` in `folder`."""
-    ours = [ROOT, ROOT / "support", ROOT / "prepare", ROOT / "tests"]
-    for name, module in list(sys.modules.items()):
-        if Path(getattr(module, "__file__", None) or "").parent in ours:
+    ours = {"support", "prepare", *(path.stem for path in ROOT.glob("*.py"))}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ours:
             del sys.modules[name]  # the copy has its own
-    sys.path[:] = [str((folder / script).parent), *(path for path in sys.path if Path(path) not in ours)]
+    sys.path[:] = [str((folder / script).parent), *(path for path in sys.path if Path(path) != ROOT)]
     sys.argv = [script, *map(str, arguments)]
     os.chdir(folder)
     with open(output, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):

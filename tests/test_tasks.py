@@ -1092,7 +1092,7 @@ def test_a_task_s_batch_can_be_pinned_and_names_its_examples(drawn, task, tokeni
         args=SimpleNamespace(ablate=None, mine=1, steps=10), paper=uniter, sets={task: {"train": dataset}}
     )
     run.model, run.progress = make("uniter", heads=("rank",)), {"step": 0}
-    run.columns = lambda name="vqa": dict.fromkeys(data.ENTAILMENT, 0)
+    run.answer_columns = lambda name="vqa": dict.fromkeys(data.ENTAILMENT, 0)
     name = tasks.TASKS[task].objective
     batch = tasks.make_batch(run, dataset, np.arange(4), [name], np.random.default_rng(0))
     assert len(batch.ids) == 4
@@ -1122,7 +1122,7 @@ def test_training_shows_a_random_crop_of_each_picture(drawn, name, tokenizer):
         args=args, paper=uniter, tokenizer=tokenizer, answers=["yes"], sets={task: {"train": dataset}}
     )
     run.model, run.progress = make("uniter", heads=("rank",)), {"step": 0}
-    run.columns = lambda: {"yes": 0}
+    run.answer_columns = lambda: {"yes": 0}
     objective = tasks.TASKS[name].objective if name in tasks.TASKS else name
 
     def shown(stream):
@@ -1158,7 +1158,7 @@ def test_no_step_waits_for_a_value(drawn, small_scenes, name, tokenizer):
     trained |= {tasks.TASKS[task].objective: task for task in tasks.TASKS if task != "pretrain"}
     sets = {task: drawn("train", task, 20).encode(tokenizer) for task in trained.values()}
     run = SimpleNamespace(args=args, paper=paper, tokenizer=tokenizer, answers=["red"], progress={"step": 0})
-    run.columns = lambda task="vqa": dict.fromkeys(data.ENTAILMENT if task == "ve" else run.answers, 0)
+    run.answer_columns = lambda task="vqa": dict.fromkeys(data.ENTAILMENT if task == "ve" else run.answers, 0)
     sizes = {
         **paper.PRESETS["tiny"],
         **ONE_LAYER,

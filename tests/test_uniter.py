@@ -657,9 +657,9 @@ def test_pretraining_is_the_official_recipe():
     recipe = uniter.PRETRAINING
     assert recipe["conditional"]
     assert recipe["joined"] == {"itm": ("wra",)}
-    assert recipe["weights"] == {"wra": 0.1}
+    assert recipe["loss_weights"] == {"wra": 0.1}
     assert recipe["region_masking"] == {"zero": 1.0, "random": 0.0}  # no 80/10/10 for regions
-    assert recipe["false_pairs"] == 0.5
+    assert recipe["mismatched_share"] == 0.5
     assert recipe["mismatch"] == "image"  # negatives replace the picture only
     assert recipe["rate"] == 1.0
     assert set(recipe["objectives"]) | {"wra"} <= set(uniter.OBJECTIVES)

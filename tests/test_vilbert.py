@@ -364,9 +364,9 @@ def test_pretraining_follows_the_official_recipe():
     recipe = vilbert.PRETRAINING
     assert recipe["objectives"] == {"mlm": 1, "mrc_kl": 1, "itm": 1}
     assert recipe["region_masking"] == {"zero": 0.9, "random": 0.0, "force_one": False}
-    assert (recipe["mismatch"], recipe["false_pairs"], recipe["predict_false_pairs"]) == ("text", 0.5, False)
+    assert (recipe["mismatch"], recipe["mismatched_share"], recipe["predict_mismatched"]) == ("text", 0.5, False)
     assert (recipe["conditional"], recipe["rate"]) == (False, 2.0)
-    assert recipe["joined"] == recipe["weights"] == {}
+    assert recipe["joined"] == recipe["loss_weights"] == {}
     assert vilbert.NEGATIVES == ("text", "image", "text")
     assert vilbert.VCR_TYPES == ((0, 1), (0, 0, 1))
 
