@@ -162,7 +162,7 @@ def print_run(run):
     dtype = str(run.dtype).removeprefix("torch.")
     examples = f"{args.batch_size} examples"
     if args.accumulate * run.world > 1:
-        examples = f"{args.batch_size} x {args.accumulate} passes x {run.world} processes examples"
+        examples += f" x {args.accumulate} passes x {run.world} processes"
     common.print0(
         f"run      {args.steps} steps of {examples}, lr {args.lr:.3g}, "
         f"seed {args.seed}, {', '.join(run.objectives)}; {run.device}, {dtype}; to {args.out}"
