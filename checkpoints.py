@@ -174,12 +174,15 @@ def load_checkpoint(path):
 
 
 def check_content(path, content):
-    """UserError unless the parts of a checkpoint fit each other: its weights are those of a model with its config."""
+    """UserError unless the parts of a checkpoint fit each other: its weights are those of a model with its config. A field
+    of the config that an older version named otherwise gets its name of today."""
     weights.check_sums(path)
     try:
         for key, kind in {**CHECKPOINT_TYPES, **OTHER_TYPES}.items():
             if not isinstance(content.get(key, kind()), kind):
                 raise TypeError(f"{key!r} is no {kind.__name__}")
+        if "hidden_score" in content["config"]:
+            content["config"]["masked_logit"] = content["config"].pop("hidden_score")
         paper = MODELS[content["model"]]
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # sizes may be 0
             model = paper.MODEL(paper.Config(**content["config"]))

@@ -58,7 +58,7 @@ class Config:
     teacher_widths: tuple = ()  # the teacher's (text, region) widths, to which the head "hidden" projects
     region_factor: float = 1 / 0.15  # factor of the three region losses, as in the official code; Hugging Face: 6.67
     answer_factor: float = 1.0  # factor of the loss of pretraining's question answering
-    hidden_score: float = -10000.0  # added to the attention logit of a masked key; Hugging Face: the dtype's minimum
+    masked_logit: float = -10000.0  # added to the attention logit of a masked key; Hugging Face: the dtype's minimum
 
 
 PRESETS = {
@@ -179,9 +179,9 @@ class LXMERT(nn.Module):
         else:
             text_states, region_states = given
         if text:
-            text_bias = common.attention_bias(batch.text_mask, text_states.dtype, self.config.hidden_score)
+            text_bias = common.attention_bias(batch.text_mask, text_states.dtype, self.config.masked_logit)
         if regions:
-            region_bias = common.attention_bias(batch.region_mask, region_states.dtype, self.config.hidden_score)
+            region_bias = common.attention_bias(batch.region_mask, region_states.dtype, self.config.masked_logit)
         if text and given is None:
             text_states = self.run_layers("text", text_states, text_bias, record, states, maps)
         if regions and given is None:
@@ -236,7 +236,7 @@ class LXMERT(nn.Module):
         """
         if cache is None:
             cache = {}
-        region_bias = common.attention_bias(batch.region_mask, batch.boxes.dtype, self.config.hidden_score)
+        region_bias = common.attention_bias(batch.region_mask, batch.boxes.dtype, self.config.masked_logit)
         if not cache:
             regions = self.embed_regions(batch)
             for layer in self.relation_layers:
@@ -246,7 +246,7 @@ class LXMERT(nn.Module):
                 regions = layer.regions(regions, region_bias)
                 cache["regions"].append(regions)
         text, visible = common.decoder_inputs(self, batch, cache, batch.region_mask[:, :0])
-        text_bias = common.attention_bias(visible, text.dtype, self.config.hidden_score)  # (B, 1, T, words so far)
+        text_bias = common.attention_bias(visible, text.dtype, self.config.masked_logit)  # (B, 1, T, words so far)
         for layer in self.language_layers:
             text = layer(text, text_bias, cache=cache)
         for layer, regions in zip(self.cross_layers, cache["regions"], strict=True):

@@ -323,7 +323,7 @@ def side(args, dtype, name, pipe):
     """
     hidden = torch.finfo(torch.float32).min if dtype == "f32" else torch.finfo(torch.bfloat16).min
     folder = tempfile.TemporaryDirectory()  # its features are read in every step
-    run, groups = make_run(args, "lxmert", "base", dtype, Path(folder.name), hidden_score=hidden, region_factor=6.67)
+    run, groups = make_run(args, "lxmert", "base", dtype, Path(folder.name), masked_logit=hidden, region_factor=6.67)
     if name != "transformers":
         machine.keep_freed_memory()
     if name == "ours":

@@ -972,7 +972,7 @@ def lxmert_model(fixture, weights, dtype):
     )
     if is_hugging_face(fixture):
         config.region_factor = fixture.config["hf_config"]["visual_loss_normalizer"]
-        config.hidden_score = torch.finfo(dtype).min
+        config.masked_logit = torch.finfo(dtype).min
     model = lxmert.LXMERT(config).to(dtype)
     state, unexpected = formats.lxmert_from_official(fixture.weights(weights), model.state_dict())
     assert not unexpected, unexpected

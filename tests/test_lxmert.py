@@ -488,11 +488,15 @@ def test_factors_and_the_masking_constant_are_set_from_the_command_line(tmp_path
         Image.new("RGB", (24, 24), (60 * i, 0, 99)).save(f"{i}.png")
         lines.append(json.dumps({"image": f"{i}.png", "text": f"colour {i}", "answer": "red", "split": "train"}))
     Path("own.jsonl").write_text("\n".join(lines))
-    settings = ["hidden_score=-9999.0", "region_factor=6.67", "answer_factor=0.5"]
+    settings = ["masked_logit=-9999.0", "region_factor=6.67", "answer_factor=0.5"]
     arguments = ["--model", "lxmert", "--task", "vqa", "--data", "own.jsonl", "--batch-size", "4", "--out", "out"]
     assert train.main([*arguments, "--steps", "1", "--config", *settings]) == 0
     config = torch.load("out/checkpoint.pt", weights_only=True)["config"]
-    assert (config["hidden_score"], config["region_factor"], config["answer_factor"]) == (-9999.0, 6.67, 0.5)
+    assert (config["masked_logit"], config["region_factor"], config["answer_factor"]) == (-9999.0, 6.67, 0.5)
+    older = torch.load("out/checkpoint.pt", weights_only=True)
+    older["config"]["hidden_score"] = older["config"].pop("masked_logit")
+    torch.save(older, "older.pt")
+    assert checkpoints.load_checkpoint("older.pt")["config"] == config
 
 
 # ---- transformers, live ----------------------------------------------------------------------------------------
@@ -502,7 +506,7 @@ def test_factors_and_the_masking_constant_are_set_from_the_command_line(tmp_path
 def test_transformers_computes_the_same(direction):
     """Fresh random weights through the names, one way or the other: the same states, maps and scores."""
     transformers = pytest.importorskip("transformers")
-    model = make(hidden_score=torch.finfo(torch.float64).min, region_factor=6.67)
+    model = make(masked_logit=torch.finfo(torch.float64).min, region_factor=6.67)
     config = transformers.LxmertConfig(
         vocab_size=50,
         hidden_size=32,
