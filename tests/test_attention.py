@@ -384,6 +384,11 @@ def test_a_transport_plan_has_equal_shares_of_all_words_and_all_regions(trained)
 # ---- the measurement -----------------------------------------------------------------------------------------------------
 
 
+def test_a_region_that_overlaps_by_one_half_is_not_the_thing():
+    boxes = torch.tensor([[0, 0, 0.5, 1], [0.75, 0, 1, 1]])
+    assert attention.pointing(torch.tensor([0.5, 0.5]), boxes, torch.tensor([0.0, 0, 1, 1])) is None
+
+
 def test_pointing_of_a_made_up_map():
     boxes = torch.tensor([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0, 0.5, 0.5, 1]])
     target = torch.tensor([0.5, 0.5, 1, 0.9])

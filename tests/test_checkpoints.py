@@ -93,6 +93,13 @@ def bert(minilm):
     return inputs, out
 
 
+def test_the_connections_of_vilbert_are_those_of_the_config_json():
+    sizes = dict(vilbert.PRESETS["tiny"], visual_layers=3, vocab_size=9, feature_size=3, classes=4)
+    state = formats.vilbert_to_official(vilbert.ViLBERT(vilbert.Config(**sizes)).state_dict())
+    config = {"num_attention_heads": 4, "v_biattention_id": [1, 2], "t_biattention_id": [2, 3]}
+    assert formats.vilbert_sizes_of(state, config)["connections"] == ((1, 2), (2, 3))
+
+
 def test_a_number_of_heads_that_no_file_tells_is_said(minilm, tmp_path):
     """MiniLM has twelve heads of 32; without its config.json they would be taken to be 64 wide."""
     assert "heads" not in fit(minilm, "uniter")[1].splitlines()[0]
@@ -682,6 +689,7 @@ def made_up_run(**changes):
     run = SimpleNamespace(
         args=args, objectives={"mlm": 1, "itm": 1}, answers=["no", "yes"], dtype=torch.float32, world=1
     )
+    run.paper = uniter
     run.tokenizer = data.train_tokenizer(["is it so?"])
     run.model = SimpleNamespace(config=uniter.Config())
     run.sets = {}
@@ -689,6 +697,14 @@ def made_up_run(**changes):
         assert hasattr(args, name), name
         setattr(args, name, value)
     return run
+
+
+def test_other_settings_of_pretraining_stop_a_resume(monkeypatch):
+    """They have no options: whoever tries others edits the model's file."""
+    before = resume.fingerprint(made_up_run())
+    monkeypatch.setitem(uniter.PRETRAINING, "loss_weights", {"wra": 0.2})
+    with pytest.raises(UserError, match="PRETRAINING in the model's file was"):
+        resume.check_fingerprint(before, resume.fingerprint(made_up_run()))
 
 
 def refused(now):

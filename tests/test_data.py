@@ -1774,6 +1774,19 @@ def test_the_preview_of_a_telephones_photo_is_no_further_frame(tmp_path):
     assert regions.open_picture("here", tmp_path / "p.jpg").info["frames"] == 1
 
 
+def test_a_target_that_touches_a_region_at_its_edge_alone_is_not_trained_on():
+    picture = {"features": np.ones((1, 3)), "boxes": np.array([[0, 0, 0.5, 1]]), "size": (10, 10)}
+    store = regions.MemoryStore([picture])
+    target = np.array([[0.5, 0, 1, 1], [0.4, 0, 1, 1]])
+    of_texts = {"text": ["a", "b"], "answer": [{}] * 2, "kind": ["a"] * 2, "ids": ["0", "1"]}
+    dataset = data.Dataset("", "train", store, np.zeros(2, int), target=target, **of_texts)
+    assert data.drop_unreachable(dataset, "x").ids == ["1"]
+
+
+def test_blanks_inside_an_answer_are_one():
+    assert records.normalize_answer("light \t blue") == "light blue"
+
+
 def test_boxes_up_to_one_pixel_look_normalised():
     assert regions.odd_boxes(np.array([[0, 0, 1, 1]]), 40, 30)
     assert not regions.odd_boxes(np.array([[0, 0, 1.5, 1]]), 40, 30)

@@ -55,7 +55,7 @@ def test_the_vectors_are_those_of_the_model_asked_one_by_one(model, trained, fol
     assert not list(folder.glob("tmp*"))
 
 
-def test_several_splits_are_one_file_of_vectors_and_are_searched_together(trained, folder, capsys):
+def test_several_splits_are_one_file_of_vectors_and_are_searched_together(trained, folder, capsys, monkeypatch):
     """Two texts of a picture in one split, another two in the other: against the model asked one by one."""
     checkpoint = trained("uniter", "pretrain", *OBJECTIVES)
     lines = ""
@@ -86,6 +86,10 @@ def test_several_splits_are_one_file_of_vectors_and_are_searched_together(traine
     assert use(checkpoint, "--search", "a star of kind 3", "--data", "splits.jsonl", "--out", "found.png") == 0
     printed = [line.split()[2].rstrip(":") for line in capsys.readouterr().out.splitlines()[:3]]
     assert printed == sorted(first, key=lambda name: -float(first[name] @ texts[1]))
+    for name, vector in zip(found["picture_ids"], torch.from_numpy(found["picture_vectors"]), strict=True):
+        monkeypatch.setattr(embed, "query_vector", lambda run, text, vector=vector: vector)
+        ((_, dataset, example),) = embed.top_pictures(run, datasets, "", 1)
+        assert dataset.ids[example] == name  # also of the second split
 
 
 def test_without_a_contrast_head_the_vectors_are_the_models_own_unimodal_states(trained, folder, capsys):

@@ -1605,6 +1605,10 @@ def test_the_refs_of_refcoco_run_no_code(tmp_path, capsys):
     assert "ran" not in capsys.readouterr().out
 
 
+def test_a_person_is_named_by_its_number_among_all_objects():
+    assert vcr.plain_text(["Is", [1], "?"], ["dog", "person"], "x") == "Is Riley ?"
+
+
 def test_vcr(tmp_path, capsys):
     folder = tmp_path / "in"
     row = {"movie": "1054_Harry", "objects": ["person", "person", "car"], "img_fn": "lsmdc/1.jpg"}
@@ -1977,6 +1981,13 @@ def test_lxmert_learns_classes_and_attributes_from_the_hard_labels_of_its_featur
     store = data.FeatureStore(tmp_path / "out" / "regions")
     assert store.label_counts({"classes": 1601, "attributes": 400}) == {"classes": 1601, "attributes": 400}
     assert store.label_counts({"classes": 2, "attributes": 1}) == {"classes": 4, "attributes": 3}
+
+
+def test_regions_above_a_confidence_of_one_fifth_are_kept(tmp_path):
+    confidence = np.array([0.5] * 11 + [0.15])
+    fields = {"features": np.ones((12, 3)), "norm_bb": np.tile([0, 0, 1, 1, 1, 1], (12, 1)), "conf": confidence}
+    np.savez(tmp_path / "a.npz", soft_labels=np.full((12, 4), 0.25), **fields)
+    assert len(bottom_up.read_npz(tmp_path / "a.npz")[1]["features"]) == 11
 
 
 def test_bottom_up_features_of_uniter(tmp_path, capsys):

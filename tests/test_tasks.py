@@ -417,6 +417,15 @@ def test_false_partners_are_false_and_mined_ones_are_the_hardest(drawn, tokenize
     assert modes == ["eval", "use", "train"]
 
 
+def test_items_without_a_label_are_neither_hits_nor_labels():
+    labels = torch.tensor([1, -1, 0])
+    objective = common.Objective(None, labels=lambda batch, logits: labels)
+    sums = evaluation.ObjectiveSums()
+    logits = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    evaluation.add_batch(sums, objective, SimpleNamespace(text=torch.zeros(3, 2)), 0.5, logits)
+    assert (sums.hits, dict(sums.labels), sums.items, sums.loss) == (1, {1: 1, 0: 1}, 3, 1.5)
+
+
 def test_a_negative_does_not_repeat_a_caption_of_the_picture():
     """Six pictures; pictures 0 to 2 share a caption, whatever its case, and so do pictures 3 to 5 another one."""
     image = np.repeat(np.arange(6), 2)
@@ -445,6 +454,12 @@ def test_a_negative_does_not_repeat_a_caption_of_the_picture():
         texts, images = evaluation.sample_negative_pairs(run, rare, np.array([0, 11]), np.random.default_rng(seed))
         assert (texts[0, 1], texts[0, 3], images[0, 2]) == (11, 11, 11)
         assert 11 not in (*texts[1, [1, 3]], images[1, 2])
+    own = dataclasses.replace(rare, image=np.array([0, 1, *[1] * 10]), pairs=None)  # picture 1 has two texts
+    unlucky = SimpleNamespace(integers=lambda high, size: np.zeros(size, int), choice=lambda places: places[0])
+    run.paper = SimpleNamespace(NEGATIVES=("text",))
+    texts, images = evaluation.sample_negative_pairs(run, own, np.array([0]), unlucky)
+    assert (texts[0].tolist(), images[0].tolist()) == ([0, 11], [0, 0])
+    run.paper = vilbert
     dataset = dataclasses.replace(dataset, text=["the same"] * 12, text_keys=None, pairs=None)
     with pytest.raises(common.UserError, match="different texts"):
         evaluation.sample_negative_pairs(run, dataset, index, np.random.default_rng(0))
@@ -831,6 +846,18 @@ def test_pretraining_is_evaluated_on_one_caption_a_picture_and_chance_is_the_usu
     monkeypatch.setattr(tasks, "MOST_PRETRAINING", 7)
     tasks.evaluate_pretraining(run, dataset)
     assert seen["itm"] == list(range(1, 21, 3)) and seen["qa"] == list(range(0, 21, 3))
+
+
+def test_content_words_are_tested_in_every_caption_of_the_pictures(monkeypatch):
+    dataset = many_captions("test", 50)
+    run = SimpleNamespace(objectives={"mlm": 1}, content_words=["red"], paper=uniter)
+    seen = []
+    monkeypatch.setattr(tasks, "content_pieces", lambda run: None)
+    monkeypatch.setattr(tasks, "objective_sums", lambda *given: seen.append(given[2]) or evaluation.ObjectiveSums())
+    tasks.evaluate_pretraining(run, dataset)
+    captions, every = seen
+    assert captions.tolist() == list(range(1, 150, 3))
+    assert every.tolist() == [i for i in range(150) if i % 3]  # each picture has a question and two captions
 
 
 def test_contrast_is_tested_among_the_pictures_that_the_command_line_says(monkeypatch):

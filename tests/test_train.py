@@ -473,6 +473,15 @@ def test_resume_after_an_interruption_changes_nothing(pictures, tmp_path, here):
     assert [x["grad_norm"] for x in lines[0]] == [x["grad_norm"] for x in lines[1]]
 
 
+def test_new_tensors_of_the_trunk_learn_at_the_rate_of_new_weights(pictures, tmp_path, here, monkeypatch):
+    here("--data", pictures, "--steps", 1, "--objectives", "mlm", "--out", "start")
+    seen = []
+    monkeypatch.setattr(AdamW, "step", lambda optimizer, rate: seen.append(optimizer.at_random))
+    given = ["--data", pictures, "--objectives", "mlm", "--steps", 1, "--patch", 6, "--partial", "--out", "next"]
+    here(*given, "--init", tmp_path / "start/checkpoint.pt")
+    assert {"region_embedding.features.weight", "region_embedding.mask"} <= seen[0]
+
+
 def test_new_weights_keep_their_own_rate_after_a_resume(pictures, tmp_path, here):
     here("--data", pictures, "--steps", 1, "--out", "start")
     options = ["--task", "vqa", "--data", pictures, "--steps", 4, "--eval-every", 2, "--lr-new", 10]
@@ -1122,11 +1131,13 @@ def test_each_loss_counts_with_the_factor_of_its_paper():
     batch = as_double(masked_batch(4, 1))
     run = SimpleNamespace(model=model, paper=uniter, device=torch.device("cpu"), teacher=None)
     run.autocast = train.nullcontext
-    train.backward(run, [batch], ["itm", "wra"])
+    losses = train.backward(run, [batch], ["itm", "wra"])
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     parts = model(batch, ["itm", "wra"])
     (parts["itm"][0] + 0.1 * parts["wra"][0]).backward()
+    for name, (loss, _) in parts.items():
+        assert float(losses[name]) == pytest.approx(float(loss.detach()))  # the log has it without the factor
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, atol=1e-12, rtol=1e-9)
@@ -1224,6 +1235,25 @@ def order_of(seed, epochs=2, skip=0):
     return [next(stream).tolist() for _ in range(2 * epochs - skip)]
 
 
+def test_an_epoch_ends_with_a_shorter_step_which_a_resumed_run_counts():
+    def order(skip=0):
+        args = SimpleNamespace(seed=0, batch_size=4)
+        stream = train.index_stream(args, Lengths(10), parts=1, skip=skip)
+        return [next(stream).tolist() for _ in range(6 - skip)]
+
+    steps = order()
+    for epoch in (steps[:3], steps[3:]):
+        assert sorted(itertools.chain.from_iterable(epoch)) == list(range(10))
+    for skip in range(6):
+        assert order(skip) == steps[skip:]
+
+
+def test_steps_draw_objectives_by_the_ratios_of_the_run():
+    rng = np.random.default_rng(0)
+    drawn = [train.sample_objectives(uniter, {"mlm": 1, "itc": 3}, rng, 1.0)[0] for _ in range(3000)]
+    assert abs(drawn.count("itc") / 3000 - 3 / 4) < 4 * math.sqrt(3 / 16 / 3000)
+
+
 def test_each_epoch_has_every_example_once_in_an_order_of_its_own():
     first, second, third, fourth = order_of(seed=0)
     assert sorted(first + second) == sorted(third + fourth) == list(range(8))
@@ -1296,6 +1326,7 @@ def test_tokenizer_and_answers_come_from_the_training_split(pictures, tmp_path, 
     checkpoint = checkpoints.load_checkpoint(tmp_path / "out/uniter-vqa/best.pt")
     assert "ζ" not in json.dumps(json.loads(checkpoint["tokenizer"]), ensure_ascii=False)
     assert checkpoint["answers"] == ["no", "yes"]
+    assert set(checkpoint["usual_answers"].values()) <= {"no", "yes"}  # by which chance is measured
 
 
 def test_the_test_has_the_best_weights_not_the_last(pictures, tmp_path, here, monkeypatch):

@@ -200,6 +200,15 @@ def test_one_stream_alone_has_no_cross_attention():
     assert regions.regions.shape == (4, 5, 128) and regions.pooled.shape == text.pooled.shape == (4, 128)
 
 
+def test_the_task_token_is_a_row_of_the_table_under_the_norm_of_the_words():
+    model, batch = tiny(task_tokens=20).eval(), make_batch()
+    batch.task = torch.tensor([1, 1, 2, 3])
+    found = model.embed_text(batch)
+    embedding = model.text_embedding
+    torch.testing.assert_close(found[:, 1], embedding.norm(embedding.tasks.weight[batch.task]))
+    assert torch.equal(torch.cat([found[:, :1], found[:, 2:]], 1), embedding(batch.text, batch.segments))
+
+
 def test_the_task_token_and_the_text_change_what_is_computed():
     model, batch = tiny(task_tokens=20, dynamic_attention=True).eval(), make_batch()
     batch.task = torch.tensor([0, 0, 0, 0])
