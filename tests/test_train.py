@@ -1329,7 +1329,7 @@ def test_tokenizer_and_answers_come_from_the_training_split(pictures, tmp_path, 
     assert set(checkpoint["usual_answers"].values()) <= {"no", "yes"}  # by which chance is measured
 
 
-def test_the_test_has_the_best_weights_not_the_last(pictures, tmp_path, here, monkeypatch):
+def test_the_test_has_the_best_weights_not_the_last(pictures, tmp_path, here, monkeypatch, capsys):
     values = []
 
     def evaluate(run, split):
@@ -1343,6 +1343,7 @@ def test_the_test_has_the_best_weights_not_the_last(pictures, tmp_path, here, mo
     here("--data", pictures, "--task", "vqa", "--steps", 3, "--eval-every", 1)
     assert len({value for _, value in values[:4]}) == 4
     assert values[4] == ("test", values[1][1])
+    assert "weights of step 1" in capsys.readouterr().out
 
 
 def test_without_a_val_split_the_last_weights_are_the_best(pictures, tmp_path, here):
