@@ -150,23 +150,44 @@ def checkpoints(tmp_path_factory, small_scenes):
     return checkpoint
 
 
-@pytest.fixture
-def start(checkpoints):
-    """start(task): a running server of such a checkpoint; it is closed at the end of the test."""
+def run_server(checkpoint):
+    """A running server of a checkpoint."""
     import predict
     import serve
 
+    args = predict.parse([str(checkpoint), "--serve", "0", "--device", "cpu", "--dtype", "f32"])
+    run, row = predict.load_run(args)
+    server = serve.Server(0, run, row, 3)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    return server
+
+
+@pytest.fixture
+def start(checkpoints):
+    """start(task): a running server of such a checkpoint; it is closed at the end of the test."""
     servers = []
 
-    def run_server(task):
-        args = predict.parse([str(checkpoints(task)), "--serve", "0", "--device", "cpu", "--dtype", "f32"])
-        run, row = predict.load_run(args)
-        server = serve.Server(0, run, row, 3)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        servers.append(server)
-        return server
+    def server_of(task):
+        servers.append(run_server(checkpoints(task)))
+        return servers[-1]
 
-    yield run_server
+    yield server_of
     for server in servers:
+        server.shutdown()
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def shared(checkpoints):
+    """shared(task): a running server like `start`'s, one for all tests of a file: for those that only ask."""
+    servers = {}
+
+    def server_of(task):
+        if task not in servers:
+            servers[task] = run_server(checkpoints(task))
+        return servers[task]
+
+    yield server_of
+    for server in servers.values():
         server.shutdown()
         server.close()

@@ -89,8 +89,8 @@ def test_the_page_the_samples_and_the_health(start):
 
 
 @pytest.mark.parametrize("task", ["vqa", "ve", "nlvr2", "vcr", "retrieval", "refer", "caption", "pretrain"])
-def test_a_sample_is_answered_as_predict_answers_it(task, start):
-    server = start(task)
+def test_a_sample_is_answered_as_predict_answers_it(task, shared):
+    server = shared(task)
     dataset, _ = predict.held_out(server.run, server.task, None, questions.SAMPLES)
     expected = predict.predict(server.run, server.task, dataset, np.arange(len(dataset)), 3)
     _, description = request(server, "GET", "/samples")
@@ -105,8 +105,8 @@ def test_a_sample_is_answered_as_predict_answers_it(task, start):
         assert_same_answer(answer, expected[number])
 
 
-def test_pictures_of_a_request_are_answered_as_files_are(start, scene, tmp_path, capsys, checkpoints):
-    server = start("vqa")
+def test_pictures_of_a_request_are_answered_as_files_are(shared, scene, tmp_path, capsys, checkpoints):
+    server = shared("vqa")
     (tmp_path / "a.png").write_bytes(base64.b64decode(scene))
     boxes = [[0, 0, 40, 40], [30, 30, 90, 90]]
     command = [str(checkpoints("vqa")), "--image", str(tmp_path / "a.png"), "--text", "what is it?"]
@@ -118,8 +118,8 @@ def test_pictures_of_a_request_are_answered_as_files_are(start, scene, tmp_path,
     assert status == 200 and drawing.describe(answer) + "\n" == capsys.readouterr().out
 
 
-def test_an_answer_warns_of_lost_words_and_further_frames(start, scene):
-    server = start("vqa")
+def test_an_answer_warns_of_lost_words_and_further_frames(shared, scene):
+    server = shared("vqa")
     question = {"images": [scene], "text": "what color is the circle?"}
     warning = request(server, "POST", "/predict", question)[1]["warning"]
     assert warning == "picture: the model was trained on boxes of things, and is asked about a grid; give boxes"
@@ -136,9 +136,9 @@ def test_an_answer_warns_of_lost_words_and_further_frames(start, scene):
     assert warning.startswith("picture: only the first of its 2 frames is used"), warning
 
 
-def test_a_photo_on_its_side_is_answered_as_it_is_shown(start):
+def test_a_photo_on_its_side_is_answered_as_it_is_shown(shared):
     """With given boxes, and with the grid, which follows the turned picture too."""
-    server = start("refer")
+    server = shared("refer")
     upright = scenes.draw_scene(scenes.make_scene(0, "test", 0)).crop((0, 0, 96, 64))
     tag = Image.Exif()
     tag[0x0112] = 6
@@ -261,8 +261,8 @@ def form(parts):
     return body + b"--a b--\r\n", {"Content-Type": 'multipart/form-data; boundary="a b"'}
 
 
-def test_a_form_is_answered_as_json_is(start, scene):
-    server = start("vqa")
+def test_a_form_is_answered_as_json_is(shared, scene):
+    server = shared("vqa")
     boxes = [[0, 0, 40, 40], [30, 30, 90, 90]]
     question = {"images": [scene], "boxes": [boxes], "text": "what is it?", "attention": True}
     picture = base64.b64decode(scene)
@@ -300,17 +300,17 @@ def test_the_files_of_a_form_are_kept_byte_for_byte(content):
         ([("text", b"x")] * 101, "100 fields"),
     ],
 )  # fmt: skip
-def test_a_wrong_form_gets_a_message(parts, message, start):
-    status, answer = request(start("vqa"), "POST", "/predict", *form(parts))
+def test_a_wrong_form_gets_a_message(parts, message, shared):
+    status, answer = request(shared("vqa"), "POST", "/predict", *form(parts))
     assert status == 400 and message in answer["error"]
 
 
-def test_a_turned_photograph_is_answered_as_the_file_is(start, tmp_path, capsys, checkpoints):
+def test_a_turned_photograph_is_answered_as_the_file_is(shared, tmp_path, capsys, checkpoints):
     picture = Image.effect_noise((40, 90), 60).convert("RGB")
     exif = picture.getexif()
     exif[0x0112] = 8
     picture.save(tmp_path / "a.jpg", exif=exif)
-    server = start("vqa")
+    server = shared("vqa")
     question = {"text": "what is it?", "images": [base64.b64encode((tmp_path / "a.jpg").read_bytes()).decode()]}
     status, answer = request(server, "POST", "/predict", {**question, "boxes": [[[0, 0, 90, 40]]]})
     assert status == 200  # 90 pixels wide
@@ -334,14 +334,14 @@ def test_a_turned_photograph_is_answered_as_the_file_is(start, tmp_path, capsys,
         ({"Origin": "http://localhost:1"}, 403),
     ],
 )
-def test_pages_of_other_sites_are_refused(headers, status, start):
-    server = start("vqa")
+def test_pages_of_other_sites_are_refused(headers, status, shared):
+    server = shared("vqa")
     assert request(server, "POST", "/predict", {"sample": 0, "text": "what is it?"}, headers)[0] == status
     assert request(server, "GET", "/samples", None, headers)[0] == status
 
 
-def test_a_tiff_of_several_pages_and_eps_are_refused(start):
-    server = start("vqa")
+def test_a_tiff_of_several_pages_and_eps_are_refused(shared):
+    server = shared("vqa")
     page = Image.effect_noise((30, 20), 60)
     for kind, more, status in (("TIFF", {}, 200), ("TIFF", {"save_all": True, "append_images": [page]}, 400),
                                ("GIF", {"save_all": True, "append_images": [page]}, 200), ("EPS", {}, 400)):  # fmt: skip
@@ -390,8 +390,8 @@ def test_a_tiff_of_several_pages_and_eps_are_refused(start):
         ("POST", "/predict", {"text": "x", "sample": True}, 400, "'sample'"),
     ],
 )  # fmt: skip
-def test_a_wrong_request_gets_a_status_and_a_message(method, path, body, status, message, start, scene):
-    server = start("vqa")
+def test_a_wrong_request_gets_a_status_and_a_message(method, path, body, status, message, shared, scene):
+    server = shared("vqa")
     text = json.dumps(body) if not isinstance(body, str) else body
     text = text.replace("PICTURE", scene)
     text = re.sub('BOMB ([^"]+)', lambda name: base64.b64encode(hostile.bomb(name[1])).decode(), text)
@@ -413,9 +413,9 @@ def question_with(content, **more):
         (4000, 3200, 8, 2, "12,500,000"),
     ],
 )
-def test_the_limit_of_pixels_depends_on_what_a_pixel_takes(width, height, depth, color, most, start):
+def test_the_limit_of_pixels_depends_on_what_a_pixel_takes(width, height, depth, color, most, shared):
     picture = hostile.png_of(width, height, depth, color, b"")
-    status, answer = request(start("vqa"), "POST", "/predict", question_with(picture))
+    status, answer = request(shared("vqa"), "POST", "/predict", question_with(picture))
     assert status == 413 and f"at most {most} pixels" in answer["error"]
     half_as_high = hostile.png_of(
         width, height // 2, depth, color, b""
@@ -423,9 +423,9 @@ def test_the_limit_of_pixels_depends_on_what_a_pixel_takes(width, height, depth,
     assert questions.count_pixels(half_as_high) * 2 == width * height * 12_500_000 // int(most.replace(",", ""))
 
 
-def test_lists_and_texts_have_limits(start, scene):
+def test_lists_and_texts_have_limits(shared, scene):
     """One more is 400; as many are answered."""
-    server = start("vcr")
+    server = shared("vcr")
     asked = {"images": [scene], "text": "what is it?", "choices": ["red", "blue"]}
     for change, many, message in (
         ({"boxes": [[[0, 0, 9, 9]] * 101]}, {"boxes": [[[0, 0, 9, 9]] * 100]}, "'boxes' must be 1 to 100 lists"),
@@ -468,8 +468,8 @@ def status_of(function, *arguments):
     return None
 
 
-def test_both_pictures_of_nlvr2_have_their_regions_weights(start):
-    server = start("nlvr2")
+def test_both_pictures_of_nlvr2_have_their_regions_weights(shared):
+    server = shared("nlvr2")
     question = {"sample": 0, "text": "there is a red circle", "attention": True}
     status, answer = request(server, "POST", "/predict", question)
     first, second = server.samples[0]["boxes"]
@@ -682,9 +682,9 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(checkpoints, monkeypatch, cap
     assert f"--serve {port}" in error and error.count("\n") == 1
 
 
-def test_null_is_an_absent_key(start):
+def test_null_is_an_absent_key(shared):
     question = {"sample": 0, "images": None, "boxes": None, "text": "x"}
-    assert request(start("vqa"), "POST", "/predict", question)[0] == 200
+    assert request(shared("vqa"), "POST", "/predict", question)[0] == 200
 
 
 def test_a_batch_has_at_most_64_questions(monkeypatch):
@@ -699,19 +699,19 @@ def test_a_batch_has_at_most_64_questions(monkeypatch):
     assert sizes == [64, 36] or sizes == [64]
 
 
-def test_names_of_this_machine_may_be_in_capital_letters(start):
-    connection = http.client.HTTPConnection("127.0.0.1", start("vqa").server_port, timeout=30)
+def test_names_of_this_machine_may_be_in_capital_letters(shared):
+    connection = http.client.HTTPConnection("127.0.0.1", shared("vqa").server_port, timeout=30)
     connection.request("GET", "/healthz", None, {"Host": "LOCALHOST"})
     assert connection.getresponse().status == 200
     connection.close()
 
 
-def test_the_page_asks_for_boxes_where_training_had_them(start):
-    assert start("vqa").description["boxes"] is True  # drawn scenes: boxes of things
+def test_the_page_asks_for_boxes_where_training_had_them(shared):
+    assert shared("vqa").description["boxes"] is True  # drawn scenes: boxes of things
 
 
-def test_every_answer_has_the_headers_that_keep_it_here(start):
-    connection = http.client.HTTPConnection("127.0.0.1", start("vqa").server_port, timeout=30)
+def test_every_answer_has_the_headers_that_keep_it_here(shared):
+    connection = http.client.HTTPConnection("127.0.0.1", shared("vqa").server_port, timeout=30)
     connection.request("GET", "/samples")
     reply = connection.getresponse()
     assert reply.getheader("Cache-Control") == "no-store" and reply.getheader("X-Content-Type-Options") == "nosniff"
