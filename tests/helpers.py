@@ -1,6 +1,14 @@
 """What several test files need: random tensors, small models and batches with every field that a loss reads."""
 
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +18,8 @@ import checkpoints
 import common
 import data
 import predict
+
+ROOT = Path(__file__).parent.parent
 
 # options of train.py for runs of a few steps
 SMALL = ["--batch-size", "4", "--log-every", "1", "--dtype", "f32", "--device", "cpu", "--patch", "4"]
@@ -46,6 +56,41 @@ def narrow(arguments):
 def use(*arguments):
     """predict.py with these arguments, on the CPU in float32 if they say nothing else. Returns the exit code."""
     return predict.main(["--device", "cpu", "--dtype", "f32", *map(str, arguments)])
+
+
+def run_script(script, *arguments, cwd):
+    """A script as a user starts it in the folder `cwd`: a subprocess.CompletedProcess with exit code, stdout and stderr.
+    Where processes can be forked, the seconds in which Python loads torch are saved."""
+    command = [str(script), *map(str, arguments)]
+    if sys.platform != "linux":
+        return subprocess.run([sys.executable, *command], check=False, cwd=cwd, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        code = in_a_fork(become, command, cwd, *outputs)
+        return subprocess.CompletedProcess(command, code, *(path.read_text() for path in outputs))
+
+
+def in_a_fork(function, *arguments):
+    """The exit code of a process that is a copy of this one and calls function(*arguments)."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join(240)
+    process.kill()
+    return process.exitcode
+
+
+def become(command, folder, stdout, stderr):
+    """Turns this process into `python command` in a folder. Modules of the repository are loaded anew: the script may be
+    one of a copy of the repository."""
+    ours = {"support", "prepare", *(path.stem for path in ROOT.glob("*.py"))}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ours:
+            del sys.modules[name]
+    sys.path[:] = [str(Path(command[0]).parent), *(path for path in sys.path if Path(path) != ROOT)]
+    sys.argv = command
+    os.chdir(folder)
+    with open(stdout, "w") as out, open(stderr, "w") as err, redirect_stdout(out), redirect_stderr(err):
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def randn(*shape, **options):

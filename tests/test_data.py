@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from damage import damage_bytes, damage_json
+from helpers import run_script
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -691,12 +692,11 @@ def run_command(capsys, *arguments):
 
 
 def test_command_line_in_a_process(tmp_path, own):
-    command = [sys.executable, data.__file__]
     path = own({**GOOD, "boxes": [[1, 2, 21, 22]]}, {**GOOD, "split": "val"})
-    done = subprocess.run([*command, "preview", path], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "preview.png: " in done.stdout, done
+    done = run_script(data.__file__, "preview", path, cwd=tmp_path)
+    assert done.returncode == 0 and "preview.png: " in done.stdout, done
     assert Image.open(tmp_path / "preview.png").size > (300, 300)
-    done = subprocess.run([*command, "check", "x.jsonl"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_script(data.__file__, "check", "x.jsonl", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("data.py: x.jsonl: no such file")
     assert done.stderr.count("\n") == 1
 

@@ -5,64 +5,29 @@ must touch no other places than those named, and must train and be tested from t
 """
 
 import json
-import multiprocessing
-import os
-import runpy
 import shutil
 import subprocess
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, run_script
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
 DIFFS = ROOT / "tests" / "places"
 
 
 def call(command, folder):
     """Runs a command in a folder. Returns what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [str(part) for part in command],
-        check=False,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = subprocess.run([str(part) for part in command], check=False, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def run_script(folder, script, *arguments):
-    """A script of a copy of the repository, as a user starts it. Returns what it printed. Where processes can be forked,
-    the seconds in which Python loads torch are saved."""
-    if sys.platform != "linux":
-        return call([sys.executable, script, *arguments], folder)
-    output = folder / "output.txt"
-    process = multiprocessing.get_context("fork").Process(target=become, args=(folder, script, arguments, output))
-    process.start()
-    process.join(240)
-    process.kill()
-    assert process.exitcode == 0, output.read_text()
-    return output.read_text()
-
-
-def become(folder, script, arguments, output):
-    """Turns this process, a copy of the one that tests, into `python script arguments` in `folder`."""
-    ours = {"support", "prepare", *(path.stem for path in ROOT.glob("*.py"))}
-    for name in list(sys.modules):
-        if name.partition(".")[0] in ours:
-            del sys.modules[name]  # the copy has its own
-    sys.path[:] = [str((folder / script).parent), *(path for path in sys.path if Path(path) != ROOT)]
-    sys.argv = [script, *map(str, arguments)]
-    os.chdir(folder)
-    with open(output, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
-        runpy.run_path(script, run_name="__main__")
+def run_copy(folder, script, *arguments):
+    """A script of a copy of the repository, as a user starts it. Returns what it printed."""
+    done = run_script(folder / script, *arguments, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def changes(diff):
@@ -112,7 +77,7 @@ OPTIONS += ["--eval-every", "2", "--device", "cpu", "--dtype", "f32"]
 
 def train(folder, *arguments):
     """Trains two steps and tests, as a user would. Returns what was printed."""
-    return run_script(folder, "train.py", *OPTIONS, *arguments)
+    return run_copy(folder, "train.py", *OPTIONS, *arguments)
 
 
 def read_run(out):
@@ -147,7 +112,7 @@ def test_a_task_touches_tasks_and_one_line_of_each_model(copy_with):
         assert all(np.isfinite(line["memes"]) for line in steps)
         assert 0 <= result["accuracy"] <= 1
         assert result["chance"]["accuracy"] == 0.5
-    answer = run_script(folder, "predict.py", "run/uniter/best.pt", "--image", "0.png", "--text", "a joke")
+    answer = run_copy(folder, "predict.py", "run/uniter/best.pt", "--image", "0.png", "--text", "a joke")
     assert "hateful" in answer and "harmless" in answer
 
 
@@ -160,7 +125,7 @@ def test_a_data_set_is_one_script(copy_with):
     result, _ = read_run(folder / "run")
     assert result["data"] == "tiles"
     assert {"accuracy", "accuracy_left", "accuracy_right"} <= set(result)
-    run_script(folder, "prepare/tiles.py", "made")  # the script by itself writes the same
+    run_copy(folder, "prepare/tiles.py", "made")  # the script by itself writes the same
     assert (folder / "made" / "tiles.jsonl").read_text().count("\n") == 2 * (64 + 16 + 16)
 
 

@@ -9,8 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import use
+from helpers import in_a_fork, use
 from PIL import Image, ImageFont
 
 import data
@@ -184,22 +182,19 @@ def test_an_interrupted_file_goes_on_and_ends_alike(cut, trained, small_scenes, 
     assert min(answered) == lines // 64 * 64  # whole chunks are not computed again
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import predict
-predict.CHUNK = 40
-answer = predict.predict
-calls = 0
-def killing(*arguments):
-    global calls
-    calls += 1
-    if calls == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return answer(*arguments)
-predict.predict = killing
-predict.main(sys.argv[1:])
-"""
+def use_and_be_killed(*arguments):
+    """predict.py, killed when it is about to answer the third part of the lines."""
+    answer = predict.predict
+    calls = []
+
+    def answer_or_die(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer(*given)
+
+    predict.predict = answer_or_die
+    use(*arguments)
 
 
 def test_a_killed_process_goes_on_and_ends_alike(trained, folder, monkeypatch):
@@ -210,11 +205,8 @@ def test_a_killed_process_goes_on_and_ends_alike(trained, folder, monkeypatch):
     path = own_file(folder, "many.jsonl", lines)
     monkeypatch.setattr(predict, "CHUNK", 40)
     assert use(checkpoint, "--data", path, "--out", "whole.jsonl") == 0
-    program = KILLED.format(root=os.path.dirname(predict.__file__))
-    command = [sys.executable, "-c", program, checkpoint, "--data", path, "--out", "part.jsonl"]
-    command += ["--device", "cpu", "--dtype", "f32"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    code = in_a_fork(use_and_be_killed, checkpoint, "--data", str(path), "--out", "part.jsonl")
+    assert code == -signal.SIGKILL
     part = folder / "part.jsonl"
     assert part.read_bytes().count(b"\n") == 80
     assert use(checkpoint, "--data", path, "--out", part, "--resume") == 0

@@ -3,21 +3,17 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from itertools import chain, permutations
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, run_script
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 from prepare import scene_texts, scenes
 from support.regions import region_features
 
-ROOT = Path(__file__).parent.parent
 SPLITS = ("train", "val", "test", "compose")
 HELD_OUT = set(scene_texts.HELD_OUT)
 COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"]
@@ -567,11 +563,10 @@ def test_the_vocabulary_knows_the_words_of_all_tasks(folder):
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, ROOT / "prepare" / "scenes.py", "out", "--count", "30"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = run_script(ROOT / "prepare" / "scenes.py", "out", "--count", "30", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("out: 120 pictures")
     assert len(data.FeatureStore(tmp_path / "out" / "boxes")) == 120
-    command[4] = "0"
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_script(ROOT / "prepare" / "scenes.py", "out", "--count", "0", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("scenes.py: argument --count: 0 must be at least 2")
     assert done.stderr.count("\n") == 1

@@ -6,8 +6,6 @@ import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ONE_LAYER, narrow, with_pool
+from helpers import ONE_LAYER, ROOT, narrow, run_script, with_pool
 from test_scenes import COLORS, SHAPES
 
 import checkpoints
@@ -31,7 +29,6 @@ import vilbert
 from prepare import scenes
 from support import distillation, evaluation, log, options, regions
 
-ROOT = Path(__file__).parent.parent
 PAPERS = list(checkpoints.MODELS)
 
 
@@ -1304,16 +1301,8 @@ def test_each_task_alone_from_a_pretrained_model(task, folder, monkeypatch, caps
     if task == "vqa":
         picture = folder / "0.png"
         scenes.draw_scene(scenes.make_scene(0, "test", 0)).save(picture)
-        command = [
-            sys.executable,
-            ROOT / "predict.py",
-            folder / "vqa/best.pt",
-            "--image",
-            picture,
-            "--text",
-            "what is it?",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        asked = ["--image", picture, "--text", "what is it?"]
+        done = run_script(ROOT / "predict.py", folder / "vqa/best.pt", *asked, cwd=folder)
         assert done.returncode == 0 and re.fullmatch(r"(\w+ 0\.\d+(  )?){3}\n", done.stdout), done
 
 

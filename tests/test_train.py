@@ -21,7 +21,7 @@ import benchmark
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, as_double, joined, masked_batch, narrow, small_model
+from helpers import ROOT, SMALL, as_double, in_a_fork, joined, masked_batch, narrow, small_model
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,8 +37,6 @@ import uniter
 from prepare import scenes
 from support import evaluation, log, machine, options, records, resume
 from support.optimizer import AdamW
-
-ROOT = Path(__file__).parent.parent
 
 
 def run(*arguments, cwd, processes=1, check=True):
@@ -1532,23 +1530,23 @@ def test_a_head_left_at_random_is_said_on_the_result_line(pictures, tmp_path, he
 # ---- killed at any moment ----------------------------------------------------------------------------------------
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import train
-calls = 0
-def killing(function):
-    def call(*arguments):
-        global calls
-        calls += 1
-        if calls == {moment}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
-    return call
-os.fsync = killing(os.fsync)
-os.replace = killing(os.replace)
-train.main(sys.argv[1:])
-"""
+def train_and_be_killed(moment, folder, arguments):
+    """train.py, killed when it is about to sync or rename a file for the `moment`th time."""
+    calls = []
+
+    def or_die(function):
+        def call(*given):
+            calls.append(given)
+            if len(calls) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*given)
+
+        return call
+
+    os.chdir(folder)
+    os.fsync = or_die(os.fsync)
+    os.replace = or_die(os.replace)
+    train.main(narrow([*SMALL, *arguments]))
 
 
 def test_a_run_that_is_killed_in_its_saves_ends_as_the_undisturbed_one(pictures, tmp_path, here):
@@ -1557,12 +1555,9 @@ def test_a_run_that_is_killed_in_its_saves_ends_as_the_undisturbed_one(pictures,
     here(*options, "--out", "whole")
     rng = np.random.default_rng(0)
     for first, last in ((5, 12), (13, 18)):  # about the first and the second checkpoint, the third and the fourth
-        program = KILLED.format(root=str(ROOT), moment=int(rng.integers(first, last + 1)))
         out = f"killed{first}"
-        command = [sys.executable, "-c", program, *SMALL, *map(str, options), "--log-every", "3", "--out", out]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=False)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        moment = int(rng.integers(first, last + 1))
+        assert in_a_fork(train_and_be_killed, moment, tmp_path, [*options, "--out", out]) == -signal.SIGKILL
         goes_on = ["--resume"] if resume.has_checkpoint(tmp_path / out) else []
         here(*options, "--out", out, *goes_on)
         for name in ("checkpoint.pt", "best.pt"):
