@@ -710,10 +710,9 @@ def test_command_line(own, tmp_path, monkeypatch, capsys):
         assert code == 2 and error.startswith("data.py: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_names_that_the_output_cannot_encode_end_no_command(own, tmp_path, encoding):
+def test_names_that_the_output_cannot_encode_end_no_command(own, tmp_path):
     path = own(GOOD, GOOD).rename(tmp_path / "\u7530.jsonl")
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, data.__file__, "check", path]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
     assert done.returncode == 0 and b"\\u7530.jsonl: 2 examples" in done.stdout, done

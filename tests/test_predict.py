@@ -3,7 +3,6 @@
 Runs of train.py are made once and have a few steps; the numbers that predict.py measures must be those of result.json.
 """
 
-import itertools
 import json
 import os
 import re
@@ -29,7 +28,7 @@ from support import drawing, options, regions
 
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer,caption"
 EVALUATED = [("uniter", task) for task in (*TASKS.split(","), "pretrain")]
-EVALUATED += itertools.product(("vilbert", "lxmert"), ("nlvr2", "retrieval", "caption", "pretrain"))
+EVALUATED += [("vilbert", "nlvr2"), ("vilbert", "caption"), ("lxmert", "retrieval"), ("lxmert", "pretrain")]
 
 
 def result_of(checkpoint):
