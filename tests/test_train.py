@@ -1653,13 +1653,19 @@ def test_one_process_that_dies_ends_the_others(pictures, tmp_path):
     assert "train.py: another process of this run has ended" in done.stderr
 
 
-def test_an_error_in_the_data_is_said_once_by_several_processes(tmp_path, monkeypatch, capfd):
+def test_a_mistake_is_said_once_by_several_processes(pictures, tmp_path, monkeypatch, capfd):
+    """One that all find before they know of each other, one that all find later, one that the first finds."""
     (tmp_path / "bad.jsonl").write_text('{"image": "nowhere.png", "text": "x"}\n')
     monkeypatch.chdir(tmp_path)
-    in_two_processes("--data", "bad.jsonl", code=2)
-    own_lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py:")]
-    assert "bad.jsonl:1" in own_lines[0]
-    assert sum("bad.jsonl:1" in line for line in own_lines) == 1
+    for mistake, said in (
+        (["--objectives", "none"], "none"),
+        (["--data", pictures, "--max-words", "9999"], "the model has only"),
+        (["--data", "bad.jsonl"], "bad.jsonl:1"),
+    ):
+        in_two_processes(*mistake, code=2)
+        own_lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py:")]
+        assert said in own_lines[0]
+        assert sum(said in line for line in own_lines) == 1
 
 
 def test_the_first_row_of_a_step_is_mismatched_as_often_as_any_other(pictures):
