@@ -48,11 +48,11 @@ from tasks import TASKS
 #     forward(batch, objectives)        {objective: (loss, logits)}
 #   HEADS             {head: config -> Module}. Read by name: mlm, itm (2 logits, 1 = match), rank (1), itc, hidden
 #   OBJECTIVES        {objective: common.Objective}
-#   PRETRAINING       dict: the paper's objectives with their ratios, masking and false pairs
+#   PRETRAINING       dict: the paper's objectives with their ratios, masking and mismatched pairs
 #   CHOICES           {field of Config that is a string: its allowed values}
 #   VCR_TYPES         text types of question and answer, and of question, answer and reason
 #   NEGATIVES         which side of a true pair is replaced in each mismatched pair of a retrieval group: "image" or "text"
-#   text_types(tasks) the table of text types for these tasks: for each row, the row of pretraining's that it starts as
+#   text_types(tasks) the table of text types for these tasks: for each row, the row of pretraining's that initialises it
 # Keys of PRETRAINING, the last two optional:
 #   objectives        {objective: ratio}, those of the paper
 #   conditional       True: a step trains one of them, drawn by ratio; False: all of them
@@ -181,8 +181,12 @@ def check_content(path, content):
         for key, kind in {**CHECKPOINT_TYPES, **OTHER_TYPES}.items():
             if not isinstance(content.get(key, kind()), kind):
                 raise TypeError(f"{key!r} is no {kind.__name__}")
-        if "hidden_score" in content["config"]:
-            content["config"]["masked_logit"] = content["config"].pop("hidden_score")
+        for part, old, new in (
+            ("config", "hidden_score", "masked_logit"),
+            ("fingerprint", "the model's hidden_score", "the model's masked_logit"),
+        ):
+            if old in content.get(part, {}):
+                content[part][new] = content[part].pop(old)
         paper = MODELS[content["model"]]
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # sizes may be 0
             model = paper.MODEL(paper.Config(**content["config"]))

@@ -859,7 +859,8 @@ def check(source, task, vocab, max_words, patch, grid):
     if "train" in sets and task.pictures == 1 and not task.needs:
         repeated = sets["train"].repeated_texts()
         if repeated:
-            print(f"{repeated} texts of train describe another picture too, which is then no mismatch for them")
+            print(f"{repeated} examples of train have a text that another picture has too; "
+                  "the two are never taken for a mismatched pair")  # fmt: skip
     if description["vocab"] and not vocab:
         vocab = description["folder"] / description["vocab"]
     if vocab or "train" in sets:

@@ -488,7 +488,8 @@ def answer_file(run, task, args):
         known = np.flatnonzero(has_truth(task, dataset))
         if len(known) == 0:
             hint = "" if args.out else "; --out FILE writes the predictions"
-            print(f"split {dataset.split}: {len(dataset)} examples without {task.truth}, nothing to measure{hint}")
+            what = f"{len(dataset)} examples without {task.truth or 'text'}"
+            print(f"split {dataset.split}: {what}, nothing to measure{hint}")
             continue
         part = dataset if len(known) == len(dataset) else dataset.subset(known)
         metrics, chance = measure(run, task, part)
@@ -515,8 +516,7 @@ def load_lines(run, task, args, lines_of=None):
     lines_of = lines_of or task_of_lines(run, task, description)
     lines = optional_truth(lines_of, args.prompt or "")
     refuse_lost_data(args, description, lines)
-    known = [*data.SPLITS, *description["extra_splits"]]
-    names = ["test", *(name for name in known if name != "test")]  # the others are read only if there is no test
+    names = list(dict.fromkeys(["test", *data.SPLITS, *description["extra_splits"]]))  # others only if there is no test
     if args.split:
         names = [args.split]
     datasets = []
@@ -568,7 +568,7 @@ def optional_truth(task, prompt=""):
 
 def has_truth(task, dataset):
     """(E,) bool, True = the line says what is to be predicted."""
-    if task.truth == "text":
+    if task.truth == "text" or tasks.is_pretraining(task.name):
         return np.array([len(text) > 0 for text in dataset.text], bool)
     if task.truth not in task.needs:
         return np.ones(len(dataset), bool)

@@ -3,8 +3,8 @@
     python prepare/bottom_up.py SOURCE OUT [--data my.jsonl my_test.jsonl ...]
 
 SOURCE is a .tsv file or a folder of .tsv (LXMERT) or .npz files (UNITER). Writes OUT/regions (the store) and
-OUT/ids.txt (line N: the name of the picture in row N). With --data also OUT/my.jsonl and so on, with "features": "regions#N"
-in place of `image`, and OUT/dataset.json, which names the first of them. A line of the data gets the row whose name equals its picture's file name;
+OUT/ids.txt (line N: the name of the picture in row N). With --data also OUT/my.jsonl and so on, with "features":
+"regions#N" in place of `image`, and OUT/dataset.json, which names the first of them. A line of the data gets the row whose name equals its picture's file name;
 suffix, case, prefixes like "coco_" and leading zeros do not count. Files are read one picture at a time.
 
 LXMERT's TSV has no header and ten columns: image id, height, width; then in base64 classes and confidence of objects (1,600)
@@ -16,6 +16,7 @@ do not tell the size of the picture, which referring expressions need: take the 
 
 import base64
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -126,11 +127,11 @@ def remove_old_lines(out, writes_lines):
     is_own = description.get("regions") == REGIONS
     published.require(is_own or not writes_lines, file, "was not written by this script; give another folder")
     if is_own:
-        file.unlink()
         for path in out.glob("*.jsonl"):
-            if str(data.first_record(path).get("features", "")).startswith("regions#"):
+            if "regions#" in json.dumps(data.first_record(path).get("features")):  # of nlvr2 a list of two
                 path.unlink()
                 print(f"{path}: removed, since it names rows of the old store")
+        file.unlink()
 
 
 def picture_key(name):
@@ -174,20 +175,20 @@ def convert(source, out, data_files):
         images = record["images"] if "images" in record else [record.get("image", "")]
         return [rows.get(picture_key(Path(image).stem)) for image in images]
 
+    if data_files:
+        kept = {key: description[key] for key in ("extra_splits", "content_words", "defaults") if key in description}
+        published.write_dataset(out, name=data_files[0].stem, file=data_files[0].name, regions=REGIONS, **kept)
     for file in data_files:
         written, left_out = published.link_lines(file, out / file.name, rows_of)
         if not written:
             (out / file.name).unlink()
         published.require(written, file, f"none of its pictures is in {source}; ids look like {names[0]}")
         print(f"{out / file.name}: {written} lines, {left_out} left out: no features")
-    if data_files:
-        kept = {key: description[key] for key in ("extra_splits", "content_words", "defaults") if key in description}
-        published.write_dataset(out, name=data_files[0].stem, file=data_files[0].name, regions=REGIONS, **kept)
 
 
 def add_options(parser):
     """This script's own options."""
-    words = "JSONL files whose pictures these are"
+    words = "JSONL files whose pictures these are, after SOURCE and OUT"
     parser.add_argument("--data", dest="data_files", type=Path, nargs="+", default=[], help=words)
 
 

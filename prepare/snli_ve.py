@@ -30,9 +30,9 @@ def records(folder, out):
             published.require(row["gold_label"] in data.ENTAILMENT, where, f"gold_label {row['gold_label']!r}")
             keys = [key for key in PICTURE_KEYS if key in row]
             published.require(keys, where, f"has none of {', '.join(PICTURE_KEYS)}; is this the published file?")
-            name = str(row[keys[0]]).removesuffix(".jpg")
+            picture = str(row[keys[0]]).removesuffix(".jpg")
             yield {
-                "image": published.picture(folder / "flickr30k-images" / f"{name}.jpg", out),
+                "image": published.picture(folder / "flickr30k-images" / f"{picture}.jpg", out),
                 "text": row["sentence2"],
                 "answer": row["gold_label"],
                 "split": split,

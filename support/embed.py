@@ -115,8 +115,8 @@ def search(run, datasets, text, top, out):
     cells = []
     for place, (similarity, dataset, example) in enumerate(found, 1):
         file = records.picture_file(dataset, int(dataset.image[example]))
-        name = file.name if file else dataset.ids[example]
-        print(f"{similarity:.3f}  {name}  {dataset.ids[example]}: {dataset.text[example]}")
+        name = file.name if file else ""
+        print("  ".join(filter(None, [f"{similarity:.3f}", name, dataset.ids[example], dataset.text[example]])))
         cells.append(draw_found(dataset, example, f"{place}.  {name}  similarity {similarity:.3f}"))
     sheet = drawing.grid(cells, 3)
     headline = drawing.text_cell(text, 20, "black", sheet.width)

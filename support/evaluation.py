@@ -279,10 +279,10 @@ def sample_negative_pairs(run, dataset, index, rng):
         fixed = np.full_like(everything, true[place])
         if swap_picture[0, place[1], 0]:
             wrong = ~dataset.belong_together(fixed, dataset.image[everything])
-            images[place] = dataset.image[draw_one(wrong, rng)]
+            images[place] = dataset.image[draw_one(wrong, rng, "a text of the data fits all pictures")]
         else:
             wrong = ~dataset.belong_together(everything, dataset.image[fixed])
-            texts[place] = draw_one(wrong, rng)
+            texts[place] = draw_one(wrong, rng, "all texts of the data fit one picture")
     best = np.zeros((*texts.shape[:2], 1), np.int64)  # (B, K, 1)
     if mine > 1:
         best = hardest_pairs(run, dataset, texts, images)
@@ -291,10 +291,10 @@ def sample_negative_pairs(run, dataset, index, rng):
     return np.column_stack([index, texts]), np.column_stack([dataset.image[index], images])
 
 
-def draw_one(wrong, rng):
-    """One of the examples that are True in `wrong`, (E,) bool."""
+def draw_one(wrong, rng, problem):
+    """One of the examples that are True in `wrong`, (E,) bool. UserError, which names the problem, if there is none."""
     if not wrong.any():
-        raise common.UserError("retrieval needs pictures with different texts: a text of the data fits all pictures")
+        raise common.UserError(f"retrieval needs pictures with different texts: {problem}")
     return rng.choice(np.flatnonzero(wrong))
 
 

@@ -6,6 +6,7 @@ Printing cannot end a run: see `SafeOutput`. Two runs cannot write into one fold
 import json
 import math
 import os
+import shlex
 import sys
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
@@ -161,8 +162,10 @@ def print_run(run):
         )
     dtype = str(run.dtype).removeprefix("torch.")
     examples = f"{args.batch_size} examples"
-    if args.accumulate * run.world > 1:
-        examples += f" x {args.accumulate} passes x {run.world} processes"
+    if args.accumulate > 1:
+        examples += f" x {args.accumulate} passes"
+    if run.world > 1:
+        examples += f" x {run.world} processes"
     common.print0(
         f"run      {args.steps} steps of {examples}, lr {args.lr:.3g}, "
         f"seed {args.seed}, {', '.join(run.objectives)}; {run.device}, {dtype}; to {args.out}"
@@ -173,7 +176,7 @@ def print_next_command(folder):
     """What to try with the weights of a finished run."""
     for name in (checkpoints.BEST, checkpoints.NEWEST):
         if (folder / name).exists():
-            common.print0(f"\nto see it at work: python predict.py {folder / name} --scenes 4")
+            common.print0(f"\nto see it at work: python predict.py {shlex.quote(str(folder / name))} --scenes 4")
             return
 
 

@@ -708,7 +708,7 @@ def make_columns(path, task, splits, patch, grid, cache, network=None, device=No
             stamps.append(file_stamp(folders[""] / "offsets.npy"))
         if pictures.outside:
             warn(
-                f"{path}: {pictures.outside} pictures or stores lie outside of its folder, which cannot be moved alone"
+                f"{path}: {pictures.outside} pictures or stores lie outside of its folder, so the folder cannot be moved alone"
             )
         for split, part in columns.items():
             part.save(aside / split, folders[part.store])

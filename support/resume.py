@@ -16,6 +16,7 @@ import numpy as np
 
 from checkpoints import BEST, NEWEST, PREVIOUS, load_checkpoint
 from common import UserError, print0, rank_and_world
+from tasks import is_pretraining
 
 # ---- the run's folder --------------------------------------------------------------------------------------------
 
@@ -132,13 +133,15 @@ def fingerprint(run):
         "--model": run.args.model,
         "--task": run.args.task,
         "the objectives": ",".join(run.objectives),
-        "PRETRAINING in the model's file": str(run.paper.PRETRAINING),
         "the tokenizer": hash_text(run.tokenizer.to_str()),
         "the number of answers": f"{len(run.answers)} answers",
         "the list of answers": hash_text(json.dumps(run.answers)),
         "--dtype": str(run.dtype).removeprefix("torch."),
         "--accumulate times processes": str(run.args.accumulate * run.world),
     }
+    for key, value in run.paper.PRETRAINING.items():
+        if is_pretraining(run.args.task) or key == "loss_weights":
+            found[f"PRETRAINING[{key!r}]"] = str(value)
     if run.args.teacher:
         found["the weights of --teacher"] = hash_file(run.args.teacher)
     for option in RESULT_OPTIONS:

@@ -392,22 +392,22 @@ def test_mismatch_never_keeps_the_picture(dataset, tokenizer, replace):
 
 @pytest.mark.parametrize("replace", ["image", "text"])
 def test_a_repeated_caption_is_never_a_false_pair_of_its_own_picture(replace):
-    """90 pictures with five captions each, of nine different ones: by chance 45% of the false pairs would be true."""
+    """90 pictures with five captions each, of nine different ones: by chance 45% of the mismatched pairs would be true."""
     rng = np.random.default_rng(0)
     captions = [f"a {color} {shape}" for color in COLORS[:3] for shape in SHAPES[:3]]
     text = [captions[i] for i in rng.integers(0, 9, 450)]
     image = np.repeat(np.arange(90), 5)
     dataset = data.Dataset("", "train", None, image, text, [{}] * 450, ["caption"] * 450, [""] * 450)
     true = set(zip(text, image.tolist(), strict=True))
-    false_pairs = 0
+    mismatched_pairs = 0
     for _ in range(10):
         index = rng.permutation(450)[:64]
         examples, images = data.sample_mismatches(dataset, index, rng, 0.5, replace)
         for example, picture in zip(examples, images.tolist(), strict=True):
             match = image[example] == picture
             assert ((text[example], picture) in true) == match
-            false_pairs += 1 - match
-    assert abs(false_pairs / 640 - 0.5) < 0.1
+            mismatched_pairs += 1 - match
+    assert abs(mismatched_pairs / 640 - 0.5) < 0.1
     assert dataset.repeated_texts() == 450
     alone = data.Dataset("", "train", None, np.arange(3), ["x", "X", "y"], [{}] * 3, [""] * 3, [""] * 3)
     assert alone.repeated_texts() == 2  # "X" is "x"
@@ -431,7 +431,7 @@ def test_false_sentences_come_from_the_batch(dataset):
     assert (dataset.image[examples] != dataset.image[0]).all()
 
 
-def test_nothing_is_predicted_in_false_pairs(dataset, tokenizer):
+def test_nothing_is_predicted_in_mismatched_pairs(dataset, tokenizer):
     rng, index = np.random.default_rng(0), np.arange(40)
     examples, images = data.sample_mismatches(dataset, index, rng, 0.5, "text")
     batch = data.collate(dataset, examples, images)

@@ -84,7 +84,7 @@ def test_several_splits_are_one_file_of_vectors_and_are_searched_together(traine
     assert set(first) == {"splits.jsonl:2", "splits.jsonl:1", "splits.jsonl:3"}
     capsys.readouterr()
     assert use(checkpoint, "--search", "a star of kind 3", "--data", "splits.jsonl", "--out", "found.png") == 0
-    printed = [line.split()[2].rstrip(":") for line in capsys.readouterr().out.splitlines()[:3]]
+    printed = [line.split()[2] for line in capsys.readouterr().out.splitlines()[:3]]
     assert printed == sorted(first, key=lambda name: -float(first[name] @ texts[1]))
     for name, vector in zip(found["picture_ids"], torch.from_numpy(found["picture_vectors"]), strict=True):
         monkeypatch.setattr(embed, "query_vector", lambda run, text, vector=vector: vector)
@@ -120,7 +120,7 @@ def test_search_finds_what_sorting_all_cosines_finds(trained, folder, capsys):
     capsys.readouterr()
     assert use(checkpoint, "--search", text, "--top", "5", "--out", "found.png") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2].rstrip(":") for line in lines[:5]] == [dataset.ids[i] for i in expected]
+    assert [line.split()[1] for line in lines[:5]] == [dataset.ids[i] for i in expected]
     shown = [float(line.split()[0]) for line in lines[:5]]
     np.testing.assert_allclose(shown, cosines[expected], atol=6e-4)
     assert Image.open(folder / "found.png").width > 1000  # three cells beside each other

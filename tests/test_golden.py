@@ -826,7 +826,7 @@ def vilbert_pretrain(fixture, task, dtype, rubbish):
     model, batch, x = vilbert_setup(fixture, task, dtype, rubbish)
     encoding, out = vilbert_scores(model, batch)
     stored = fixture.outputs(task)
-    if task.endswith("objective1"):  # false pairs have no labels; the official product also drops words of id 0
+    if task.endswith("objective1"):  # mismatched pairs have no labels; the official product also drops words of id 0
         pairs = 1 - x["next_sentence_label"][:, None]
         for name in ("image_label", "masked_lm_labels"):
             x[name] = out[f"used_{name}"] = (x[name] * pairs).masked_fill(x[name] * pairs == 0, -1)

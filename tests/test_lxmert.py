@@ -494,9 +494,12 @@ def test_factors_and_the_masking_constant_are_set_from_the_command_line(tmp_path
     config = torch.load("out/checkpoint.pt", weights_only=True)["config"]
     assert (config["masked_logit"], config["region_factor"], config["answer_factor"]) == (-9999.0, 6.67, 0.5)
     older = torch.load("out/checkpoint.pt", weights_only=True)
+    fingerprint = dict(older["fingerprint"])
     older["config"]["hidden_score"] = older["config"].pop("masked_logit")
+    older["fingerprint"]["the model's hidden_score"] = older["fingerprint"].pop("the model's masked_logit")
     torch.save(older, "older.pt")
-    assert checkpoints.load_checkpoint("older.pt")["config"] == config
+    older = checkpoints.load_checkpoint("older.pt")
+    assert (older["config"], older["fingerprint"]) == (config, fingerprint)
 
 
 # ---- transformers, live ----------------------------------------------------------------------------------------

@@ -610,9 +610,11 @@ def test_pictures_without_texts_get_captions_and_are_found(trained, folder, caps
     contrast = trained("uniter", "pretrain", "--objectives", "itc")
     assert use(contrast, "--search", "a red disc", "--data", album, "--top", "2") == 0
     printed = capsys.readouterr().out
-    assert re.search(r"\d  [012]\.png  album\.jsonl:\d", printed) and "best 2 of 3 pictures, split train" in printed
+    assert re.search(r"\d  [012]\.png  album\.jsonl:\d\n", printed) and "best 2 of 3 pictures, split train" in printed
     assert use(contrast, "--embed", "album.npz", "--data", album) == 0
     assert np.load(folder / "album.npz")["picture_vectors"].shape[0] == 3
+    assert use(contrast, "--data", album) == 0
+    assert "3 examples without text, nothing to measure" in capsys.readouterr().out
     assert use(trained("uniter", "vqa"), "--data", album) == 2
     assert "key 'text' is missing" in capsys.readouterr().err
 

@@ -1915,6 +1915,15 @@ def test_bottom_up_features_of_lxmert(tmp_path, capsys):
     capsys.readouterr()
     assert convert(bottom_up, path, tmp_path / "out", "--data", str(source)) == 0
     assert "my_test.jsonl: removed" in capsys.readouterr().out and not (tmp_path / "out" / "my_test.jsonl").exists()
+    pairs = [{"images": ["107899.jpg", "107899.jpg"], "text": "a", "label": True}]
+    pair = write_lines(tmp_path / "pair.jsonl", pairs)
+    assert convert(bottom_up, path, tmp_path / "out", "--data", str(pair)) == 0
+    none = write_lines(tmp_path / "none.jsonl", [{"image": "gone.jpg", "text": "b"}])
+    error_of(capsys, bottom_up, path, tmp_path / "out", "--data", str(source), str(none))  # and pair.jsonl is removed
+    assert {file.name for file in (tmp_path / "out").glob("*.jsonl")} == {"my.jsonl"}
+    assert convert(bottom_up, path, tmp_path / "out", "--data", str(second)) == 0
+    assert {file.name for file in (tmp_path / "out").glob("*.jsonl")} == {"my_test.jsonl"}
+    assert convert(bottom_up, path, tmp_path / "out", "--data", str(source)) == 0
     (tmp_path / "empty.tsv").touch()
     assert "its files hold no pictures" in error_of(capsys, bottom_up, tmp_path / "empty.tsv", tmp_path / "nothing")
 
