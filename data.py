@@ -854,7 +854,7 @@ def check(source, task, vocab, max_words, patch, grid):
     print_contents(path, sets)
     first = first_record(path)
     if not (description["regions"] or "features" in first or "boxes" in first) and networks.best_installed():
-        print(f"these are patches; train.py takes regions of {networks.best_installed()} without --features patches")
+        print(f"these are raw pixels; train.py takes features of {networks.best_installed()}, unless told otherwise")
     print_shared_pictures(sets)
     if "train" in sets and task.pictures == 1 and not task.needs:
         repeated = sets["train"].repeated_texts()

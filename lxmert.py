@@ -153,7 +153,7 @@ class LXMERT(nn.Module):
         self.pooler = common.Pooler(config.hidden)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
         if {"mrfr", "mrc", "attr"} & set(config.heads):
-            self.heads["regions"] = common.HeadTransform(config.hidden)  # these heads share it
+            self.heads["regions"] = common.HeadTransform(config.hidden)  # for each region head named here
         common.init_weights(self, config.hidden)
         common.init_box_projection(self.region_embedding.boxes)
 

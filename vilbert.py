@@ -402,9 +402,8 @@ def masked_region_features(model, encoding, batch):
 
     batch.region_index (M,); clean_features (B, N, F): the features f before masking. Logits: the predictions (M, F).
     """
-    predictions = model.heads["mrfr"](
-        common.gather_positions(encoding.regions, batch.region_index)
-    )  # (M, C') -> (M, F)
+    states = common.gather_positions(encoding.regions, batch.region_index)  # (B, N, C') -> (M, C')
+    predictions = model.heads["mrfr"](states)  # (M, C') -> (M, F)
     targets = common.gather_positions(batch.clean_features, batch.region_index)  # (M, F)
     return common.squared_error(predictions, targets), predictions
 

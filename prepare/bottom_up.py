@@ -3,9 +3,10 @@
     python prepare/bottom_up.py SOURCE OUT [--data my.jsonl my_test.jsonl ...]
 
 SOURCE is a .tsv file or a folder of .tsv (LXMERT) or .npz files (UNITER). Writes OUT/regions (the store) and
-OUT/ids.txt (line N: the name of the picture in row N). With --data also OUT/my.jsonl and so on, with "features":
-"regions#N" in place of `image`, and OUT/dataset.json, which names the first of them. A line of the data gets the row whose name equals its picture's file name;
-suffix, case, prefixes like "coco_" and leading zeros do not count. Files are read one picture at a time.
+OUT/ids.txt (line N: the name of the picture in row N). With --data also a copy of each file, with "features":
+"regions#N" in place of `image`, and OUT/dataset.json, which names the first of them. A line of the data gets the row
+whose name equals its picture's file name; suffix, case, prefixes like "coco_" and leading zeros do not count. Files are
+read one picture at a time.
 
 LXMERT's TSV has no header and ten columns: image id, height, width; then in base64 classes and confidence of objects (1,600)
 and of attributes (400); the number of boxes; in base64 boxes in pixels and features (2,048). Classes exclude background.

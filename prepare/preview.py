@@ -12,7 +12,7 @@ from support.regions import open_picture, read_features
 
 
 def draw_sheet(path, task, splits, split, count, patch, grid):
-    """`count` examples of a split, the first of each picture, as one picture, three in a row. UserError if a line is wrong."""
+    """A sheet of `count` examples of a split, three in a row: the first of each picture. UserError if a line is wrong."""
     mistakes = Mistakes(task)
     pictures = Pictures(path.parent, patch, grid)
     cells = []

@@ -65,15 +65,17 @@ def read_boxes(path):
 def question_record(folder, out, where, row):
     """A record without labels and split."""
     objects = row["objects"]
-    boxes = read_boxes(folder / "vcr1images" / row["metadata_fn"])
-    return {
+    record = {
         "image": published.picture(folder / "vcr1images" / row["img_fn"], out),
-        **({"boxes": boxes} if boxes else {}),  # without any the picture is cut into a grid
         "text": plain_text(row["question"], objects, where),
         "choices": [plain_text(words, objects, where) for words in row["answer_choices"]],
         "reasons": [plain_text(words, objects, where) for words in row["rationale_choices"]],
         "id": row["annot_id"],
     }
+    boxes = read_boxes(folder / "vcr1images" / row["metadata_fn"])
+    if boxes:  # else the picture is cut into a grid
+        record["boxes"] = boxes
+    return record
 
 
 def records(folder, out):

@@ -1447,7 +1447,7 @@ def test_check_says_which_regions_train_py_takes_instead(own, monkeypatch, capsy
     path = own(GOOD)
     assert "train.py takes" not in run_command(capsys, "check", path)[1]
     monkeypatch.setattr(networks, "best_installed", lambda: "the best")
-    assert "train.py takes regions of the best" in run_command(capsys, "check", path)[1]
+    assert "train.py takes features of the best" in run_command(capsys, "check", path)[1]
     assert "train.py takes" not in run_command(capsys, "check", own({**GOOD, "boxes": [[0, 0, 5, 5]]}))[1]
 
 
