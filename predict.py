@@ -8,8 +8,7 @@
     python predict.py out/uniter-vqa/best.pt --export vqa.bin                             weights for other programs
     python predict.py out/uniter-vqa/best.pt --serve 8000                                 a page in the browser
 
-`--scenes`, `--image`, `--data` and `--serve` build a `data.Dataset` and compute one dict for each example
-(support/evaluation.py). Tasks are looked up in tasks.TASKS.
+`--scenes`, `--image`, `--data` and `--serve` build a `data.Dataset` and compute a dict for each example: see evaluation.py.
 
 Regions are made as in training: cut out of the picture (the checkpoint's patch and grid), or computed by the network
 that the checkpoint's `regions` names. best.pt has the weights that were best on the val split, checkpoint.pt the last ones.
@@ -60,7 +59,7 @@ def build_parser():
     add = parser.add_argument_group("what to do (one of these)").add_argument
     add("--scenes", type=options.COUNT, nargs="?", const=4, metavar="N",
         help="show N held-out examples of the data set that the checkpoint was trained on (default: 4)")  # fmt: skip
-    add("--image", action="append", metavar="FILE", help="a picture; several: one answer each, or one for each pair")
+    add("--image", action="append", metavar="FILE", help="a picture; repeat it for more: an answer each, or a pair")
     add("--data", metavar="NAME", help="answer every line of a .jsonl file or data set; measure where it has answers")
     add("--search", metavar="TEXT", help="find the pictures of --data that fit a text best (the checkpoint needs itc)")
     add("--embed", metavar="FILE.npz", help="write the vectors of the texts and pictures of --data")
@@ -73,7 +72,7 @@ def build_parser():
     add("--choices", nargs="+", metavar="TEXT", help="vcr: what to choose from")
     add("--answer", metavar="TEXT", help="vcr: the answer, if the choices are reasons for it")
     add = parser.add_argument_group("options of --data, --scenes, --search and --embed").add_argument
-    add("--split", help="which split (default: test; all lines if --data has no test split)")
+    add("--split", help="which split (default: test; without one all lines, or for --scenes val, then train)")
     add("--prompt", metavar="TEXT", help='the text of each line of --data, as "what color is the {thing}?"')
     add("--resume", action="store_true", help="with --data: go on after the last whole line of --out")
     add = parser.add_argument_group("attention, beside --image or --scenes").add_argument
@@ -168,6 +167,7 @@ def load_run(args):
     settings = {"ablate": None, "mask": 0.15, "max_words": 60, "pool": 200, "captions": "first", "beams": 1}
     settings.update(checkpoint.get("settings", {}))  # an old checkpoint lacks some
     run_args = argparse.Namespace(model=checkpoint["model"], task=name, tasks=names, rerank=None, **settings)
+    run_args.consensus = False
     run_args.data = checkpoint.get("data", "")
     run_args.patch = checkpoint.get("patch", 12)
     run_args.grid = checkpoint.get("grid", 6)

@@ -20,7 +20,7 @@ import torch
 
 import common
 import data
-from support import evaluation
+from support import consensus, evaluation
 
 
 @dataclass(frozen=True)
@@ -629,8 +629,11 @@ def evaluate_captions(run, dataset):
     examples = np.flatnonzero(np.isin(dataset.image, dataset.image[index]))
     own = {}
     beams = 1 if dataset.split == "val" and run.optimizer else run.args.beams  # greedily while the model is trained
+    neighbours = None
+    if run.args.consensus and beams > 1:
+        neighbours = consensus.read_captions(run.sets["caption"]["train"])
     for part in evaluation_batches(run, dataset, index):
-        for i, text in zip(part, generate_captions(run, dataset, part, beams), strict=True):
+        for i, text in zip(part, generate_captions(run, dataset, part, beams, neighbours), strict=True):
             own[int(dataset.image[i])] = evaluation.words_of(text)
     generated = {}
     for captions in evaluation.gather_objects(run, own):
@@ -655,15 +658,23 @@ def caption_perplexity(run, dataset, examples):
     return math.exp(min(loss / max(1, pieces), 700.0))  # exp(710) is beyond float64; in this order NaN stays NaN
 
 
-def generate_captions(run, dataset, index, beams=None):
-    """A caption for the picture of each example: B texts. beams: of the search; None: --beams."""
+def generate_captions(run, dataset, index, beams=None, neighbours=None):
+    """A caption for the picture of each example: B texts. beams: of the search; None: --beams. neighbours: the
+    consensus.Captions that choose among the texts of the search; None: the likeliest text is kept."""
     batch = evaluation.collate_pairs(run, dataset, index, dataset.image[index])
     first = run.tokenizer.token_to_id("[CLS]")
     last = run.tokenizer.token_to_id("[SEP]")
     beams = beams or run.args.beams
     with run.autocast():
-        captions = evaluation.generate(run.model, batch, first, last, beams, most=run.args.max_words - 2)
-    return [evaluation.join_ideographs(run.tokenizer.decode(pieces)) for pieces in captions]
+        found = evaluation.generate(run.model, batch, first, last, beams, most=run.args.max_words - 2)
+    captions = []
+    for row, texts in zip(dataset.image[index].tolist(), found, strict=True):
+        texts = [(evaluation.join_ideographs(run.tokenizer.decode(pieces)), mean) for pieces, mean in texts]
+        caption = texts[0][0]
+        if neighbours:
+            caption = consensus.choose(neighbours, consensus.picture_vectors(dataset.store, [row])[0], texts)
+        captions.append(caption)
+    return captions
 
 
 def show_caption(run, dataset, i, caption, top):

@@ -468,8 +468,8 @@ def generate(model, batch, first, last, beams, most):
     the mean log probability of their pieces, the end included; the sum would favour short texts.
 
     model.decode(batch, cache): hidden states of the new pieces (B, T, C); model.word_logits(states): logits (..., V).
-    batch: its text is not read. first, last: ids of the pieces that begin and end a text. Returns a list of B lists of
-    piece ids without first and last, at most `most` long.
+    batch: its text is not read. first, last: ids of the pieces that begin and end a text. Returns for each picture its
+    texts, the best first: [(piece ids without first and last, at most `most`; mean log probability), ...].
     """
     B = len(batch.features)
     row = torch.arange(B, device=batch.features.device)
@@ -505,10 +505,13 @@ def generate(model, batch, first, last, beams, most):
         if ended.all():
             break
     captions = []
-    for pieces in text.view(B, beams, -1)[:, 0, 1:].tolist():  # topk sorts: beam 0 is the best
-        if last in pieces:
-            pieces = pieces[: pieces.index(last)]
-        captions.append(pieces)
+    texts = text.view(B, beams, -1)[:, :, 1:].tolist()  # topk sorts: beam 0 is the best
+    for of_picture, means in zip(texts, (totals / lengths).tolist(), strict=True):
+        captions.append([])
+        for pieces, mean in zip(of_picture, means, strict=True):
+            if mean > -math.inf:  # there may be fewer texts than beams
+                end = pieces.index(last) if last in pieces else len(pieces)
+                captions[-1].append((pieces[:end], mean))
     return captions
 
 
@@ -565,6 +568,28 @@ def join_ideographs(text):
     return re.sub(f"(?<=[{IDEOGRAPHS}]) (?=[{IDEOGRAPHS}])", "", text)
 
 
+def pictures_with_ngrams(references, longest=4):
+    """Counter: n-gram, n = 1 to `longest` -> pictures that have it in a reference. references: of each picture a list of
+    lists of words."""
+    pictures_with = Counter()
+    for texts in references:
+        found = set()
+        for words in texts:
+            for n in range(1, longest + 1):
+                found.update(ngrams(words, n))
+        pictures_with.update(found)
+    return pictures_with
+
+
+def tf_idf(words, n, pictures_with, pictures):
+    """({n-gram: weight}, length of the vector of these weights) of a list of words. Weight: the n-gram's count times
+    log(pictures / pictures that have it in a reference)."""
+    weights = {}
+    for ngram, count in ngrams(words, n).items():
+        weights[ngram] = count * math.log(pictures / max(1, pictures_with[ngram]))
+    return weights, math.sqrt(sum(weight**2 for weight in weights.values()))
+
+
 def caption_metrics(generated, references):
     """BLEU-1 to BLEU-4 and CIDEr-D of generated captions, and of chance: another picture's first reference. Two dicts.
 
@@ -596,26 +621,13 @@ def cider_d(candidates, references, longest=4, sigma=6.0):
     g: for each n-gram its count times log(I / pictures that have it in a reference), I pictures in all.   l: length in
     words.   candidates: a list of I lists of words; references: for each of them a list of such lists, at least one.
     """
-    pictures_with = Counter()
-    for texts in references:
-        found = set()
-        for words in texts:
-            for n in range(1, longest + 1):
-                found.update(ngrams(words, n))
-        pictures_with.update(found)
-
-    def weighted(words, n):
-        weights = {}
-        for ngram, count in ngrams(words, n).items():
-            weights[ngram] = count * math.log(len(candidates) / max(1, pictures_with[ngram]))
-        return weights, math.sqrt(sum(weight**2 for weight in weights.values()))
-
+    pictures_with = pictures_with_ngrams(references, longest)
     total = 0.0
     for words, texts in zip(candidates, references, strict=True):
         for n in range(1, longest + 1):
-            candidate, candidate_norm = weighted(words, n)
+            candidate, candidate_norm = tf_idf(words, n, pictures_with, len(candidates))
             for text in texts:
-                reference, reference_norm = weighted(text, n)
+                reference, reference_norm = tf_idf(text, n, pictures_with, len(candidates))
                 product = 0.0
                 for ngram, weight in candidate.items():
                     if ngram in reference:

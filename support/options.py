@@ -66,6 +66,7 @@ OPTIONS = {
         ("--pool", COUNT, 200, "pictures in the test of retrieval and captions"),
         ("--captions", ["all", "first"], None, "captions of a picture in retrieval's test (default: that of the data set, else all)"),
         ("--beams", COUNT, 1, "beam width of the captions in the test; 1 is greedy search"),
+        ("--consensus", bool, False, "of the --beams captions keep the one most like those of similar training pictures"),
         ("--temperature", str, "learned", "of itc: learned, a number, or FIRST:LAST for half a cosine over the run"),
         ("--rerank", COUNT, None, "also test retrieval in two stages: itc's best N are ranked by the matching head"),
     ],
@@ -175,12 +176,17 @@ def refuse_unread_options(args, defaults):
         ("mine", "--task retrieval", mines),
         ("captions", "retrieval and itc", mines or contrasts),
         ("beams", "--task caption", generates),
+        ("consensus", "--task caption", generates),
         ("pool", "retrieval, captions and itc", mines or generates or contrasts),
         ("size", "a start without --init, whose sizes stay", not args.init or args.resume),
         ("temperature", "the objective itc", contrasts),
     ):
-        if getattr(args, name) != getattr(defaults, name) and not is_read:
-            raise UserError(f"--{name} {getattr(args, name)}: is for {purpose}, and changes nothing here; leave it out")
+        value = getattr(args, name)
+        if value != getattr(defaults, name) and not is_read:
+            shown = f"--{name}" if value is True else f"--{name} {value}"
+            raise UserError(f"{shown}: is for {purpose}, and changes nothing here; leave it out")
+    if args.consensus and args.beams == 1:
+        raise UserError("--consensus chooses among the texts of a beam search; give --beams 10 too")
 
 
 def parse_temperature(text):

@@ -787,6 +787,7 @@ def test_each_option_that_changes_what_a_run_computes_stops_a_resume_alone(tmp_p
         "pool",
         "captions",
         "beams",
+        "consensus",
         "out",
         "resume",
         "export_official",

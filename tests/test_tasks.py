@@ -184,13 +184,17 @@ def test_enough_beams_find_the_text_of_the_likeliest_pieces_and_one_beam_is_gree
     for toy in map(Toy, range(12)):
         best = max(texts, key=toy.mean_chance)
         found = evaluation.generate(RereadingModel(toy), batch, first=1, last=0, beams=250, most=4)
-        assert found == [[p for p in best if p]] * 2
+        assert [beams[0][0] for beams in found] == [[p for p in best if p]] * 2
+        for pieces, mean in found[0]:  # all texts, and what they are compared by
+            whole = (*pieces, 0) if len(pieces) < 4 else tuple(pieces)
+            assert mean == pytest.approx(toy.mean_chance(whole), abs=1e-4)
+        assert [mean for _, mean in found[0]] == sorted([mean for _, mean in found[0]], reverse=True)
         greedy = []
         while len(greedy) < 4 and 0 not in greedy:
             past = ([0, 0, 0, 1] + greedy)[-3:]
             greedy.append(int(toy.table[tuple(past)].argmax()))
         found = evaluation.generate(RereadingModel(toy), batch, first=1, last=0, beams=1, most=4)
-        assert found == [[p for p in greedy if p]] * 2
+        assert [beams[0][0] for beams in found] == [[p for p in greedy if p]] * 2
         lengths.add(len(best))
         better += toy.mean_chance(best) > toy.mean_chance(greedy) + 1e-9
     assert len(lengths) > 2 and better  # or the search had nothing to find
@@ -203,8 +207,8 @@ def test_captions_with_and_without_the_cache_are_the_same(name):
     for beams in (1, 3):
         cached = evaluation.generate(model, batch, 2, 3, beams, most=8)
         plain = evaluation.generate(RereadingModel(model), batch, 2, 3, beams, most=8)
-        assert cached == plain
-        assert all(1 < len(caption) <= 8 for caption in cached)
+        assert [[pieces for pieces, _ in texts] for texts in cached] == [[p for p, _ in texts] for texts in plain]
+        assert all(1 < len(texts[0][0]) <= 8 and len(texts) == beams for texts in cached)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------
@@ -779,7 +783,7 @@ def test_chance_of_retrieval_counts_draws():
 @pytest.mark.parametrize(("split", "expected"), [("val", 1), ("test", 5)])
 def test_captions_are_scored_with_beams_in_the_test_alone(split, expected, drawn, tokenizer, monkeypatch):
     dataset = drawn(split, "caption", 20).encode(tokenizer)
-    args = SimpleNamespace(ablate=None, beams=5, max_words=50)
+    args = SimpleNamespace(ablate=None, beams=5, consensus=False, max_words=50)
     run = SimpleNamespace(args=args, tokenizer=tokenizer, model="a model")
     run.device, run.autocast = torch.device("cpu"), train.nullcontext
     ends = (tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]"))
@@ -787,7 +791,7 @@ def test_captions_are_scored_with_beams_in_the_test_alone(split, expected, drawn
     def generate(model, batch, first, last, beams, most):
         assert (model, len(batch.text), first, last, beams) == ("a model", 3, *ends, expected)
         assert most == 48  # as in training: [CLS] and [SEP] count
-        return [dataset.tokens[1:3].tolist()] * 3
+        return [[(dataset.tokens[1:3].tolist(), -1.0)]] * 3
 
     monkeypatch.setattr(evaluation, "generate", generate)
     monkeypatch.setattr(tasks, "examples_to_evaluate", lambda run, task, dataset: np.arange(3))
@@ -806,7 +810,7 @@ def test_generated_chinese_has_no_blanks(drawn, tokenizer, monkeypatch):
     words = SimpleNamespace(decode=lambda pieces: "双 肺 清 晰 .", token_to_id=tokenizer.token_to_id)
     run = SimpleNamespace(args=SimpleNamespace(ablate=None, beams=1, max_words=50), tokenizer=words, model=None)
     run.device, run.autocast = torch.device("cpu"), train.nullcontext
-    monkeypatch.setattr(evaluation, "generate", lambda *_, most: [[1, 2]])
+    monkeypatch.setattr(evaluation, "generate", lambda *_, most: [[([1, 2], -1.0)]])
     assert tasks.generate_captions(run, dataset, np.arange(1)) == ["双肺清晰 ."]
 
 
@@ -1083,7 +1087,7 @@ def test_a_caption_repeated_word_for_word_has_bleu_1(drawn, tokenizer, monkeypat
     dataset = drawn("val", "caption", 30).encode(tokenizer)
     index = evaluation.first_captions(dataset)
     run = SimpleNamespace(
-        args=SimpleNamespace(ablate=None, beams=1, pool=30, max_words=60),
+        args=SimpleNamespace(ablate=None, beams=1, consensus=False, pool=30, max_words=60),
         rank=0,
         world=1,
         paper=uniter,
@@ -1101,7 +1105,7 @@ def test_a_caption_repeated_word_for_word_has_bleu_1(drawn, tokenizer, monkeypat
         turn = iter(tasks.evaluation_batches(run, dataset, index))
 
         def generate(*_, most, caption_of=caption_of, turn=turn):
-            return [pieces[caption_of[int(dataset.image[i])]] for i in next(turn)]
+            return [[(pieces[caption_of[int(dataset.image[i])]], -1.0)] for i in next(turn)]
 
         monkeypatch.setattr(evaluation, "generate", generate)
         metrics, chance = tasks.evaluate_captions(run, dataset)
