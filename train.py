@@ -572,7 +572,7 @@ def restore(run, checkpoint):
 
 
 def validate(run, log):
-    """Scores the val split. Saves checkpoint.pt, and best.pt if the score is the best so far or nothing was scored."""
+    """Scores the val split. Saves checkpoint.pt, and best.pt if no earlier score is higher or nothing was scored."""
     log.check()
     if "val" in split_names(run):
         start = time.perf_counter()
@@ -581,7 +581,7 @@ def validate(run, log):
         warn_at_chance(run, metrics, chance)
         if metrics:
             score, name = tasks.best_score(run, metrics)
-            if score > run.progress["best"]:
+            if score >= run.progress["best"]:  # of equal scores the later: it has learned more
                 run.progress["best"] = score
                 checkpoints.save_checkpoint(run, checkpoints.BEST)
                 common.print0(f"best     step {run.progress['step']}: {name} {score:.4f}")

@@ -260,7 +260,8 @@ def find_files(source, out):
     """(JSONL files, content of the dataset.json to be) of what --data names."""
     if source.is_file() or (source / "dataset.json").is_file():
         return find_named_files(source)
-    pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = [path for path in source.rglob("*") if not path.name.startswith(".")]  # macOS's ._IMG.jpg are no pictures
+    pictures = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
     lines = next(source.glob("*.jsonl"), None)
     if lines is not None:
         raise UserError(f"--data {source}: the folder has {lines.name}; give that file")

@@ -37,7 +37,7 @@ def sample_negative_regions(batch, near, far):
     """Negatives for each masked region, drawn with replacement: `far` regions of other pictures, then `near` other
     regions of its own row. If one kind does not exist, the other kind takes its place.
 
-    Returns flat positions in B*N: (M, far + near). ValueError if the batch has no second region. The official code may
+    Returns flat positions in B*N: (M, far + near). UserError if the batch has no second region. The official code may
     draw padding too, and regions of the same picture in another row, which are the positive once more.
     """
     regions = batch.region_mask.shape[1]
@@ -51,7 +51,7 @@ def sample_negative_regions(batch, near, far):
     near_pool = (real & same_row).scatter(1, batch.region_index[:, None], False)
     # This check would make a GPU wait; there torch.multinomial fails instead.
     if real.is_cpu and not (near_pool | far_pool).any(1).all():
-        raise ValueError("the NCE objective needs a second region in the batch")
+        raise common.UserError("the objective nce needs a second region in each batch; give a larger --batch-size")
     far_pool = torch.where(far_pool.any(1, keepdim=True), far_pool, near_pool)
     near_pool = torch.where(near_pool.any(1, keepdim=True), near_pool, far_pool)
     far_index = torch.multinomial(far_pool.float(), far, replacement=True)  # (M, B*N) -> (M, far)

@@ -531,7 +531,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, here, capsys):
     [
         ["--objectives", "mlm,itc", "--temperature", "0.5", "--captions", "first", "--mask", "0.2"],
         ["--task", "retrieval", "--rerank", "5", "--temperature", "0.5", "--captions", "first", "--mine", "9"],
-        ["--task", "vqa,caption", "--beams", "3"],
+        ["--task", "vqa,caption", "--beams", "3", "--consensus"],
     ],
 )
 def test_options_are_taken_where_something_reads_them(arguments):
@@ -571,6 +571,8 @@ def test_options_are_taken_where_something_reads_them(arguments):
         (["--init", "x.pt", "--size", "base"], "--size base: is for a start without --init"),
         (["--objectives", "mlm", "--captions", "first"], "--captions first: is for retrieval and itc"),
         (["--task", "caption", "--mine", "9"], "--mine 9: is for --task retrieval"),
+        (["--task", "vqa", "--consensus"], "--consensus: is for --task caption"),
+        (["--task", "caption", "--consensus"], "--consensus chooses among the texts of a beam search; give --beams 10"),
         (["--max-words", "500"], "128 positions"),
         (["--config", "layers=two"], "layers=two"),
         (["--config", "layers=0.5"], "layers=0.5"),
@@ -1323,13 +1325,13 @@ def test_the_test_has_the_best_weights_not_the_last(pictures, tmp_path, here, mo
         values.append((split, value))
         return {"accuracy": value}, {"accuracy": 0.5}
 
-    scores = iter([1.0, 3.0, 3.0, 2.0])  # after steps 0 to 3: of equal ones the first is kept
+    scores = iter([1.0, 3.0, 3.0, 2.0])  # after steps 0 to 3: of equal ones the last is kept
     monkeypatch.setattr(tasks, "evaluate", evaluate)
     monkeypatch.setattr(tasks, "best_score", lambda run, metrics: (next(scores), "a number"))
     here("--data", pictures, "--task", "vqa", "--steps", 3, "--eval-every", 1)
     assert len({value for _, value in values[:4]}) == 4
-    assert values[4] == ("test", values[1][1])
-    assert "weights of step 1" in capsys.readouterr().out
+    assert values[4] == ("test", values[2][1])
+    assert "weights of step 2" in capsys.readouterr().out
 
 
 def test_without_a_val_split_the_last_weights_are_the_best(pictures, tmp_path, here):

@@ -478,7 +478,7 @@ def test_negatives_are_real_regions():
     alone = make_batch(rows=1)
     assert (twelve_in_one.sample_negative_regions(alone, near=5, far=5) < 5).all()
     alone.region_mask[:, 1:], alone.region_index = False, torch.zeros(1, dtype=torch.long)
-    with pytest.raises(ValueError, match="second region"):
+    with pytest.raises(common.UserError, match="second region.*--batch-size"):
         twelve_in_one.sample_negative_regions(alone, near=5, far=5)
 
 
