@@ -667,14 +667,15 @@ def generate_captions(run, dataset, index, beams=None, neighbours=None):
     beams = beams or run.args.beams
     with run.autocast():
         found = evaluation.generate(run.model, batch, first, last, beams, most=run.args.max_words - 2)
-    captions = []
-    for row, texts in zip(dataset.image[index].tolist(), found, strict=True):
-        texts = [(evaluation.join_ideographs(run.tokenizer.decode(pieces)), mean) for pieces, mean in texts]
-        caption = texts[0][0]
-        if neighbours:
-            caption = consensus.choose(neighbours, consensus.picture_vectors(dataset.store, [row])[0], texts)
-        captions.append(caption)
-    return captions
+    texts = []  # of each picture, the likeliest first
+    for beams_of_picture in found:
+        texts.append([])
+        for pieces, mean in beams_of_picture:
+            texts[-1].append((evaluation.join_ideographs(run.tokenizer.decode(pieces)), mean))
+    if neighbours is None:
+        return [texts_of_picture[0][0] for texts_of_picture in texts]
+    vectors = consensus.picture_vectors(dataset.store, dataset.image[index])
+    return [consensus.choose(neighbours, *given) for given in zip(vectors, texts, strict=True)]
 
 
 def show_caption(run, dataset, i, caption, top):

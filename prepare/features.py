@@ -260,7 +260,7 @@ def find_files(source, out):
     """(JSONL files, content of the dataset.json to be) of what --data names."""
     if source.is_file() or (source / "dataset.json").is_file():
         return find_named_files(source)
-    found = [path for path in source.rglob("*") if not path.name.startswith(".")]  # macOS's ._IMG.jpg are no pictures
+    found = [path for path in source.rglob("*") if not path.name.startswith(".")]  # macOS's ._IMG.jpg is no picture
     pictures = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
     lines = next(source.glob("*.jsonl"), None)
     if lines is not None:

@@ -21,7 +21,7 @@ from support import evaluation
 
 NEIGHBOURS = 20
 LOG_PROBABILITY = 0.05  # its weight; this and NEIGHBOURS were chosen on the validation photographs of Flickr8k
-MOST_PICTURES = 50_000  # the first ones of the training split: what is kept of them lies in memory
+MOST_PICTURES = 50_000  # of the training split, the first ones: their vectors and captions are held in memory
 
 
 @dataclass
@@ -57,15 +57,16 @@ def picture_vectors(store, rows):
 def choose(captions, vector, texts):
     """The text with the highest score. captions: of the training pictures. vector (F,): of the picture, of length 1.
     texts: [(text, mean log probability), ...]."""
-    nearest = (captions.vectors @ vector).topk(min(NEIGHBOURS, len(captions.vectors))).indices.tolist()  # (I,)
+    likeness = captions.vectors @ vector  # (I, F) @ (F,) -> (I,)
+    nearest = likeness.topk(min(NEIGHBOURS, len(likeness))).indices.tolist()
     references = [words for i in nearest for words in captions.words[i]]
-    mean = Counter()  # sum over n and s of g_n(s) / |g_n(s)|: one product with it gives the sum of all cosines
+    total = Counter()  # sum over n and s of g_n(s) / |g_n(s)|: one product with it gives the sum of all cosines
     for words in references:
-        mean.update(unit_weights(captions, words))
+        total.update(unit_weights(captions, words))
     best = None
     for text, log_probability in texts:
         weights = unit_weights(captions, evaluation.words_of(text))
-        cosines = sum(weight * mean[ngram] for ngram, weight in weights.items() if ngram in mean)
+        cosines = sum(weight * total[ngram] for ngram, weight in weights.items())
         score = cosines / (4 * len(references)) + LOG_PROBABILITY * log_probability
         if best is None or score > best[0]:
             best = (score, text)

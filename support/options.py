@@ -66,7 +66,7 @@ OPTIONS = {
         ("--pool", COUNT, 200, "pictures in the test of retrieval and captions"),
         ("--captions", ["all", "first"], None, "captions of a picture in retrieval's test (default: that of the data set, else all)"),
         ("--beams", COUNT, 1, "beam width of the captions in the test; 1 is greedy search"),
-        ("--consensus", bool, False, "of the --beams captions keep the one most like those of similar training pictures"),
+        ("--consensus", bool, False, "test: of the --beams texts keep the one most like the captions of similar training pictures"),
         ("--temperature", str, "learned", "of itc: learned, a number, or FIRST:LAST for half a cosine over the run"),
         ("--rerank", COUNT, None, "also test retrieval in two stages: itc's best N are ranked by the matching head"),
     ],
@@ -187,6 +187,8 @@ def refuse_unread_options(args, defaults):
             raise UserError(f"{shown}: is for {purpose}, and changes nothing here; leave it out")
     if args.consensus and args.beams == 1:
         raise UserError("--consensus chooses among the texts of a beam search; give --beams 10 too")
+    if args.consensus and args.ablate:
+        raise UserError("--consensus looks at the pictures, which --ablate image takes away; leave one out")
 
 
 def parse_temperature(text):

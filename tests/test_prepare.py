@@ -977,6 +977,7 @@ def test_a_mistake_in_a_later_line_keeps_the_earlier_file_whole(tmp_path):
 def test_a_folder_of_pictures_becomes_lines_with_their_names(tmp_path, no_network):
     make_picture(tmp_path / "in" / "b.JPG".lower(), 1)
     make_picture(tmp_path / "in" / "sub" / "a.png", 2)
+    (tmp_path / "in" / "._b.jpg").write_bytes(b"what macOS writes beside b.jpg")
     assert extract(tmp_path / "in", tmp_path / "out") == 0
     lines = read_lines(tmp_path / "out" / "pictures.jsonl")
     assert lines == [{"features": "regions#0", "id": "b.jpg"}, {"features": "regions#1", "id": "sub/a.png"}]

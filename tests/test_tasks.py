@@ -27,7 +27,7 @@ import train
 import uniter
 import vilbert
 from prepare import scenes
-from support import distillation, evaluation, log, options, regions
+from support import consensus, distillation, evaluation, log, options, regions
 
 PAPERS = list(checkpoints.MODELS)
 
@@ -802,7 +802,17 @@ def test_captions_are_scored_with_beams_in_the_test_alone(split, expected, drawn
     expected = 5
     run.optimizer = None  # predict.py scores the captions that it writes
     tasks.evaluate_captions(run, dataset)
-    assert tasks.generate_captions(run, dataset, np.arange(3)) == [tokenizer.decode(dataset.tokens[1:3].tolist())] * 3
+    text = tokenizer.decode(dataset.tokens[1:3].tolist())
+    assert tasks.generate_captions(run, dataset, np.arange(3)) == [text] * 3
+    rows = iter(dataset.image[:3])
+
+    def choose(neighbours, vector, texts):
+        assert neighbours == "captions" and texts == [(text, -1.0)]
+        assert torch.equal(vector, consensus.picture_vectors(dataset.store, [next(rows)])[0])
+        return "the chosen text"
+
+    monkeypatch.setattr(consensus, "choose", choose)
+    assert tasks.generate_captions(run, dataset, np.arange(3), 5, "captions") == ["the chosen text"] * 3
 
 
 def test_generated_chinese_has_no_blanks(drawn, tokenizer, monkeypatch):

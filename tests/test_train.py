@@ -572,6 +572,10 @@ def test_options_are_taken_where_something_reads_them(arguments):
         (["--objectives", "mlm", "--captions", "first"], "--captions first: is for retrieval and itc"),
         (["--task", "caption", "--mine", "9"], "--mine 9: is for --task retrieval"),
         (["--task", "vqa", "--consensus"], "--consensus: is for --task caption"),
+        (
+            ["--task", "caption", "--beams", "3", "--consensus", "--ablate", "image"],
+            "--consensus looks at the pictures",
+        ),
         (["--task", "caption", "--consensus"], "--consensus chooses among the texts of a beam search; give --beams 10"),
         (["--max-words", "500"], "128 positions"),
         (["--config", "layers=two"], "layers=two"),
