@@ -59,7 +59,7 @@ def build_parser():
     add = parser.add_argument_group("what to do (one of these)").add_argument
     add("--scenes", type=options.COUNT, nargs="?", const=4, metavar="N",
         help="show N held-out examples of the data set that the checkpoint was trained on (default: 4)")  # fmt: skip
-    add("--image", action="append", metavar="FILE", help="a picture; repeat it for more: an answer each, or a pair")
+    add("--image", action="append", metavar="FILE", help="a picture; repeat --image for several (nlvr2: for pairs)")
     add("--data", metavar="NAME", help="answer every line of a .jsonl file or data set; measure where it has answers")
     add("--search", metavar="TEXT", help="find the pictures of --data that fit a text best (the checkpoint needs itc)")
     add("--embed", metavar="FILE.npz", help="write the vectors of the texts and pictures of --data")
@@ -72,7 +72,7 @@ def build_parser():
     add("--choices", nargs="+", metavar="TEXT", help="vcr: what to choose from")
     add("--answer", metavar="TEXT", help="vcr: the answer, if the choices are reasons for it")
     add = parser.add_argument_group("options of --data, --scenes, --search and --embed").add_argument
-    add("--split", help="which split (default: test; without one all lines, or for --scenes val, then train)")
+    add("--split", help="which split (default: test; if there is none all lines, for --scenes val or else train)")
     add("--prompt", metavar="TEXT", help='the text of each line of --data, as "what color is the {thing}?"')
     add("--resume", action="store_true", help="with --data: go on after the last whole line of --out")
     add = parser.add_argument_group("attention, beside --image or --scenes").add_argument
