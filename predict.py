@@ -36,6 +36,7 @@ from support import (
     drawing,
     embed,
     evaluation,
+    examples,
     export,
     machine,
     options,
@@ -46,7 +47,6 @@ from support import (
 from support.log import safe_output
 
 CHUNK = 1024  # lines of a file that are answered together
-WITHOUT_BOXES = "the model was trained on boxes of things, and is asked about a grid; give boxes"
 
 # ---- command line ------------------------------------------------------------------------------------------------------
 
@@ -198,19 +198,6 @@ def load_run(args):
     return run, tasks.TASKS[name]
 
 
-def use_dataset(run, task, dataset):
-    """Encodes a dataset's texts and checks that the model can read its regions. Returns the dataset."""
-    width = run.model.config.feature_size
-    if dataset.store.width != width:
-        how = "they must be made like those of the training data"
-        if data.is_network(run.regions):
-            how = f"make them with `python prepare/features.py --network {run.regions['network']} --data ... --out ...`"
-        raise UserError(f"features of {dataset.store.width} numbers, the checkpoint was trained on {width}; {how}")
-    dataset.task_number = run.args.tasks.index(task.name)
-    dataset.store.crops = None  # which are for training
-    return dataset.encode(run.tokenizer, max_length=run.args.max_words)
-
-
 @torch.inference_mode()
 def predict(run, task, dataset, index, top):
     """The answers to examples `index`: a list of dicts, see support/evaluation.py."""
@@ -249,7 +236,7 @@ def held_out(run, task, split, count):
     files = {}  # row of the store: the picture file that it was made of
     for row in part.image.tolist():
         files[row] = records.picture_file(dataset, row)
-    return use_dataset(run, task, part), files
+    return examples.use_dataset(run, task, part), files
 
 
 def task_of_lines(run, task, description):
@@ -306,95 +293,7 @@ def print_answer(task, dataset, i, answer):
         print(f"    {drawing.truth_line(answer)}")
 
 
-# ---- --image: pictures and a text from the command line or the server ---------------------------------------------------
-
-
-def make_regions(run, where, path, boxes, network=None):
-    """(the regions of a picture file, as in training; what is odd in it, a list of lines). boxes: a list in pixels, or None.
-
-    network: what `load_network` returned; it is None if regions are patches of the picture.
-    """
-    without_boxes = []
-    if boxes is None and run.regions.get("boxes") == "given":
-        without_boxes.append(WITHOUT_BOXES)
-    if network:
-        image = regions.open_picture(where, path)
-        notes = regions.odd_picture(image)
-        if boxes is not None:
-            boxes = regions.check_boxes(boxes, *image.size, where, "boxes")
-            notes += regions.odd_boxes(boxes, *image.size)
-        return {**network(image, boxes), "size": image.size}, [f"{where}: {note}" for note in notes] + without_boxes
-    found, notes, mistake = regions.picture_regions(
-        regions.PictureJob(where, path, boxes, run.args.patch, run.args.grid)
-    )
-    if mistake:
-        raise UserError(mistake)
-    return found, notes + without_boxes
-
-
-def load_network(run):
-    """The function that computes the regions of a new picture by the network that made those of training; None if they
-    were cut out of the pictures. UserError if the checkpoint was trained on feature files."""
-    if data.is_network(run.regions):
-        from prepare.features import region_maker  # here, since few checkpoints need it
-
-        return region_maker(run.regions, run.device)
-    if run.model.config.feature_size != 3 * run.args.patch**2:
-        raise UserError("the checkpoint was trained on feature files, not on pixels; it cannot look at a picture")
-    return None
-
-
-def make_dataset(run, task, questions):
-    """A Dataset of examples that are in no file.
-
-    questions: [(record, its pictures' regions)]. A record has the keys of a line of JSONL that the task needs, without
-    the truth. UserError if one is missing.
-    """
-    examples = []
-    image = []
-    pictures = []
-    for record, found in questions:
-        example = make_example(task, record)
-        for _, picture in example.rows:
-            image.append(len(pictures) + picture)
-        pictures += found
-        examples.append(example)
-    group = len(examples[0].rows)
-    dataset = data.Dataset(
-        name="",
-        split="test",
-        store=regions.MemoryStore(pictures),
-        image=np.array(image),
-        text=[text for example in examples for text, _ in example.rows],
-        answer=[example.answer or {} for example in examples],
-        kind=[example.kind for example in examples],
-        ids=[example.id for example in examples],
-        target=np.array([example.target for example in examples]),
-        group=group,
-    )
-    return use_dataset(run, task, dataset)
-
-
-def make_example(task, record):
-    """The data.Example of a record without its truth."""
-    record = {"id": "", "text": "", **record}
-    if task.truth != "text" and not records.is_text(record["text"]):
-        raise UserError(f"{task.name} needs a text with a visible character")
-    if "choices" in task.needs and not records.is_texts(record.get("choices"), 2):
-        raise UserError(f"{task.name} needs at least two choices, none of them blank")
-    for key in ("answer", "choices"):
-        if record.get(key) and "choices" not in task.needs:
-            raise UserError(f"{task.name} takes no {key}; leave it out")
-    if task.truth == "text" and record["text"]:
-        raise UserError(f"{task.name} writes the text itself; leave it out")
-    record["text"] = records.normalize_text(record["text"])
-    answer = record.pop("answer", None)
-    if answer and not records.is_text(answer):
-        raise UserError(f"the answer {answer!r} has no visible character")
-    if answer:  # the choices are reasons for it
-        record.update(choices=[answer], label=0, reasons=record["choices"], reason=0)
-        return task.examples(record)[-1]._replace(target=-1)
-    return task.examples(record)[0]
+# ---- --image: pictures and a text from the command line ------------------------------------------------------------------
 
 
 def read_images(run, task, args):
@@ -406,7 +305,7 @@ def read_images(run, task, args):
         boxes = [options.parse_boxes(text) for text in args.boxes]
         if len(boxes) != len(args.image):
             raise UserError(f"{len(boxes)} --boxes for {len(args.image)} --image: give one for each, or none")
-    network = load_network(run)
+    network = examples.load_network(run)
     questions = []
     files = {}
     notes = []
@@ -418,13 +317,13 @@ def read_images(run, task, args):
             if Path(file).suffix == ".npz":
                 raise UserError(f"--image {file}: is a feature file; name it in a line of --data")
             files[len(files)] = Path(file)
-            picture, own_notes = make_regions(run, f"--image {file}", Path(file), own_boxes, network)
+            picture, own_notes = examples.make_regions(run, f"--image {file}", Path(file), own_boxes, network)
             found.append(picture)
             notes += own_notes
         name = " ".join(args.image[i : i + task.pictures])
         record = {"id": name, "text": args.text or "", "choices": args.choices, "answer": args.answer}
         questions.append((record, found))
-    dataset = make_dataset(run, task, questions)
+    dataset = examples.make_dataset(run, task, questions)
     lost = records.lost_text([dataset.lost])
     if lost:
         notes.append(lost)
@@ -523,14 +422,14 @@ def load_lines(run, task, args, lines_of=None):
     for name in names:
         dataset = data.load(source, lines, name, patch=run.args.patch, grid=run.args.grid, network=run.regions)
         if len(dataset):
-            datasets.append(use_dataset(run, task, dataset))
+            datasets.append(examples.use_dataset(run, task, dataset))
         if name == "test" and len(dataset):
             break
     if not datasets:
         raise UserError(f"{source}: has no examples of split {' or '.join(names)}")
     first = records.first_record(data.task_file(description, lines_of.name))
     if run.regions.get("boxes") == "given" and "image" in first and "boxes" not in first:
-        data.warn(f"{source}: {WITHOUT_BOXES}")
+        data.warn(f"{source}: {examples.WITHOUT_BOXES}")
     lost = records.lost_text([dataset.lost for dataset in datasets])
     if lost:
         data.warn(lost)
@@ -646,7 +545,7 @@ def made_up_batch(run, task):
     record = {} if task.truth == "text" else {"text": "a"}
     if "choices" in task.needs:
         record["choices"] = ["a", "b", "c"]
-    dataset = make_dataset(run, task, [(record, [picture] * task.pictures)] * 2)
+    dataset = examples.make_dataset(run, task, [(record, [picture] * task.pictures)] * 2)
     if task.ranks or task.generates:
         return data.collate(dataset, np.arange(2))
     return task.batch(run, dataset, np.arange(2), None)

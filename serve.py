@@ -35,7 +35,7 @@ import numpy as np
 
 import predict
 from common import UserError
-from support import machine, questions
+from support import examples, machine, questions
 from support.questions import HttpError
 
 MAX_HEAD = 2**17  # bytes of the first line and the headers of a request
@@ -106,7 +106,7 @@ class Batcher:
         """Answers jobs with one forward pass; if it fails, one by one, so that a question cannot spoil another's answer."""
         self.batches += 1
         try:
-            dataset = predict.make_dataset(self.run, self.task, [(job.record, job.pictures) for job in jobs])
+            dataset = examples.make_dataset(self.run, self.task, [(job.record, job.pictures) for job in jobs])
             answers = predict.predict(self.run, self.task, dataset, np.arange(len(jobs)), self.top)
             for i, (job, answer) in enumerate(zip(jobs, answers, strict=True)):
                 answer |= questions.find_warning(self.run, dataset, i, job.pictures)
@@ -273,7 +273,7 @@ class Server(ThreadingHTTPServer):
             raise UserError(f"--serve {port}: this port cannot be used ({error}); give another one") from None
         self.run = run
         self.task = task
-        self.network = predict.load_network(run)
+        self.network = examples.load_network(run)
         self.samples, self.sample_regions = questions.make_samples(run, task)  # last: it takes the longest
         self.connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)

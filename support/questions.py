@@ -21,7 +21,7 @@ from PIL import Image
 import data
 import predict
 from common import UserError
-from support import attention, drawing, records, regions
+from support import attention, drawing, examples, records, regions
 
 MAX_BODY = 8 * 2**20  # bytes of a request, without its headers
 MAX_PIXELS = 12_500_000  # of one picture; a telephone's has 12.2 million
@@ -40,7 +40,7 @@ FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")  # for some others Pillo
 class Job(NamedTuple):
     """A question that waits for the model."""
 
-    record: dict  # as predict.make_dataset takes it
+    record: dict  # as examples.make_dataset takes it
     pictures: list  # their regions
     attention: bool  # whether to say how much the answer has read of each region
     future: Future  # of the answer
@@ -135,7 +135,7 @@ def make_job(server, request):
 
 
 def check_question(request, task):
-    """A request's record, as predict.make_dataset takes it. HttpError 400 where a key has a wrong value."""
+    """A request's record, as examples.make_dataset takes it. HttpError 400 where a key has a wrong value."""
     for key in ("text", "answer"):
         value = request.get(key) or ""
         if not isinstance(value, str) or len(value) > MAX_TEXT or "\0" in value:
@@ -149,7 +149,7 @@ def check_question(request, task):
     record = {"text": request.get("text") or "", "choices": choices, "answer": request.get("answer")}
     try:
         json.dumps(record, ensure_ascii=False).encode()
-        predict.make_example(task, record)
+        examples.make_example(task, record)
     except UnicodeEncodeError:
         raise HttpError(400, "a text holds half a character") from None
     except UserError as error:
@@ -218,7 +218,7 @@ def regions_of_request(server, content, boxes):
         path = Path(folder) / "picture"
         path.write_bytes(content)
         try:
-            found, notes = predict.make_regions(server.run, "the request", path, boxes, server.network)
+            found, notes = examples.make_regions(server.run, "the request", path, boxes, server.network)
             return {**found, "notes": [note.split(": ")[-1] for note in notes]}
         except UserError as error:
             raise HttpError(400, str(error).replace(str(path), "the picture")) from None
@@ -318,7 +318,7 @@ def make_samples(run, task):
 
 
 def stored_regions(store, row):
-    """The regions of a store's row as predict.make_dataset takes them."""
+    """The regions of a store's row as examples.make_dataset takes them."""
     fields = {name: values[0].numpy() for name, values in store.gather([row], fields=()).items()}
     fields["size"] = (1.0, 1.0) if store.sizes is None else tuple(store.sizes[row].tolist())
     return fields

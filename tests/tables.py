@@ -35,7 +35,7 @@ import predict
 import tasks
 import train
 from prepare import scene_texts
-from support import attention, evaluation, options
+from support import attention, evaluation, examples, options
 
 COLUMNS = {  # task, or contrast alone: the metrics of its cells
     "vqa": ("accuracy",),
@@ -344,7 +344,7 @@ def table_of_attention(args):
     columns = []
     for path in args.checkpoints:
         run, task = predict.load_run(predict.parse([str(path), "--scenes", "--dtype", "f32"]))
-        dataset = predict.use_dataset(run, task, data.load("scenes", task, "test"))
+        dataset = examples.use_dataset(run, task, data.load("scenes", task, "test"))
         targets = {}
         for i in data.random_stream("table of attention").permutation(len(dataset)).tolist():
             target = asked_thing(dataset, i)

@@ -17,7 +17,7 @@ import predict
 import tasks
 import train
 from prepare import scene_texts, scenes
-from support import attention, attention_sheet, drawing, questions, regions
+from support import attention, attention_sheet, drawing, examples, questions, regions
 
 MODELS = ("uniter", "vilbert", "lxmert")
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer"
@@ -408,7 +408,7 @@ def test_a_region_that_is_left_out_is_as_if_it_were_not_there(model, trained):
         kept = [j for j in range(len(found)) if j != hidden]
         pictures.append({name: values[kept] for name, values in fields.items()} | {"size": (112, 112)})
     questions = [({"text": dataset.text[0]}, [picture]) for picture in pictures]
-    again = predict.make_dataset(run, task, questions)
+    again = examples.make_dataset(run, task, questions)
     assert isinstance(again.store, regions.MemoryStore)
     logits = []
     for i in range(len(again)):

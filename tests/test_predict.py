@@ -24,7 +24,7 @@ import tasks
 import train
 from common import UserError
 from prepare import scenes
-from support import drawing, options, regions
+from support import drawing, examples, options, regions
 
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer,caption"
 EVALUATED = [("uniter", task) for task in (*TASKS.split(","), "pretrain")]
@@ -393,9 +393,9 @@ def test_the_reason_is_chosen_given_the_answer(trained, folder, capsys):
     given = ["--image", "0.png", "--text", "what color is it?", "--choices", "x", "y", "z", "--answer", "red"]
     assert use(checkpoint, *given) == 0
     assert re.fullmatch(r"([xyz] 0\.\d+(  )?){3}\n", capsys.readouterr().out)
-    example = predict.make_example(tasks.VCR, {"text": "what?", "choices": ["x", "y"], "answer": "red"})
+    example = examples.make_example(tasks.VCR, {"text": "what?", "choices": ["x", "y"], "answer": "red"})
     assert example.rows == [(("what?", "red", "x"), 0), (("what?", "red", "y"), 0)] and example.target == -1
-    example = predict.make_example(tasks.VCR, {"text": "what?", "choices": ["x", "y"], "answer": None})
+    example = examples.make_example(tasks.VCR, {"text": "what?", "choices": ["x", "y"], "answer": None})
     assert example.rows == [(("what?", "x"), 0), (("what?", "y"), 0)] and example.target == -1
 
 
@@ -627,7 +627,7 @@ def test_a_caption_takes_no_number_of_answers(trained, capsys):
 def test_what_is_chosen_from_is_visible():
     for choices, answer in ((["", " "], None), (["a", "\u200b"], None), (["a"], None), (["a", "b"], " ")):
         with pytest.raises(UserError, match="none of them blank|has no visible character"):
-            predict.make_example(tasks.TASKS["vcr"], {"text": "what?", "choices": choices, "answer": answer})
+            examples.make_example(tasks.TASKS["vcr"], {"text": "what?", "choices": choices, "answer": answer})
 
 
 def test_a_caption_without_words_is_told():
@@ -636,7 +636,7 @@ def test_a_caption_without_words_is_told():
 
 def test_a_caption_takes_no_text():
     with pytest.raises(UserError, match="caption writes the text itself"):
-        predict.make_example(tasks.CAPTION, {"text": "red circle"})
+        examples.make_example(tasks.CAPTION, {"text": "red circle"})
 
 
 def test_lines_without_the_boxes_that_training_had_are_a_warning(trained, folder, capsys):
@@ -651,7 +651,7 @@ def test_lines_without_the_boxes_that_training_had_are_a_warning(trained, folder
 @pytest.mark.parametrize("task", ["refer", "nlvr2", "caption", "retrieval"])
 def test_only_a_task_with_choices_takes_an_answer(task):
     with pytest.raises(UserError, match=f"{task} takes no answer"):
-        predict.make_example(tasks.TASKS[task], {"text": "red circle", "choices": ["x", "y"], "answer": "red"})
+        examples.make_example(tasks.TASKS[task], {"text": "red circle", "choices": ["x", "y"], "answer": "red"})
 
 
 @pytest.mark.parametrize("mode", [["--scenes"], ["--data", "vqa.jsonl"]])
@@ -686,7 +686,7 @@ def test_a_data_set_knows_which_task_of_the_run_it_is(trained):
     dataset, _ = predict.held_out(run, tasks.VQA, "train", 2)
     assert dataset.task_number == 1
     dataset.store.crops = np.zeros(len(dataset.store), int)
-    assert predict.use_dataset(run, tasks.VQA, dataset).store.crops is None
+    assert examples.use_dataset(run, tasks.VQA, dataset).store.crops is None
 
 
 def test_held_out_examples_come_from_val_before_train(trained, folder, capsys):
