@@ -60,7 +60,11 @@ def build_parser():
     add("--scenes", type=options.COUNT, nargs="?", const=4, metavar="N",
         help="show N held-out examples of the data set that the checkpoint was trained on (default: 4)")  # fmt: skip
     add("--image", action="append", metavar="FILE", help="a picture; repeat --image for several (nlvr2: for pairs)")
-    add("--data", metavar="NAME", help="answer every line of a .jsonl file or data set; measure where it has answers")
+    add(
+        "--data",
+        metavar="NAME",
+        help="answer every line of a .jsonl file or data set, or each picture of a folder; measure where it has answers",
+    )
     add("--search", metavar="TEXT", help="find the pictures of --data that fit a text best (the checkpoint needs itc)")
     add("--embed", metavar="FILE.npz", help="write the vectors of the texts and pictures of --data")
     add("--export", metavar="FILE", help="write the checkpoint for other programs, see --to")
@@ -409,18 +413,24 @@ def load_lines(run, task, args, lines_of=None):
     """The Datasets of --data, or without it of the checkpoint's own data: the split --split, by default test, or all
     splits if there is no test. lines_of: the Task whose lines are read, by default that of the checkpoint's training."""
     source = args.data or own_source(run, task)
-    description = data.read_dataset_json(data.find(source))
-    options.warn_of_other_network(source, description, run.regions)
+    path = data.find(source)
+    holds_pictures = path.is_dir() and not (path / "dataset.json").is_file()
+    if holds_pictures:
+        path = records.picture_folder(path, data.CACHE)
+    description = data.read_dataset_json(path)
+    options.check_network(source, description, run.regions, trains=False)
     options.check_split(args.split, source, description)
     lines_of = lines_of or task_of_lines(run, task, description)
     lines = optional_truth(lines_of, args.prompt or "")
+    if holds_pictures and not (lines.prompt or lines.text_is_optional):
+        raise UserError(f"--data {source}: the pictures of a folder have no text; give it with --prompt")
     refuse_lost_data(args, description, lines)
     names = list(dict.fromkeys(["test", *data.SPLITS, *description["extra_splits"]]))  # others only if there is no test
     if args.split:
         names = [args.split]
     datasets = []
     for name in names:
-        dataset = data.load(source, lines, name, patch=run.args.patch, grid=run.args.grid, network=run.regions)
+        dataset = data.load(path, lines, name, patch=run.args.patch, grid=run.args.grid, network=run.regions)
         if len(dataset):
             datasets.append(examples.use_dataset(run, task, dataset))
         if name == "test" and len(dataset):

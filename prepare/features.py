@@ -52,7 +52,6 @@ SHARD = 256  # pictures and crops whose regions are written at once: what an int
 # share of the picture's area that a crop keeps, drawn uniformly; a side is never longer than the picture's
 CROP_AREAS = (0.5, 1.0)
 CROP_RATIOS = (0.8, 1.25)  # its aspect ratio by the picture's, log-uniform
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def region_maker(regions, device="cpu"):
@@ -212,7 +211,7 @@ def extract(jobs, network, regions, args, folder):
     return files, errors, notes
 
 
-def read_results(files, rows):
+def read_results(files, jobs, rows):
     """The readable pictures of the files that `extract` returned, each followed by its crops, as data.write_store takes
     them. Fills `rows`, {number of the picture: row of the store}, meanwhile."""
     number = 0
@@ -221,6 +220,8 @@ def read_results(files, rows):
         for result in torch.load(file, weights_only=True):
             if not isinstance(result, str):
                 views, facts = result
+                _, (path, _), _ = jobs[number]
+                facts["file"] = Path(path).resolve()
                 rows[number] = row
                 row += len(views)
                 for view, fields in enumerate(views):
@@ -260,23 +261,12 @@ def find_files(source, out):
     """(JSONL files, content of the dataset.json to be) of what --data names."""
     if source.is_file() or (source / "dataset.json").is_file():
         return find_named_files(source)
-    found = [path for path in source.rglob("*") if not path.name.startswith(".")]  # macOS's ._IMG.jpg is no picture
-    pictures = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
-    lines = next(source.glob("*.jsonl"), None)
-    if lines is not None:
-        raise UserError(f"--data {source}: the folder has {lines.name}; give that file")
-    if not pictures:
-        raise UserError(
-            f"--data {source}: give a .jsonl file, a data set or a folder of pictures ({', '.join(SUFFIXES)})"
-        )
+    pictures = records.list_pictures(source)
     old = out / "pictures.jsonl"
     if old.exists() and any("text" in record for _, record in published.read_json_lines(old)):
         raise UserError(f"{old}: has texts, which would be lost; give another --out")
     path = out / UNFINISHED / old.name  # the lines without regions
-    with open(path, "w", encoding="utf-8") as file:
-        for picture in pictures:
-            record = {"id": str(picture.relative_to(source)), "image": str(picture.resolve())}
-            file.write(json.dumps(record) + "\n")
+    records.write_picture_lines(path, source, pictures)
     return [path], {"name": source.name, "file": "pictures.jsonl"}
 
 
@@ -373,7 +363,7 @@ def prepare(args):
     rows = {}
     for path in [*files, out / "dataset.json"]:  # no old lines beside a new store
         (out / path.name).unlink(missing_ok=True)
-    data.write_store(out / "regions", read_results(results, rows))
+    data.write_store(out / "regions", read_results(results, jobs, rows))
     numbers = {key: number for number, key in enumerate(pictures)}
 
     def rows_of(path, record):

@@ -115,9 +115,11 @@ def search(run, datasets, text, top, out):
     cells = []
     for place, (similarity, dataset, example) in enumerate(found, 1):
         file = records.picture_file(dataset, int(dataset.image[example]))
-        name = file.name if file else ""
-        print("  ".join(filter(None, [f"{similarity:.3f}", name, dataset.ids[example], dataset.text[example]])))
-        cells.append(draw_found(dataset, example, f"{place}.  {name}  similarity {similarity:.3f}"))
+        names = [dataset.ids[example]]
+        if file and file.name not in names:
+            names.insert(0, file.name)
+        print("  ".join([f"{similarity:.3f}", *names, dataset.text[example]]).rstrip())
+        cells.append(draw_found(dataset, example, f"{place}.  {names[0]}  similarity {similarity:.3f}"))
     sheet = drawing.grid(cells, 3)
     headline = drawing.text_cell(text, 20, "black", sheet.width)
     drawing.save(drawing.grid([drawing.blank(drawing.MARGIN), headline, sheet], 1), Path(out), "--out")

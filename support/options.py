@@ -377,7 +377,7 @@ def choose_regions(args, start):
         raise UserError(f"{given[0]} is for pictures; the lines of --data name features, which are made already")
     for record, (_, description) in zip(firsts, args.data_sets, strict=True):
         if start and not args.fresh:
-            warn_of_other_network(description["folder"], description, start.get("regions", {}))
+            check_network(description["folder"], description, start.get("regions", {}), trains=True)
         if not description["regions"]:
             description["regions"], shown = choose_network(args, start, record)
             if data.is_network(description["regions"]) and args.patch_options:
@@ -389,13 +389,19 @@ def choose_regions(args, start):
     return args.data_sets[0][1]["regions"]
 
 
-def warn_of_other_network(source, description, regions):
-    """Warns if the features of a data set were made by another network than those that a checkpoint was trained on.
-    regions: the checkpoint's `regions`. Names that are paths may differ for the same network, so it is no error."""
+def check_network(source, description, regions, trains):
+    """UserError if the features of a data set were made by another network than those that a checkpoint was trained on.
+    regions: the checkpoint's `regions`. It is only a warning for a run that trains, since it may learn the other features,
+    and where a name is a path, since paths may differ for the same network."""
     own = (description["regions"] or {}).get("network")
     network = regions.get("network")
-    if own and network and own != network:
-        data.warn(f"{source}: features of {own}, the checkpoint was trained on those of {network}")
+    if not own or not network or own == network:
+        return
+    text = f"{source}: features of {own}, the checkpoint was trained on those of {network}"
+    if trains or "/" in own + network:
+        data.warn(text)
+        return
+    raise UserError(f"{text}; make them with `python prepare/features.py --network {network} --data ... --out ...`")
 
 
 def choose_network(args, start, record):

@@ -18,6 +18,7 @@ import shutil
 import time
 import unicodedata
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -631,6 +632,53 @@ def pair_keys(text_keys, images):
     return text_keys ^ (np.asarray(images) * 0x1E3779B97F4A7C15)  # a large odd number: the product wraps around
 
 
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+def list_pictures(folder):
+    """The picture files in a folder and its subfolders, by their endings, in order of their names. Hidden files are no
+    pictures (macOS's ._IMG.jpg). Warns of files with other endings. UserError if the folder has lines of its own."""
+    lines = next(folder.glob("*.jsonl"), None)
+    if lines is not None:
+        raise UserError(f"--data {folder}: the folder has {lines.name}; give that file")
+    pictures = []
+    others = Counter()
+    for path in sorted(folder.rglob("*")):
+        if path.name.startswith("."):
+            continue
+        if path.suffix.lower() in PICTURE_SUFFIXES:
+            pictures.append(path)
+        elif path.is_file():
+            others[path.suffix.lower() or "without ending"] += 1
+    if not pictures:
+        endings = ", ".join(PICTURE_SUFFIXES)
+        raise UserError(f"--data {folder}: give a .jsonl file, a data set or a folder of pictures ({endings})")
+    if others:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
+        warn(f"{folder}: files that are passed over: {counts}; save pictures among them as JPEG or PNG")
+    return pictures
+
+
+def write_picture_lines(path, folder, pictures, **keys):
+    """A JSONL file with a line for each picture of a folder: `id`, its name there, `image` and further keys."""
+    with open(path, "w", encoding="utf-8") as file:
+        for picture in pictures:
+            record = {"id": str(picture.relative_to(folder)), "image": str(picture.resolve()), **keys}
+            file.write(json.dumps(record) + "\n")
+
+
+def picture_folder(folder, cache):
+    """The JSONL file that stands for a folder of pictures, in the cache: a line of split test for each, without a text."""
+    pictures = list_pictures(folder)
+    key = cache_key(str(folder.resolve()), list(map(str, pictures)))
+
+    def make(aside):
+        write_picture_lines(aside / f"{folder.resolve().name}.jsonl", folder, pictures, split="test")
+
+    made = make_once(Path(cache).resolve() / f"pictures-{key}", make)
+    return next(made.glob("*.jsonl"))
+
+
 def count_lines(path):
     """How many lines a file has; 0 if it does not exist."""
     if not path.is_file():
@@ -706,7 +754,7 @@ def make_columns(path, task, splits, patch, grid, cache, network=None, device=No
         if pictures.jobs:
             folders[""] = pictures.extract(path, Path(cache).resolve(), mistakes).folder
             stamps.append(file_stamp(folders[""] / "offsets.npy"))
-        if pictures.outside:
+        if pictures.outside and Path(cache).resolve() not in path.resolve().parents:
             warn(
                 f"{path}: {pictures.outside} pictures or stores lie outside of its folder, so the folder cannot be moved alone"
             )
@@ -774,14 +822,14 @@ def remove_stale(folder):
 
 
 def picture_file(dataset, row):
-    """The picture file that row `row` of a dataset's store was made of; None for a store of another origin."""
+    """The picture file that row `row` of a dataset's store was made of; None if that is not known."""
     if dataset.folder is None:
         return None
     paths = []
     for line in (dataset.folder.parent / "depends.jsonl").read_text().splitlines():
         path = Path(json.loads(line)[0])
         if path.name == "features.npy" and path.parent.resolve() == dataset.store.folder:
-            return None  # a store that the lines name
+            return dataset.store.picture_file(row)  # a store that the lines name
         paths.append(path)
     return None if paths[row].suffix == ".npz" else paths[row]
 

@@ -13,6 +13,7 @@ store. Boxes: x1,y1,x2,y2; pixels in files, 0..1 in a store.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -494,6 +495,7 @@ class FeatureStore:
     sizes.npy    (I,2) width and height in pixels; needed only where lines have a `target`
     digests.npy  (I,) equal for equal pictures
     crops.npy    (I,) the number of pictures after this one that are crops of it
+    files.jsonl  I lines, the picture file of each as a JSON string; to show it, not to read its regions
     """
 
     def __init__(self, folder):
@@ -570,6 +572,14 @@ class FeatureStore:
             return set(self.digests[rows].tolist())
         features = self.fields["features"]
         return {content_digest(features[self.offsets[row] : self.offsets[row + 1]].tobytes()) for row in rows}
+
+    def picture_file(self, row):
+        """The picture file that row `row` was made of; None if the store does not say, or the file is gone."""
+        if self.folder is None or not (self.folder / "files.jsonl").is_file():
+            return None
+        with open(self.folder / "files.jsonl", encoding="utf-8") as lines:
+            path = Path(json.loads(next(itertools.islice(lines, row, None))))
+        return path if path.is_file() else None
 
     def draw_crops(self, images, rng):
         """For each picture of `images` (B,) int64 the row of itself or of one of its crops, all equally likely: (B,)."""
@@ -655,19 +665,21 @@ class ArrayFile:
 def write_store(folder, pictures):
     """Writes a feature store into `folder`, picture by picture, straight to disk.
 
-    pictures: iterable of {field of STORED: (n,...) array}, boxes in 0..1, and `size`: (width, height), `digest` and
-    `crops`: integers, if all have them. All pictures have the same fields. ValueError for values that are not finite in
+    pictures: iterable of {field of STORED: (n,...) array}, boxes in 0..1, and, if all have them, `size`: (width, height),
+    `digest` and `crops`: integers, `file`: the picture's path. All pictures have the same fields. ValueError for values that are not finite in
     their type on disk, for boxes outside 0..1, and for fields of different lengths.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*STORED, "offsets", "sizes", "digests", "crops"):  # of an older store
         (folder / f"{name}.npy").unlink(missing_ok=True)
+    (folder / "files.jsonl").unlink(missing_ok=True)
     files = {}
     offsets = [0]
     sizes = []
     digests = []
     crops = []
+    paths = []
     try:
         for picture in pictures:
             for name, dtype in STORED.items():
@@ -692,6 +704,8 @@ def write_store(folder, pictures):
             if "digest" in picture:
                 digests.append(picture["digest"])
             crops.append(picture.get("crops", 0))
+            if "file" in picture:
+                paths.append(json.dumps(str(picture["file"])))
     finally:
         for file in files.values():
             file.close()
@@ -702,3 +716,5 @@ def write_store(folder, pictures):
         np.save(folder / "digests.npy", np.array(digests, np.int64))
     if any(crops):
         np.save(folder / "crops.npy", np.array(crops, np.int64))
+    if paths:
+        (folder / "files.jsonl").write_text("\n".join(paths) + "\n", encoding="utf-8")

@@ -730,9 +730,36 @@ def test_odd_pictures_of_a_file_and_of_the_command_line_are_told(trained, folder
 
 def test_a_network_of_other_regions_is_told(trained, small_scenes, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(options, "warn_of_other_network", lambda source, *_: asked.append(source))
+    monkeypatch.setattr(options, "check_network", lambda source, *_, trains: asked.append((source, trains)))
     assert use(trained("uniter", "vqa"), "--data", small_scenes(20)) == 0
-    assert asked == [str(small_scenes(20))]
+    assert asked == [(str(small_scenes(20)), False)]
+
+
+def test_a_folder_of_pictures_is_answered_and_searched(trained, folder, tmp_path, capsys):
+    """One question for all of them; as lines that name them are answered."""
+    photos = tmp_path / "photos"
+    (photos / "sub").mkdir(parents=True)
+    lines = []
+    for i, name in enumerate(("b.png", "sub/a.png")):
+        shutil.copy(folder / f"{i}.png", photos / name)
+        lines.append({"id": name, "image": f"{i}.png", "text": "what color?", "split": "test"})
+    (photos / "c.heic").write_text("not read")
+    checkpoint = trained("uniter", "vqa")
+    assert use(checkpoint, "--data", photos, "--prompt", "what color?", "--out", "folder.jsonl") == 0
+    error = capsys.readouterr().err
+    assert "files that are passed over: 1 .heic" in error and "outside of its folder" not in error
+    assert use(checkpoint, "--data", own_file(folder, "same.jsonl", lines), "--out", "lines.jsonl") == 0
+    assert (folder / "folder.jsonl").read_text() == (folder / "lines.jsonl").read_text() != ""
+    capsys.readouterr()
+    assert use(checkpoint, "--data", photos) == 2
+    assert "the pictures of a folder have no text; give it with --prompt" in capsys.readouterr().err
+    shutil.copy(folder / "2.png", photos / "new.png")
+    search = trained("uniter", "pretrain", "--objectives", "itc,mlm")
+    assert use(search, "--search", "a star", "--data", photos, "--out", tmp_path / "found.png") == 0
+    found = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[1] for line in found[:3]) == ["a.png", "b.png", "new.png"]
+    assert use(search, "--search", "a star", "--data", photos, "--out", photos / "new.png") == 2
+    assert "would be lost" in capsys.readouterr().err
 
 
 def test_a_box_at_the_edge_is_a_truth():

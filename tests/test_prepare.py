@@ -53,7 +53,7 @@ from prepare import (
     vqa_v2,
 )
 from support import options
-from support.records import normalize_lxmert_answer
+from support.records import normalize_lxmert_answer, picture_file
 
 
 def make_picture(path, seed=0, size=(40, 30)):
@@ -582,13 +582,43 @@ def test_without_a_network_the_line_says_what_to_install(tmp_path, capsys):
     # a data set that says how its regions were made is left alone
     args.data_sets[0][1]["regions"] = {"kind": "patches"}
     assert options.choose_regions(args, START) == {"kind": "patches"} and capsys.readouterr() == ("", "")
-    # features of equal width may be of another network: they are taken, with a warning
+    # features of equal width may be of another network: a run may learn them, so this is a warning
     args.data_sets[0][1]["regions"] = {"kind": "network", "network": "c"}
     options.choose_regions(args, START)
     assert "features of c, the checkpoint was trained on those of b" in capsys.readouterr().err
     args.fresh = True
     options.choose_regions(args, START)
     assert capsys.readouterr().err == ""
+
+
+def test_features_of_another_network_are_refused_for_prediction(capsys):
+    description = {"regions": {"kind": "network", "network": "efficientnet-lite1"}}
+    with pytest.raises(UserError, match="d: features of efficientnet-lite1, .* on those of efficientnet-lite0; make"):
+        options.check_network("d", description, {"network": "efficientnet-lite0"}, trains=False)
+    options.check_network("d", description, {"network": "/a/folder/lite1"}, trains=False)  # may be the same one
+    assert "on those of /a/folder/lite1" in capsys.readouterr().err
+    for own, network in (("efficientnet-lite1", "efficientnet-lite1"), ("efficientnet-lite1", None), (None, "b")):
+        options.check_network("d", {"regions": {"network": own}}, {"network": network}, trains=False)
+    options.check_network("d", description, {}, trains=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_store_knows_the_picture_files(tmp_path, no_network):
+    """Each row's, a crop's too; so a sheet shows the pictures. One that is gone is shown by its regions."""
+    for i in range(3):
+        make_picture(tmp_path / f"{i}.png", i)
+    records = [{"image": f"{i}.png", "text": "t", "split": "test" if i else "train"} for i in range(3)]
+    out = tmp_path / "out"
+    assert extract(write_lines(tmp_path / "my.jsonl", records), out, "--crops", "2") == 0
+    store = data.FeatureStore(out / "regions")
+    names = [store.picture_file(row).name for row in range(len(store))]
+    assert names == ["0.png", "0.png", "0.png", "1.png", "2.png"]
+    dataset = data.load(out, tasks.CAPTION, "test")
+    assert [picture_file(dataset, row) for row in dataset.image] == [tmp_path / "1.png", tmp_path / "2.png"]
+    (tmp_path / "2.png").unlink()
+    assert picture_file(dataset, dataset.image[1]) is None
+    data.write_store(out / "regions", [{"features": np.zeros((1, 3)), "boxes": np.zeros((1, 4))}])
+    assert data.FeatureStore(out / "regions").picture_file(0) is None
 
 
 def test_given_boxes_are_regions_in_their_order(tmp_path, no_network):
@@ -974,13 +1004,16 @@ def test_a_mistake_in_a_later_line_keeps_the_earlier_file_whole(tmp_path):
     assert out.read_text() == before and sorted(tmp_path.iterdir()) == [source, out]
 
 
-def test_a_folder_of_pictures_becomes_lines_with_their_names(tmp_path, no_network):
+def test_a_folder_of_pictures_becomes_lines_with_their_names(tmp_path, no_network, capsys):
     make_picture(tmp_path / "in" / "b.JPG".lower(), 1)
     make_picture(tmp_path / "in" / "sub" / "a.png", 2)
     (tmp_path / "in" / "._b.jpg").write_bytes(b"what macOS writes beside b.jpg")
+    for name in ("c.HEIC", "d.heic", "notes"):
+        (tmp_path / "in" / name).write_text("no picture that Pillow reads")
     assert extract(tmp_path / "in", tmp_path / "out") == 0
     lines = read_lines(tmp_path / "out" / "pictures.jsonl")
     assert lines == [{"features": "regions#0", "id": "b.jpg"}, {"features": "regions#1", "id": "sub/a.png"}]
+    assert "in: files that are passed over: 2 .heic, 1 without ending; save" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
