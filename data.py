@@ -42,6 +42,7 @@ from support.records import (
     CategoricalColumn,
     Mistakes,
     Strings,
+    as_json,
     files_named,
     first_record,
     is_names,
@@ -50,6 +51,7 @@ from support.records import (
     make_columns,
     pair_keys,
     print_shared_pictures,
+    print_unknown_answers,
     print_warnings,
     read_columns,
     text_key,
@@ -385,7 +387,7 @@ def read_dataset_json(path):
             raise UserError(f"{path}: unknown key {key!r}; dataset.json has {', '.join(DATASET_JSON)}")
         default, is_valid, wanted = DATASET_JSON[key]
         if value != default and not is_valid(value):
-            raise UserError(f"{path}: {key!r} is {str(value)[:60]!r}; write {wanted}")
+            raise UserError(f"{path}: {key!r} is {as_json(value)}; write {wanted}")
     if not found.get("file") and not found.get("files"):
         raise UserError(f"{path}: dataset.json names no 'file' or 'files'")
     defaults = {key: default for key, (default, _, _) in DATASET_JSON.items()}
@@ -845,9 +847,8 @@ def check(source, task, vocab, max_words, patch, grid):
             pass
         if not mistakes.count:
             mistakes.add(problem)
-        print(*mistakes.first, sep="\n", file=sys.stderr)
-        shown = f", the first {len(mistakes.first)} above" if mistakes.count > len(mistakes.first) else ""
-        raise UserError(f"{path}: mistakes: {mistakes.count}{shown}")
+        print(*mistakes.lines(), sep="\n", file=sys.stderr)
+        raise UserError(f"{path}: mistakes: {mistakes.count}, {len(mistakes.different)} different ones above")
     sets = {split: load(source, task, split, None, patch, grid, checked=True) for split in splits if split in columns}
     if "train" not in sets:  # else `load` has printed them
         print_warnings(next(iter(sets.values())), path)
@@ -856,6 +857,7 @@ def check(source, task, vocab, max_words, patch, grid):
     if not (description["regions"] or "features" in first or "boxes" in first) and networks.best_installed():
         print(f"these are raw pixels; train.py takes features of {networks.best_installed()}, unless told otherwise")
     print_shared_pictures(sets)
+    print_unknown_answers(sets)
     if "train" in sets and task.pictures == 1 and not task.needs:
         repeated = sets["train"].repeated_texts()
         if repeated:

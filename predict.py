@@ -189,6 +189,7 @@ def load_run(args):
     run.usual_answers = checkpoint.get("usual_answers", {})
     run.regions = checkpoint.get("regions", {})
     run.answers = checkpoint["answers"]
+    run.progress.update(checkpoint.get("progress", {}))
     if run_args.ablate:
         data.warn(
             f"the checkpoint was trained with --ablate {run_args.ablate} and answers without the {run_args.ablate}"
@@ -200,6 +201,14 @@ def load_run(args):
     if args.int8:
         machine.quantize_layers(run.model, device)
     return run, tasks.TASKS[name]
+
+
+def warn_of_random_heads(run, task, checkpoint):
+    """Warns if a head that the task reads was never trained: it guesses."""
+    asked = tasks.heads_for(run.paper, [task.objective] if task.objective else run.objectives)
+    names = [head for head in run.progress.get("random_heads", []) if head in asked]
+    if names:
+        data.warn(f"{checkpoint}: untrained, at random: {', '.join(names)}")
 
 
 @torch.inference_mode()
@@ -506,7 +515,8 @@ def write_predictions(run, task, datasets, path, done, top):
                 for i, answer in zip(index.tolist(), predict(run, task, dataset, index, top), strict=True):
                     number += 1
                     if number > done:
-                        line = {"id": dataset.ids[i], "kind": dataset.kind[i], **answer}
+                        text = drawing.text_of(task, dataset, i)
+                        line = {"id": dataset.ids[i], "kind": dataset.kind[i], "text": text, **answer}
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
 
@@ -602,7 +612,11 @@ def run_mode(args):
     else:
         import serve  # here, since serve.py imports this file
 
+        warn_of_random_heads(run, task, args.checkpoint)
         serve.serve(run, task, args)
+        return
+    if not (args.search or args.embed):  # which read vectors
+        warn_of_random_heads(run, task, args.checkpoint)
 
 
 if __name__ == "__main__":

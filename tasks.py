@@ -53,7 +53,7 @@ class Task:
     generates: bool = False  # True: the text is the task's output, not its input
     without_answers: str = ""  # the task whose lines are read instead if no objective predicts answers
     layout: Callable = lambda paper, config: None  # how the model arranges the rows; a teacher must agree
-    most_pictures: int = 0  # > 0: evaluated on the pictures of --pool, at most this many
+    most_pictures: int = 0  # > 0: it ranks the pictures of --pool, at most this many
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------------
@@ -154,12 +154,12 @@ def examples_to_evaluate(run, name, dataset):
     task = TASKS[name]
     if not task.objective:
         return evaluation.first_captions(dataset)[:MOST_PRETRAINING]
-    if not task.most_pictures:
-        return np.arange(len(dataset))
-    pool = min(100 if dataset.split == "val" else run.args.pool, task.most_pictures)
+    pool = 100 if dataset.split == "val" else run.args.pool
     if task.generates:
         return evaluation.first_captions(dataset)[:pool]
-    return evaluation.retrieval_captions(run, dataset, pool)
+    if task.most_pictures:
+        return evaluation.retrieval_captions(run, dataset, min(pool, task.most_pictures))
+    return np.arange(len(dataset))
 
 
 def targets(dataset, index):
@@ -313,14 +313,21 @@ def answer_scores(run, dataset, name, answers):
 def evaluate_vqa(run, dataset):
     """Accuracy: the soft score of the answer with the highest logit, mean over all questions and over each kind.
 
+    `reachable`, where it is below 1: the accuracy of a model that always chooses the best answer it knows.
     Chance: always the most frequent answer of the training split to this kind of question, or to any question.
     """
     scores = answer_scores(run, dataset, "vqa", run.answers)
+    known = set(run.answers)
     guess = np.zeros(len(dataset))
-    for i, kind in enumerate(dataset.kind):
+    reachable = np.zeros(len(dataset))
+    for i, (kind, truth) in enumerate(zip(dataset.kind, dataset.answer, strict=True)):
         usual = run.usual_answers.get(kind, run.usual_answers.get(""))
-        guess[i] = dataset.answer[i].get(usual, 0.0)
-    return evaluation.accuracy_by_kind(scores, guess, dataset.kind)
+        guess[i] = truth.get(usual, 0.0)
+        reachable[i] = max((score for answer, score in truth.items() if answer in known), default=0.0)
+    metrics, chance = evaluation.accuracy_by_kind(scores, guess, dataset.kind)
+    if reachable.mean() < 1:
+        metrics["reachable"] = reachable.mean()
+    return metrics, chance
 
 
 def most_frequent_answers(dataset):
@@ -698,7 +705,6 @@ CAPTION = Task(
     best=("perplexity",),
     lower_is_better=True,
     generates=True,
-    most_pictures=10**9,
 )
 
 

@@ -300,7 +300,7 @@ def find_pictures(files, crops):
             for name in ("image", "images", "boxes", "target", "split"):
                 is_valid, wanted = records.KEYS[name]
                 if name in record and not is_valid(record[name]):
-                    raise UserError(f"{where}: {name!r} is {str(record[name])[:60]!r}; write {wanted}")
+                    raise UserError(f"{where}: {name!r} is {records.as_json(record[name])}; write {wanted}")
             for name in ("boxes", "target"):
                 if crops and name in record:
                     raise UserError(f"{where}: {name!r} is a place in the whole picture; leave out --crops")

@@ -751,6 +751,10 @@ def compare_models(results, out):
     text = "\n".join(lines) + "\n"
     if len(results) == len(models):
         text += "\nOne run a model: a lead may be chance. --seeds 3 adds the spread, and which model is best.\n"
+    for result in results:
+        if "random_heads" in result:
+            heads = ", ".join(result["random_heads"])
+            text += f"\nWARNING: {result['model']}, seed {result['seed']}: untrained, at random: {heads}\n"
     common.print0("\n" + text)
     if common.rank_and_world()[0] == 0:
         data.write_text(out / "comparison.json", json.dumps({"runs": results, "table": rows}, indent=1) + "\n")

@@ -140,6 +140,9 @@ class Log:
                 file.write(json.dumps(record, default=float) + "\n")
 
 
+FEW_EXAMPLES = 30  # one answer more or less is more than 3%
+
+
 def print_run(run):
     """The final configuration, once."""
     args = run.args
@@ -160,6 +163,9 @@ def print_run(run):
         common.print0(
             f"data     {task}, {name}: {counts} examples; {words:.1f} words, {regions:.1f} regions each{crops}"
         )
+        for name, split in splits.items():
+            if name != "train" and len(split) < FEW_EXAMPLES:
+                common.print0(f"warning  {task}: {name} has only {len(split)} examples, too few to tell much")
     dtype = str(run.dtype).removeprefix("torch.")
     examples = f"{args.batch_size} examples"
     if args.accumulate > 1:
@@ -194,8 +200,8 @@ def warn_at_chance(run, metrics, chance):
             if name.startswith(f"{other}_"):
                 task = other
         examples = len(run.sets[task].get("val", ()))
-        if examples < 30:
-            continue  # too few to tell
+        if examples < FEW_EXAMPLES:
+            continue  # too few to tell; `print_run` warns of them
         if metrics[name] <= p + 2 * math.sqrt(p * (1 - p) / examples):
             common.print0(
                 f"warning  val {name} {evaluation.percent(metrics[name])} is no better than chance, {evaluation.percent(p)}: "

@@ -130,27 +130,42 @@ STORE_ROW = re.compile(r"(.+)#(\d{1,12})")  # regions#17: row 17 of the store in
 
 
 class Mistakes:
-    """The first twenty mistakes in a file's lines for a task, one line each, and the number of all."""
+    """The mistakes in a file's lines for a task. Twenty different ones are kept, and how often each occurs."""
 
     def __init__(self, task):
         self.task = task
-        self.first = []
-        self.count = 0
+        self.different = {}  # what is wrong -> [the first such mistake, how many there are]
+        self.count = 0  # of all
 
     def add(self, text):
+        """text: "WHERE: what is wrong"."""
         self.count += 1
-        if len(self.first) < 20:
-            self.first.append(str(text))
+        _, _, what = str(text).partition(": ")
+        if what in self.different:
+            self.different[what][1] += 1
+        elif len(self.different) < 20:
+            self.different[what] = [str(text), 1]
+
+    def lines(self):
+        """One line for each mistake that is kept."""
+        found = []
+        for first, count in self.different.values():
+            if count > 1:
+                first += f" (the same in {count - 1} more)"
+            found.append(first)
+        return found
 
     def stop(self, path):
         """UserError if there are any."""
-        if self.count == 1:
-            raise UserError(self.first[0])
-        if self.count > 1:
-            hint = f"; `python data.py check {path} --task {self.task.name}` lists them"
-            if self.task.prompt:  # which that command does not know
-                hint = ""
-            raise UserError(f"{self.first[0]} (and {self.count - 1} more{hint})")
+        if self.count == 0:
+            return
+        hint = ""
+        if len(self.different) > 1:
+            hint = f" (mistakes in all: {self.count}"
+            if not self.task.prompt:  # which the command does not know
+                hint += f"; `python data.py check {path} --task {self.task.name}` lists them"
+            hint += ")"
+        raise UserError(self.lines()[0] + hint)
 
 
 def bounded_lines(file):
@@ -209,10 +224,19 @@ def parse_line(line):
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"not JSON ({error}); write one object a line") from None
+        raise UserError(f"not JSON ({error}); {hint_for(text.strip())}") from None
     if not isinstance(record, dict):
         raise UserError('not an object; write {"image": ..., "text": ...}')
     return record
+
+
+def hint_for(text):
+    """What to do about a line that is not JSON."""
+    if text.startswith("{") and text.endswith("},"):
+        return "leave out the comma at its end: a file of lines is no list"
+    if text.startswith(("{", "[", "]")):
+        return "write one object a line, without line breaks in it, and no list around them"
+    return "write one object a line; docs/your_data.md has a command that converts CSV"
 
 
 def fill_prompt(record, prompt):
@@ -232,6 +256,11 @@ def fill_prompt(record, prompt):
             if is_id(column) and is_valid(value):
                 record.setdefault("id", value)
     record["text"] = text
+
+
+def as_json(value):
+    """A value as it stands in a file, cut to 60 characters: a number without quotes, a string with them."""
+    return json.dumps(value, ensure_ascii=False)[:60]
 
 
 def unique_keys(pairs):
@@ -259,7 +288,7 @@ def check_record(record, task, splits):
             raise UserError(f"unknown key {key[:60]!r}; {suggestion(key)}")
         is_valid, wanted = KEYS[key]
         if not is_valid(value):
-            raise UserError(f"{key!r} is {str(value)[:60]!r}; write {wanted}")
+            raise UserError(f"{key!r} is {as_json(value)}; write {wanted}")
     needs = task.needs if task.text_is_optional else ("text", *task.needs)
     for key in needs:
         if key not in record:
@@ -803,6 +832,20 @@ def print_shared_pictures(sets):
         shared = digests[split] & digests[known]
         if known in ("train", "val") and shared:  # several splits for testing may well have the same pictures
             print(f"warning: {len(shared)} of the {len(digests[split])} pictures of {split} are in {known} too")
+
+
+def print_unknown_answers(sets):
+    """Warns of examples of other splits all of whose answers are in no example of train: a model of the training answers
+    cannot be right."""
+    if "train" not in sets:
+        return
+    known = set()
+    for answers in sets["train"].answer:
+        known.update(answers)
+    for split, dataset in sets.items():
+        unknown = sum(1 for answers in dataset.answer if answers and known.isdisjoint(answers))
+        if unknown:
+            print(f"warning: {unknown} of the {len(dataset)} examples of {split} have an answer that train has not")
 
 
 def remove_stale(folder):

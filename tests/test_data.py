@@ -1139,16 +1139,34 @@ def test_check_lists_the_first_twenty_mistakes_and_counts_all(own, tmp_path, mon
     assert code == 2
     for number, message in ((2, "not JSON"), (3, "no file"), (4, "outside its picture"), (5, "cannot read picture")):
         assert any(line.startswith(f"{path}:{number}: ") and message in line for line in error.splitlines()), number
-    assert "mistakes: 4" in error and error.count("\n") == 5
-    path = own(*["{"] * 33)
+    assert "mistakes: 4, 4 different ones above" in error and error.count("\n") == 5
+    path = own(*[{**GOOD, f"x{i}": 1} for i in range(33)])
     code, _, error = run_command(capsys, "check", path)
-    assert "mistakes: 33, the first 20" in error and error.count("\n") == 21
-    hint = r"my.jsonl:1: not JSON.*and 32 more; `python data.py check .*my.jsonl --task vqa` lists them"
+    assert "mistakes: 33, 20 different ones above" in error and error.count("\n") == 21
+    hint = r"my.jsonl:1: unknown key 'x0'.*mistakes in all: 33; `python data.py check .*my.jsonl --task vqa` lists them"
     with pytest.raises(common.UserError, match=hint):
         load(path, "vqa", "train", cache=tmp_path / "c")
     asked = dataclasses.replace(tasks.VQA, prompt="is it?")  # which that command cannot know
-    with pytest.raises(common.UserError, match=r"and 32 more\)"):
+    with pytest.raises(common.UserError, match=r"mistakes in all: 33\)"):
         data.load(path, asked, "train", cache=tmp_path / "c")
+
+
+def test_equal_mistakes_are_one_line_that_names_the_cause(own, tmp_path, monkeypatch, capsys):
+    """A CSV file, a list of objects over several lines, a comma after each object, one object over several lines."""
+    monkeypatch.chdir(tmp_path)
+    object_lines = [json.dumps(GOOD) + "," for _ in range(3)]
+    for lines, first, hint in (
+        (["image,text", "a.png,x", "b.png,y"], 1, "a command that converts CSV (the same in 2 more)"),
+        (object_lines, 1, "leave out the comma at its end: a file of lines is no list (the same in 2 more)"),
+        (["[", *object_lines, "]"], 1, "no list around them"),
+        (["{", '"image": "a.png"', "}"], 1, "without line breaks in it"),
+    ):
+        code, _, error = run_command(capsys, "check", own(*lines))
+        assert code == 2 and error.startswith(f"{tmp_path}/my.jsonl:{first}: not JSON") and hint in error.split("\n")[0]
+        assert error.splitlines()[-1].startswith(f"data.py: {tmp_path}/my.jsonl: mistakes: {len(lines)}, ")
+    missing = {key: value for key, value in GOOD.items() if key != "text"}
+    with pytest.raises(common.UserError, match=r"my.jsonl:2: key 'text' is missing.* \(the same in 1 more\)$"):
+        load(own(GOOD, missing, missing), "pretrain", "train", cache=tmp_path / "c")
 
 
 def test_check_lists_every_wrong_picture_where_the_lines_are_right(own, tmp_path, monkeypatch, capsys):
@@ -1158,7 +1176,7 @@ def test_check_lists_every_wrong_picture_where_the_lines_are_right(own, tmp_path
         Path(f"{i}.png").write_text("no picture")
         lines.append({"image": f"{i}.png", "text": "x"})
     code, _, error = run_command(capsys, "check", own({"image": "a.png", "text": "x"}, *lines))
-    assert code == 2 and "mistakes: 23, the first 20" in error
+    assert code == 2 and "mistakes: 23, 20 different ones above" in error
     assert [line.split(": ")[0] for line in error.splitlines()[:20]] == [
         f"{tmp_path}/my.jsonl:{i}" for i in range(2, 22)
     ]
@@ -1645,7 +1663,7 @@ def test_a_folder_names_its_files_and_splits(own, tmp_path):
     for content, message in (
         ('{"files": {"ve": "x.jsonl"}}', "nothing for task vqa; it has ve"),
         ('{"file": "x.jsonl"}', "no such file"),
-        ('{"file": 3}', "'file' is '3'"),
+        ('{"file": 3}', "'file' is 3; write"),
         ('{"fiel": "x"}', "unknown key 'fiel'"),
         ("{}", "no 'file'"),
         ('{"files": {"vqa": 3}}', "'files' is"),
@@ -1725,6 +1743,18 @@ def test_check_names_pictures_that_training_shares_with_val(own, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     path = own({"image": "a.png", "text": "x"}, {"image": "a.png", "text": "y", "split": "val"})
     assert "1 of the 1 pictures of val are in train too" in run_command(capsys, "check", path)[1]
+
+
+def test_check_counts_answers_that_train_has_not(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = {"image": "a.png", "text": "x"}
+    lines = [{**asked, "answer": "red"}, {**asked, "answer": {"blue": 0.3}}]
+    for answer in ("Red.", {"green": 1, "blue": 0.1}, "green", "grey"):
+        lines.append({**asked, "answer": answer, "split": "test"})
+    code, output, _ = run_command(capsys, "check", own(*lines), "--task", "vqa")
+    assert code == 0 and "warning: 2 of the 4 examples of test have an answer that train has not" in output
+    assert "answer that train" not in run_command(capsys, "check", own(*lines[:3]), "--task", "vqa")[1]
+    assert "answer that train" not in run_command(capsys, "check", own(*lines[2:]), "--task", "vqa")[1]
 
 
 def test_an_answer_is_drawn_in_proportion_to_its_score(dataset, tokenizer):

@@ -103,12 +103,14 @@ def test_answers_are_optional_and_the_accuracy_is_that_of_the_lines_with_one(tra
     found = [json.loads(line) for line in (folder / "p.jsonl").read_text().splitlines()]
     assert [line["id"] for line in found] == [line["id"] for line in lines]
     assert not any("truth" in line for line in found)
+    assert {line["text"] for line in found} == {"what color is the circle?"}
     for line, predicted in zip(lines, found, strict=True):
         line["answer"] = predicted["answers"][0][0]  # what the model says
     lines[0]["answer"] = "an answer that it does not know"
     del lines[1]["answer"]
     assert use(checkpoint, "--data", own_file(folder, "with.jsonl", lines), "--out", "p.jsonl") == 0
-    assert json.loads((folder / "p.result.json").read_text())["train"]["accuracy"] == 7 / 8
+    found = json.loads((folder / "p.result.json").read_text())["train"]
+    assert found["accuracy"] == found["reachable"] == 7 / 8
     # training still needs every answer, though the same file was read without
     with pytest.raises(UserError, match="'answer' is missing"):
         data.load(folder / "with.jsonl", tasks.TASKS["vqa"], "train")
@@ -354,7 +356,8 @@ def test_a_picture_gives_what_a_line_with_it_gives(trained, folder, capsys):
         printed = capsys.readouterr()
         assert printed.out == drawing.describe(found) + "\n", task
         assert Image.open(folder / "one.png").width == drawing.SIDE
-        assert printed.err == ""
+        # best.pt of so short a run may be untrained
+        assert re.sub(f"warning: {checkpoint}: untrained, at random: .*\n", "", printed.err) == ""
 
 
 @pytest.mark.parametrize("orientation, turn", [(3, "ROTATE_180"), (6, "ROTATE_90"), (8, "ROTATE_270")])

@@ -473,7 +473,7 @@ def test_a_picture_that_a_network_cannot_read_is_one_line(tmp_path, no_network, 
     monkeypatch.chdir(tmp_path)
     assert train.main(["--data", str(source), "--steps", "1", "--features", "any", "--device", "cpu"]) == 2
     err = capsys.readouterr().err
-    assert "my.jsonl:1: cannot read picture" in err and "(and 1 more; " in err and "Traceback" not in err
+    assert "my.jsonl:1: cannot read picture" in err and "(mistakes in all: 2; " in err and "Traceback" not in err
 
 
 def test_further_frames_are_named_where_a_network_makes_the_regions(tmp_path, no_network, monkeypatch, capsys):
@@ -1023,10 +1023,10 @@ def test_a_folder_of_pictures_becomes_lines_with_their_names(tmp_path, no_networ
         ('{"text": "no picture"}', "my.jsonl:1: names no picture"),
         ("", "holds no examples"),
         ('{"image": "1.png", "text": "t", "boxes": [[0, 0, 999, 9]]}', "outside its picture"),
-        ('{"image": 5, "text": "t"}', "my.jsonl:1: 'image' is '5'; write a file name"),
-        ('{"images": "1.png", "text": "t"}', "my.jsonl:1: 'images' is '1.png'; write a list of two file names"),
-        ('{"image": "1.png", "boxes": [1, 2, 3, 4]}', "my.jsonl:1: 'boxes' is '[1, 2, 3, 4]'; write"),
-        ('{"image": "1.png", "split": null}', "my.jsonl:1: 'split' is 'None'; write train, val or test"),
+        ('{"image": 5, "text": "t"}', "my.jsonl:1: 'image' is 5; write a file name"),
+        ('{"images": "1.png", "text": "t"}', "my.jsonl:1: 'images' is \"1.png\"; write a list of two file names"),
+        ('{"image": "1.png", "boxes": [1, 2, 3, 4]}', "my.jsonl:1: 'boxes' is [1, 2, 3, 4]; write"),
+        ('{"image": "1.png", "split": null}', "my.jsonl:1: 'split' is null; write train, val or test"),
         ('{"image": "1.png", "features": "x#1"}', "my.jsonl:1: names no picture, or names it twice"),
         ("[" * 200_000, "my.jsonl:1: not JSON"),
     ],

@@ -27,7 +27,7 @@ import predict
 import serve
 from common import UserError
 from prepare import scenes
-from support import drawing, questions
+from support import drawing, examples, questions
 
 ROOT = Path(__file__).parent.parent
 
@@ -644,7 +644,7 @@ def test_a_model_that_cannot_look_at_pictures_is_refused_before_the_samples_are_
         raise UserError("feature files, not pixels")
 
     server = start("vqa")
-    monkeypatch.setattr(predict, "load_network", fail)
+    monkeypatch.setattr(examples, "load_network", fail)
     monkeypatch.setattr(questions, "make_samples", lambda *arguments: pytest.fail("samples before the network"))
     with pytest.raises(UserError, match="not pixels"):
         serve.Server(0, server.run, server.task, 3)

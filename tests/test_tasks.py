@@ -1532,3 +1532,18 @@ def test_a_kind_that_was_not_taught_is_guessed_as_any(monkeypatch):
     dataset = type("Dataset", (SimpleNamespace,), {"__len__": lambda self: 1})(**vars(dataset))
     run = SimpleNamespace(answers=["yes", "no"], usual_answers={"": "yes", "old": "no"})
     assert tasks.evaluate_vqa(run, dataset)[1] == {"accuracy": 1.0}
+
+
+def test_answers_that_the_model_does_not_know_bound_the_accuracy(monkeypatch):
+    """Soft answers: 1, 0.3 of two known ones, 0 of an unknown one, 0.4 beside an unknown one."""
+    monkeypatch.setattr(tasks, "answer_scores", lambda *_: np.zeros(4))
+    answers = [{"yes": 1.0}, {"yes": 0.2, "no": 0.3}, {"maybe": 1.0}, {"maybe": 1.0, "no": 0.4}]
+    dataset = SimpleNamespace(answer=answers, kind=["q"] * 4)
+    dataset = type("Dataset", (SimpleNamespace,), {"__len__": lambda self: 4})(**vars(dataset))
+    run = SimpleNamespace(answers=["yes", "no"], usual_answers={"": "yes"})
+    metrics, chance = tasks.evaluate_vqa(run, dataset)
+    assert metrics["reachable"] == pytest.approx((1 + 0.3 + 0 + 0.4) / 4) and "reachable" not in chance
+    run.answers = ["yes", "no", "maybe"]
+    assert tasks.evaluate_vqa(run, dataset)[0]["reachable"] == pytest.approx((1 + 0.3 + 1 + 1) / 4)
+    dataset.answer = [{"yes": 1.0}] * 4
+    assert "reachable" not in tasks.evaluate_vqa(run, dataset)[0]

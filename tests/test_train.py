@@ -275,12 +275,15 @@ def test_comparison_has_the_mean_and_the_standard_deviation_of_a_sample(tmp_path
         for accuracy in accuracies:
             result = {"model": model, "parameters": 10, "examples_per_second": 20.0, "chance": {"accuracy": 0.25}}
             results.append(result | {"accuracy": accuracy, "accuracy_color": 0.1, "mlm_loss": 3.0})
+    results[2] |= {"seed": 5, "random_heads": ["vqa"]}
     evaluation.compare_models(results, tmp_path)
     table = json.loads((tmp_path / "comparison.json").read_text())["table"]
     assert list(table) == ["parameters", "examples_per_second", "accuracy"]
     assert table["accuracy"]["uniter"] == pytest.approx({"mean": 0.6, "spread": 0.1 * math.sqrt(2)})
     assert table["accuracy"]["lxmert"] == {"mean": 0.6, "spread": None}  # one run has none
-    assert "| accuracy | 60.0 ± 14.1 | 60.0 |  | 25.0% |" in (tmp_path / "comparison.md").read_text()
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| accuracy | 60.0 ± 14.1 | 60.0 |  | 25.0% |" in text
+    assert text.endswith("\nWARNING: lxmert, seed 5: untrained, at random: vqa\n") and text.count("WARNING") == 1
 
 
 @pytest.fixture
@@ -400,7 +403,8 @@ def test_vqa_accuracy_is_the_soft_score_of_the_best_answer(monkeypatch):
     taught = Questions(kind=[kind for kind, _ in asked], answer=[{answer: 1.0} for _, answer in asked])
     run = SimpleNamespace(answers=["yes", "no"], usual_answers=tasks.most_frequent_answers(taught))
     metrics, chance = tasks.evaluate_vqa(run, dataset)
-    assert metrics == pytest.approx({"accuracy": 1.3 / 3, "accuracy_a": 0.65, "accuracy_b": 0.0})
+    expected = {"accuracy": 1.3 / 3, "accuracy_a": 0.65, "accuracy_b": 0.0, "reachable": 1.6 / 3}
+    assert metrics == pytest.approx(expected)
     # to questions of kind a "yes" is taught most often; of kind b two answers are, of which "maybe" comes first
     assert chance == pytest.approx({"accuracy": 2.6 / 3, "accuracy_a": 0.8, "accuracy_b": 1.0})
 
@@ -1801,4 +1805,10 @@ def test_heads_that_the_best_weights_have_at_random_are_said(pictures, tmp_path,
     monkeypatch.setattr(tasks, "best_score", lambda run, metrics: (next(scores), "a number"))
     here("--data", pictures, "--task", "vqa", "--steps", 1, "--eval-every", 1, "--out", "out")
     assert json.loads((tmp_path / "out/result.json").read_text())["random_heads"] == ["vqa"]
-    assert "WARNING: untrained, at random: vqa" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "WARNING: untrained, at random: vqa" in output
+    assert "warning  vqa: test has only 4 examples" in output and "train has only" not in output
+    assert predict.main(["out/best.pt", "--scenes", "1", "--device", "cpu"]) == 0
+    assert "out/best.pt: untrained, at random: vqa" in capsys.readouterr().err
+    assert predict.main(["out/checkpoint.pt", "--scenes", "1", "--device", "cpu"]) == 0
+    assert "at random" not in capsys.readouterr().err
