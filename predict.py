@@ -211,6 +211,14 @@ def warn_of_random_heads(run, task, checkpoint):
         data.warn(f"{checkpoint}: untrained, at random: {', '.join(names)}")
 
 
+def check_answers(run, checkpoint):
+    """UserError for a checkpoint of pretraining whose objectives say nothing of a single pair."""
+    if not evaluation.has_answers(run):
+        words = "; --search and --embed read its vectors" if "itc" in run.objectives else ""
+        names = ", ".join(run.objectives)
+        raise UserError(f"{checkpoint}: trained with {names} alone it has no answers to show (mlm or itm has){words}")
+
+
 @torch.inference_mode()
 def predict(run, task, dataset, index, top):
     """The answers to examples `index`: a list of dicts, see support/evaluation.py."""
@@ -595,6 +603,8 @@ def run_mode(args):
         export_checkpoint(args)
         return
     run, task = load_run(args)
+    if not (args.data or args.search or args.embed):
+        check_answers(run, args.checkpoint)
     if args.attention:
         attention.check_task(run, task)
         show_attention(run, task, args)

@@ -635,7 +635,7 @@ def run_test(run):
     if run.rank == 0:
         data.write_text(args.out / "result.json", json.dumps(result, indent=1) + "\n")
     common.print0("\n".join(lines))
-    print_next_command(args.out)
+    print_next_command(run)
     return result
 
 

@@ -675,6 +675,12 @@ def show_choices(names, probs, dataset, i, top):
     return shown
 
 
+def has_answers(run):
+    """Whether the run's objectives have something to show of a single pair: all but those of pretraining that
+    `show_pretraining` does not read."""
+    return any(name in ("itm", "mlm") or not run.paper.OBJECTIVES[name].pretraining for name in run.objectives)
+
+
 def show_pretraining(run, dataset, i, logits, top):
     """The match probability, the text with its masked word, the likeliest words for it, and the true one."""
     piece_of = run.tokenizer.id_to_token

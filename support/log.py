@@ -178,11 +178,17 @@ def print_run(run):
     )
 
 
-def print_next_command(folder):
+def print_next_command(run):
     """What to try with the weights of a finished run."""
+    what = "--scenes 4"
+    if not evaluation.has_answers(run):
+        if "itc" not in run.objectives:
+            return
+        what = "--search TEXT"
     for name in (checkpoints.BEST, checkpoints.NEWEST):
-        if (folder / name).exists():
-            common.print0(f"\nto see it at work: python predict.py {shlex.quote(str(folder / name))} --scenes 4")
+        file = run.args.out / name
+        if file.exists():
+            common.print0(f"\nto see it at work: python predict.py {shlex.quote(str(file))} {what}")
             return
 
 

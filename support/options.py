@@ -371,6 +371,8 @@ def choose_regions(args, start):
     """Sets `regions`, how regions are made, in the description of each data set that lacks it; see `choose_network`.
     Returns `regions` of the first data set. start: the checkpoint that the run starts from, or None."""
     shown = ""
+    if start and not args.fresh and not data.is_network(start.get("regions", {})):
+        take_over_patches(args, start)
     firsts = [records.first_record(file) for file in line_files(args, args.model)]  # of each data set
     given = ["--features"] if args.features else args.patch_options
     if given and all("features" in record for record in firsts):
@@ -387,6 +389,18 @@ def choose_regions(args, start):
     if shown:
         common.print0(f"data     {shown}")
     return args.data_sets[0][1]["regions"]
+
+
+def take_over_patches(args, start):
+    """Sets --patch and --grid, where they are not given, to those of the checkpoint that the run starts from."""
+    for name in ("patch", "grid"):
+        value = start.get(name)  # an official checkpoint has none
+        if value is None:
+            continue
+        if f"--{name}" not in args.patch_options:
+            setattr(args, name, value)
+        elif getattr(args, name) != value:
+            data.warn(f"--{name} {getattr(args, name)}: {args.init or args.teacher} was trained with {value}")
 
 
 def check_network(source, description, regions, trains):

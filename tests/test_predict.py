@@ -22,9 +22,10 @@ import data
 import predict
 import tasks
 import train
+import uniter
 from common import UserError
 from prepare import scenes
-from support import drawing, examples, options, regions
+from support import drawing, examples, log, options, regions
 
 TASKS = "vqa,ve,nlvr2,vcr,retrieval,refer,caption"
 EVALUATED = [("uniter", task) for task in (*TASKS.split(","), "pretrain")]
@@ -620,6 +621,26 @@ def test_pictures_without_texts_get_captions_and_are_found(trained, folder, caps
     assert "3 examples without text, nothing to measure" in capsys.readouterr().out
     assert use(trained("uniter", "vqa"), "--data", album) == 2
     assert "key 'text' is missing" in capsys.readouterr().err
+
+
+def test_objectives_without_an_answer_for_a_pair_are_refused(trained, folder, capsys):
+    contrast = trained("uniter", "pretrain", "--objectives", "itc")
+    image = ["--image", "0.png", "--text", "a star"]
+    for what in (["--scenes"], image, [*image, "--attention", "a.png"], ["--serve", "0"]):
+        assert use(contrast, *what) == 2
+        error = capsys.readouterr().err
+        assert "trained with itc alone it has no answers to show (mlm or itm has); --search and --embed" in error
+    args = SimpleNamespace(out=folder / Path(contrast).parent)
+    run = SimpleNamespace(paper=uniter, args=args, objectives={"itc": 1, "mrfr": 1})
+    log.print_next_command(run)
+    assert f"predict.py {folder / contrast} --search TEXT" in capsys.readouterr().out
+    run.objectives = {"mrfr": 1}
+    log.print_next_command(run)
+    assert capsys.readouterr().out == ""
+    for objectives in ({"mlm": 1}, {"itc": 1, "itm": 1}, {"vqa": 1}, {"caption": 1}):
+        run.objectives = objectives
+        log.print_next_command(run)
+        assert "--scenes 4" in capsys.readouterr().out
 
 
 def test_a_caption_takes_no_number_of_answers(trained, capsys):

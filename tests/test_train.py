@@ -1443,6 +1443,26 @@ def test_pretraining_without_questions_in_val_and_test_goes_on(tmp_path, here):
     assert "mlm_accuracy" in result and "qa_accuracy" not in result
 
 
+def test_patches_are_cut_as_in_the_start(pictures, tmp_path, here, capsys):
+    """--patch and --grid that are not given are those of --init, --teacher and --resume; others are said."""
+    given = ["--data", pictures, "--steps", 1]
+    here(*given, "--patch", 4, "--grid", 3, "--out", "start")
+    start = checkpoints.load_checkpoint(tmp_path / "start/checkpoint.pt")
+    for option in ("--init", "--teacher"):
+        here(*given, "--steps", 0, option, "start/checkpoint.pt", "--out", "next")
+        here(*given, option, "start/checkpoint.pt", "--out", "next")
+        found = checkpoints.load_checkpoint(tmp_path / "next/checkpoint.pt")
+        assert (found["patch"], found["grid"]) == (start["patch"], start["grid"]) == (4, 3)
+    capsys.readouterr()
+    here(*given, "--steps", 2, "--resume", "--out", "start")
+    assert capsys.readouterr().err == ""
+    here(*given, "--init", "start/checkpoint.pt", "--grid", 2, "--out", "other")
+    assert "warning: --grid 2: start/checkpoint.pt was trained with 3\n" in capsys.readouterr().err
+    assert checkpoints.load_checkpoint(tmp_path / "other/checkpoint.pt")["grid"] == 2
+    here(*given, "--init", "start/checkpoint.pt", "--fresh", "--out", "fresh")
+    assert checkpoints.load_checkpoint(tmp_path / "fresh/checkpoint.pt")["grid"] == 6
+
+
 def test_a_used_folder_is_said_and_a_folder_in_use_is_refused(pictures, tmp_path, here, capsys):
     here("--data", pictures, "--steps", 0)
     assert "holds an earlier run" not in capsys.readouterr().out
