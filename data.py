@@ -360,7 +360,7 @@ def find(source, cache=CACHE):
             return make_once(Path(cache).resolve() / f"{source}-{getattr(script, 'VERSION', 1)}", script.make)
         raise UserError(f"{source}: made from published files; run `python prepare/{source}.py --help`, then give the "
                         "folder that it writes")  # fmt: skip
-    raise UserError(f"{source}: no such file or folder; give a .jsonl file, a folder with dataset.json, or scenes")
+    raise UserError(f"{source}: no such file or folder; give a .jsonl file, a data set's folder, scenes or charts")
 
 
 def read_dataset_json(path):
@@ -889,7 +889,7 @@ def print_contents(path, sets):
     print(f"{path}: {total} examples ({counts}), {len(pictures)} pictures, {regions}{of_answers}")
 
 
-def preview(source, task, out, split, count, patch, grid):
+def preview(source, task, out, split, count):
     """Draws a sheet of `count` examples: pictures with their regions' boxes, text and answer."""
     from prepare.preview import draw_sheet  # here, since both import this file
     from support import drawing
@@ -897,7 +897,7 @@ def preview(source, task, out, split, count, patch, grid):
     path, splits, _ = describe(source, task)
     if Path(out).exists():
         refuse_overwriting("--out", out, files_named(Path(out).name, path, task, splits))
-    sheet = draw_sheet(path, task, splits, split, count, patch, grid)
+    sheet = draw_sheet(path, task, splits, split, count)
     drawing.save(sheet, Path(out), "--out")
     print(f"{out}: {sheet.width} x {sheet.height} pixels, of {path}")
     return 0
@@ -914,15 +914,15 @@ def parse(argv):
     for command in (check_command, preview_command):
         command.add_argument("source", help="a .jsonl file, a folder with dataset.json, scenes or charts")
         command.add_argument("--task", choices=list(tasks.TASKS), default="pretrain", help="(default: pretrain)")
-        command.add_argument("--patch", type=COUNT, default=12, help="a region becomes patch x patch pixels")
-        command.add_argument("--grid", type=COUNT, default=6, help="regions: the picture and grid x grid parts of it")
-    check_command.add_argument("--vocab", help="a BERT vocab.txt or tokenizer.json (default: the data set's own)")
-    check_command.add_argument("--max-words", type=in_range(int, 8), default=60, help="longest text, in word pieces")
-    preview_command.add_argument("--out", default="preview.png", help="the picture (default: preview.png)")
-    preview_command.add_argument("--split", default="train", help="(default: train)")
-    preview_command.add_argument(
-        "--count", type=COUNT, default=6, help="examples, each of another picture (default: 6)"
-    )
+    add = check_command.add_argument
+    add("--patch", type=COUNT, default=12, help="as for train.py (default: 12)")
+    add("--grid", type=COUNT, default=6, help="as for train.py (default: 6)")
+    add("--vocab", help="a BERT vocab.txt or tokenizer.json (default: the data set's own)")
+    add("--max-words", type=in_range(int, 8), default=60, help="as for train.py (default: 60)")
+    add = preview_command.add_argument
+    add("--out", default="preview.png", help="the picture (default: preview.png)")
+    add("--split", default="train", help="(default: train)")
+    add("--count", type=COUNT, default=6, help="examples, each of another picture (default: 6)")
     args = parser.parse_args(argv)
     args.task = tasks.TASKS[args.task]
     return vars(args)

@@ -104,7 +104,9 @@ def main():
     """Exit code 0, or 2 with one line on stderr."""
     parser = data.Parser(prog="charts.py", description="Draw bar charts with questions.")
     parser.add_argument("out", help="folder to write")
-    parser.add_argument("--boxes", choices=["bars", "none"], default="bars", help="what the lines give as regions")
+    parser.add_argument(
+        "--boxes", choices=["bars", "none"], default="bars", help="regions of the lines (default: bars)"
+    )
     try:
         args = parser.parse_args()
         make(args.out, with_boxes=args.boxes == "bars")

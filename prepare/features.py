@@ -34,7 +34,7 @@ from PIL import ImageOps
 import data
 from common import UserError
 from prepare import networks, published
-from support.machine import keep_freed_memory, pick_device
+from support.machine import explain, keep_freed_memory, pick_device
 from support import records
 from support.ranges import COUNT, COUNT_OR_ZERO
 from support.regions import (
@@ -427,8 +427,11 @@ def main(arguments=None):
             torch.set_num_threads(args.threads)
         keep_freed_memory()  # a step takes 40 to 45% of the time that it takes without
         prepare(args)
-    except (UserError, OSError) as error:
-        print(f"features.py: {UserError(str(error))}", file=sys.stderr)
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        message = explain(error, kept="; run it again to go on", advice="try a smaller --batch-size")
+        if message is None:
+            raise
+        print(f"features.py: {message}", file=sys.stderr)
         return 2
     return 0
 

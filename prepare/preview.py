@@ -11,10 +11,10 @@ from support.records import Mistakes, Pictures, picture_names, read_records
 from support.regions import open_picture, read_features
 
 
-def draw_sheet(path, task, splits, split, count, patch, grid):
+def draw_sheet(path, task, splits, split, count):
     """A sheet of `count` examples of a split, three in a row: the first of each picture. UserError if a line is wrong."""
     mistakes = Mistakes(task)
-    pictures = Pictures(path.parent, patch, grid)
+    pictures = Pictures(path.parent, patch=1, grid=1)  # which are not read here
     cells = []
     seen = set()
     for where, record in read_records(path, task, splits, mistakes):
@@ -60,10 +60,11 @@ def value_as_text(value):
 
 
 def draw_regions(where, record, pictures, store, row, side):
-    """A picture with the boxes of its regions, the target's in red. Of a store, which has no pictures, the regions."""
+    """A picture with the boxes of its regions, the target's in red. Of a store that does not know the picture, its regions."""
     boxes = []  # 0..1
     if store:
-        image, boxes = drawing.paste_regions(pictures.stores[store], row, side)
+        known = pictures.stores[store]
+        image, boxes = drawing.picture_of(known, row, known.picture_file(row), side)
     else:
         job = pictures.jobs[row]
         if job.path.suffix == ".npz":

@@ -1,6 +1,7 @@
 """What the scripts for published data sets share: reading their files, one line about a mistake, writing JSONL."""
 
 from support import interrupt  # noqa: F401, I001 (before torch, for Ctrl-C)
+import argparse
 import json
 import os
 import re
@@ -238,7 +239,7 @@ def main(convert, description, add_options=None, arguments=None, predictions=Non
     """The command line of a script: SOURCE and OUT, then what add_options(parser) adds, as keywords of convert().
     predictions: see `write_predictions`. Exit code 0, or 2 with one line on stderr."""
     name = Path(sys.argv[0]).name
-    parser = data.Parser(prog=name, description=description.split("\n")[0])
+    parser = data.Parser(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder of the published files")
     parser.add_argument("out", type=Path, help="folder of the JSONL")
     if predictions is not None:

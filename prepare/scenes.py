@@ -264,8 +264,8 @@ def main():
     """Exit code 0, or 2 with one line on stderr."""
     parser = data.Parser(prog="scenes.py", description="Draw the built-in data set.")
     parser.add_argument("out", help="folder to write")
-    parser.add_argument("--count", type=in_range(int, 2), help="at most so many pictures of each split")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=in_range(int, 2), metavar="N", help="at most N pictures of each split")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     try:
         args = parser.parse_args()
         counts = dict(COUNTS)

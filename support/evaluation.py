@@ -130,7 +130,7 @@ def recall_at(scores, truth, ks=(1, 5, 10)):
     get the recall of guessing. NaN scores rank last.
     scores (texts, pictures); truth (texts,), the column of each text's picture. A picture may have several texts; one
     of them among the first k is enough. Pictures without a text are candidates only.
-    Returns {"text_to_image_r1": .., "image_to_text_r1": .., ...}.
+    Returns {"text_to_image_r1": .., ..., "image_to_text_r1": .., ...}.
     """
     scores = torch.where(scores.isnan(), -math.inf, scores)
     matches = truth[:, None] == torch.arange(scores.shape[1])  # (texts, pictures) bool, True = they belong together
@@ -138,6 +138,7 @@ def recall_at(scores, truth, ks=(1, 5, 10)):
     recalls = {}
     for k in ks:
         recalls[f"text_to_image_r{k}"] = expected_hits(scores, matches, k).mean().item()
+    for k in ks:
         recalls[f"image_to_text_r{k}"] = expected_hits(scores.T[has_text], matches.T[has_text], k).mean().item()
     return recalls
 

@@ -172,6 +172,8 @@ def print_run(run):
         examples += f" x {args.accumulate} passes"
     if run.world > 1:
         examples += f" x {run.world} processes"
+    if args.resume:
+        common.print0(f"resume   after step {run.progress['step']}")
     common.print0(
         f"run      {args.steps} steps of {examples}, lr {args.lr:.3g}, "
         f"seed {args.seed}, {', '.join(run.objectives)}; {run.device}, {dtype}; to {args.out}"

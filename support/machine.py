@@ -115,7 +115,7 @@ def explain(error, kept="", advice="try a smaller --batch-size (with --accumulat
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"too little memory; {advice}"
     if "PytorchStreamWriter" in text or "inline_container" in text:  # torch.save, for example on a full disk
-        return f"weights could not be written (is the disk full?){kept}"
+        return f"a file could not be written (is the disk full?){kept}"
     if dist.is_initialized() and ("gloo" in text or "Connection" in text or isinstance(error, dist.DistError)):
         return "another process of this run has ended"
     return None

@@ -37,7 +37,7 @@ OPTIONS = {
     "data": [
         ("--data", str, "scenes", "scenes or charts (built in), a .jsonl file or a folder with dataset.json; one for all tasks, or a,b,c"),
         ("--limit", COUNT, None, "use N of the training examples, drawn at random"),
-        ("--vocab", str, None, "a BERT vocab.txt or a tokenizer.json (default: trained on the training texts)"),
+        ("--vocab", str, None, "a BERT vocab.txt or a tokenizer.json (default: of --init, else of the data set, else trained on the training texts)"),
         ("--max-words", in_range(int, 8), None, "word pieces of a text, with [CLS] and [SEP]; the rest is cut off (default: 60)"),
         ("--mask", SHARE, None, "share of the word pieces that pretraining masks (default: that of the data set, else 0.15)"),
         ("--features", str, None, "of own pictures: a network, as in prepare/features.py, or patches (default: see docs/your_data.md)"),
@@ -63,7 +63,7 @@ OPTIONS = {
     ],
     "retrieval and captions": [
         ("--mine", COUNT, 4, "retrieval draws N negatives and keeps the hardest, in the second half of the steps"),
-        ("--pool", COUNT, 200, "pictures in the test of retrieval and captions"),
+        ("--pool", COUNT, 200, "pictures in the test of captions, and of retrieval, which takes 1000 at most; val: 100"),
         ("--captions", ["all", "first"], None, "captions of a picture in retrieval's test (default: that of the data set, else all)"),
         ("--beams", COUNT, 1, "beam width of the captions in the test; 1 is greedy search"),
         ("--consensus", bool, False, "test: of the --beams texts keep the one most like the captions of similar training pictures"),

@@ -615,7 +615,13 @@ def test_a_store_knows_the_picture_files(tmp_path, no_network):
     assert names == ["0.png", "0.png", "0.png", "1.png", "2.png"]
     dataset = data.load(out, tasks.CAPTION, "test")
     assert [picture_file(dataset, row) for row in dataset.image] == [tmp_path / "1.png", tmp_path / "2.png"]
-    (tmp_path / "2.png").unlink()
+    preview = ["preview", str(out), "--task", "caption", "--split", "test", "--out", str(tmp_path / "sheet.png")]
+    assert data.main(preview) == 0
+    assert len(Image.open(tmp_path / "sheet.png").getcolors(10**6)) > 1000  # the noise of the pictures
+    for i in (1, 2):
+        (tmp_path / f"{i}.png").unlink()
+    assert data.main(preview) == 0
+    assert len(Image.open(tmp_path / "sheet.png").getcolors(10**6)) < 300  # boxes and text
     assert picture_file(dataset, dataset.image[1]) is None
     data.write_store(out / "regions", [{"features": np.zeros((1, 3)), "boxes": np.zeros((1, 4))}])
     assert data.FeatureStore(out / "regions").picture_file(0) is None
@@ -730,6 +736,28 @@ def test_a_run_that_stops_between_store_and_lines_leaves_no_old_lines(tmp_path, 
     assert not (out / "my.jsonl").exists() and not (out / "dataset.json").exists()
     assert extract(source, out, "--crops", "2") == 0
     assert read_lines(out / "my.jsonl")[-1] == {"features": "regions#30", "text": "a later line"}
+
+
+def test_a_full_disk_is_one_line_and_a_fault_keeps_its_traceback(tmp_path, no_network, monkeypatch, capsys):
+    source = make_jsonl(tmp_path, 4)
+    saved = torch.save
+    message = (
+        "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/3: file write failed"
+    )
+
+    def fail(content, path):
+        saved(content, path)
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch, "save", fail)
+    assert extract(source, tmp_path / "out") == 2
+    expected = "features.py: a file could not be written (is the disk full?); run it again to go on\n"
+    assert capsys.readouterr().err == expected and not list(tmp_path.rglob("*.tmp"))
+    message = "a fault of this program"
+    with pytest.raises(RuntimeError, match=message):
+        extract(source, tmp_path / "out")
+    monkeypatch.setattr(torch, "save", saved)
+    assert extract(source, tmp_path / "out") == 0
 
 
 def test_texts_written_beside_a_folder_s_pictures_are_not_lost(tmp_path, no_network, capsys):
