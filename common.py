@@ -67,10 +67,14 @@ def attention(query, key, value, bias=None, dropout=0.0):
 
 
 class LayerNorm(nn.LayerNorm):
-    """`layer_norm` by torch's kernel, with its weight and bias (C,). eps is BERT's."""
+    """`layer_norm` by torch's kernel, with its weight and bias (C,). eps is BERT's. In float32 under autocast: on a GPU
+    autocast itself sees to that, on a CPU it does not, and the region streams would stay in bfloat16."""
 
     def __init__(self, width):
         super().__init__(width, eps=1e-12)
+
+    def forward(self, x):
+        return super().forward(at_least_float32(x))
 
 
 class TextEmbedding(nn.Module):
@@ -222,11 +226,8 @@ def at_least_float32(x):
 
 
 def in_float32(loss):
-    """Decorator: computes a loss in float32 whatever autocast does; float64 stays float64. Pass tensors as
-    positional arguments: keyword ones are not converted.
-
-    Under autocast logits arrive in bfloat16, and their softmax would stay in it. Nearly right predictions would then
-    have almost no gradient.
+    """Decorator: computes a loss in float32 whatever autocast does; float64 stays float64. In bfloat16 the softmax would
+    leave nearly right predictions almost no gradient. Pass tensors as positional arguments: keyword ones stay as they are.
     """
 
     @functools.wraps(loss)
@@ -345,11 +346,11 @@ def masked_mean(states, mask):
 
 
 @in_float32
-def cross_entropy(logits, labels, reduction="mean"):
-    """-log softmax(logits)[label] in nats. logits (M, K), labels (M,) int64. The mean of an empty batch is 0."""
-    if reduction == "mean" and labels.shape[0] == 0:  # nothing was masked; the official codes return NaN
+def cross_entropy(logits, labels):
+    """-log softmax(logits)[label] in nats, mean over rows. logits (M, K), labels (M,) int64. 0 if there are no rows."""
+    if labels.shape[0] == 0:  # nothing was masked; the official codes return NaN
         return logits.sum() * 0.0
-    return F.cross_entropy(logits, labels, reduction=reduction)
+    return F.cross_entropy(logits, labels)
 
 
 @in_float32
@@ -440,14 +441,14 @@ def retrieval_rank(model, encoding, batch):
 
 
 def referring_expression(model, encoding, batch):
-    """Referring expressions (UNITER, 4.1): cross-entropy over the regions, SUMMED over the batch (official code).
+    """Referring expressions (UNITER, section 4.1): cross-entropy over the regions, mean over rows (officially the sum).
 
     batch.target (B, N) float: each region's IoU with the true box, -1 at padding; the largest is the label's.
     Logits (B, N), -10000 at padding.
     """
     logits = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
     logits = logits.masked_fill(~batch.region_mask, -10000.0)
-    return cross_entropy(logits, batch.target.argmax(1), reduction="sum"), logits
+    return cross_entropy(logits, batch.target.argmax(1)), logits
 
 
 def decoder_inputs(model, batch, cache, region_mask):
@@ -492,7 +493,6 @@ class Objective:
     masks: str | None = None  # what is masked in its batches: "words", "regions" or None
     mismatched: bool = False  # True: some pairs of its batches are mismatched
     mean_over: str = "rows"  # what the mean in the loss runs over: see `count_items`
-    is_sum: bool = False  # True: the loss is a sum over the batch, not a mean
     encodes_itself: bool = False  # True: it encodes the batch itself and does not read `encoding`
     fields: tuple = ()  # fields of a Batch that it reads and that not all data sets have
     labels: Callable | None = None  # (batch, logits) -> (M,) int64, -1 = none; for its accuracy. None: no accuracy
@@ -525,8 +525,8 @@ def count_items(mean_over, batch):
 
 def most_likely_class(batch, logits):
     """The detector's most likely class of each masked region, never background: (M,), a column of the logits."""
-    classes = gather_positions(batch.object_probs, batch.region_index)[:, 1:].argmax(-1)  # (M, K) -> (M,)
-    return classes + logits.shape[-1] - batch.object_probs.shape[-1] + 1  # LXMERT's logits have no background
+    probs = gather_positions(batch.object_probs, batch.region_index)[:, 1:]  # (M, K - 1), without the background
+    return probs.argmax(-1) + logits.shape[-1] - probs.shape[-1]  # + 1 if the logits have a background, as UNITER's
 
 
 SHARED_OBJECTIVES = {  # each model's table adds its own, or replaces one of these
@@ -534,7 +534,7 @@ SHARED_OBJECTIVES = {  # each model's table adds its own, or replaces one of the
     "ve": Objective(functools.partial(question_answering, head="ve"), head="ve"),
     "vcr": Objective(visual_commonsense_reasoning, head="vcr"),
     "rank": Objective(retrieval_rank, head="rank"),
-    "refer": Objective(referring_expression, head="refer", is_sum=True),
+    "refer": Objective(referring_expression, head="refer"),
     "caption": Objective(captioning, head="mlm", mean_over="words", encodes_itself=True),
 }
 

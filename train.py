@@ -186,9 +186,9 @@ def backward(run, batches, names):
         L = sum_name w_name L_name,    L_name = sum_part (n_part / n) L_part,    n = sum_part n_part
 
     A part is one batch of `batches`, here or in another process. L_part is a mean over n_part items: masked words,
-    masked regions, pairs or rows (`distill.items_of`). So L_name is the mean over all items of the step. A loss that is
-    a sum over its part (`Objective.is_sum`) is divided by n. names: the step's objectives, without a teacher's losses.
+    masked regions, pairs or rows (`distill.items_of`). So L_name is the mean over all items of the step.
     w_name: the factor in PRETRAINING["loss_weights"], else 1; so too for a teacher's losses and in fine-tuning.
+    names: the step's objectives, without a teacher's losses.
     """
     names_with_teacher = names + distill.distillation_losses(run, names)
     counts = []  # of each part: {name: n_part}
@@ -206,9 +206,7 @@ def backward(run, batches, names):
                 outputs = distill.forward_with_teacher(run, batch, names)
         weighted_sum = 0.0
         for name in names_with_teacher:
-            objective = run.paper.OBJECTIVES.get(name)
-            items = 1 if objective and objective.is_sum else count[name]
-            share = items / max(1.0, items_of_step[name])
+            share = count[name] / max(1.0, items_of_step[name])
             loss, _ = outputs[name]
             weighted_sum = weighted_sum + run.paper.PRETRAINING["loss_weights"].get(name, 1.0) * share * loss
             losses[name] += loss.detach() * share

@@ -358,6 +358,8 @@ def uniter_objective(objective, fixture, task, dtype, rubbish):
         loss = elementwise(objective, scores, batch).sum()
     else:
         loss, scores = uniter.OBJECTIVES[objective].loss(model, encoding, batch, **arguments)
+    if objective == "refer":  # officially the sum over the batch
+        loss = loss * len(batch.text)
     column = scores[:, None] if objective in ("vcr", "rank") else scores  # stored (rows, 1)
     out = {"scores": column, "grad_l2": uniter_grads(fixture, model, loss)}
     out["pooled" if objective in ("vqa", "ve") else SKIP] = encoding.pooled
