@@ -38,10 +38,10 @@ from tasks import TASKS
 #   PRESETS           {"tiny": {field: value}, "base": ...}: what --size changes in Config
 #   MODEL             the class, MODEL(config); ValueError for sizes that do not fit together. Its attributes: `config`,
 #                     `text_embedding` (a common.TextEmbedding), `heads` (a ModuleDict of config.heads). Its methods:
-#     encode(batch, text=True, regions=True, record=False, given=None)   common.Encoding. With record, names of maps
-#                                       end in "text", "regions", "text_to_regions" or "regions_to_text", and names of
-#                                       states contain "text" or "regions"; else they are of one sequence of both. All
-#                                       are in the order of computation; heads read the last state of each sequence
+#     encode(batch, text=True, regions=True, record=False, given=None)   common.Encoding. With record, a map's name ends
+#                                       in "text", "regions", "text_to_regions" or "regions_to_text", and a state's
+#                                       name contains "text" or "regions". Any other name means words and regions in
+#                                       one sequence. Order: that of computation. Heads read the last layer's states
 #     unimodal(batch)                   what encode(given=) takes: each modality encoded alone, (text, regions)
 #     decode(batch, cache=None)         states of a text that is read from left to right, (B, T, C)
 #     word_logits(states)               logits of the vocabulary, (..., C) -> (..., V)
@@ -62,7 +62,7 @@ from tasks import TASKS
 #   region_masking    arguments of data.mask_regions
 #   mismatched_share  share of mismatched pairs
 #   mismatch          which side of a mismatched pair is replaced: "image" or "text"
-#   predict_mismatched  False: nothing is predicted in mismatched pairs
+#   predict_mismatched  False: mismatched pairs have no masked-prediction losses
 #   second_half       objectives that are trained in the second half of the steps only
 # Official names and sizes are optional: they stand in formats.FORMATS, not in the model's file.
 MODELS = {

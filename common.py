@@ -67,8 +67,8 @@ def attention(query, key, value, bias=None, dropout=0.0):
 
 
 class LayerNorm(nn.LayerNorm):
-    """`layer_norm` by torch's kernel, with its weight and bias (C,). eps is BERT's. In float32 under autocast: on a GPU
-    autocast itself sees to that, on a CPU it does not, and the region streams would stay in bfloat16."""
+    """`layer_norm` by torch's kernel, with weight and bias (C,) and BERT's eps. Under autocast it computes in float32:
+    on a GPU autocast ensures that, on a CPU it does not, and the states of regions would stay in bfloat16."""
 
     def __init__(self, width):
         super().__init__(width, eps=1e-12)
@@ -122,9 +122,9 @@ class MultiHeadAttention(nn.Module):
         """Self-attention without a context, cross-attention with one. Returns (B, T, C).
 
         bias: from `attention_bias`.   maps: a list, to which the attention probabilities (B, H, T, S) are appended.
-        cache: a dict for incremental decoding, here {attention: (keys, values)}; models add entries that are no tuples,
-        which beam search reorders. In self-attention x holds the new positions only, and they see the cached ones too.
-        In cross-attention only the first call projects the context.
+        cache: a dict for incremental decoding. A block stores {self: (keys, values)}; beam search reorders such tuples and
+        leaves the models' other entries as they are. In self-attention x holds the new positions only, and they also see
+        the cached ones. In cross-attention only the first call projects the context.
         """
         cached = cache is not None and self in cache
         if cached and context is not None:
@@ -243,7 +243,7 @@ def in_float32(loss):
 
 
 class Float32Linear(nn.Linear):
-    """A linear map in float32 whatever autocast does, for logits that rank and what they read: in bfloat16 many tie."""
+    """A linear map in float32 whatever autocast does, for logits that rank candidates: in bfloat16 many would tie."""
 
     def forward(self, x):
         with full_precision(x.device):
@@ -356,8 +356,7 @@ def cross_entropy(logits, labels):
 @in_float32
 def squared_error(predictions, targets):
     """Squared difference, mean over all elements; 0 if there are none. predictions, targets (M, F)."""
-    total = F.mse_loss(predictions, targets.to(predictions.dtype), reduction="sum")
-    return total / max(1, targets.numel())
+    return F.mse_loss(predictions, targets.to(predictions.dtype), reduction="sum") / max(1, targets.numel())
 
 
 @in_float32
@@ -443,8 +442,8 @@ def retrieval_rank(model, encoding, batch):
 def referring_expression(model, encoding, batch):
     """Referring expressions (UNITER, section 4.1): cross-entropy over the regions, mean over rows (officially the sum).
 
-    batch.target (B, N) float: each region's IoU with the true box, -1 at padding; the largest is the label's.
-    Logits (B, N), -10000 at padding.
+    batch.target (B, N) float: each region's IoU with the true box, -1 at padding. The region with the largest IoU is
+    the label. Logits (B, N), -10000 at padding.
     """
     logits = model.heads["refer"](encoding.regions).squeeze(-1)  # (B, N, 1) -> (B, N)
     logits = logits.masked_fill(~batch.region_mask, -10000.0)
@@ -497,7 +496,8 @@ class Objective:
     fields: tuple = ()  # fields of a Batch that it reads and that not all data sets have
     labels: Callable | None = None  # (batch, logits) -> (M,) int64, -1 = none; for its accuracy. None: no accuracy
     open_answers: bool = False  # True: its logits have a column for each answer of the training split
-    learn_as: str = "classes"  # how a student learns it: "classes" or "pairs" (KL), "numbers" (squares), "nothing"
+    # what --distill logits compares: "classes" or "pairs" (by KL), "numbers" (by squared error), "nothing"
+    learn_as: str = "classes"
 
 
 def regions_to_predict(batch):

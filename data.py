@@ -313,7 +313,7 @@ def encode_texts(tokenizer, texts, max_length, chunk=10_000):
 
 
 def describe_lost_text(datasets):
-    """What the word pieces of encoded datasets lose, in one line; a warning where it is more than 1%."""
+    """The shares of word pieces that are unknown and that are cut off, as one line; a warning if one is above 1%."""
     pieces, unknown, cut = np.sum([dataset.lost for dataset in datasets], axis=0)
     unknown = unknown / max(1, pieces)
     cut = cut / max(1, pieces)
@@ -496,8 +496,8 @@ def wordpiece(vocab, lowercase, strip_accents=False):
 def train_tokenizer(texts, vocab_size=8000):
     """Lower-case WordPiece learnt from texts; ids 0..4 are SPECIALS. Equal texts give equal vocabularies.
 
-    The trainer numbers characters in the order of a randomly seeded hash map and breaks ties by number. Passing them as
-    special tokens, sorted, fixes their numbers. A new tokenizer with that vocabulary has them as ordinary pieces.
+    The trainer numbers characters in the order of a randomly seeded hash map and breaks ties by number. Passing the
+    characters as special tokens, sorted, fixes their numbers. In the tokenizer returned they are ordinary pieces.
     """
     texts = list(texts)
     tokenizer = wordpiece({"[UNK]": 0}, lowercase=True)
@@ -553,9 +553,9 @@ def read_tokenizer(path):
 
 
 def tokenizer_from_vocab(text):
-    """Tokenizer of a vocab.txt: a piece a line, its id the line's number N from 0. A blank line becomes the piece
-    [blank N]; of equal lines all but the last do too. So there are as many pieces as lines. The tokenizer is cased if
-    a piece has a capital letter. It strips accents if it is uncased and no piece has an accent."""
+    """Tokenizer of a vocab.txt: one piece a line, its id the line's number N from 0. A blank line becomes the piece
+    [blank N], and so does a line that is repeated further down. So there are as many pieces as lines. The tokenizer
+    is cased if a piece has a capital letter. It strips accents if it is uncased and no piece has an accent."""
     lines = text.removesuffix("\n").split("\n")  # not splitlines(), which also cuts at U+2028 and U+0085
     vocab = {}
     for number, line in enumerate(lines):
@@ -618,10 +618,10 @@ def batches(lengths, rng=None, *, size, rank=0, world=1):
 
 
 def collate(dataset, index, images=None, answers=None, fields=(), rng=None):
-    """Batch of the texts of examples `index` (B,) beside the pictures in store rows `images` (B,) (None: their own).
-    An example of several rows (`dataset.group`) takes as many rows of the batch; in the shapes below B counts rows.
+    """Batch of the texts of examples `index` (E,) beside the pictures in store rows `images` (B,) (None: their own).
+    An example has `dataset.group` rows, so B = E * group.
 
-    answers: {answer: column} for the soft targets (B,A); answers that it lacks are left out, so a row may be all zero.
+    answers: {answer: column} for the soft targets (E,A); answers that it lacks are left out, so a row may be all zero.
     fields: what to read of the regions besides features and boxes.   rng: in split train each row shows its picture or
     one of the crops that the store has of it, drawn at random; None: the picture. Encode the dataset first.
     """

@@ -20,7 +20,7 @@ from common import UserError
 from support.distillation import (
     attention_loss,
     check_same_rows,
-    check_same_words,
+    check_task_tokens,
     hidden_loss,
     layer_pairs,
     logits_loss,
@@ -54,7 +54,7 @@ def match_teacher(run, checkpoint):
 
     UserError if the teacher cannot read this run's batches, or if --distill logits is given and none is left.
     """
-    check_same_words(run)
+    check_task_tokens(run)
     left_out = {}  # objective: reason
     for name in run.objectives:
         task = tasks.TASK_OF_OBJECTIVE.get(name)  # None: a pretraining objective, whose rows all models read alike
@@ -92,7 +92,7 @@ def items_of(paper, name, batch):
     if objective:
         mean_over = objective.mean_over
     if name.endswith("_soft"):
-        # the mean runs over all rows of logits: those of masked regions, or of texts with and without an answer
+        # a soft loss is a mean over all rows of logits: all masked regions, or all texts, with an answer or without
         mean_over = {"all regions": "regions", "answers": "rows"}.get(mean_over, mean_over)
     return common.count_items(mean_over, batch)
 

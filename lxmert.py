@@ -12,8 +12,8 @@ Known deviations from the official code:
 - Official pretraining has 36 regions in every picture. Here their number may vary, and means leave padding out.
 - A batch without any label gives a loss of 0. The official code gives NaN.
 - Initial weights are larger for boxes and in narrow models. AdamW has a bias correction, official BertAdam has none.
-- In pretraining a quarter of the pairs is mismatched; officially a half is. Nothing is predicted in mismatched pairs,
-  as in 12-in-1; the official code predicts words and regions there. docs/decisions.md has the numbers.
+- In pretraining a quarter of the pairs are mismatched, officially half. Mismatched pairs have no masked-prediction
+  losses, as in 12-in-1; the official code predicts words and regions there too. docs/decisions.md has the numbers.
 - At least one word of every caption is masked, as in UNITER. Mismatched sentences, and features that replace a masked
   region's, come from the batch; officially from the whole data set.
 Where paper and official code differ, this file follows the code: feature regression is smooth-L1, not L2; classes and
@@ -153,7 +153,7 @@ class LXMERT(nn.Module):
         self.pooler = common.Pooler(config.hidden)
         self.heads = nn.ModuleDict({name: HEADS[name](config) for name in config.heads})
         if {"mrfr", "mrc", "attr"} & set(config.heads):
-            self.heads["regions"] = common.HeadTransform(config.hidden)  # for each region head named here
+            self.heads["regions"] = common.HeadTransform(config.hidden)  # shared by the heads mrfr, mrc and attr
         common.init_weights(self, config.hidden)
         common.init_box_projection(self.region_embedding.boxes)
 
@@ -277,7 +277,7 @@ PRETRAINING = {
     "loss_weights": {},  # factors of the losses; 1 where none is named
     # of the masked regions 80% get a zero feature, 10% the feature of another region, and 10% keep theirs
     "region_masking": {"zero": 0.8, "random": 0.1, "force_one": False},  # force_one False: maybe none in a picture
-    "mismatched_share": 0.25,  # share of mismatched pairs; the official half would leave half of the words unused here
+    "mismatched_share": 0.25,  # of the pairs. Masked words in them have no loss; the official 0.5 would waste half of them
     "mismatch": "text",  # a mismatched pair keeps its image and gets another sentence
 }
 

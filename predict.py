@@ -76,7 +76,7 @@ def build_parser():
     add("--choices", nargs="+", metavar="TEXT", help="vcr: what to choose from")
     add("--answer", metavar="TEXT", help="vcr: the answer, if the choices are reasons for it")
     add = parser.add_argument_group("options of --data, --scenes, --search and --embed").add_argument
-    add("--split", help="which split (default: test; if there is none all lines, for --scenes val or else train)")
+    add("--split", help="which split (default: test; without a test split --scenes takes val, else train, others all)")
     add("--prompt", metavar="TEXT", help='the text of each line of --data, as "what color is the {thing}?"')
     add("--resume", action="store_true", help="with --data: go on after the last whole line of --out")
     add = parser.add_argument_group("attention, beside --image or --scenes").add_argument
@@ -216,7 +216,7 @@ def check_answers(run, checkpoint):
     if not evaluation.has_answers(run):
         words = "; --search and --embed read its vectors" if "itc" in run.objectives else ""
         names = ", ".join(run.objectives)
-        raise UserError(f"{checkpoint}: trained with {names} alone it has no answers to show (mlm or itm has){words}")
+        raise UserError(f"{checkpoint}: trained with {names} only, it cannot show answers (mlm and itm can){words}")
 
 
 @torch.inference_mode()

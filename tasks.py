@@ -51,7 +51,7 @@ class Task:
     ranks: str = ""  # head that scores pairs of text and picture in the second stage of --rerank
     hard_negatives: bool = False  # True: the model chooses negatives, so no batch is prepared ahead
     generates: bool = False  # True: the text is the task's output, not its input
-    without_answers: str = ""  # the task whose lines are read instead if no objective predicts answers
+    without_answers: str = ""  # pretraining only: the task whose lines are read if no objective predicts answers
     layout: Callable = lambda paper, config: None  # how the model arranges the rows; a teacher must agree
     most_pictures: int = 0  # > 0: it ranks the pictures of --pool, at most this many
 
@@ -191,7 +191,7 @@ def evaluate_pretraining(run, dataset, candidates=100):
     """Loss and accuracy of each objective, masked under a fixed seed, and zero-shot retrieval among `candidates`
     pictures (itc in the test: among those of --pool).
 
-    Examples: those of `examples_to_evaluate`; for question answering as many questions.
+    Examples: those of `examples_to_evaluate`; for question answering the first MOST_PRETRAINING questions.
     Accuracies are over masked words, masked regions, pairs or questions. mlm_content masks in every caption of these
     pictures one of the data set's `content_words`, such as colours. Chance: always the most frequent label.
     """
@@ -580,8 +580,8 @@ def target_overlaps(dataset, index, batch):
 
 
 def evaluate_refer(run, dataset):
-    """Accuracy: the region with the highest logit has IoU > 0.5 with the target box. `reachable`: the share of
-    expressions for which some region has. Chance: the mean share of a picture's regions that have."""
+    """Accuracy: the share of expressions whose region with the highest logit has IoU > 0.5 with the target box.
+    `reachable`: the share with any such region. Chance: the share of such regions in a picture, mean over expressions."""
     hits = np.zeros(len(dataset))
     guess = np.zeros(len(dataset))
     reachable = np.zeros(len(dataset))

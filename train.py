@@ -458,7 +458,8 @@ def read_teacher_checkpoint(args, checkpoint):
     teacher = checkpoints.load_checkpoint(args.teacher)
     if checkpoint and checkpoint["tokenizer"] != teacher["tokenizer"]:
         raise UserError(
-            f"{args.teacher}: reads other word pieces than {args.init}; start without --init, or from its own start"
+            f"{args.teacher}: its word pieces differ from those of {args.init}; leave out --init, or start from a "
+            "checkpoint with the teacher's tokenizer"
         )
     return teacher
 
@@ -518,7 +519,7 @@ def start_sizes(run, checkpoint):
         )
     if vocab_size > sizes["vocab_size"]:
         raise UserError(
-            f"{args.init}: has {sizes['vocab_size']} words, the tokenizer {vocab_size}; give --vocab its own pieces"
+            f"{args.init}: has {sizes['vocab_size']} word pieces, the tokenizer {vocab_size}; give its own file as --vocab"
         )
     return {**sizes, **of_data}
 

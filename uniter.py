@@ -75,7 +75,8 @@ class RegionEmbedding(nn.Module):
 
     Section 3.1 has the outer norm only; the inner ones are the official code's.
     features f (B, N, F); boxes (B, N, 4) as x1,y1,x2,y2 in 0..1; type_emb (B, N, C), rows of the text's table of types.
-    masked (B, N) bool, True = the feature is zeroed and to be predicted. A learned vector is added to it before W_f.
+    masked (B, N) bool, True = to be predicted. data.mask_regions has set these features to zero; a learned vector is
+    added to them before W_f.
     Returns (B, N, C).
     """
 
@@ -144,7 +145,7 @@ class UNITER(nn.Module):
     def encode(self, batch, text=True, regions=True, record=False, given=None):
         """Encodes words and regions together, or one of the two alone (text=False or regions=False).
 
-        pooled: of the first position, which is [CLS], or without text the first region.
+        pooled: the pooler's output at the first position: [CLS], or the first region if there is no text.
 
         record: also return the states and attention maps of all layers.
         given: what `unimodal` returned. It replaces the embedding of the batch; both modalities are encoded.

@@ -475,8 +475,8 @@ def refer_logits(model, encoding, batch):
 def referring_expression(model, encoding, batch):
     """Referring expressions (section 3.2): binary cross-entropy, summed over the regions, mean over the batch.
 
-    batch.target (B, N) float: each region's overlap (IoU) with the true box, -1 at padding; below 0.5 the label is 0.
-    Logits (B, N).
+    batch.target (B, N) float: each region's IoU with the true box, -1 at padding. An IoU of at least 0.5 is the soft
+    label itself; any lower one becomes 0. Logits (B, N).
     """
     logits = refer_logits(model, encoding, batch)
     target = batch.target.masked_fill(batch.target < 0.5, 0.0).to(logits.dtype)  # (B, N)

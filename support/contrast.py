@@ -41,8 +41,8 @@ def info_nce(image, text, temperature=0.07, same=None):
 
         L = 1/2 [ CE(s, I) + CE(s^T, I) ],   s_ij = <image_i, text_j> / temperature
 
-    temperature: > 0, float or 0-d tensor.   same: as in `pairwise_cosine`; pairs that are neither are left out.
-    Returns a 0-d tensor in nats; log B is chance.   ValueError if the shapes differ.
+    temperature: > 0, float or 0-d tensor.   same: as in `pairwise_cosine`. Other pairs of the same picture are left out
+    of the softmax.   Returns a 0-d tensor in nats; log B is chance.   ValueError if the shapes differ.
     """
     cosines, positive, negative = pairwise_cosine(image, text, same)
     logits = (cosines / temperature).masked_fill(~(negative | positive), -torch.inf)
@@ -83,7 +83,7 @@ def sigmoid_contrast(image, text, temperature=0.1, bias=-10.0, same=None):
 
 
 def decoupled_contrast(image, text, temperature=0.07, same=None):
-    """DCL (Yeh 2022, section 3): InfoNCE without the positive in the denominator, where it slows learning down.
+    """DCL (Yeh 2022, section 3): InfoNCE without the positive in the denominator, because it slows learning there.
 
         L = 1/2B sum_i [ -2 s_ii + log sum_j exp s_ij + log sum_j exp s_ji ],   j a negative of i,  s as in `info_nce`
 

@@ -101,7 +101,7 @@ def hidden_loss(student, teacher, mask):
 # ---- what two models have in common ----------------------------------------------------------------------------------
 
 
-def check_same_words(run):
+def check_task_tokens(run):
     """UserError if only one of the two models has task tokens: then positions do not correspond."""
     has_token = [getattr(model.config, "task_tokens", 0) > 0 for model in (run.model, run.teacher)]
     if run.args.distill != "logits" and has_token[0] != has_token[1]:

@@ -40,9 +40,9 @@ OPTIONS = {
         ("--vocab", str, None, "a BERT vocab.txt or a tokenizer.json (default: of --init, else of the data set, else trained on the training texts)"),
         ("--max-words", in_range(int, 8), None, "word pieces of a text, with [CLS] and [SEP]; the rest is cut off (default: 60)"),
         ("--mask", SHARE, None, "share of the word pieces that pretraining masks (default: that of the data set, else 0.15)"),
-        ("--features", str, None, "of own pictures: a network, as in prepare/features.py, or patches (default: see docs/your_data.md)"),
-        ("--patch", COUNT, None, "takes raw pixels: each region of a picture is resized to N x N (default: 12)"),
-        ("--grid", COUNT, None, "takes raw pixels: a picture without boxes is cut into N x N regions (default: 6)"),
+        ("--features", str, None, "how regions of pictures are made: a network, as in prepare/features.py, or patches (default: see docs/your_data.md)"),
+        ("--patch", COUNT, None, "use raw pixels, and resize each region to N x N (default: 12, or that of --init)"),
+        ("--grid", COUNT, None, "use raw pixels, and cut a picture without boxes into N x N regions (default: 6, or that of --init)"),
     ],
     "size and start": [
         ("--size", ["tiny", "base", "large"], "tiny", "preset of layer sizes"),
@@ -294,8 +294,9 @@ def set_data_defaults(args, all_models):
 
 
 def task_of_lines(task, paper, objectives, description):
-    """The Task whose lines are read. For pretraining without question answering it is `without_answers`, unless the data
-    set, as data.read_dataset_json describes it, has lines for pretraining alone."""
+    """The Task whose lines of a data set are read. It is `task` itself, except in pretraining without question
+    answering: that reads captions (`without_answers`), unless the data set has a file for pretraining and none for
+    captions. description: of data.read_dataset_json."""
     other = task.without_answers
     if not other or has_open_answers(paper, objectives):
         return task

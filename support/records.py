@@ -835,8 +835,8 @@ def print_shared_pictures(sets):
 
 
 def print_unknown_answers(sets):
-    """Warns of examples of other splits all of whose answers are in no example of train: a model of the training answers
-    cannot be right."""
+    """Warns of examples of other splits none of whose answers occurs in train: a model that chooses among the training
+    answers cannot answer them."""
     if "train" not in sets:
         return
     known = set()
@@ -845,7 +845,7 @@ def print_unknown_answers(sets):
     for split, dataset in sets.items():
         unknown = sum(1 for answers in dataset.answer if answers and known.isdisjoint(answers))
         if unknown:
-            print(f"warning: {unknown} of the {len(dataset)} examples of {split} have an answer that train has not")
+            print(f"warning: {unknown} of the {len(dataset)} examples of {split} have no answer that occurs in train")
 
 
 def remove_stale(folder):

@@ -133,8 +133,8 @@ def cache_key(*parts):
 
 
 def file_stamp(path):
-    """What changes when a file does: [path, size, time of its last change]. Of a link the path is its own, because it
-    may come to lead elsewhere; size and time are those of the file that it leads to."""
+    """What changes when a file does: [path, size, time of its last change]. Of a symbolic link: the link's own path,
+    because the link may be redirected, and size and time of the file that it points to."""
     state = os.stat(path)
     return [str(Path(path).absolute()), state.st_size, state.st_mtime_ns]  # with its "..", which may follow a link
 
@@ -554,8 +554,8 @@ class FeatureStore:
                 raise UserError(f"{self.folder / 'features.npy'}: picture {row} has NaN or infinity; write it again")
 
     def label_counts(self, config):
-        """Sizes of the heads for the labels that the store has: {"classes": K with background, "attributes": A}. Where only
-        hard labels tell them, at least those of `config`, a checkpoint's, or {}."""
+        """Sizes of the heads for the store's labels: {"classes": K with background, "attributes": A}. Where only hard
+        labels exist, the size follows from the largest one, but is at least that in `config` (a checkpoint's, or {})."""
         counts = {}
         if "object_probs" in self.fields:
             counts["classes"] = self.fields["object_probs"].shape[1]

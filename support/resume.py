@@ -189,8 +189,9 @@ def hash_file(path):
 def hash_data(dataset):
     """Short hashes of a split, {"texts", "pictures", "answers and targets"}.
 
-    texts: all word pieces.   pictures: store rows, numbers of regions and digests of all examples, one region of a
-    sample.   answers and targets: the answers of the sample, all targets. Sample: every step-th example, under 20,000.
+    texts: all word pieces.   pictures: store row, number of regions and digest of every example's picture; of a sample
+    also the first region.   answers and targets: all targets; the answers of the sample.
+    The sample is every step-th example, fewer than 20,000.
     """
     store = dataset.store
     step = max(1, len(dataset) // 10_000)

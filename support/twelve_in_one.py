@@ -38,7 +38,7 @@ def sample_negative_regions(batch, near, far):
     regions of its own row. If one kind does not exist, the other kind takes its place.
 
     Returns flat positions in B*N: (M, far + near). UserError if the batch has no second region. The official code may
-    draw padding too, and regions of the same picture in another row, which are the positive once more.
+    draw padding too, and regions of the same picture in another row, among them the masked region itself.
     """
     regions = batch.region_mask.shape[1]
     real = batch.region_mask.flatten()  # (B*N,) bool, True = a region

@@ -343,12 +343,12 @@ def test_task_tokens_of_one_model_alone_shift_the_words(tokens):
     models = [SimpleNamespace(config=vilbert.Config(vocab_size=9, task_tokens=number)) for number in tokens]
     run = SimpleNamespace(args=SimpleNamespace(distill="hidden"), model=models[0], teacher=models[1])
     if tokens == (2, 2):
-        distillation.check_same_words(run)
+        distillation.check_task_tokens(run)
         return
     with pytest.raises(common.UserError, match="task tokens"):
         distill.match_teacher(run, {})
     run.args.distill = "logits"
-    distillation.check_same_words(run)
+    distillation.check_task_tokens(run)
 
 
 def test_layers_are_paired_uniformly_and_last_with_last():

@@ -629,7 +629,7 @@ def test_objectives_without_an_answer_for_a_pair_are_refused(trained, folder, ca
     for what in (["--scenes"], image, [*image, "--attention", "a.png"], ["--serve", "0"]):
         assert use(contrast, *what) == 2
         error = capsys.readouterr().err
-        assert "trained with itc alone it has no answers to show (mlm or itm has); --search and --embed" in error
+        assert "trained with itc only, it cannot show answers (mlm and itm can); --search and --embed" in error
     args = SimpleNamespace(out=folder / Path(contrast).parent)
     run = SimpleNamespace(paper=uniter, args=args, objectives={"itc": 1, "mrfr": 1})
     log.print_next_command(run)
