@@ -46,7 +46,8 @@ class AttentionRecord:
 
     @property
     def word_span(self):
-        """The slice of the T word pieces. ViLBERT's task token, where there is one, counts as what stands before."""
+        """The slice of T positions that stands for the T word pieces: the last T of the text. With ViLBERT's task token
+        the text has T + 1 positions, [CLS] first, so the task token's position stands for [CLS]."""
         end = self.spans["text"].stop
         return slice(end - len(self.text), end)
 

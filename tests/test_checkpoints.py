@@ -1396,7 +1396,7 @@ WRONG = {  # kind: what the line must say
     "half a model": "4 tensors of the trunk",
     "quantised": "tensors of the trunk are missing or of another shape or type",
     "our weights alone": "without its sizes and word pieces; give the whole checkpoint",
-    "too few words": "30 words, the tokenizer 58",
+    "too few words": "30 word pieces, the tokenizer 58",
     "no words beside it": "give --vocab",
     "folder": "a folder without model.safetensors or pytorch_model.bin",
     "missing": "no such file",
