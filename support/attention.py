@@ -1,7 +1,7 @@
 """attention.py: which regions the words of a text attend to, and which words a region. attention_sheet.py draws it.
 
-Words and regions are put into one sequence of S positions, words first. Each method gives one (S, S) matrix: row q says
-what position q has read. Three methods, and the transport plan:
+Words and regions are put into one sequence of S positions, words first. Each method gives one (S, S) matrix: row q holds
+the relevance of every position to position q. Three methods, and the transport plan:
 
     raw         the attention probabilities, mean over heads and layers, or of one --layer and --head
     rollout     product over layers of A/2 + I/2, A the mean over heads (Abnar and Zuidema, ACL 2020, arXiv 2005.00928)
@@ -250,7 +250,7 @@ def gradient(record):
 
     R_sq is the block of R with the rows of sequence s and the columns of sequence q; R_s: is all columns of the rows s.
     Both directions of a cross-attention read the R before this sub-layer. R contains I, so in `refer` the chosen
-    region has read mostly itself.
+    region is most relevant to itself.
     """
     S = record.spans["both"].stop
     relevance = torch.eye(S)
@@ -301,7 +301,7 @@ def normalize_rows(weights):
 
 
 def answer_regions(record, matrix):
-    """(N,) what the answer's rows of a matrix (S, S) have read of each region, not rescaled."""
+    """(N,) the relevance of each region in the answer's rows of a matrix (S, S), not rescaled."""
     return (record.answer_row @ matrix)[record.region_span]  # (S,) @ (S, S) -> (S,) -> (N,)
 
 
@@ -319,22 +319,22 @@ def join_pieces(pieces):
 
 
 def words_to_regions(record, matrix):
-    """(W, N) what each word has read of each region, in shares of all regions. A word is the mean of its pieces."""
+    """(W, N) how much each word attends to each region; rows sum to 1. A word is the mean of its pieces."""
     _, members = join_pieces(record.pieces)
     return normalize_rows(members @ matrix[record.word_span, record.region_span])  # (W, T) @ (T, N)
 
 
 def regions_to_words(record, matrix):
-    """(N, W) what each region has read of each word, in shares of all words. A word is the sum of its pieces."""
+    """(N, W) how much each region attends to each word; rows sum to 1. A word is the sum of its pieces."""
     _, members = join_pieces(record.pieces)
     return normalize_rows(matrix[record.region_span, record.word_span] @ members.T)  # (N, T) @ (T, W)
 
 
 def region_weights(run, task, dataset, i, method="gradient"):
-    """How much the answer to example i of an encoded dataset has read of each region: a list of floats that sum to 1.
+    """How much the answer to example i of an encoded dataset attends to each region: a list of floats that sum to 1.
 
     Of two pictures, the regions of the first come first. run, task: of predict.load_run. dataset: of predict.held_out,
-    make_dataset or use_dataset. method: of METHODS. Equal weights where nothing was read. UserError for captions.
+    make_dataset or use_dataset. method: of METHODS. Equal weights where all are 0. UserError for captions.
     """
     weights = []
     for record in record_example(run, task, dataset, i):

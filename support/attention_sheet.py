@@ -1,4 +1,4 @@
-"""attention_sheet.py: what `predict.py CKPT --attention FILE` draws: what the answer, the words and the regions have read.
+"""attention_sheet.py: what `predict.py CKPT --attention FILE` draws: what the answer, the words and the regions attend to.
 
     python predict.py out/uniter-vqa/best.pt --scenes 2 --attention a.png                    the answer and all words
     python predict.py out/uniter-vqa/best.pt --image a.png --text "..." --attention a.png --word circle
@@ -116,7 +116,7 @@ def all_rows(record, words, image, boxes, args):
     shown = sorted(np.argsort(answer)[::-1][:MOST].tolist())  # the heaviest regions, by number
     thumbnails = [draw_thumbnail(small, boxes[i], i) for i in shown]
     table = draw_table(
-        [to_words[i] for i in shown], thumbnails, words, f"what each region has read of the words, {name}"
+        [to_words[i] for i in shown], thumbnails, words, f"how much each region attends to each word, {name}"
     )
     return [*rows, [table]]
 
@@ -137,7 +137,7 @@ def rows_of_word(record, number, image, boxes, args):
     print_heaviest(args.word, weights)
     heaviest = np.argsort(weights)[::-1][:MOST].tolist()
     bars = draw_bars([f"region {i}" for i in heaviest], [weights[i] for i in heaviest], f"{name}, percent")
-    rows = [[draw_heat(image, boxes, weights, f'"{args.word}" has read'), draw_numbers(image, boxes)], [bars]]
+    rows = [[draw_heat(image, boxes, weights, f'"{args.word}" attends to'), draw_numbers(image, boxes)], [bars]]
     if args.method == "raw" and args.layer is None and args.head is None:
         layers, heads = attention.count_maps(record)
         small = resized(image, CELL)
@@ -156,7 +156,7 @@ def region_rows(record, words, image, boxes, args):
     weights = attention.regions_to_words(record, matrix)[args.region].tolist()
     best = int(np.argmax(weights))
     print(f"    region {args.region}: {words[best]} {weights[best]:.3f}")
-    bars = draw_bars(words, weights, f"what region {args.region} has read of the words, {name}")
+    bars = draw_bars(words, weights, f"how much region {args.region} attends to each word, {name}")
     return [[draw_numbers(image, boxes, args.region), bars]]
 
 

@@ -42,7 +42,7 @@ class Job(NamedTuple):
 
     record: dict  # as examples.make_dataset takes it
     pictures: list  # their regions
-    attention: bool  # whether to say how much the answer has read of each region
+    attention: bool  # whether to say how much the answer attends to each region
     future: Future  # of the answer
 
 
