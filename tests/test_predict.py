@@ -623,6 +623,17 @@ def test_pictures_without_texts_get_captions_and_are_found(trained, folder, caps
     assert "key 'text' is missing" in capsys.readouterr().err
 
 
+def test_only_heads_that_the_task_reads_are_warned_of(capsys):
+    run = SimpleNamespace(paper=uniter, objectives={"vqa": 1, "refer": 1}, progress={"random_heads": ["refer"]})
+    predict.warn_of_random_heads(run, tasks.VQA, "c.pt")
+    assert capsys.readouterr().err == ""
+    predict.warn_of_random_heads(run, tasks.REFER, "c.pt")
+    assert capsys.readouterr().err == "warning: c.pt: untrained, at random: refer\n"
+    run = SimpleNamespace(paper=uniter, objectives={"mlm": 1, "itm": 1}, progress={"random_heads": ["itm", "nlvr2"]})
+    predict.warn_of_random_heads(run, tasks.PRETRAIN, "c.pt")
+    assert capsys.readouterr().err == "warning: c.pt: untrained, at random: itm\n"
+
+
 def test_objectives_without_an_answer_for_a_pair_are_refused(trained, folder, capsys):
     contrast = trained("uniter", "pretrain", "--objectives", "itc")
     image = ["--image", "0.png", "--text", "a star"]
@@ -770,8 +781,9 @@ def test_a_folder_of_pictures_is_answered_and_searched(trained, folder, tmp_path
     (photos / "c.heic").write_text("not read")
     checkpoint = trained("uniter", "vqa")
     assert use(checkpoint, "--data", photos, "--prompt", "what color?", "--out", "folder.jsonl") == 0
-    error = capsys.readouterr().err
-    assert "files that are passed over: 1 .heic" in error and "outside of its folder" not in error
+    printed = capsys.readouterr()
+    assert printed.out.startswith("split test: 2 examples without answer")
+    assert "files that are passed over: 1 .heic" in printed.err and "outside of its folder" not in printed.err
     assert use(checkpoint, "--data", own_file(folder, "same.jsonl", lines), "--out", "lines.jsonl") == 0
     assert (folder / "folder.jsonl").read_text() == (folder / "lines.jsonl").read_text() != ""
     capsys.readouterr()
@@ -781,7 +793,8 @@ def test_a_folder_of_pictures_is_answered_and_searched(trained, folder, tmp_path
     search = trained("uniter", "pretrain", "--objectives", "itc,mlm")
     assert use(search, "--search", "a star", "--data", photos, "--out", tmp_path / "found.png") == 0
     found = capsys.readouterr().out.splitlines()
-    assert sorted(line.split()[1] for line in found[:3]) == ["a.png", "b.png", "new.png"]
+    names = sorted(line.split()[1:] for line in found[:3])
+    assert names == [["a.png", "sub/a.png"], ["b.png"], ["new.png"]]  # the id too where it says more
     assert use(search, "--search", "a star", "--data", photos, "--out", photos / "new.png") == 2
     assert "would be lost" in capsys.readouterr().err
 
