@@ -861,7 +861,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(own, tmp_path, capsys
         capsys.readouterr()
         assert main(own, tmp_path, *options, "--resume") == 0
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume ")]
-        assert len(lines) == 1 and "going on from checkpoint.previous.pt, step 2" in lines[0]
+        assert "going on from checkpoint.previous.pt, step 2" in lines[0] and lines[1:] == ["resume   after step 2"]
         again = checkpoints.load_checkpoint(newest)
         assert all(torch.equal(tensor, again["state"][name]) for name, tensor in whole["state"].items())
     newest.write_bytes(b"")
