@@ -375,7 +375,7 @@ def read_dataset_json(path):
         folder = path
         file = path / "dataset.json"
         if not file.is_file():
-            raise UserError(f"{path}: has no dataset.json; give a .jsonl file or a folder with one")
+            raise UserError(f"{path}: has no dataset.json; predict.py and features.py take pictures alone")
         try:
             found = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:

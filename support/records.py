@@ -34,6 +34,7 @@ from support.regions import (
     file_stamp,
     make_once,
     odd_boxes,
+    open_picture,
     parallel,
     picture_regions,
     picture_size,
@@ -667,9 +668,9 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", "
 def list_pictures(folder):
     """The picture files in a folder and its subfolders, by their endings, in order of their names. Hidden files are no
     pictures (macOS's ._IMG.jpg). Warns of files with other endings. UserError if the folder has lines of its own."""
-    lines = next(folder.glob("*.jsonl"), None)
-    if lines is not None:
-        raise UserError(f"--data {folder}: the folder has {lines.name}; give that file")
+    for lines in folder.glob("*.jsonl"):
+        if not {"image", "images", "features"}.isdisjoint(first_record(lines)):  # else they are predictions
+            raise UserError(f"--data {folder}: the folder has {lines.name}; give that file")
     pictures = []
     others = Counter()
     for path in sorted(folder.rglob("*")):
@@ -697,15 +698,35 @@ def write_picture_lines(path, folder, pictures, **keys):
 
 
 def picture_folder(folder, cache):
-    """The JSONL file that stands for a folder of pictures, in the cache: a line of split test for each, without a text."""
+    """The JSONL file that stands for a folder of pictures, in the cache: a line of split test, without a text, for each
+    picture that can be read. Warns of the others. UserError if there is none."""
     pictures = list_pictures(folder)
-    key = cache_key(str(folder.resolve()), list(map(str, pictures)))
+    key = cache_key(*map(file_stamp, pictures))
 
     def make(aside):
-        write_picture_lines(aside / f"{folder.resolve().name}.jsonl", folder, pictures, split="test")
+        mistakes = list(parallel(picture_mistake, pictures, f"looking at {folder}"))
+        readable = [picture for picture, mistake in zip(pictures, mistakes, strict=True) if not mistake]
+        if not readable:
+            raise UserError(mistakes[0])
+        write_picture_lines(aside / f"{folder.resolve().name}.jsonl", folder, readable, split="test")
+        (aside / "left_out.json").write_text(json.dumps([mistake for mistake in mistakes if mistake]))
 
     made = make_once(Path(cache).resolve() / f"pictures-{key}", make)
+    left_out = json.loads((made / "left_out.json").read_text())
+    for mistake in left_out[:20]:
+        warn(f"left out: {mistake}")
+    if len(left_out) > 20:
+        warn(f"left out: {len(left_out) - 20} more pictures that cannot be read")
     return next(made.glob("*.jsonl"))
+
+
+def picture_mistake(path):
+    """Why a picture cannot be read, or ""."""
+    try:
+        open_picture(path.parent, path)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def count_lines(path):

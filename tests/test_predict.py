@@ -786,9 +786,28 @@ def test_a_folder_of_pictures_is_answered_and_searched(trained, folder, tmp_path
     assert "files that are passed over: 1 .heic" in printed.err and "outside of its folder" not in printed.err
     assert use(checkpoint, "--data", own_file(folder, "same.jsonl", lines), "--out", "lines.jsonl") == 0
     assert (folder / "folder.jsonl").read_text() == (folder / "lines.jsonl").read_text() != ""
-    capsys.readouterr()
+    (photos / "p.jsonl").write_text((folder / "folder.jsonl").read_text())  # predictions are no lines of data
+    (photos / "broken.jpg").write_bytes((folder / "0.png").read_bytes()[:200])
+    for _ in range(2):  # the second time from the cache
+        capsys.readouterr()
+        assert use(checkpoint, "--data", photos, "--prompt", "what color?", "--out", "folder.jsonl") == 0
+        assert f"warning: left out: {photos}: cannot read picture {photos}/broken.jpg" in capsys.readouterr().err
+        assert (folder / "folder.jsonl").read_text() == (folder / "lines.jsonl").read_text()
+    shutil.copy(folder / "2.png", photos / "broken.jpg")
+    assert use(checkpoint, "--data", photos, "--prompt", "what color?", "--out", "folder.jsonl") == 0
+    assert "left out" not in capsys.readouterr().err
+    (photos / "broken.jpg").unlink()
     assert use(checkpoint, "--data", photos) == 2
     assert "the pictures of a folder have no text; give it with --prompt" in capsys.readouterr().err
+    (tmp_path / "bad").mkdir()
+    for i in range(30):
+        (tmp_path / f"bad/{i}.jpg").write_bytes(b"no picture")
+    assert use(checkpoint, "--data", tmp_path / "bad", "--prompt", "what color?") == 2
+    assert capsys.readouterr().err.count("cannot read picture") == 1
+    shutil.copy(folder / "2.png", tmp_path / "bad")
+    assert use(checkpoint, "--data", tmp_path / "bad", "--prompt", "what color?") == 0
+    error = capsys.readouterr().err
+    assert error.count("cannot read picture") == 20 and "left out: 10 more pictures" in error
     shutil.copy(folder / "2.png", photos / "new.png")
     search = trained("uniter", "pretrain", "--objectives", "itc,mlm")
     assert use(search, "--search", "a star", "--data", photos, "--out", tmp_path / "found.png") == 0
