@@ -523,8 +523,10 @@ def write_predictions(run, task, datasets, path, done, top):
                 for i, answer in zip(index.tolist(), predict(run, task, dataset, index, top), strict=True):
                     number += 1
                     if number > done:
-                        text = drawing.text_of(task, dataset, i)
-                        line = {"id": dataset.ids[i], "kind": dataset.kind[i], "text": text, **answer}
+                        line = {"id": dataset.ids[i], "kind": dataset.kind[i]}
+                        if task.truth != "text":
+                            line["text"] = drawing.text_of(task, dataset, i)
+                        line.update(answer)
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
 

@@ -148,7 +148,7 @@ class CoAttentionLayer(nn.Module):
         return self.text_feed_forward(new_text), self.region_feed_forward(new_regions)
 
 
-def schedule(config):
+def layer_order(config):
     """The order in which layers run: a list of ("text", i), ("regions", i) and ("cross", k).
 
     connections[k] = (i, j): co-attention k runs before visual layer i and text layer j, after all lower ones. After the
@@ -184,9 +184,9 @@ class ViLBERT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.schedule = schedule(config)
+        self.order = layer_order(config)
         self.steps_alone = 0  # how many steps come before the first one that needs both modalities
-        for kind, _ in self.schedule:
+        for kind, _ in self.order:
             if kind == "cross" or (kind == "regions" and config.dynamic_attention):
                 break
             self.steps_alone += 1
@@ -230,11 +230,11 @@ class ViLBERT(nn.Module):
         pooled is (B, shared) in all cases. given: what `unimodal` returned, from which the remaining layers go on.
         """
         if given is None:
-            steps = self.schedule
+            steps = self.order
             text_states = self.embed_text(batch) if text else None
             region_states = self.embed_regions(batch) if regions else None
         else:
-            steps = self.schedule[self.steps_alone :]
+            steps = self.order[self.steps_alone :]
             text_states, region_states = given
         text_states, region_states, states, maps = self.run_steps(batch, steps, text_states, region_states, record)
         pooled = self.fuse(text_states, region_states)
@@ -245,7 +245,7 @@ class ViLBERT(nn.Module):
         return common.Encoding(text_states, region_states, pooled, states, maps)
 
     def run_steps(self, batch, steps, text, regions, record=False):
-        """Runs some steps of the schedule on text (B, T, C) and regions (B, 1+N, C'). If one is None, co-attention and
+        """Runs some steps of the order on text (B, T, C) and regions (B, 1+N, C'). If one is None, co-attention and
         the layers of that modality are skipped. Returns text, regions, and the recorded states and maps."""
         states = {}
         maps = {}
@@ -302,7 +302,7 @@ class ViLBERT(nn.Module):
     def unimodal(self, batch):
         """What each modality computes alone, for `encode(given=)`: states before the first co-attention, (B, T, C) and
         (B, 1+N, C'). With dynamic attention every visual layer reads the text, so none is computed."""
-        steps = self.schedule[: self.steps_alone]
+        steps = self.order[: self.steps_alone]
         text = self.run_steps(batch, steps, self.embed_text(batch), None)[0]
         regions = self.run_steps(batch, steps, None, self.embed_regions(batch))[1]
         return text, regions
@@ -320,7 +320,7 @@ class ViLBERT(nn.Module):
         if not cache:
             regions = self.embed_regions(batch)
             cache["regions"] = []  # the regions that each co-attention layer reads
-            for kind, i in self.schedule:
+            for kind, i in self.order:
                 if kind == "regions":
                     regions = self.region_layers[i](regions, region_bias)
                 elif kind == "cross":
@@ -328,7 +328,7 @@ class ViLBERT(nn.Module):
                     regions = self.connections[i].region_feed_forward(regions)
         text, visible = common.decoder_inputs(self, batch, cache, batch.region_mask[:, :0])
         text_bias = common.attention_bias(visible, text.dtype)  # (B, 1, T, words so far)
-        for kind, i in self.schedule:
+        for kind, i in self.order:
             if kind == "text":
                 text = self.text_layers[i](text, text_bias, cache=cache)
             elif kind == "cross":

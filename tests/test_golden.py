@@ -725,7 +725,7 @@ def vilbert_encoder(fixture, task, dtype, rubbish):
     maps = {name: probabilities for encoding in encodings for name, probabilities in encoding.maps.items()}
     c, out = model.config, {}
     official = {"text": "layer", "regions": "v_layer", "cross": "c_layer"}  # 12-in-1 runs the text first, as ours
-    assert [f"{official[k]}.{i}" for k, i in vilbert.schedule(c)] == fixture.config["execution_order"]["mt"]
+    assert [f"{official[k]}.{i}" for k, i in vilbert.layer_order(c)] == fixture.config["execution_order"]["mt"]
     short, size = {"text": "t", "regions": "v"}, {"text": c.layers, "regions": c.visual_layers}
     for name, state in states.items():
         kind, i, side = (name.split(".") + [None])[:3]

@@ -93,15 +93,15 @@ def test_two_heads_of_one_official_name_are_refused():
         formats.vilbert_to_official(tiny(heads=("mrc", "mrfr")).state_dict())
 
 
-def test_schedule_is_the_official_order():
+def test_the_order_of_layers_is_the_official_one():
     """The order that the official 12-in-1 code was seen to run (vilbert_dev.npz, config.execution_order), and base-6."""
     order = ["text.0", "text.1", "cross.0", "text.2", "regions.0", "cross.1", "regions.1", "regions.2", "text.3"]
     config = vilbert.Config(layers=4, visual_layers=3, connections=((0, 2), (1, 3)))
-    assert [f"{kind}.{i}" for kind, i in vilbert.schedule(config)] == order
+    assert [f"{kind}.{i}" for kind, i in vilbert.layer_order(config)] == order
     base = [("text", i) for i in range(6)] + [("cross", 0)]
     for k in range(1, 6):
         base += [("text", 5 + k), ("regions", k - 1), ("cross", k)]
-    assert vilbert.schedule(vilbert.Config()) == [*base, ("regions", 5), ("text", 11)]
+    assert vilbert.layer_order(vilbert.Config()) == [*base, ("regions", 5), ("text", 11)]
     model = tiny(visual_layers=3)
     states = model.eval().encode(make_batch(), record=True).states
     ran = dict.fromkeys(name.removesuffix(".text").removesuffix(".regions") for name in states)
@@ -116,9 +116,9 @@ def test_schedule_is_the_official_order():
         {"connections": ((0, 2), (1, 5))},
     ],
 )
-def test_impossible_schedules_are_refused(wrong):
+def test_impossible_orders_are_refused(wrong):
     with pytest.raises(ValueError, match="connection"):
-        vilbert.schedule(vilbert.Config(**{"layers": 4, "visual_layers": 2} | wrong))
+        vilbert.layer_order(vilbert.Config(**{"layers": 4, "visual_layers": 2} | wrong))
 
 
 def test_tiny_is_comparable_with_uniter():
