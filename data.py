@@ -848,7 +848,7 @@ def check(source, task, vocab, max_words, patch, grid):
         if not mistakes.count:
             mistakes.add(problem)
         print(*mistakes.lines(), sep="\n", file=sys.stderr)
-        raise UserError(f"{path}: mistakes: {mistakes.count}, {len(mistakes.different)} different ones above")
+        raise UserError(f"{path}: mistakes: {mistakes.count}; listed above: {len(mistakes.different)}")
     sets = {split: load(source, task, split, None, patch, grid, checked=True) for split in splits if split in columns}
     if "train" not in sets:  # else `load` has printed them
         print_warnings(next(iter(sets.values())), path)

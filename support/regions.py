@@ -578,7 +578,8 @@ class FeatureStore:
         if self.folder is None or not (self.folder / "files.jsonl").is_file():
             return None
         with open(self.folder / "files.jsonl", encoding="utf-8") as lines:
-            path = Path(json.loads(next(itertools.islice(lines, row, None))))
+            line = next(itertools.islice(lines, row, None), '""')
+        path = Path(json.loads(line))
         return path if path.is_file() else None
 
     def draw_crops(self, images, rng):
@@ -666,8 +667,8 @@ def write_store(folder, pictures):
     """Writes a feature store into `folder`, picture by picture, straight to disk.
 
     pictures: iterable of {field of STORED: (n,...) array}, boxes in 0..1, and, if all have them, `size`: (width, height),
-    `digest` and `crops`: integers, `file`: the picture's path. All pictures have the same fields. ValueError for values that are not finite in
-    their type on disk, for boxes outside 0..1, and for fields of different lengths.
+    `digest` and `crops`: integers, `file`: the picture's path. All pictures have the same fields. ValueError for values
+    that are not finite in their type on disk, for boxes outside 0..1, and for fields of different lengths.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

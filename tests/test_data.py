@@ -1139,10 +1139,10 @@ def test_check_lists_the_first_twenty_mistakes_and_counts_all(own, tmp_path, mon
     assert code == 2
     for number, message in ((2, "not JSON"), (3, "no file"), (4, "outside its picture"), (5, "cannot read picture")):
         assert any(line.startswith(f"{path}:{number}: ") and message in line for line in error.splitlines()), number
-    assert "mistakes: 4, 4 different ones above" in error and error.count("\n") == 5
+    assert "mistakes: 4; listed above: 4" in error and error.count("\n") == 5
     path = own(*[{**GOOD, f"x{i}": 1} for i in range(33)])
     code, _, error = run_command(capsys, "check", path)
-    assert "mistakes: 33, 20 different ones above" in error and error.count("\n") == 21
+    assert "mistakes: 33; listed above: 20" in error and error.count("\n") == 21
     hint = r"my.jsonl:1: unknown key 'x0'.*mistakes in all: 33; `python data.py check .*my.jsonl --task vqa` lists them"
     with pytest.raises(common.UserError, match=hint):
         load(path, "vqa", "train", cache=tmp_path / "c")
@@ -1163,7 +1163,7 @@ def test_equal_mistakes_are_one_line_that_names_the_cause(own, tmp_path, monkeyp
     ):
         code, _, error = run_command(capsys, "check", own(*lines))
         assert code == 2 and error.startswith(f"{tmp_path}/my.jsonl:{first}: not JSON") and hint in error.split("\n")[0]
-        assert error.splitlines()[-1].startswith(f"data.py: {tmp_path}/my.jsonl: mistakes: {len(lines)}, ")
+        assert error.splitlines()[-1].startswith(f"data.py: {tmp_path}/my.jsonl: mistakes: {len(lines)}; ")
     missing = {key: value for key, value in GOOD.items() if key != "text"}
     with pytest.raises(common.UserError, match=r"my.jsonl:2: key 'text' is missing.* \(the same in 1 more\)$"):
         load(own(GOOD, missing, missing), "pretrain", "train", cache=tmp_path / "c")
@@ -1176,7 +1176,7 @@ def test_check_lists_every_wrong_picture_where_the_lines_are_right(own, tmp_path
         Path(f"{i}.png").write_text("no picture")
         lines.append({"image": f"{i}.png", "text": "x"})
     code, _, error = run_command(capsys, "check", own({"image": "a.png", "text": "x"}, *lines))
-    assert code == 2 and "mistakes: 23, 20 different ones above" in error
+    assert code == 2 and "mistakes: 23; listed above: 20" in error
     assert [line.split(": ")[0] for line in error.splitlines()[:20]] == [
         f"{tmp_path}/my.jsonl:{i}" for i in range(2, 22)
     ]

@@ -623,6 +623,8 @@ def test_a_store_knows_the_picture_files(tmp_path, no_network):
     assert data.main(preview) == 0
     assert len(Image.open(tmp_path / "sheet.png").getcolors(10**6)) < 300  # boxes and text
     assert picture_file(dataset, dataset.image[1]) is None
+    (out / "regions/files.jsonl").write_text('"cut off"\n')
+    assert store.picture_file(4) is None
     data.write_store(out / "regions", [{"features": np.zeros((1, 3)), "boxes": np.zeros((1, 4))}])
     assert data.FeatureStore(out / "regions").picture_file(0) is None
 
