@@ -60,7 +60,8 @@ def attention(query, key, value, bias=None, dropout=0.0):
     if bias is not None:
         logits = logits + bias
     probs = logits.softmax(-1)
-    return apply_dropout(probs, dropout) @ value, probs  # (B,H,T,S) @ (B,H,S,D) -> (B,H,T,D)
+    context = apply_dropout(probs, dropout) @ value  # (B,H,T,S) @ (B,H,S,D) -> (B,H,T,D)
+    return context, probs
 
 
 # ---- parts of the Transformer -----------------------------------------------------------------------------------
@@ -376,7 +377,7 @@ def soft_answer_loss(logits, targets):
 
     logits x (B, A), targets t (B, A) in 0..1. The official codes compute it as the mean over B and A, times A.
     """
-    return F.binary_cross_entropy_with_logits(logits, targets) * logits.shape[1]
+    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype)) * logits.shape[1]
 
 
 @in_float32

@@ -226,7 +226,9 @@ class LXMERT(nn.Module):
 
     def unimodal(self, batch):
         """What each modality computes alone, for `encode(given=)`: its own layers' output, (B, T, C) and (B, N, C)."""
-        return self.encode(batch, regions=False).text, self.encode(batch, text=False).regions
+        text = self.encode(batch, regions=False).text
+        regions = self.encode(batch, text=False).regions
+        return text, regions
 
     def decode(self, batch, cache=None):
         """The text read from left to right, for captions (see `common.decoder_inputs`). Returns (B, T, C).

@@ -60,7 +60,7 @@ class Run:
     objectives: dict = None  # name -> ratio in which pretraining draws it, 0 if only joined; 1 in fine-tuning
     sets: dict = None  # task -> its splits, {name: data.Dataset}
     tokenizer: object = None
-    content_words: list = ()  # words that only the picture reveals, such as colours
+    content_words: list = field(default_factory=list)  # words that only the picture reveals, such as colours
     answers: list = None  # column -> answer, most frequent first
     usual_answers: dict = field(default_factory=dict)  # vqa: {kind of question: its most frequent answer}, for chance
     regions: dict = field(default_factory=dict)  # how the regions are made: see options.choose_regions
@@ -68,7 +68,7 @@ class Run:
     optimizer: AdamW = None
     teacher: torch.nn.Module = None
     teacher_paper: object = None
-    teacher_tasks: list = ()
+    teacher_tasks: list = field(default_factory=list)
     fingerprint: dict = None  # what must not change on --resume
     distilled: tuple = ()  # objectives whose logits are distilled
     progress: dict = field(default_factory=lambda: {"step": 0, "seconds": 0.0, "examples": 0, "best": -math.inf})

@@ -132,7 +132,7 @@ class UNITER(nn.Module):
     def embed_regions(self, batch):
         """(B, N, C). Pictures have type 1; the second picture of a pair has type 2."""
         if batch.region_types is None:
-            types = torch.ones_like(batch.boxes[..., 0]).long()  # (B, N)
+            types = torch.ones_like(batch.region_mask, dtype=torch.long)  # (B, N)
         else:
             types = batch.region_types + 1
         type_emb = self.text_embedding.types(types)  # (B, N) -> (B, N, C)
@@ -146,7 +146,6 @@ class UNITER(nn.Module):
         """Encodes words and regions together, or one of the two alone (text=False or regions=False).
 
         pooled: the pooler's output at the first position: [CLS], or the first region if there is no text.
-
         record: also return the states and attention maps of all layers.
         given: what `unimodal` returned. It replaces the embedding of the batch; both modalities are encoded.
         """

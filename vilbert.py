@@ -16,6 +16,8 @@ Known deviations from the official code:
 - At least one word of every caption is masked, as in UNITER.
 - Pretraining skips the masked-prediction losses on mismatched pairs, as 12-in-1 does. ViLBERT's code does not.
 - Mismatched sentences come from the batch, officially from the whole data set.
+- Task i of --task has task token i. Officially VQA has 1, VCR 5 and 6, retrieval 7 and 8, RefCOCO 9, NLVR2 12, SNLI-VE 13:
+  task tokens of official weights have to be trained again.
 - The whole image is no candidate of a referring expression and has no term in that loss; officially it has both.
 - Initial weights are larger for boxes and in narrow models. AdamW has a bias correction, official BertAdam has none.
 docs/details.md lists the errors of the official code.
@@ -303,8 +305,8 @@ class ViLBERT(nn.Module):
         """What each modality computes alone, for `encode(given=)`: states before the first co-attention, (B, T, C) and
         (B, 1+N, C'). With dynamic attention every visual layer reads the text, so none is computed."""
         steps = self.order[: self.steps_alone]
-        text = self.run_steps(batch, steps, self.embed_text(batch), None)[0]
-        regions = self.run_steps(batch, steps, None, self.embed_regions(batch))[1]
+        text, _, _, _ = self.run_steps(batch, steps, self.embed_text(batch), None)
+        _, regions, _, _ = self.run_steps(batch, steps, None, self.embed_regions(batch))
         return text, regions
 
     def decode(self, batch, cache=None):

@@ -7,6 +7,7 @@ ranks all pictures fast, and the objective `rank` then re-ranks the best of them
 Letters: B pairs, T text positions, N regions, C width, E width of the contrast space.
 """
 
+import dataclasses
 import math
 
 import torch
@@ -208,12 +209,10 @@ def image_text_contrast(model, encoding, batch):
     the same batch.pictures (B,) are not negatives of each other. Logits (M', M'), pictures x texts.
     """
     head = model.heads["itc"]
-    text = head.text(model.encode(batch, regions=False).text, batch.text_mask)  # (B, E)
-    image = head.image(model.encode(batch, text=False).regions, batch.region_mask)  # (B, E)
-    image = image.index_select(0, batch.pair_index)  # (B, E) -> (M, E)
-    text = text.index_select(0, batch.pair_index)
-    pictures = batch.pictures.index_select(0, batch.pair_index)  # (M,)
-    return head(image, text, pictures)
+    pairs = dataclasses.replace(batch, ids=None, target=None).select(batch.pair_index)  # B rows -> M rows
+    text = head.text(model.encode(pairs, regions=False).text, pairs.text_mask)  # (M, E)
+    image = head.image(model.encode(pairs, text=False).regions, pairs.region_mask)  # (M, E)
+    return head(image, text, pairs.pictures)
 
 
 CONTRAST = common.Objective(

@@ -200,10 +200,9 @@ def retrieval_captions(run, dataset, pool):
 def match_logits(model, pooled, head):
     """How well pairs match: the log odds of head "itm", or the logit of head "rank". (rows, C) -> (rows,) float64
 
-    The head computes in float32 under autocast too: in bfloat16 most pairs would be tied.
+    The heads are Float32Linear: in bfloat16 most pairs would be tied.
     """
-    with common.full_precision(pooled.device):
-        logits = model.heads[head](common.at_least_float32(pooled))  # (rows, 2) or (rows, 1)
+    logits = model.heads[head](pooled)  # (rows, 2) or (rows, 1)
     logits = logits.cpu().double()  # on the CPU: Apple's GPUs have no float64
     if logits.shape[1] == 2:
         return logits[:, 1] - logits[:, 0]
@@ -314,8 +313,7 @@ def hardest_pairs(run, dataset, texts, images):
 def text_vectors(run, batch):
     """A vector of each text alone: itc's unit vector (B, E). Without the head "itc": the last state of [CLS] (B, C)."""
     with run.autocast():
-        states = run.model.encode(batch, regions=False).text
-    states = common.at_least_float32(states)  # (B, T, C)
+        states = run.model.encode(batch, regions=False).text  # (B, T, C)
     if "itc" in run.model.heads:
         return run.model.heads["itc"].text(states, batch.text_mask).cpu()
     return states[:, 0].cpu()
@@ -326,8 +324,7 @@ def picture_vectors(run, batch):
     """A vector of each picture alone: itc's unit vector (B, E). Without the head "itc": the mean of the regions' last
     states (B, C)."""
     with run.autocast():
-        states = run.model.encode(batch, text=False).regions
-    states = common.at_least_float32(states)  # (B, N, C)
+        states = run.model.encode(batch, text=False).regions  # (B, N, C)
     if "itc" in run.model.heads:
         return run.model.heads["itc"].image(states, batch.region_mask).cpu()
     return common.masked_mean(states, batch.region_mask).cpu()
@@ -510,7 +507,7 @@ def generate(model, batch, first, last, beams, most):
     for of_picture, means in zip(texts, (totals / lengths).tolist(), strict=True):
         captions.append([])
         for pieces, mean in zip(of_picture, means, strict=True):
-            if mean > -math.inf:  # there may be fewer texts than beams
+            if mean != -math.inf:  # there may be fewer texts than beams; NaN, of a broken model, stays
                 end = pieces.index(last) if last in pieces else len(pieces)
                 captions[-1].append((pieces[:end], mean))
     return captions
@@ -732,14 +729,14 @@ def compare_models(results, out):
     """Prints and writes (comparison.json, comparison.md) mean and standard deviation over seeds of each metric, one
     column a model, with the best model or "tie" (see `best_model`). results: the contents of all runs' result.json."""
     models = list(dict.fromkeys(result["model"] for result in results))
-    shares = []  # names of metrics that have a chance, without those of single kinds of question
+    compared = []  # names of metrics that have a chance, without those of single kinds of question
     for result in results:
         for name in result["chance"]:
-            if "accuracy_" not in name and name not in shares:
-                shares.append(name)
+            if "accuracy_" not in name and name not in compared:
+                compared.append(name)
     rows = {}
     lines = [f"| | {' | '.join(models)} | best | chance |", "|---" * (len(models) + 3) + "|"]
-    for name in ["parameters", "examples_per_second", *shares]:
+    for name in ["parameters", "examples_per_second", *compared]:
         row = {}
         for model in models:
             values = [result[name] for result in results if result["model"] == model and name in result]
@@ -749,7 +746,7 @@ def compare_models(results, out):
         rows[name] = row
         best = ""
         chance = ""
-        if name in shares:
+        if name in compared:
             best = best_model(row)
             mean = np.mean([result["chance"][name] for result in results if name in result["chance"]])
             chance = format_value(name, mean)

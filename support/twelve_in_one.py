@@ -83,7 +83,7 @@ def noise_contrastive_regions(model, encoding, batch, negatives=None):
 
 def visual_entailment(model, encoding, batch):
     """SNLI-VE (12-in-1): binary cross-entropy, mean over rows and three answers. batch.answers, logits (B, 3)."""
-    logits = common.at_least_float32(model.heads["ve"](encoding.pooled))  # (B, C) -> (B, 3)
+    logits = model.heads["ve"](encoding.pooled)  # (B, C) -> (B, 3)
     return F.binary_cross_entropy_with_logits(logits, batch.answers), logits
 
 

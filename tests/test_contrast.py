@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close, lengths_mask, randn, small_model, unit_vectors
+from helpers import as_double, close, lengths_mask, masked_batch, randn, small_model, unit_vectors
 from torch import nn
 
 import checkpoints
@@ -218,3 +218,21 @@ def test_two_processes_contrast_as_one(tmp_path):
         assert want.abs().max() > 1e-3
         for rank in (0, 1):
             close(torch.load(tmp_path / f"{kind}.{rank}.pt"), want, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["uniter", "lxmert", "vilbert"])
+def test_only_the_rows_that_are_pairs_are_encoded(name, monkeypatch):
+    """The same loss and logits as of the vectors of all rows, of which the pairs are then taken."""
+    _, model = small_model(name)
+    batch = as_double(masked_batch(6, 0), pair_index=torch.tensor([0, 3, 4]))
+    head = model.heads["itc"]
+    text = head.text(model.encode(batch, regions=False).text, batch.text_mask)
+    image = head.image(model.encode(batch, text=False).regions, batch.region_mask)
+    expected = head(image[batch.pair_index], text[batch.pair_index], batch.pictures[batch.pair_index])
+    rows = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda part, **given: rows.append(len(part.text)) or encode(part, **given))
+    found = contrast.image_text_contrast(model, None, batch)
+    assert rows == [3, 3]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

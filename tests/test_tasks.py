@@ -1082,15 +1082,17 @@ def test_the_time_of_a_full_matrix_is_extrapolated_from_the_pairs_that_were_scor
 @pytest.mark.parametrize("head", ["rank", "itm"])
 def test_pairs_are_ranked_in_float32_whatever_autocast_does(head):
     torch.manual_seed(0)
-    model = torch.nn.Module()
-    model.heads = torch.nn.ModuleDict({"rank": torch.nn.Linear(16, 1), "itm": torch.nn.Linear(16, 2)})
     pooled = 1 + 0.01 * torch.randn(200, 16)  # pairs that are nearly alike, as those of a model at its start
-    plain = evaluation.match_logits(model, pooled, head)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = evaluation.match_logits(model, pooled, head)
-        half = evaluation.match_logits(model, pooled.bfloat16(), head)
-    assert torch.equal(plain, cast)
-    assert len(half.unique()) > 150
+    for paper in checkpoints.MODELS.values():
+        model = torch.nn.Module()
+        widths = SimpleNamespace(hidden=16, shared=16)
+        model.heads = torch.nn.ModuleDict({head: paper.HEADS[head](widths)})
+        plain = evaluation.match_logits(model, pooled, head)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = evaluation.match_logits(model, pooled, head)
+            half = evaluation.match_logits(model, pooled.bfloat16(), head)
+        assert torch.equal(plain, cast)
+        assert len(half.unique()) > 150
 
 
 def test_a_caption_repeated_word_for_word_has_bleu_1(drawn, tokenizer, monkeypatch):

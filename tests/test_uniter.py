@@ -1,6 +1,7 @@
 """uniter.py: published sizes, symmetries, BERT as an oracle, and what each objective learns. test_golden.py compares
 numbers with the official code."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 import checkpoints
 import common
+import data
 import uniter
 from support import formats
 
@@ -68,12 +70,12 @@ def batch_of(rows=B, text=(T, 4, 5, 6), regions=(N, 5, 3, 4), dtype=torch.float6
         "target": torch.arange(rows) % 2,
     }
     fields.update(changes)
-    return SimpleNamespace(**fields)
+    return data.Batch(**fields)
 
 
 def changed(batch, **changes):
     """A copy of a batch with other values in some fields."""
-    return SimpleNamespace(**{**vars(batch), **changes})
+    return replace(batch, **changes)
 
 
 def close(a, b, tolerance=1e-11):
