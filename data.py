@@ -764,8 +764,9 @@ def mask_regions(batch, rng, p=0.15, zero=1.0, random=0.0, force_one=True):
         selected = selected | first
         zeroed = zeroed | first
     features = batch.features.masked_fill(zeroed[..., None], 0)  # (B,N,1) -> (B,N,F)
-    donors = batch.features[batch.region_mask]  # (real regions, F), none of them zeroed
-    features[swapped] = donors[torch.from_numpy(rng.integers(len(donors), size=int(swapped.sum())))]
+    real = batch.region_mask.flatten().nonzero()[:, 0]  # (real regions,) into B*N
+    donors = real[torch.from_numpy(rng.integers(len(real), size=int(swapped.sum())))]  # (swapped,)
+    features[swapped] = batch.features.flatten(0, 1)[donors]  # (swapped, F), not masked
     return dataclasses.replace(
         batch,
         features=features,
@@ -919,10 +920,9 @@ def parse(argv):
     add("--grid", type=COUNT, default=6, help="as for train.py (default: 6)")
     add("--vocab", help="a BERT vocab.txt or tokenizer.json (default: the data set's own)")
     add("--max-words", type=in_range(int, 8), default=60, help="as for train.py (default: 60)")
-    add = preview_command.add_argument
-    add("--out", default="preview.png", help="the picture (default: preview.png)")
-    add("--split", default="train", help="(default: train)")
-    add("--count", type=COUNT, default=6, help="examples, each of another picture (default: 6)")
+    preview_command.add_argument("--out", default="preview.png", help="the picture (default: preview.png)")
+    preview_command.add_argument("--split", default="train", help="(default: train)")
+    preview_command.add_argument("--count", type=COUNT, default=6, help="examples, one a picture (default: 6)")
     args = parser.parse_args(argv)
     args.task = tasks.TASKS[args.task]
     return vars(args)

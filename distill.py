@@ -123,14 +123,14 @@ def forward_with_teacher(run, batch, names):
         if "logits" in wanted and name in run.distilled:
             with torch.no_grad():
                 _, logits = run.teacher_paper.OBJECTIVES[name].loss(run.teacher, teacher, teacher_batch)
-            own_logits = outputs[name][1]
-            outputs[f"{name}_soft"] = logits_loss(run.paper.OBJECTIVES[name], own_logits, logits, batch), None
+            _, own_logits = outputs[name]
+            outputs[f"{name}_soft"] = (logits_loss(run.paper.OBJECTIVES[name], own_logits, logits, batch), None)
     if "attention" in wanted:
         kl, mse = attention_losses(run, student, teacher, batch)
-        outputs["attention_kl"] = kl, None
-        outputs["attention_mse"] = mse, None
+        outputs["attention_kl"] = (kl, None)
+        outputs["attention_mse"] = (mse, None)
     if "hidden" in wanted:
-        outputs["hidden"] = hidden_losses(run, student, teacher, batch), None
+        outputs["hidden"] = (hidden_losses(run, student, teacher, batch), None)
     return outputs
 
 

@@ -261,6 +261,7 @@ class LXMERT(nn.Module):
         return self.heads["mlm"](states, self.text_embedding.words.weight)
 
     def forward(self, batch, objectives):
+        """The losses of these objectives: {name: (loss, logits)}."""
         encoding = None
         if not all(OBJECTIVES[name].encodes_itself for name in objectives):
             encoding = self.encode(batch)

@@ -507,8 +507,8 @@ def vcr_text_types(paper, segments):
     """The model's text types (B, T) by its VCR_TYPES, which differ between rows with and without a reason. segments
     (B, T): 0 the question, 1 the answer, 2 the reason."""
     types = torch.zeros(3, 3, dtype=torch.long)  # (segments of the row - 1, segment)
-    for last_segment, row in enumerate(paper.VCR_TYPES, 1):
-        types[last_segment, : len(row)] = torch.tensor(row)
+    for number, row in enumerate(paper.VCR_TYPES, 1):
+        types[number, : len(row)] = torch.tensor(row)
     last_segment = segments.amax(1, keepdim=True)  # (B, 1)
     return types[last_segment, segments]  # (B, 1), (B, T) -> (B, T)
 

@@ -16,8 +16,7 @@ Known deviations from the official code:
 - At least one word of every caption is masked, as in UNITER.
 - Pretraining skips the masked-prediction losses on mismatched pairs, as 12-in-1 does. ViLBERT's code does not.
 - Mismatched sentences come from the batch, officially from the whole data set.
-- Task i of --task has task token i. Officially VQA has 1, VCR 5 and 6, retrieval 7 and 8, RefCOCO 9, NLVR2 12, SNLI-VE 13:
-  task tokens of official weights have to be trained again.
+- Task i of --task has task token i. Officially VQA has 1, VCR 5, NLVR2 12: official tokens have to be trained again.
 - The whole image is no candidate of a referring expression and has no term in that loss; officially it has both.
 - Initial weights are larger for boxes and in narrow models. AdamW has a bias correction, official BertAdam has none.
 docs/details.md lists the errors of the official code.
@@ -343,6 +342,7 @@ class ViLBERT(nn.Module):
         return self.heads["mlm"](states, self.text_embedding.words.weight)
 
     def forward(self, batch, objectives):
+        """The losses of these objectives: {name: (loss, logits)}."""
         encoding = None
         if not all(OBJECTIVES[name].encodes_itself for name in objectives):
             encoding = self.encode(batch)
@@ -478,10 +478,11 @@ def referring_expression(model, encoding, batch):
     """Referring expressions (section 3.2): binary cross-entropy, summed over the regions, mean over the batch.
 
     batch.target (B, N) float: each region's IoU with the true box, -1 at padding. An IoU of at least 0.5 is the soft
-    label itself; any lower one becomes 0. Logits (B, N).
+    label itself; any lower one becomes 0, and so do all with --ablate image, which hides the regions. Logits (B, N).
     """
     logits = refer_logits(model, encoding, batch)
-    target = batch.target.masked_fill(batch.target < 0.5, 0.0).to(logits.dtype)  # (B, N)
+    negative = (batch.target < 0.5) | ~batch.region_mask
+    target = batch.target.masked_fill(negative, 0.0).to(logits.dtype)  # (B, N)
     return common.soft_answer_loss(logits, target), logits
 
 

@@ -185,8 +185,8 @@ class ContrastHead(nn.Module):
         B' is the sum of B over all processes.
         """
         vectors = gather_with_gradient(torch.cat([image, text], 1))  # (B, 2E) -> (B', 2E), in one reduction
-        image, text = vectors.chunk(2, 1)
-        pictures = gather_with_gradient(pictures)
+        image, text = vectors.chunk(2, 1)  # (B', 2E) -> (B', E) each
+        pictures = gather_with_gradient(pictures)  # (B,) -> (B',)
         same = pictures[:, None] == pictures  # (B', B')
         if self.training:
             self.log_scale.data.clamp_(0.0, math.log(100.0))  # the parameter itself, so that it keeps a gradient
@@ -205,11 +205,12 @@ class ContrastHead(nn.Module):
 def image_text_contrast(model, encoding, batch):
     """Image-text contrast: the loss of ContrastHead on text and regions that are encoded without each other.
 
-    `encoding` is not used. The pairs are rows batch.pair_index (M,), gathered from all processes: M' pairs. Rows with
+    `encoding` is not used. What other objectives of the step have masked stays masked. The pairs are rows batch.pair_index (M,), gathered from all processes: M' pairs. Rows with
     the same batch.pictures (B,) are not negatives of each other. Logits (M', M'), pictures x texts.
     """
     head = model.heads["itc"]
-    pairs = dataclasses.replace(batch, ids=None, target=None).select(batch.pair_index)  # B rows -> M rows
+    unread = {"ids": None, "target": None, "clean_features": None, "object_probs": None, "answers": None}
+    pairs = dataclasses.replace(batch, **unread).select(batch.pair_index)  # B rows -> M rows
     text = head.text(model.encode(pairs, regions=False).text, pairs.text_mask)  # (M, E)
     image = head.image(model.encode(pairs, text=False).regions, pairs.region_mask)  # (M, E)
     return head(image, text, pairs.pictures)

@@ -292,7 +292,7 @@ def sample_negative_pairs(run, dataset, index, rng):
 
 
 def draw_one(wrong, rng, problem):
-    """One of the examples that are True in `wrong`, (E,) bool. UserError, which names the problem, if there is none."""
+    """One of the examples that are True in `wrong`, (examples,) bool. UserError, which names the problem, if there is none."""
     if not wrong.any():
         raise common.UserError(f"retrieval needs pictures with different texts: {problem}")
     return rng.choice(np.flatnonzero(wrong))
@@ -641,7 +641,7 @@ def cider_d(candidates, references, longest=4, sigma=6.0):
 # `Task.show` returns a dict with some of these keys:
 #   answers   [[answer, probability], ...], the likeliest first; for refer an answer is a box [x1, y1, x2, y2] in pixels
 #   probs     nlvr2, vcr: the probability of each choice, in their own order: false, true; as the line has them
-#   match     probability that text and picture belong together
+#   match     probability that text and picture belong together; of ViLBERT's retrieval only the order means something
 #   masked    the text with one word masked, which `answers` fill in
 #   caption   the generated text
 #   truth     the right answer, if the line has one
@@ -694,7 +694,7 @@ def show_pretraining(run, dataset, i, logits, top):
 
 
 def show_match(run, dataset, i, logits, top):
-    """Of retrieval: the probability that text and picture belong together."""
+    """Of retrieval: the sigmoid of the rank head's logit. ViLBERT trains only differences of these logits."""
     return {"match": round(logits.sigmoid().item(), 5)}
 
 

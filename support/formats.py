@@ -80,15 +80,17 @@ def names_to_ours(state, names, table):
     """An official state dict, without old spellings, under our names.
 
     names: those of the model that will load it, `model.state_dict()`. Returns (state, unexpected official names).
-    Names that have no tensor are left out of the state.
+    Names that have no tensor are left out of the state. A tensor goes to all heads with its official name.
     """
-    ours = {rename(name, table): name for name in names}
+    ours = {}  # official name -> our names
+    for name in names:
+        ours.setdefault(rename(name, table), []).append(name)
     found = {}
     unexpected = []
     for name, tensor in state.items():
-        if name in ours:
-            found[ours[name]] = tensor
-        else:
+        for own_name in ours.get(name, ()):
+            found[own_name] = tensor
+        if name not in ours:
             unexpected.append(name)
     return found, unexpected
 

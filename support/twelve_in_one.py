@@ -2,7 +2,8 @@
 
 vilbert.py uses it: visual layers with dynamic attention, an objective on masked regions, and the losses of two tasks
 that ViLBERT's paper lacks. Task tokens are in vilbert.py, in `embed_text`.
-Letters: B batch, T text positions, N regions, C width, F region-feature width, M masked positions.
+Letters: B batch, T text positions, N regions, C width of the text, C' of the regions, F region-feature width, M masked
+positions.
 """
 
 import torch
@@ -15,7 +16,7 @@ import common
 class DynamicLayer(common.TransformerLayer):
     """A visual layer whose queries and keys are multiplied by 1 + sigmoid(W t + b) (an option of 12-in-1's code).
 
-    x (B, 1+N, C). text: t (B, 1, C'), the mean of the text's hidden states; None makes it a plain layer.
+    x (B, 1+N, C'). text: t (B, 1, C), the mean of the text's hidden states; None makes it a plain layer.
     """
 
     def __init__(self, text_width, width, heads, inner, dropout=0.0):
@@ -27,9 +28,9 @@ class DynamicLayer(common.TransformerLayer):
         if text is None:
             return super().forward(x, bias, maps)
         block = self.attention
-        query = block.query(x) * (1.0 + self.gate_query(text).sigmoid())  # (B, 1+N, C) * (B, 1, C)
-        key = block.key(x) * (1.0 + self.gate_key(text).sigmoid())  # (B, 1+N, C) * (B, 1, C)
-        context = block.attend_heads(query, key, block.value(x), bias, maps)  # (B, 1+N, C)
+        query = block.query(x) * (1.0 + self.gate_query(text).sigmoid())  # (B, 1+N, C') * (B, 1, C')
+        key = block.key(x) * (1.0 + self.gate_key(text).sigmoid())  # (B, 1+N, C') * (B, 1, C')
+        context = block.attend_heads(query, key, block.value(x), bias, maps)  # (B, 1+N, C')
         return self.feed_forward(block.norm(x + block.hidden_dropout(context)))
 
 
@@ -83,7 +84,7 @@ def noise_contrastive_regions(model, encoding, batch, negatives=None):
 
 def visual_entailment(model, encoding, batch):
     """SNLI-VE (12-in-1): binary cross-entropy, mean over rows and three answers. batch.answers, logits (B, 3)."""
-    logits = model.heads["ve"](encoding.pooled)  # (B, C) -> (B, 3)
+    logits = model.heads["ve"](encoding.pooled)  # (B, shared) -> (B, 3)
     return F.binary_cross_entropy_with_logits(logits, batch.answers), logits
 
 
@@ -92,7 +93,7 @@ def natural_language_for_visual_reasoning(model, encoding, batch):
 
     The batch has 2B rows, the statement with each picture in turn; binary cross-entropy, mean over both logits.
     """
-    pooled = encoding.pooled.reshape(batch.target.shape[0], -1)  # (2B, C) -> (B, 2C)
-    logits = model.heads["nlvr2"](pooled)  # (B, 2C) -> (B, 2)
+    pooled = encoding.pooled.reshape(batch.target.shape[0], -1)  # (2B, shared) -> (B, 2 * shared)
+    logits = model.heads["nlvr2"](pooled)  # (B, 2 * shared) -> (B, 2)
     target = F.one_hot(batch.target, 2).to(logits.dtype)  # (B,) -> (B, 2)
     return F.binary_cross_entropy_with_logits(logits, target), logits

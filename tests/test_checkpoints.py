@@ -1190,6 +1190,29 @@ def test_a_head_without_a_known_answer_stays_at_random_and_is_reported(model):
         assert "heads.vqa" in str(report).splitlines()[3] and "heads.vqa" in str(report).splitlines()[4]
 
 
+@pytest.mark.parametrize(
+    ("model", "heads", "in_file", "changes"),
+    [
+        ("uniter", ("vqa", "ve"), "vqa", {"answers": 7}),
+        ("lxmert", ("vqa", "ve", "nlvr2"), "vqa", {"answers": 7}),
+        ("vilbert", ("vcr", "rank"), "rank", {}),
+    ],
+)
+def test_heads_with_one_official_name_are_loaded_in_any_order(model, heads, in_file, changes):
+    """12-in-1 shares its head of VCR and retrieval; of the others the answers fit one head only."""
+    answers = [str(i) for i in range(7)] if changes else []
+    trained = make(model, heads=(in_file,), **changes)
+    file = {"state": formats.FORMATS[model].to_official(trained), "answers": answers, "kind": "official"}
+    for order in (heads, heads[::-1]):
+        own = make(model, heads=order, **changes)
+        found, report = checkpoints.fit_state_dict(options("x.pt", model), own, file, answers)
+        loaded = order if model == "vilbert" else (in_file,)
+        assert sorted(report.random_heads) == sorted(set(order) - set(loaded))
+        for name, tensor in trained.items():
+            for head in loaded:
+                assert torch.equal(found[name.replace(f"heads.{in_file}.", f"heads.{head}.")], tensor)
+
+
 def test_a_head_is_loaded_whole_or_not_at_all():
     state, own = make("uniter", heads=("mrc", "itm")), make("uniter", heads=("mrc", "itm", "ve"), classes=9)
     found, report = fitted("uniter", state, own)

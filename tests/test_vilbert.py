@@ -572,3 +572,13 @@ def test_logits_that_are_ranked_are_computed_in_float32_under_autocast(name):
     if name == "refer":
         expected[~batch.region_mask] -= 10000.0
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_referring_expression_without_its_regions_has_a_finite_loss():
+    """--ablate image hides all regions after their overlaps are known: nothing is left to find, and the loss is small."""
+    model = tiny(heads=("refer",)).eval()
+    batch = make_batch()
+    batch.target = torch.full(batch.region_mask.shape, 0.9)
+    batch.region_mask = torch.zeros_like(batch.region_mask)
+    loss, _ = model(batch, ("refer",))["refer"]
+    assert 0 <= loss.item() < 1
