@@ -620,7 +620,7 @@ def run_test(run):
             result[prefix + name] = round(float(value), 5)
         for name, value in chance.items():
             result["chance"][prefix + name] = round(float(value), 5)
-    if "itc" in run.model.heads:
+    if "itc" in run.model.heads and run.model.config.contrast != "hinge":  # which has no temperature
         log_scale = run.model.heads["itc"].log_scale.item()
         result["temperature"] = round(math.exp(-log_scale), 5)
     for task, splits in run.sets.items():

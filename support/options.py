@@ -248,7 +248,9 @@ def resolve_options(args, model_name, seed):
         raise UserError(f"--export-official {run_args.export_official}: is a folder; give a file name")
     paper = checkpoints.MODELS[model_name]
     objectives_of(run_args, paper)  # mistakes are named now, not after other models were trained
-    parse_config_options(run_args, paper)
+    config = parse_config_options(run_args, paper)
+    if config.get("contrast") == "hinge" and args.temperature != "learned":
+        raise UserError(f"--temperature {args.temperature}: the hinge loss has none; leave it out")
     set_data_defaults(run_args, all_models=args.model == "all")
     return run_args
 

@@ -569,6 +569,10 @@ def test_options_are_taken_where_something_reads_them(arguments):
         (["--rerank", "5"], "--objectives"),
         (["--task", "vqa", "--rerank", "5"], "--task retrieval"),
         (["--temperature", "0.5"], "--temperature 0.5: is for the objective itc, and changes nothing here"),
+        (
+            ["--objectives", "itc", "--temperature", "0.5", "--config", "contrast=hinge"],
+            "--temperature 0.5: the hinge loss has none",
+        ),
         (["--task", "retrieval", "--temperature", "0.5"], "for the objective itc"),
         (["--task", "vqa", "--mask", "0.2"], "--mask 0.2: is for pretraining"),
         (["--task", "vqa,refer", "--beams", "3"], "--beams 3: is for --task caption"),
@@ -1441,6 +1445,12 @@ def test_pretraining_without_questions_in_val_and_test_goes_on(tmp_path, here):
     here("--model", "lxmert", "--data", "my.jsonl", "--features", "patches", "--steps", 1)
     result = json.loads(Path("out/lxmert-pretrain/result.json").read_text())
     assert "mlm_accuracy" in result and "qa_accuracy" not in result
+
+
+def test_the_result_has_the_temperature_of_losses_that_have_one(pictures, tmp_path, here):
+    for name, told in (("infonce", True), ("hinge", False)):
+        here("--data", pictures, "--steps", 1, "--objectives", "itc", "--config", f"contrast={name}", "--out", name)
+        assert ("temperature" in json.loads((tmp_path / name / "result.json").read_text())) == told
 
 
 def test_patches_are_cut_as_in_the_start(pictures, tmp_path, here, capsys):
