@@ -205,8 +205,9 @@ class ContrastHead(nn.Module):
 def image_text_contrast(model, encoding, batch):
     """Image-text contrast: the loss of ContrastHead on text and regions that are encoded without each other.
 
-    `encoding` is not used. What other objectives of the step have masked stays masked. The pairs are rows batch.pair_index (M,), gathered from all processes: M' pairs. Rows with
-    the same batch.pictures (B,) are not negatives of each other. Logits (M', M'), pictures x texts.
+    `encoding` is not used. What other objectives of the step have masked stays masked. The pairs are rows batch.pair_index
+    (M,), gathered from all processes: M' pairs. Rows with the same batch.pictures (B,) are not negatives of each other.
+    Logits (M', M'), pictures x texts.
     """
     head = model.heads["itc"]
     unread = {"ids": None, "target": None, "clean_features": None, "object_probs": None, "answers": None}
